@@ -1,0 +1,36 @@
+"""Universal multimodal embedders from any multimodal LLM: the UniME recipe for sentence-transformers.
+
+Importing this package is cheap: torch, transformers and sentence-transformers load on first use of a name below.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unime_st.hub import push_encoder_to_hub
+    from unime_st.modules import MultimodalEncoder, build_encoder, export_encoder, load_encoder
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "MultimodalEncoder": "unime_st.modules",
+    "build_encoder": "unime_st.modules",
+    "export_encoder": "unime_st.modules",
+    "load_encoder": "unime_st.modules",
+    "push_encoder_to_hub": "unime_st.hub",
+}
+
+__all__ = ["MultimodalEncoder", "__version__", "build_encoder", "export_encoder", "load_encoder", "push_encoder_to_hub"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
