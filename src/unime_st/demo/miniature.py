@@ -1,8 +1,8 @@
 """The miniature MLLM: a standard FastVLM checkpoint of real pretrained parts, and the text teacher.
 
-SmolLM2-135M-Instruct (de-quantised from a 4-bit GGUF) is the language model, EfficientNet-lite0 the vision tower, joined
-by transformers' own `FastVlmForConditionalGeneration`. `AutoModelForImageTextToText` and `AutoProcessor` load the folder
-with no code of ours. The projector between them starts untrained: aligning it is the demo's first step.
+SmolLM2-135M-Instruct (de-quantised from a 4-bit GGUF) is the language model, EfficientNet-lite0 the vision tower,
+joined by transformers' own `FastVlmForConditionalGeneration`. `AutoModelForImageTextToText` and `AutoProcessor` load
+the folder with no code of ours. The projector between them starts untrained: aligning it is the demo's first step.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def build_miniature(
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        model.to(dtype=dtype)  # type: ignore[arg-type]
+        model.to(dtype=dtype)  # type: ignore[call-arg, arg-type]
         model.save_pretrained(scratch)
         make_processor(tokenizer, image_size).save_pretrained(scratch)
         (scratch / "miniature.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -143,7 +143,7 @@ def init_projector(model: FastVlmForConditionalGeneration, seed: int = 0) -> Non
 
 
 def fastest_dtype() -> torch.dtype:
-    """bfloat16 where this CPU multiplies matrices faster in it, else float32; timed, for it is a large factor either way."""
+    """bfloat16 where this CPU multiplies matrices faster in it, else float32: a large factor either way."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
