@@ -1,0 +1,119 @@
+"""The one place that knows about processes: ranks, and gathering with gradients.
+
+The convention of both losses is the usual one: each process averages the loss over its own rows, contrasted with the
+candidates of all processes, and the data-parallel wrapper (DDP, FSDP, DeepSpeed) averages gradients over the ``W``
+processes. With :func:`gather_columns` sending each embedding's gradient home, *summed* over the processes that used it,
+the result is exactly the gradient of the mean loss over the global batch on one process.
+
+sentence-transformers has ``all_gather_with_grad`` with the same gradient; it is not used because it gathers one tensor
+a call, where one call a step is enough, and warns on a single process, where doing nothing is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Whether there is a process group of more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """Number of this process in [0, W); 0 without a process group."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Number of processes, ``W``; 1 without a process group."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Stack the tensors of all processes in rank order, without gradients.
+
+    Args:
+        tensor: ``(B, ...)``, of the same shape on every process.
+
+    Returns:
+        ``(W * B, ...)``; the tensor itself, detached, on a single process.
+    """
+    tensor = tensor.detach()
+    if not is_distributed():
+        return tensor
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    """All-gather whose backward returns to each process the gradient of its own part, summed over all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.rows = len(tensor)
+        return gather(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.contiguous()
+        if dist.get_backend() == dist.Backend.NCCL:
+            own = torch.empty_like(gradient[: ctx.rows])
+            dist.reduce_scatter_tensor(own, gradient)
+            return own
+        # Gloo has no reduce-scatter in every supported torch; summing everything and keeping one part is the same.
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def gather_columns(columns: Sequence[Tensor]) -> list[Tensor]:
+    """Gather the embeddings of several columns, with gradients, in one collective call.
+
+    Args:
+        columns: Tensors ``(B, D)``, all of one shape, the same on every process.
+
+    Returns:
+        One ``(W * B, D)`` tensor a column, rows in rank order; the columns themselves on a single process.
+
+    Raises:
+        ValueError: When the columns differ in shape.
+
+    Example:
+        >>> [column.shape for column in gather_columns([torch.zeros(2, 3), torch.ones(2, 3)])]
+        [torch.Size([2, 3]), torch.Size([2, 3])]
+    """
+    shapes = {tuple(column.shape) for column in columns}
+    if len(shapes) > 1:
+        raise ValueError(f"Columns of one batch must have one shape to be gathered together, got {sorted(shapes)}.")
+    if not is_distributed():
+        return list(columns)
+    batch = len(columns[0])
+    gathered = _GatherWithGrad.apply(torch.cat(list(columns)))  # (W * n * B, D)
+    by_rank = gathered.unflatten(0, (world_size(), len(columns), batch))  # (W, n, B, D)
+    return [column.flatten(0, 1) for column in by_rank.unbind(1)]
+
+
+def shared_seed(device: torch.device) -> Tensor:
+    """Draw a 63-bit seed from the global CPU generator and use rank 0's draw on every process.
+
+    Every process draws, so their generators stay in step; the Trainer seeds them and keeps their state in checkpoints.
+
+    Args:
+        device: Where the seed is wanted.
+
+    Returns:
+        An int64 scalar.
+    """
+    seed = torch.randint(2**63 - 1, (1,)).to(device)
+    return gather(seed)[0]
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Average a tensor of equal shape over all processes; every process must call this."""
+    return gather(values[None]).mean(dim=0)

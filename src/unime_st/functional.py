@@ -1,0 +1,300 @@
+"""Pure tensor maths of the two UniME losses: tensors in, tensors out, no model, no process group.
+
+Dimension letters used throughout the package:
+
+====== =======================================================================================================
+``B``  rows of the local batch
+``N``  rows of the global batch (``B`` times ``W``)
+``Q``  queries whose loss is computed here (the local rows)
+``C``  candidates: the ``N`` positives first, in row order, then the explicit negatives, one column after another
+``K``  negatives kept for a query
+``D``  embedding dimension
+``W``  processes
+====== =======================================================================================================
+
+Scores are a ``(Q, C)`` matrix, and everything else is a mask over it or a selection of its values: an ``(N, 1 + K, D)``
+tensor of gathered negatives is never made.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KLDirection = Literal["teacher_student", "student_teacher", "symmetric"]
+KL_DIRECTIONS: tuple[KLDirection, ...] = ("teacher_student", "student_teacher", "symmetric")
+
+
+class HardNegatives(NamedTuple):
+    """The negatives chosen for each query, and what was left out on the way.
+
+    Attributes:
+        scores: ``(Q, K)`` their similarity to the query; ``-inf`` where a row has fewer than ``K`` valid candidates.
+        filtered_by_identity: ``(Q,)`` candidates that hold a right answer (or the query itself) by identity, the row's
+            own positive not counted.
+        filtered_by_margin: ``(Q,)`` further candidates whose score exceeds the positive's by more than the margin.
+    """
+
+    scores: Tensor
+    filtered_by_identity: Tensor
+    filtered_by_margin: Tensor
+
+
+def cosine_scores(queries: Tensor, candidates: Tensor) -> Tensor:
+    """Cosine similarity of every query with every candidate, in float32 or better.
+
+    Autocast is off inside: bfloat16 scores divided by a temperature of 0.02 would be wrong by tenths of a logit.
+
+    Args:
+        queries: ``(Q, D)``, of any length; zero vectors score 0.
+        candidates: ``(C, D)``.
+
+    Returns:
+        ``(Q, C)`` in [-1, 1].
+
+    Example:
+        >>> cosine_scores(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+        tensor([[1., 0.]])
+    """
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, candidates.dtype), torch.float32)
+    with torch.autocast(device_type=queries.device.type, enabled=False):
+        return F.normalize(queries.to(dtype), dim=-1) @ F.normalize(candidates.to(dtype), dim=-1).T  # (Q, C)
+
+
+def in_batch_kl(
+    student_scores: Tensor,
+    teacher_scores: Tensor,
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    direction: KLDirection = "teacher_student",
+    diagonal: Tensor | None = None,
+) -> Tensor:
+    """KL divergence between the teacher's and the student's softmax over the batch, row by row.
+
+    UniME (arXiv 2504.17432, section 3.2) compares the similarity of each text with every text of the batch. No factor
+    of the squared temperature is applied. The teacher gets no gradient.
+
+    Args:
+        student_scores: ``(Q, C)`` similarities.
+        teacher_scores: ``(Q, C)`` similarities; may have any scale, as the teacher's temperature divides it.
+        student_temperature: Divides the student's scores, > 0.
+        teacher_temperature: Divides the teacher's scores, > 0.
+        direction: ``"teacher_student"`` is KL(teacher ‖ student), ``"student_teacher"`` is KL(student ‖ teacher) as
+            printed in the paper, ``"symmetric"`` their mean.
+        diagonal: ``(Q,)`` column in which a row meets itself, left out of both distributions; None keeps every column.
+
+    Returns:
+        ``(Q,)`` divergence of each row, >= 0. A row with no column left has 0, with gradient 0.
+
+    Raises:
+        ValueError: On an unknown direction.
+
+    Example:
+        >>> scores = torch.eye(3)
+        >>> in_batch_kl(scores, scores, student_temperature=0.1, teacher_temperature=0.1)
+        tensor([0., 0., 0.])
+    """
+    if direction not in KL_DIRECTIONS:
+        raise ValueError(f"`direction={direction!r}`, but it must be one of {', '.join(KL_DIRECTIONS)}.")
+    student = student_scores / student_temperature
+    teacher = teacher_scores.detach() / teacher_temperature
+    left_out = torch.zeros_like(student, dtype=torch.bool)
+    if diagonal is not None:
+        if student.shape[1] == 1:
+            return student.sum(dim=1) * 0.0
+        left_out = left_out.scatter(1, diagonal[:, None], value=True)
+    # Left-out columns have log-probability -inf, which the mask turns into a term of exactly 0 on both sides.
+    student_log = F.log_softmax(student.masked_fill(left_out, -torch.inf), dim=1).masked_fill(left_out, 0.0)
+    teacher_log = F.log_softmax(teacher.masked_fill(left_out, -torch.inf), dim=1).masked_fill(left_out, 0.0)
+    difference = teacher_log - student_log  # (Q, C), 0 where left out
+    teacher_student = (teacher_log.exp() * difference).sum(dim=1)
+    if direction == "teacher_student":
+        return teacher_student
+    student_teacher = (student_log.exp() * -difference).sum(dim=1)
+    return student_teacher if direction == "student_teacher" else (teacher_student + student_teacher) / 2
+
+
+def first_occurrence(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Group equal integers, without a shape that depends on the data (which would stall a GPU).
+
+    Args:
+        ids: ``(C,)`` integers.
+
+    Returns:
+        ``(C,)`` group number of each entry, in [0, C), and ``(C,)`` True where an entry is the first of its group.
+
+    Example:
+        >>> first_occurrence(torch.tensor([7, 5, 7]))
+        (tensor([1, 0, 1]), tensor([ True,  True, False]))
+    """
+    ordered, order = torch.sort(ids, stable=True)
+    starts = torch.ones_like(ordered, dtype=torch.bool)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    group = torch.empty_like(order).scatter_(0, order, starts.cumsum(0) - 1)
+    return group, torch.empty_like(starts).scatter_(0, order, starts)
+
+
+def identity_mask(
+    positive: Tensor,
+    num_candidates: int,
+    *,
+    candidate_ids: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Mark the candidates that are right answers to a query because of what they *are*, whatever their score.
+
+    A row answers a query when it is the query's own row, has the same label, or the same query content. A candidate is
+    marked when it is the positive of such a row or, given ``candidate_ids``, has the content of one; and when it has
+    the content of the query itself.
+
+    Args:
+        positive: ``(Q,)`` column of each query's own positive, which is also the query's row in ``query_ids`` and
+            ``labels``.
+        num_candidates: ``C``.
+        candidate_ids: ``(C,)`` integer identity of each candidate's content.
+        query_ids: ``(N,)`` integer identity of each query's content, in the same numbering.
+        labels: ``(N,)`` integer identity of each row's target.
+
+    Returns:
+        ``(Q, C)`` boolean. The own positive is always marked.
+
+    Example:
+        >>> identity_mask(torch.tensor([0]), 3, candidate_ids=torch.tensor([4, 9, 4]))
+        tensor([[ True, False,  True]])
+    """
+    own = positive[:, None]  # (Q, 1)
+    mask = torch.zeros(len(positive), num_candidates, dtype=torch.bool, device=positive.device)
+    mask = mask.scatter(1, own, value=True)
+    for identity in (labels, query_ids):
+        if identity is not None:
+            mask[:, : len(identity)] |= identity[positive][:, None] == identity[None, :]
+    if candidate_ids is None:
+        return mask
+    # Spread over equal contents: a group of candidates is marked when any of its members is.
+    group = first_occurrence(candidate_ids)[0]  # (C,)
+    marked = torch.zeros(mask.shape, dtype=torch.int32, device=mask.device).index_add_(1, group, mask.int())
+    mask = marked[:, group] > 0
+    if query_ids is not None:
+        mask = mask | (candidate_ids[None, :] == query_ids[positive][:, None])
+    return mask
+
+
+def hardest_valid_negatives(
+    scores: Tensor,
+    positive: Tensor,
+    k: int | None,
+    margin: float | None,
+    *,
+    candidate_ids: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    priority: Tensor | None = None,
+) -> HardNegatives:
+    """Choose each query's negatives: drop false negatives, count equal candidates once, keep the ``k`` most similar.
+
+    UniME (arXiv 2504.17432, section 3.3): a candidate scoring above ``score(positive) + margin`` is taken for a false
+    negative. Beyond the paper, right answers known by identity are dropped too (see :func:`identity_mask`): a copy of
+    the positive scores exactly as the positive does and would pass any margin >= 0. Candidates of equal content count
+    once, by their first occurrence, or one popular target would fill several of the ``k`` places.
+
+    What is kept is the *values*, with ``-inf`` for the places a row cannot fill, so that a dropped candidate never
+    comes back by its index. No gradient flows into the choice, and full gradient into the chosen values.
+
+    Args:
+        scores: ``(Q, C)`` similarities, positives first.
+        positive: ``(Q,)`` column of each query's own positive.
+        k: Negatives to keep, at most; None keeps all that are valid (and ``K`` is then ``C``).
+        margin: May be negative (a stricter filter); None switches the filter by score off.
+        candidate_ids: See :func:`identity_mask`.
+        query_ids: See :func:`identity_mask`.
+        labels: See :func:`identity_mask`.
+        priority: ``(Q, C)`` take the largest of these in place of the highest scores, e.g. :func:`shuffled_priority`.
+
+    Returns:
+        The chosen scores ``(Q, K)``, most preferred first unless ``k`` is None, and the counts of what was dropped.
+
+    Raises:
+        ValueError: When ``k`` is below 1.
+
+    Example:
+        >>> scores = torch.tensor([[0.5, 0.9, 0.4, 0.1]])
+        >>> hardest_valid_negatives(scores, torch.tensor([0]), k=2, margin=0.1).scores
+        tensor([[0.4000, 0.1000]])
+    """
+    if k is not None and k < 1:
+        raise ValueError(f"`k={k}`, but at least 1 negative must be kept; None keeps all of them.")
+    own = positive[:, None]  # (Q, 1)
+    by_identity = identity_mask(
+        positive, scores.shape[1], candidate_ids=candidate_ids, query_ids=query_ids, labels=labels
+    )
+    by_margin = torch.zeros_like(by_identity)
+    if margin is not None:
+        with torch.no_grad():
+            by_margin = (scores > scores.gather(1, own) + margin) & ~by_identity
+    invalid = by_identity | by_margin  # (Q, C)
+    if candidate_ids is not None:
+        invalid = invalid | ~first_occurrence(candidate_ids)[1]
+    negatives = scores.masked_fill(invalid, -torch.inf)
+    if k is not None:
+        k = min(k, scores.shape[1])
+        if priority is None:
+            negatives = negatives.topk(k, dim=1).values
+        else:
+            lowest = (
+                torch.finfo(priority.dtype).min if priority.is_floating_point() else torch.iinfo(priority.dtype).min
+            )
+            negatives = negatives.gather(1, priority.masked_fill(invalid, lowest).topk(k, dim=1).indices)
+    return HardNegatives(negatives, by_identity.sum(dim=1) - 1, by_margin.sum(dim=1))
+
+
+def info_nce(positive_scores: Tensor, negative_scores: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of picking the positive among itself and the negatives.
+
+    Args:
+        positive_scores: ``(Q,)``.
+        negative_scores: ``(Q, K)``; ``-inf`` marks an empty place.
+        temperature: Divides every score, > 0.
+
+    Returns:
+        ``(Q,)`` loss of each row. A row whose places are all empty has loss 0, with gradient 0.
+
+    Example:
+        >>> info_nce(torch.zeros(1), torch.zeros(1, 3), temperature=0.02)  # log 4
+        tensor([1.3863])
+    """
+    logits = torch.cat([positive_scores[:, None], negative_scores], dim=1) / temperature  # (Q, 1 + K)
+    return -F.log_softmax(logits, dim=1)[:, 0]
+
+
+def mix64(x: Tensor) -> Tensor:
+    """Scramble 64-bit integers (a splitmix64-like finaliser), on any device.
+
+    Args:
+        x: int64 of any shape.
+
+    Returns:
+        int64 of the same shape; equal inputs give equal outputs, near inputs give unrelated ones.
+    """
+    x = (x ^ (x >> 30)) * -4658895280553007687
+    x = (x ^ (x >> 27)) * -7723592293110705685
+    return x ^ (x >> 31)
+
+
+def shuffled_priority(seed: int | Tensor, rows: Tensor, num_candidates: int) -> Tensor:
+    """Random order of the candidates for each row, the same on whatever process a row is computed.
+
+    Args:
+        seed: Any 64-bit integer.
+        rows: ``(Q,)`` numbers of the rows in the global batch.
+        num_candidates: ``C``.
+
+    Returns:
+        ``(Q, C)`` int64, for the ``priority`` of :func:`hardest_valid_negatives`.
+    """
+    columns = torch.arange(num_candidates, device=rows.device)
+    return mix64(mix64(rows + 1)[:, None] + mix64(columns + seed)[None, :])  # (Q, C)

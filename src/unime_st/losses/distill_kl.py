@@ -1,0 +1,251 @@
+"""Stage 1 of UniME: learn a text teacher's similarities within the batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from unime_st import distributed, functional
+from unime_st.functional import KL_DIRECTIONS, KLDirection
+from unime_st.losses.in_batch import InBatchLoss, check_temperature
+
+logger = logging.getLogger(__name__)
+
+_ALL_SELF = 0.99  # mean self-probability of the teacher above which there is next to nothing to learn
+_HALF_SELF = 0.5
+
+
+class DistillKLLoss(InBatchLoss):
+    """KL divergence between the teacher's and the student's softmax over the similarities within the batch.
+
+    Each text is compared with all texts of the batch (of every process's batch with ``gather_across_devices``), once by
+    the student's embeddings and once by the teacher's; the two rows of cosine similarities, divided by the
+    temperatures, become distributions. Only similarities are compared, so the two may differ in dimension. The loss is
+    the mean over the rows of the global batch, without a factor of the squared temperature: each process averages its
+    own rows, and the data-parallel wrapper averages over processes.
+
+    Texts from several columns form one batch: with two columns of 8 rows, 16 texts are compared with 16.
+
+    Args:
+        model: The student; None when only :meth:`compute_loss_from_embeddings` is used.
+        temperature: Divides both sides' similarities, > 0. The paper gives none; E5-V, its closest relative, uses 0.05.
+        student_temperature: In place of ``temperature`` on the student's side.
+        teacher_temperature: In place of ``temperature`` on the teacher's side.
+        direction: ``"teacher_student"`` is KL(teacher ‖ student), the usual distillation; ``"student_teacher"`` is
+            KL(student ‖ teacher) as printed in the paper; ``"symmetric"`` is their mean.
+        include_diagonal: Whether a text is compared with itself too, as in the paper. At a low temperature the teacher
+            then puts all of its probability there and the gradient vanishes: the first batch is measured, and a warning
+            says so.
+        gather_across_devices: Compare with the texts of all processes.
+        mini_batch_size: Rows embedded at a time (GradCache); None embeds each column at once.
+        mini_batch_num_tokens: Tokens embedded at a time, in place of a number of rows.
+
+    Attributes:
+        last_metrics: Of the last batch, as scalars on the device: ``teacher_self_probability`` and
+            ``student_self_probability`` (mean probability of a text itself, 0 without the diagonal) and
+            ``nearest_neighbor_agreement`` (share of texts whose most similar other text is the same for both), over the
+            local rows. :class:`~unime_st.losses.LossMetricsCallback` logs their means.
+
+    Raises:
+        ValueError: At construction on arguments out of range; on a batch when the teacher's embeddings are missing,
+            have the wrong shape or hold a number that is not finite.
+
+    Inputs:
+        +----------------------+--------------------------------------------------------------------+
+        | Columns              | Label                                                              |
+        +======================+====================================================================+
+        | one text column      | the teacher's embeddings, ``(B, Dt)`` or ``(B, 1, Dt)``            |
+        +----------------------+--------------------------------------------------------------------+
+        | n text columns       | the teacher's embeddings, ``(B, n, Dt)``, in the columns' order    |
+        +----------------------+--------------------------------------------------------------------+
+
+        A flat ``(B, n * Dt)`` is refused: it cannot be told from ``(B, Dt)`` of one column alone.
+
+    Relations:
+        ``DistillKLDivLoss`` compares a query with its own few candidates, given the teacher's scores; this loss
+        compares all with all, given embeddings. ``EmbedDistillLoss`` pulls each embedding onto the teacher's, so needs
+        one dimension. ``MatryoshkaLoss`` may wrap it; in plain mode, it cuts the label too when ``Dt`` happens to
+        equal the student's dimension, which a ``mini_batch_size`` avoids.
+
+    References:
+        UniME, section 3.2: https://arxiv.org/abs/2504.17432
+
+    Example:
+        >>> loss = DistillKLLoss(None, temperature=0.5)
+        >>> teacher = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+        >>> loss.compute_loss_from_embeddings([teacher[:, :2]], teacher)  # the same angles in two dimensions
+        tensor(0.)
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer | None,
+        *,
+        temperature: float,
+        student_temperature: float | None = None,
+        teacher_temperature: float | None = None,
+        direction: KLDirection = "teacher_student",
+        include_diagonal: bool = True,
+        gather_across_devices: bool = False,
+        mini_batch_size: int | None = None,
+        mini_batch_num_tokens: int | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            gather_across_devices=gather_across_devices,
+            mini_batch_size=mini_batch_size,
+            mini_batch_num_tokens=mini_batch_num_tokens,
+        )
+        if direction not in KL_DIRECTIONS:
+            raise ValueError(f"`direction={direction!r}`, but it must be one of {', '.join(KL_DIRECTIONS)}.")
+        self.temperature = check_temperature("temperature", temperature)
+        for name, value in (("student_temperature", student_temperature), ("teacher_temperature", teacher_temperature)):
+            if value is not None:
+                check_temperature(name, value)
+        self.student_temperature = student_temperature
+        self.teacher_temperature = teacher_temperature
+        self.direction = direction
+        self.include_diagonal = include_diagonal
+        self._checked_first_batch = False
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """Embed the columns and compute the loss."""
+        columns = list(sentence_features)
+        _check_teacher(labels, len(columns))  # before the expensive part
+        return self.embed_and_compute(columns, labels)
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
+        """Compute the loss from the student's and the teacher's embeddings.
+
+        Args:
+            embeddings: One ``(B, D)`` tensor a column.
+            labels: The teacher's: ``(B, Dt)`` for one column, ``(B, n, Dt)`` for ``n``.
+
+        Returns:
+            The mean loss over this process's rows, a scalar.
+
+        Raises:
+            ValueError: On a teacher that does not fit, or holds a number that is not finite.
+        """
+        _check_teacher(labels, len(embeddings))
+        return self.compute_loss(embeddings, labels)
+
+    def compute_loss(self, embeddings: list[Tensor], targets: Tensor | None) -> Tensor:
+        """Compute the loss from embeddings and a teacher that was checked."""
+        students = embeddings
+        batch, columns = len(students[0]), len(students)
+        if targets is None or len(targets) != batch:
+            given = None if targets is None else len(targets)
+            raise ValueError(
+                f"The teacher has {given} rows, but the student's embeddings have {batch}: one each is needed."
+            )
+        teachers = list(targets.detach().reshape(batch, columns, -1).unbind(1))  # n times (B, Dt)
+        student, teacher = torch.cat(students), torch.cat(teachers)  # (Q, D), (Q, Dt), Q = n * B
+        rows = torch.arange(batch, device=student.device)
+        total = batch
+        if self.gather_across_devices:
+            rows, total = rows + distributed.rank() * batch, batch * distributed.world_size()
+            students, teachers = distributed.gather_columns(students), distributed.gather_columns(teachers)
+        diagonal = torch.cat([rows + column * total for column in range(columns)])  # (Q,)
+        student_scores = functional.cosine_scores(student, torch.cat(students))  # (Q, C), C = n * N
+        teacher_scores = functional.cosine_scores(teacher, torch.cat(teachers)).to(student_scores.dtype)
+        self._record(student_scores, teacher_scores, diagonal)
+        return functional.in_batch_kl(
+            student_scores,
+            teacher_scores,
+            student_temperature=self.student_temperature or self.temperature,
+            teacher_temperature=self.teacher_temperature or self.temperature,
+            direction=self.direction,
+            diagonal=None if self.include_diagonal else diagonal,
+        ).mean()
+
+    @torch.no_grad()
+    def _record(self, student_scores: Tensor, teacher_scores: Tensor, diagonal: Tensor) -> None:
+        own = diagonal[:, None]  # (Q, 1)
+        teacher_temperature = self.teacher_temperature or self.temperature
+        if self.include_diagonal:
+            student_self = _self_probability(student_scores, own, self.student_temperature or self.temperature)
+            teacher_self = _self_probability(teacher_scores, own, teacher_temperature)
+            self._warn_when_saturated(teacher_scores, own, teacher_self, teacher_temperature)
+        else:
+            student_self = teacher_self = student_scores.new_zeros(())
+        nearest = [scores.scatter(1, own, -torch.inf).argmax(dim=1) for scores in (student_scores, teacher_scores)]
+        self.record_metrics(
+            {
+                "teacher_self_probability": teacher_self,
+                "student_self_probability": student_self,
+                "nearest_neighbor_agreement": (nearest[0] == nearest[1]).float().mean(),
+            }
+        )
+
+    def _warn_when_saturated(
+        self, teacher_scores: Tensor, own: Tensor, self_probability: Tensor, temperature: float
+    ) -> None:
+        """Measure the first batch: a teacher that sees only the text itself has nothing to teach."""
+        if self._checked_first_batch or teacher_scores.shape[1] < 2:
+            return
+        self._checked_first_batch = True
+        measured = self_probability.item()
+        if measured <= _ALL_SELF:
+            return
+        low, high = temperature, temperature * 1e4
+        for _ in range(40):  # bisection: self-probability falls as the temperature rises
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if _self_probability(teacher_scores, own, middle) > _HALF_SELF else (low, middle)
+        logger.warning(
+            "At teacher_temperature=%g the teacher gives %.4f of its probability to the text itself and %.2g to all %d "
+            "others together, so the loss and its gradient all but vanish. Set `include_diagonal=False`, or raise "
+            "`teacher_temperature` (on this batch it is one half at %.2g).",
+            temperature,
+            measured,
+            1 - measured,
+            teacher_scores.shape[1] - 1,
+            high,
+        )
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return the constructor's arguments, for the model card."""
+        return {
+            "temperature": self.temperature,
+            "student_temperature": self.student_temperature,
+            "teacher_temperature": self.teacher_temperature,
+            "direction": self.direction,
+            "include_diagonal": self.include_diagonal,
+            **super().get_config_dict(),
+        }
+
+
+def _self_probability(scores: Tensor, own: Tensor, temperature: float) -> Tensor:
+    """Mean probability a row gives to itself."""
+    return (scores / temperature).softmax(dim=1).gather(1, own).mean()
+
+
+def _check_teacher(labels: Tensor | None, columns: int) -> None:
+    """Refuse a teacher of the wrong shape or with numbers that are not finite.
+
+    Finiteness is read off the device in every batch, before the student runs: one bad row would spoil the weights.
+    """
+    if labels is None:
+        raise ValueError(
+            "DistillKLLoss got no label. Add a `label` column with the teacher's embedding of each text, e.g. from "
+            "`unime_st.data.teacher_embeddings`."
+        )
+    expected = "(B, Dt)" if columns == 1 else f"(B, {columns}, Dt)"
+    fits = (labels.ndim == 3 and labels.shape[1] == columns) or (labels.ndim == 2 and columns == 1)
+    if not (fits and labels.is_floating_point() and labels.shape[-1] > 0):
+        raise ValueError(
+            f"The teacher's embeddings have shape {tuple(labels.shape)} ({labels.dtype}), but {columns} text column(s) "
+            f"need floats of shape {expected}: one embedding a text, in the columns' order."
+        )
+    bad = ~labels.isfinite().flatten(1).all(dim=1)
+    if bad.any():
+        rows = bad.nonzero().flatten().tolist()
+        raise ValueError(
+            f"The teacher's embeddings hold NaN or infinite numbers in row(s) {rows[:10]} of the batch "
+            f"({len(rows)} of {len(labels)}), which would make every weight NaN. Embed these texts again, or drop them."
+        )

@@ -1,0 +1,262 @@
+"""Stage 2 of UniME: contrast each query with its hardest negatives, false negatives left out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from unime_st import distributed, functional
+from unime_st.losses.identity import batch_identities
+from unime_st.losses.in_batch import InBatchLoss, check_temperature
+
+logger = logging.getLogger(__name__)
+
+
+class HardNegativeInfoNCELoss(InBatchLoss):
+    """InfoNCE over the positive and the ``k`` hardest in-batch negatives, after false negatives are dropped.
+
+    Candidates are all positives and all explicit negatives of the batch, of every process's batch with
+    ``gather_across_devices``. For each query, these are left out:
+
+    * by margin: candidates with cos(query, candidate) > cos(query, positive) + ``margin``;
+    * by identity: candidates with the content of a right answer or of the query itself, where right answers are the
+      row's own positive and those of rows with the same ``label`` or the same query content;
+    * repetitions: equal candidates count once, or a popular target would fill several of the ``k`` places.
+
+    Of the rest, the ``num_hard_negatives`` most similar are kept; a row with fewer contrasts with those it has, and a
+    row with none has loss 0 and is counted in ``rows_without_negatives``. The loss is the mean over rows of the global
+    batch: each process averages its own rows, and the data-parallel wrapper averages over processes.
+
+    Contents are known through ``content_id``, which :class:`~unime_st.modules.MultimodalEncoder` adds to the features;
+    with stock modules, text is told apart by its tokens, and images need a ``label``.
+
+    Args:
+        model: The model to train; None when only :meth:`compute_loss_from_embeddings` is used.
+        temperature: Divides the cosine similarities, > 0.
+        margin: See above; may be negative. None switches the filter by score off.
+        num_hard_negatives: ``k``, >= 1; None keeps all valid candidates.
+        negative_selection: ``"hardest"``, or ``"random"`` to draw ``k`` among the valid ones: the baseline that shows
+            what hardness is worth. Draws come from torch's CPU generator, so the Trainer seeds and resumes them.
+        gather_across_devices: Take candidates from all processes.
+        mini_batch_size: Rows embedded at a time (GradCache); None embeds each column at once.
+        mini_batch_num_tokens: Tokens embedded at a time, in place of a number of rows.
+
+    Attributes:
+        last_metrics: Of the last batch, as scalars on the device: ``positive_similarity`` and
+            ``hard_negative_similarity`` (mean cosines), ``false_negatives_filtered`` (candidates a row lost to either
+            filter, mean) with its parts ``false_negatives_by_margin`` and ``false_negatives_by_identity``,
+            ``rows_without_negatives`` (a count), all over the local rows.
+            :class:`~unime_st.losses.LossMetricsCallback` logs their means.
+
+    Raises:
+        ValueError: At construction on arguments out of range; on a batch when ``num_hard_negatives`` exceeds what the
+            *first* training batch offers (later batches may be smaller, as an epoch's last one is, and keep what they
+            have), or when columns or labels do not fit.
+
+    Inputs:
+        +-------------------------------------------------+------------------------------------------+
+        | Columns                                         | Label                                    |
+        +=================================================+==========================================+
+        | (anchor, positive), each text, image or both    | none, or an integer identity of positive |
+        +-------------------------------------------------+------------------------------------------+
+        | (anchor, positive, negative_1, ..., negative_n) | the same                                 |
+        +-------------------------------------------------+------------------------------------------+
+
+    Relations:
+        With ``margin=None``, ``num_hard_negatives=None`` and no repeated content it equals
+        ``MultipleNegativesRankingLoss(scale=1 / temperature)``, or its cached form with a mini-batch given.
+        ``GISTEmbedLoss`` also drops false negatives, but by a guide model, and keeps all the others.
+        ``hardness_mode`` of the ranking loss re-weights hard negatives instead of choosing them.
+        ``MatryoshkaLoss`` may wrap it.
+
+    References:
+        UniME, section 3.3: https://arxiv.org/abs/2504.17432. Defaults are the paper's; the temperature is the published
+        code's. The filter by identity and the count of repetitions go beyond it: a copy of the positive is as similar
+        as the positive and passes every margin >= 0.
+
+    Example:
+        >>> loss = HardNegativeInfoNCELoss(None, margin=0.1, num_hard_negatives=2)
+        >>> queries, targets = torch.eye(4), torch.eye(4) + 0.5
+        >>> round(loss.compute_loss_from_embeddings([queries, targets]).item(), 4)
+        0.0
+        >>> float(loss.last_metrics["rows_without_negatives"])
+        0.0
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer | None,
+        *,
+        temperature: float = 0.02,
+        margin: float | None = 0.1,
+        num_hard_negatives: int | None = 8,
+        negative_selection: Literal["hardest", "random"] = "hardest",
+        gather_across_devices: bool = False,
+        mini_batch_size: int | None = None,
+        mini_batch_num_tokens: int | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            gather_across_devices=gather_across_devices,
+            mini_batch_size=mini_batch_size,
+            mini_batch_num_tokens=mini_batch_num_tokens,
+        )
+        if num_hard_negatives is not None and num_hard_negatives < 1:
+            raise ValueError(f"`num_hard_negatives={num_hard_negatives}`, but at least 1 is needed; None keeps all.")
+        if margin is not None and not abs(margin) < float("inf"):
+            raise ValueError(f"`margin={margin}`, but it must be a finite number; None switches the filter off.")
+        if negative_selection not in ("hardest", "random"):
+            raise ValueError(f"`negative_selection={negative_selection!r}`, but it must be 'hardest' or 'random'.")
+        if negative_selection == "random" and num_hard_negatives is None:
+            raise ValueError("`negative_selection='random'` needs a `num_hard_negatives`: None keeps all of them.")
+        self.temperature = check_temperature("temperature", temperature)
+        self.margin = margin
+        self.num_hard_negatives = num_hard_negatives
+        self.negative_selection = negative_selection
+        self._checked_first_batch = False
+        self._warned_unknown = False
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """Embed the columns and compute the loss."""
+        columns = list(sentence_features)
+        if len(columns) < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs the columns (anchor, positive[, negative_1, ...]), got {len(columns)} "
+                "column(s). Add the missing one to the data set, or select the right columns."
+            )
+        ids, unknown = batch_identities(columns)
+        if unknown and labels is None and not self._warned_unknown:
+            self._warned_unknown = True
+            logger.warning(
+                "Column(s) %s hold images, or packed text, without `content_id`, so equal contents there cannot be "
+                "recognised: their false negatives are found by margin only. Load the model with "
+                "`unime_st.load_encoder`, or give an integer `label` column that identifies the target.",
+                unknown,
+            )
+        return self.embed_and_compute(columns, _pack(labels, ids))
+
+    def compute_loss_from_embeddings(
+        self, embeddings: list[Tensor], labels: Tensor | None = None, content_ids: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Compute the loss from embeddings.
+
+        Args:
+            embeddings: One ``(B, D)`` tensor a column: queries, positives, then any explicit negatives.
+            labels: ``(B,)`` integer identity of each row's target, or None.
+            content_ids: One ``(B,)`` integer tensor a column, identifying equal contents, or None.
+
+        Returns:
+            The mean loss over this process's rows, a scalar.
+
+        Raises:
+            ValueError: On columns or labels of the wrong shape or type, or too few candidates (see the class).
+        """
+        ids = None if content_ids is None else torch.stack(list(content_ids), dim=1)
+        return self.compute_loss(embeddings, _pack(labels, ids))
+
+    def compute_loss(self, embeddings: list[Tensor], targets: Tensor | None) -> Tensor:
+        """Compute the loss from embeddings and packed identities (see :func:`_pack`)."""
+        labels, ids = _unpack(targets, batch=len(embeddings[0]), columns=len(embeddings))
+        queries, documents = embeddings[0], embeddings[1:]
+        batch = len(queries)
+        first_row = 0
+        if self.gather_across_devices:
+            first_row = distributed.rank() * batch
+            documents = distributed.gather_columns(documents)
+            labels, ids = (None if known is None else distributed.gather(known) for known in (labels, ids))
+        rows = torch.arange(batch, device=queries.device) + first_row  # (Q,) also the columns of the positives
+        scores = functional.cosine_scores(queries, torch.cat(documents))  # (Q, C)
+        self._check_number_of_candidates(scores.shape[1])
+        negatives = functional.hardest_valid_negatives(
+            scores,
+            rows,
+            self.num_hard_negatives,
+            self.margin,
+            candidate_ids=None if ids is None else ids[:, 1:].T.flatten(),
+            query_ids=None if ids is None else ids[:, 0],
+            labels=labels,
+            priority=self._priority(rows, scores.shape[1]),
+        )
+        positive = scores.gather(1, rows[:, None]).squeeze(1)  # (Q,)
+        self._record(positive, negatives)
+        return functional.info_nce(positive, negatives.scores, self.temperature).mean()
+
+    def _priority(self, rows: Tensor, num_candidates: int) -> Tensor | None:
+        if self.negative_selection == "hardest":
+            return None
+        seed = distributed.shared_seed(rows.device)
+        return functional.shuffled_priority(seed, rows, num_candidates)
+
+    def _check_number_of_candidates(self, num_candidates: int) -> None:
+        """Refuse a `num_hard_negatives` the first training batch cannot meet; by shapes alone, so no sync."""
+        if self._checked_first_batch or not (self.training and torch.is_grad_enabled()):
+            return
+        self._checked_first_batch = True
+        offered = num_candidates - 1
+        if self.num_hard_negatives is not None and self.num_hard_negatives > offered:
+            gathered = "" if self.gather_across_devices else ", set `gather_across_devices=True` on several processes"
+            raise ValueError(
+                f"`num_hard_negatives={self.num_hard_negatives}`, but each query has only {offered} candidates besides "
+                f"its positive. Lower it (None keeps all), raise `per_device_train_batch_size`{gathered}, or add "
+                "explicit negatives. If this is the small last batch of an epoch, met first after resuming, set "
+                "`dataloader_drop_last=True`."
+            )
+
+    @torch.no_grad()
+    def _record(self, positive: Tensor, negatives: functional.HardNegatives) -> None:
+        kept = negatives.scores > -torch.inf  # (Q, K)
+        by_margin, by_identity = (
+            counts.float().mean() for counts in (negatives.filtered_by_margin, negatives.filtered_by_identity)
+        )
+        similarity = negatives.scores.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)
+        self.record_metrics(
+            {
+                "positive_similarity": positive.mean(),
+                "hard_negative_similarity": similarity,
+                "false_negatives_filtered": by_margin + by_identity,
+                "false_negatives_by_margin": by_margin,
+                "false_negatives_by_identity": by_identity,
+                "rows_without_negatives": (~kept.any(dim=1)).sum().float(),
+            }
+        )
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return the constructor's arguments, for the model card."""
+        return {
+            "temperature": self.temperature,
+            "margin": self.margin,
+            "num_hard_negatives": self.num_hard_negatives,
+            "negative_selection": self.negative_selection,
+            **super().get_config_dict(),
+        }
+
+
+def _pack(labels: Tensor | None, ids: Tensor | None) -> Tensor | None:
+    """Put labels ``(B,)`` and content ids ``(B, n)`` side by side: the one tensor the GradCache mixin hands through."""
+    if labels is not None:
+        if labels.is_floating_point() or labels.ndim != 1:
+            raise ValueError(
+                "The label must be one integer a row, identifying the row's target, equal for equal targets, got "
+                f"{tuple(labels.shape)} of {labels.dtype}. Remove or rename the column if it means something else."
+            )
+        labels = labels.long()[:, None]
+    present = [part for part in (labels, ids) if part is not None]
+    return torch.cat(present, dim=1) if present else None
+
+
+def _unpack(targets: Tensor | None, *, batch: int, columns: int) -> tuple[Tensor | None, Tensor | None]:
+    """Undo :func:`_pack`: the width tells what is there, as there are always two columns or more."""
+    if targets is None:
+        return None, None
+    if len(targets) != batch:
+        raise ValueError(f"Labels or content ids have {len(targets)} rows, but the embeddings have {batch}.")
+    width = targets.shape[1]
+    if width not in (1, columns, columns + 1):
+        raise ValueError(f"Content ids must be given for each of the {columns} columns, got {width}.")
+    labels = targets[:, 0] if width in (1, columns + 1) else None
+    return labels, targets[:, -columns:] if width >= columns else None

@@ -1,0 +1,80 @@
+"""What the rows of a batch *are*, apart from how they are embedded: the integers false negatives are recognised by."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unime_st import distributed
+from unime_st.functional import mix64
+
+logger = logging.getLogger(__name__)
+
+CONTENT_KEY = "content_id"
+_MEDIA_KEYS = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
+
+
+def hash_tokens(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Hash each row's tokens, the same whichever side it is padded on and however wide the batch.
+
+    Args:
+        input_ids: ``(B, T)`` integers.
+        attention_mask: ``(B, T)``, 0 at padding.
+
+    Returns:
+        ``(B,)`` int64, >= 0.
+
+    Example:
+        >>> left = hash_tokens(torch.tensor([[0, 7, 8]]), torch.tensor([[0, 1, 1]]))
+        >>> right = hash_tokens(torch.tensor([[7, 8]]), torch.tensor([[1, 1]]))
+        >>> bool(left == right)
+        True
+    """
+    active = attention_mask.long()
+    position = active.cumsum(dim=1)  # 1, 2, ... over the tokens that count
+    mixed = mix64(mix64(input_ids.long() + 1) + mix64(-position))
+    return (mixed * active).sum(dim=1) & (2**63 - 1)
+
+
+def content_ids(features: Mapping[str, Any]) -> Tensor | None:
+    """Integer identity of each row's content in one column, ``(B,)``, or None when it cannot be told.
+
+    :class:`~unime_st.modules.MultimodalEncoder` puts it into the features under ``content_id``. Without that, rows of
+    text are told apart by their tokens (a prompt among the tokens counts); images, and text packed without padding, are
+    not.
+    """
+    if CONTENT_KEY in features:
+        return features[CONTENT_KEY]
+    tokens, mask = features.get("input_ids"), features.get("attention_mask")
+    text_only = not any(features.get(key) is not None for key in _MEDIA_KEYS)
+    if text_only and isinstance(tokens, Tensor) and isinstance(mask, Tensor) and tokens.shape == mask.shape:
+        return hash_tokens(tokens, mask)
+    return None
+
+
+def batch_identities(columns: Sequence[Mapping[str, Any]]) -> tuple[Tensor | None, list[int]]:
+    """Identities of all columns of a batch.
+
+    A column whose content is unknown gets numbers below 0 that occur nowhere else in the global batch, so its rows
+    equal nothing.
+
+    Args:
+        columns: One feature dict a column.
+
+    Returns:
+        ``(B, n_columns)`` int64, or None when no column is known; and the numbers of the unknown columns.
+    """
+    known = [content_ids(features) for features in columns]
+    unknown = [index for index, ids in enumerate(known) if ids is None]
+    if len(unknown) == len(columns):
+        return None, unknown
+    example = next(ids for ids in known if ids is not None)
+    batch = len(example)
+    rows = torch.arange(batch, device=example.device) + distributed.rank() * batch
+    total = batch * distributed.world_size()
+    filled = [-1 - (rows + index * total) if ids is None else ids.long() for index, ids in enumerate(known)]
+    return torch.stack(filled, dim=1), unknown

@@ -1,0 +1,78 @@
+"""The losses' own numbers in the Trainer's logs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformerTrainer
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from unime_st import distributed
+from unime_st.losses.in_batch import InBatchLoss
+
+
+class LossMetricsCallback(TrainerCallback):
+    """Add the means of a loss's ``last_metrics`` since the last log event to the Trainer's logs.
+
+    Means run over every training forward pass, those of gradient accumulation included, and over processes. They appear
+    in ``trainer.state.log_history`` and in what later callbacks print. A tracker (TensorBoard, Weights & Biases, ...)
+    is called before the callbacks passed to the Trainer, so use :meth:`attach` to have them there too.
+
+    Args:
+        loss: The Trainer's loss: one of this package's, a wrapper around one such as ``MatryoshkaLoss`` (its means then
+            run over its dimensions as well), or a dict of losses by data set, whose names then prefix the numbers.
+
+    Raises:
+        ValueError: When there is no loss of this package inside.
+
+    Example:
+        >>> from unime_st.losses import HardNegativeInfoNCELoss
+        >>> callback = LossMetricsCallback(HardNegativeInfoNCELoss(None))
+    """
+
+    def __init__(self, loss: nn.Module | Mapping[str, nn.Module]) -> None:
+        named = {f"{name}_": module for name, module in loss.items()} if isinstance(loss, Mapping) else {"": loss}
+        found = {prefix: _find(module) for prefix, module in named.items()}
+        self.losses = {prefix: inner for prefix, inner in found.items() if inner is not None}
+        if not self.losses:
+            names = ", ".join(type(module).__name__ for module in named.values())
+            raise ValueError(f"No loss with metrics in {names}: use DistillKLLoss or HardNegativeInfoNCELoss.")
+
+    @classmethod
+    def attach(cls, trainer: SentenceTransformerTrainer) -> LossMetricsCallback:
+        """Add the callback for ``trainer.loss`` ahead of the trainer's other callbacks, trackers included."""
+        callback = cls(trainer.loss)
+        trainer.callback_handler.callbacks.insert(0, callback)
+        return callback
+
+    def on_log(
+        self,
+        args: TrainingArguments,  # noqa: ARG002 the Trainer's signature
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        """Add the means to the log event of a training step, which every process takes part in."""
+        if logs is None or "loss" not in logs:
+            return
+        means = {
+            prefix + name: value
+            for prefix, loss in self.losses.items()
+            for name, value in sorted(loss.pop_mean_metrics().items())
+        }
+        if not means:
+            return
+        values = torch.stack([value.float() for value in means.values()])
+        rounded = [round(value, 6) for value in distributed.mean_over_processes(values).tolist()]
+        metrics = dict(zip(means, rounded, strict=True))
+        logs.update(metrics)
+        if state.log_history:
+            state.log_history[-1].update(metrics)  # the Trainer stored its copy before this event
+
+
+def _find(loss: nn.Module) -> InBatchLoss | None:
+    return next((module for module in loss.modules() if isinstance(module, InBatchLoss)), None)
