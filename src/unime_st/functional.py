@@ -272,7 +272,7 @@ def info_nce(positive_scores: Tensor, negative_scores: Tensor, temperature: floa
 
 
 def mix64(x: Tensor) -> Tensor:
-    """Scramble 64-bit integers (a splitmix64-like finaliser), on any device.
+    """Scramble 64-bit integers one to one (the finaliser of splitmix64), on any device.
 
     Args:
         x: int64 of any shape.
@@ -280,9 +280,10 @@ def mix64(x: Tensor) -> Tensor:
     Returns:
         int64 of the same shape; equal inputs give equal outputs, near inputs give unrelated ones.
     """
-    x = (x ^ (x >> 30)) * -4658895280553007687
-    x = (x ^ (x >> 27)) * -7723592293110705685
-    return x ^ (x >> 31)
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+        logical = (x >> shift) & ((1 << (64 - shift)) - 1)  # torch's own shift drags the sign along
+        x = (x ^ logical) * factor
+    return x
 
 
 def shuffled_priority(seed: int | Tensor, rows: Tensor, num_candidates: int) -> Tensor:
@@ -297,4 +298,4 @@ def shuffled_priority(seed: int | Tensor, rows: Tensor, num_candidates: int) -> 
         ``(Q, C)`` int64, for the ``priority`` of :func:`hardest_valid_negatives`.
     """
     columns = torch.arange(num_candidates, device=rows.device)
-    return mix64(mix64(rows + 1)[:, None] + mix64(columns + seed)[None, :])  # (Q, C)
+    return mix64(mix64(mix64(rows) + seed)[:, None] + columns[None, :])  # (Q, C)

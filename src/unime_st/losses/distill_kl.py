@@ -154,7 +154,7 @@ class DistillKLLoss(InBatchLoss):
         diagonal = torch.cat([rows + column * total for column in range(columns)])  # (Q,)
         student_scores = functional.cosine_scores(student, torch.cat(students))  # (Q, C), C = n * N
         teacher_scores = functional.cosine_scores(teacher, torch.cat(teachers)).to(student_scores.dtype)
-        self._record(student_scores, teacher_scores, diagonal)
+        self.record_metrics(self._metrics(student_scores, teacher_scores, diagonal))
         return functional.in_batch_kl(
             student_scores,
             teacher_scores,
@@ -165,7 +165,7 @@ class DistillKLLoss(InBatchLoss):
         ).mean()
 
     @torch.no_grad()
-    def _record(self, student_scores: Tensor, teacher_scores: Tensor, diagonal: Tensor) -> None:
+    def _metrics(self, student_scores: Tensor, teacher_scores: Tensor, diagonal: Tensor) -> dict[str, Tensor]:
         own = diagonal[:, None]  # (Q, 1)
         teacher_temperature = self.teacher_temperature or self.temperature
         if self.include_diagonal:
@@ -175,13 +175,11 @@ class DistillKLLoss(InBatchLoss):
         else:
             student_self = teacher_self = student_scores.new_zeros(())
         nearest = [scores.scatter(1, own, -torch.inf).argmax(dim=1) for scores in (student_scores, teacher_scores)]
-        self.record_metrics(
-            {
-                "teacher_self_probability": teacher_self,
-                "student_self_probability": student_self,
-                "nearest_neighbor_agreement": (nearest[0] == nearest[1]).float().mean(),
-            }
-        )
+        return {
+            "teacher_self_probability": teacher_self,
+            "student_self_probability": student_self,
+            "nearest_neighbor_agreement": (nearest[0] == nearest[1]).float().mean(),
+        }
 
     def _warn_when_saturated(
         self, teacher_scores: Tensor, own: Tensor, self_probability: Tensor, temperature: float

@@ -183,7 +183,7 @@ class HardNegativeInfoNCELoss(InBatchLoss):
             priority=self._priority(rows, scores.shape[1]),
         )
         positive = scores.gather(1, rows[:, None]).squeeze(1)  # (Q,)
-        self._record(positive, negatives)
+        self.record_metrics(_metrics(positive, negatives))
         return functional.info_nce(positive, negatives.scores, self.temperature).mean()
 
     def _priority(self, rows: Tensor, num_candidates: int) -> Tensor | None:
@@ -207,24 +207,6 @@ class HardNegativeInfoNCELoss(InBatchLoss):
                 "`dataloader_drop_last=True`."
             )
 
-    @torch.no_grad()
-    def _record(self, positive: Tensor, negatives: functional.HardNegatives) -> None:
-        kept = negatives.scores > -torch.inf  # (Q, K)
-        by_margin, by_identity = (
-            counts.float().mean() for counts in (negatives.filtered_by_margin, negatives.filtered_by_identity)
-        )
-        similarity = negatives.scores.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)
-        self.record_metrics(
-            {
-                "positive_similarity": positive.mean(),
-                "hard_negative_similarity": similarity,
-                "false_negatives_filtered": by_margin + by_identity,
-                "false_negatives_by_margin": by_margin,
-                "false_negatives_by_identity": by_identity,
-                "rows_without_negatives": (~kept.any(dim=1)).sum().float(),
-            }
-        )
-
     def get_config_dict(self) -> dict[str, Any]:
         """Return the constructor's arguments, for the model card."""
         return {
@@ -234,6 +216,21 @@ class HardNegativeInfoNCELoss(InBatchLoss):
             "negative_selection": self.negative_selection,
             **super().get_config_dict(),
         }
+
+
+@torch.no_grad()
+def _metrics(positive: Tensor, negatives: functional.HardNegatives) -> dict[str, Tensor]:
+    kept = negatives.scores > -torch.inf  # (Q, K)
+    by_margin = negatives.filtered_by_margin.float().mean()
+    by_identity = negatives.filtered_by_identity.float().mean()
+    return {
+        "positive_similarity": positive.mean(),
+        "hard_negative_similarity": negatives.scores.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1),
+        "false_negatives_filtered": by_margin + by_identity,
+        "false_negatives_by_margin": by_margin,
+        "false_negatives_by_identity": by_identity,
+        "rows_without_negatives": (~kept.any(dim=1)).sum().float(),
+    }
 
 
 def _pack(labels: Tensor | None, ids: Tensor | None) -> Tensor | None:

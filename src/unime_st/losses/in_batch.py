@@ -59,7 +59,8 @@ class InBatchLoss(CachedLossMixin, nn.Module):
         self.mini_batch_num_tokens = mini_batch_num_tokens
         # sentence-transformers asks each instance, e.g. in MatryoshkaLoss.
         self.uses_gradient_cache = mini_batch_size is not None or mini_batch_num_tokens is not None
-        if self.uses_gradient_cache and model is not None and has_static_embedding_input(model):
+        stock = isinstance(model, SentenceTransformer)
+        if self.uses_gradient_cache and stock and has_static_embedding_input(model):
             raise ValueError(
                 f"{type(self).__name__} cannot split the inputs of a StaticEmbedding into mini-batches. "
                 "Leave `mini_batch_size` and `mini_batch_num_tokens` at None."

@@ -1,0 +1,97 @@
+"""Both losses in plain Python floats, value and gradient, written from the definitions and sharing no code with src."""
+
+import math
+
+Matrix = list[list[float]]
+
+
+def cosine_and_gradients(a: list[float], b: list[float]) -> tuple[float, list[float], list[float]]:
+    norm_a, norm_b = math.sqrt(sum(x * x for x in a)), math.sqrt(sum(x * x for x in b))
+    cosine = sum(x * y for x, y in zip(a, b, strict=True)) / (norm_a * norm_b)
+    to_a = [(y / norm_b - cosine * x / norm_a) / norm_a for x, y in zip(a, b, strict=True)]
+    to_b = [(x / norm_a - cosine * y / norm_b) / norm_b for x, y in zip(a, b, strict=True)]
+    return cosine, to_a, to_b
+
+
+def add_scaled(target: list[float], scale: float, direction: list[float]) -> None:
+    for i, x in enumerate(direction):
+        target[i] += scale * x
+
+
+def softmax(values: list[float]) -> list[float]:
+    top = max(values)
+    weights = [math.exp(v - top) for v in values]
+    return [w / sum(weights) for w in weights]
+
+
+def chosen_negatives(row, scores, candidate_ids, query_ids, labels, margin, k):
+    """Columns of the negatives of one row, from the rules in the docstring of HardNegativeInfoNCELoss."""
+    batch = len(query_ids)
+    answering = [
+        j
+        for j in range(batch)
+        if j == row or query_ids[j] == query_ids[row] or (labels is not None and labels[j] == labels[row])
+    ]
+    right_contents = {candidate_ids[j] for j in answering} | {query_ids[row]}
+    seen, valid = set(), []
+    for column, content in enumerate(candidate_ids):
+        repeated = content in seen
+        seen.add(content)
+        if repeated or content in right_contents:
+            continue
+        if margin is not None and scores[column] > scores[row] + margin:
+            continue
+        valid.append(column)
+    valid.sort(key=lambda column: -scores[column])
+    return valid if k is None else valid[:k]
+
+
+def hard_negative_info_nce(columns: list[Matrix], ids: list[list[int]], labels, margin, k, temperature):
+    """Loss, gradient per column, and the number of rows without negatives."""
+    queries, candidates = columns[0], [row for column in columns[1:] for row in column]
+    candidate_ids = [i for column in ids[1:] for i in column]
+    batch = len(queries)
+    to_queries = [[0.0] * len(q) for q in queries]
+    to_candidates = [[0.0] * len(c) for c in candidates]
+    total, empty = 0.0, 0
+    for row, query in enumerate(queries):
+        parts = [cosine_and_gradients(query, candidate) for candidate in candidates]
+        scores = [part[0] for part in parts]
+        negatives = chosen_negatives(row, scores, candidate_ids, ids[0], labels, margin, k)
+        empty += not negatives
+        members = [row, *negatives]
+        probabilities = softmax([scores[column] / temperature for column in members])
+        total -= math.log(probabilities[0]) if probabilities[0] > 0 else -math.inf
+        for place, column in enumerate(members):
+            slope = (probabilities[place] - (place == 0)) / temperature / batch
+            add_scaled(to_queries[row], slope, parts[column][1])
+            add_scaled(to_candidates[column], slope, parts[column][2])
+    per_column = [to_candidates[i : i + batch] for i in range(0, len(to_candidates), batch)]
+    return total / batch, [to_queries, *per_column], empty
+
+
+def distill_kl(columns: list[Matrix], teachers: list[Matrix], tau_student, tau_teacher, direction, include_diagonal):
+    """Loss and gradient per student column; ``teachers`` holds one matrix a column."""
+    batch = len(columns[0])
+    student = [row for column in columns for row in column]
+    teacher = [row for column in teachers for row in column]
+    gradient = [[0.0] * len(row) for row in student]
+    total, n = 0.0, len(student)
+    for i in range(n):
+        others = [j for j in range(n) if include_diagonal or j != i]
+        if not others:
+            continue
+        parts = {j: cosine_and_gradients(student[i], student[j]) for j in others}
+        q = softmax([parts[j][0] / tau_student for j in others])
+        p = softmax([cosine_and_gradients(teacher[i], teacher[j])[0] / tau_teacher for j in others])
+        forward = sum(b * math.log(b / a) for a, b in zip(q, p, strict=True))  # KL(teacher || student)
+        backward = sum(a * math.log(a / b) for a, b in zip(q, p, strict=True))  # KL(student || teacher)
+        forward_slope = [a - b for a, b in zip(q, p, strict=True)]
+        backward_slope = [a * (math.log(a / b) - backward) for a, b in zip(q, p, strict=True)]
+        share = {"teacher_student": (1, 0), "student_teacher": (0, 1), "symmetric": (0.5, 0.5)}[direction]
+        total += share[0] * forward + share[1] * backward
+        for place, j in enumerate(others):
+            slope = (share[0] * forward_slope[place] + share[1] * backward_slope[place]) / tau_student / n
+            add_scaled(gradient[i], slope, parts[j][1])
+            add_scaled(gradient[j], slope, parts[j][2])
+    return total / n, [gradient[i : i + batch] for i in range(0, n, batch)]

@@ -1,0 +1,104 @@
+"""Loss and gradient against plain Python, in float64 within 1e-9, over random settings."""
+
+import random
+
+import pytest
+import torch
+from loss_oracles import distill_kl, hard_negative_info_nce
+
+from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss
+
+SETTINGS = 240
+TOLERANCE = 1e-9
+
+
+def rows(rng, count, dim):
+    return [[rng.gauss(0, 1) for _ in range(dim)] for _ in range(count)]
+
+
+def tensors(columns):
+    return [torch.tensor(column, dtype=torch.float64, requires_grad=True) for column in columns]
+
+
+def check(loss, columns, expected, expected_gradients):
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, abs=TOLERANCE)
+    for column, gradient in zip(columns, expected_gradients, strict=True):
+        torch.testing.assert_close(column.grad, torch.tensor(gradient, dtype=torch.float64), rtol=0, atol=TOLERANCE)
+
+
+def contrast_setting(seed):
+    """Embeddings that are a function of their content, with contents repeated more or less often."""
+    rng = random.Random(seed)
+    batch, negatives, dim = rng.randint(1, 7), rng.randint(0, 3), rng.randint(2, 6)
+    contents = rng.choice([4, 8, 1000])
+    ids = [[rng.randrange(contents) for _ in range(batch)] for _ in range(2 + negatives)]
+    if rng.random() < 0.5:  # queries of their own, never equal to a candidate
+        ids[0] = [10_000 + i for i in ids[0]]
+    table = dict(zip(sorted({i for c in ids for i in c}), rows(rng, 99, dim), strict=False))
+    columns = [[list(table[i]) for i in column] for column in ids]
+    labels = [rng.randrange(max(2, batch)) for _ in range(batch)] if rng.random() < 0.5 else None
+    margin = rng.choice([None, -0.3, 0.0, 0.1, 0.5])
+    k = rng.choice([None, 1, 2, 5, 50])
+    return columns, ids, labels, margin, k, rng.choice([0.02, 0.1, 1.0])
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_hard_negative_info_nce_equals_the_oracle(block):
+    seen_empty = seen_filtered = 0
+    for seed in range(block, SETTINGS, 8):
+        columns, ids, labels, margin, k, temperature = contrast_setting(seed)
+        loss = HardNegativeInfoNCELoss(None, temperature=temperature, margin=margin, num_hard_negatives=k)
+        loss._checked_first_batch = True  # k above the batch's offer has a test of its own
+        embeddings = tensors(columns)
+        value = loss.compute_loss_from_embeddings(
+            embeddings, None if labels is None else torch.tensor(labels), [torch.tensor(i) for i in ids]
+        )
+        expected, gradients, empty = hard_negative_info_nce(columns, ids, labels, margin, k, temperature)
+        check(value, embeddings, expected, gradients)
+        assert int(loss.last_metrics["rows_without_negatives"]) == empty
+        seen_empty += empty
+        seen_filtered += float(loss.last_metrics["false_negatives_filtered"])
+    assert seen_empty, "no setting had a row without negatives"
+    assert seen_filtered, "no setting had a false negative"
+
+
+def test_the_oracle_without_content_ids_is_that_of_all_different_contents():
+    for seed in range(40):
+        columns, _, labels, margin, k, temperature = contrast_setting(seed)
+        rng = random.Random(seed)
+        columns = [rows(rng, len(column), len(column[0])) for column in columns]
+        different = [[100 * c + r for r in range(len(column))] for c, column in enumerate(columns)]
+        loss = HardNegativeInfoNCELoss(None, temperature=temperature, margin=margin, num_hard_negatives=k)
+        loss._checked_first_batch = True
+        embeddings = tensors(columns)
+        value = loss.compute_loss_from_embeddings(embeddings, None if labels is None else torch.tensor(labels))
+        check(value, embeddings, *hard_negative_info_nce(columns, different, labels, margin, k, temperature)[:2])
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_distill_kl_equals_the_oracle(block):
+    for seed in range(block, SETTINGS, 4):
+        rng = random.Random(1000 + seed)
+        batch, n, dim, teacher_dim = rng.randint(1, 5), rng.randint(1, 3), rng.randint(2, 5), rng.randint(2, 7)
+        columns = [rows(rng, batch, dim) for _ in range(n)]
+        teachers = [rows(rng, batch, teacher_dim) for _ in range(n)]
+        if batch > 1 and rng.random() < 0.3:  # a repeated text
+            columns[0][1], teachers[0][1] = list(columns[0][0]), list(teachers[0][0])
+        tau = rng.choice([0.05, 0.2, 1.0])
+        tau_student, tau_teacher = rng.choice([None, 0.1]), rng.choice([None, 0.3])
+        direction = rng.choice(["teacher_student", "student_teacher", "symmetric"])
+        diagonal = rng.random() < 0.5
+        loss = DistillKLLoss(
+            None,
+            temperature=tau,
+            student_temperature=tau_student,
+            teacher_temperature=tau_teacher,
+            direction=direction,
+            include_diagonal=diagonal,
+        )
+        embeddings = tensors(columns)
+        labels = torch.tensor(teachers, dtype=torch.float64).transpose(0, 1)  # (B, n, Dt)
+        value = loss.compute_loss_from_embeddings(embeddings, labels.squeeze(1) if n == 1 else labels)
+        expected = distill_kl(columns, teachers, tau_student or tau, tau_teacher or tau, direction, diagonal)
+        check(value, embeddings, *expected)

@@ -1,0 +1,187 @@
+"""Two gloo processes compute what one computes: loss, gradients, metrics, for both losses, plain and cached."""
+
+import datetime as dt
+import os
+import socket
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from unime_st import distributed
+from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss
+
+WORLD, LOCAL, DIM = 2, 6, 5
+ROWS = WORLD * LOCAL
+TOLERANCE = 1e-9
+
+
+class TinyModel(nn.Module):
+    """The least that the losses need: features in, sentence embedding out."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, DIM)).double()
+
+    def __getitem__(self, index):
+        return self.layers[index]
+
+    def forward(self, features):
+        return {**features, "sentence_embedding": self.layers(features["input_ids"])}
+
+
+def batch(seed=0, columns=3):
+    """Features of a global batch with repeated contents, labels, and a teacher."""
+    generator = torch.Generator().manual_seed(seed)
+    contents = torch.randint(0, 14, (columns, ROWS), generator=generator)
+    table = torch.randn(14, 4, dtype=torch.float64, generator=generator)
+    features = [{"input_ids": table[ids], "content_id": ids} for ids in contents]
+    labels = torch.randint(0, 8, (ROWS,), generator=generator)
+    teacher = torch.randn(ROWS, columns, 7, dtype=torch.float64, generator=generator)
+    return features, labels, teacher
+
+
+LOSSES = {
+    "contrast": lambda model, **kw: HardNegativeInfoNCELoss(model, temperature=0.1, num_hard_negatives=4, **kw),
+    "contrast_all": lambda model, **kw: HardNegativeInfoNCELoss(
+        model, temperature=0.1, num_hard_negatives=None, margin=None, **kw
+    ),
+    "contrast_random": lambda model, **kw: HardNegativeInfoNCELoss(
+        model, temperature=0.1, num_hard_negatives=4, negative_selection="random", **kw
+    ),
+    "distill": lambda model, **kw: DistillKLLoss(model, temperature=0.3, **kw),
+    "distill_no_diagonal": lambda model, **kw: DistillKLLoss(
+        model, temperature=0.3, include_diagonal=False, direction="symmetric", **kw
+    ),
+}
+MODES = {"plain": {}, "cached": {"mini_batch_size": 4}}
+
+
+def step(name, mode, rows, wrap):
+    """One training step on some rows of the global batch: loss, gradients, metrics."""
+    torch.manual_seed(11)
+    model = wrap(TinyModel())
+    loss = LOSSES[name](model, gather_across_devices=True, **MODES[mode])
+    features, labels, teacher = batch()
+    local = [{key: value[rows] for key, value in column.items()} for column in features]
+    value = loss(local, teacher[rows] if name.startswith("distill") else labels[rows])
+    value.backward()
+    gradients = {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters()}
+    return value.detach(), gradients, loss.pop_mean_metrics()
+
+
+def published_gather_gradient(queries, targets):
+    """The published distributed loss: everything gathered, the local part not put back. None: no gradient at all."""
+    everything = [distributed.gather(part) for part in (queries, targets)]
+    scores = everything[0] @ everything[1].T
+    loss = nn.functional.cross_entropy(scores, torch.arange(len(scores)))
+    return torch.autograd.grad(loss, queries) if loss.requires_grad else None
+
+
+def gathers():
+    """Everything test_gathering wants to know of one process."""
+    own = torch.full((2, 3), float(distributed.rank()), requires_grad=True)
+    first, second = distributed.gather_columns([own, own + 10])
+    ((first.sum() + 2 * second[0].sum()) * (distributed.rank() + 1)).backward()
+    queries, targets = (torch.randn(3, 2, requires_grad=True) for _ in range(2))
+    torch.manual_seed(100 + distributed.rank())
+    return {
+        "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
+        "first": first.detach(),
+        "second": second.detach(),
+        "gradient": own.grad,
+        "ids": distributed.gather(torch.tensor([distributed.rank(), 7])),
+        "seed": distributed.shared_seed(torch.device("cpu")),
+        "mean": distributed.mean_over_processes(torch.tensor([1.0, 4.0 * distributed.rank()])),
+        "published": published_gather_gradient(queries, targets),
+    }
+
+
+def worker(rank, port, folder):
+    try:
+        address = f"tcp://127.0.0.1:{port}"
+        timeout = dt.timedelta(seconds=60)
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=WORLD, timeout=timeout)
+        rows = slice(rank * LOCAL, (rank + 1) * LOCAL)
+        results = {(name, mode): step(name, mode, rows, DistributedDataParallel) for name in LOSSES for mode in MODES}
+        results["gathers"] = gathers()
+        torch.save(results, Path(folder) / f"{rank}.pt")
+        dist.destroy_process_group()
+    except BaseException:  # noqa: BLE001 a forked test process must report and leave, whatever happened
+        (Path(folder) / f"{rank}.txt").write_text(traceback.format_exc())
+        os._exit(1)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    try:
+        mp.start_processes(worker, args=(port, str(folder)), nprocs=WORLD, start_method="fork")
+    except mp.ProcessExitedException:
+        pytest.fail("\n".join(path.read_text() for path in sorted(folder.glob("*.txt"))))
+    # These hold the tests' own dictionaries of tensors, written a moment ago.
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_two_processes_equal_one(two_processes, name, mode):
+    loss, gradients, metrics = step(name, "plain", slice(None), lambda model: model)
+    ranks = [result[name, mode] for result in two_processes]
+    assert loss.item() > 0.01
+    assert torch.stack([rank[0] for rank in ranks]).mean().item() == pytest.approx(loss.item(), abs=TOLERANCE)
+    assert ranks[0][0] != ranks[1][0]
+    for parameter, gradient in gradients.items():
+        assert gradient.abs().max() > 1e-4
+        for rank in ranks:  # averaged by DistributedDataParallel, so equal on both
+            torch.testing.assert_close(rank[1][parameter], gradient, rtol=0, atol=TOLERANCE)
+    for metric in metrics.keys() - {"rows_without_negatives", "hard_negative_similarity"}:
+        mean = sum(float(rank[2][metric]) for rank in ranks) / WORLD
+        assert mean == pytest.approx(float(metrics[metric]), abs=1e-6), metric
+    if "rows_without_negatives" in metrics:
+        assert sum(float(rank[2]["rows_without_negatives"]) for rank in ranks) == float(
+            metrics["rows_without_negatives"]
+        )
+
+
+def test_gathering(two_processes):
+    first, second = (result["gathers"] for result in two_processes)
+    assert (first["rank"], second["rank"], first["world_size"]) == (0, 1, 2)
+    for result in (first, second):
+        assert result["first"][:, 0].tolist() == [0, 0, 1, 1]
+        assert result["second"][:, 0].tolist() == [10, 10, 11, 11]
+        assert result["ids"].tolist() == [0, 7, 1, 7]
+        assert result["mean"].tolist() == [1.0, 2.0]
+    # Both processes used every part once (weights 1 and 2) and row 0 of the second column twice as much again.
+    assert first["gradient"][:, 0].tolist() == [3 + 6, 3]
+    assert second["gradient"][:, 0].tolist() == [3, 3]
+    assert first["seed"] == second["seed"]
+
+
+def test_defect_1_the_published_gather_has_no_gradient(two_processes):
+    """And ours has: test_two_processes_equal_one compares it with one process."""
+    assert [result["gathers"]["published"] for result in two_processes] == [None, None]
+
+
+def test_one_process_does_nothing():
+    columns = [torch.ones(2, 3, requires_grad=True), torch.zeros(2, 3)]
+    assert (distributed.rank(), distributed.world_size(), distributed.is_distributed()) == (0, 1, False)
+    assert all(a is b for a, b in zip(distributed.gather_columns(columns), columns, strict=True))
+    assert torch.equal(distributed.gather(columns[0]), columns[0])
+    assert not distributed.gather(columns[0]).requires_grad
+    assert distributed.mean_over_processes(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
+
+
+def test_columns_of_different_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"one shape.*\(2, 3\), \(3, 3\)"):
+        distributed.gather_columns([torch.ones(2, 3), torch.ones(3, 3)])
