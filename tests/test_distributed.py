@@ -55,6 +55,9 @@ LOSSES = {
     "contrast_random": lambda model, **kw: HardNegativeInfoNCELoss(
         model, temperature=0.1, num_hard_negatives=4, negative_selection="random", **kw
     ),
+    "contrast_trusting": lambda model, **kw: HardNegativeInfoNCELoss(
+        model, temperature=0.1, num_hard_negatives=4, margin=-0.1, filter_explicit_negatives=False, **kw
+    ),
     "distill": lambda model, **kw: DistillKLLoss(model, temperature=0.3, **kw),
     "distill_no_diagonal": lambda model, **kw: DistillKLLoss(
         model, temperature=0.3, include_diagonal=False, direction="symmetric", **kw

@@ -138,6 +138,13 @@ def first_occurrence(ids: Tensor) -> tuple[Tensor, Tensor]:
     return group, torch.empty_like(starts).scatter_(0, order, starts)
 
 
+def _spread_over_equals(mask: Tensor, candidate_ids: Tensor) -> Tensor:
+    """Mark a candidate of ``(Q, C)`` when any candidate of the same content is marked."""
+    group = first_occurrence(candidate_ids)[0]  # (C,)
+    marked = torch.zeros(mask.shape, dtype=torch.int32, device=mask.device).index_add_(1, group, mask.int())
+    return marked[:, group] > 0
+
+
 def identity_mask(
     positive: Tensor,
     num_candidates: int,
@@ -175,10 +182,7 @@ def identity_mask(
             mask[:, : len(identity)] |= identity[positive][:, None] == identity[None, :]
     if candidate_ids is None:
         return mask
-    # Spread over equal contents: a group of candidates is marked when any of its members is.
-    group = first_occurrence(candidate_ids)[0]  # (C,)
-    marked = torch.zeros(mask.shape, dtype=torch.int32, device=mask.device).index_add_(1, group, mask.int())
-    mask = marked[:, group] > 0
+    mask = _spread_over_equals(mask, candidate_ids)
     if query_ids is not None:
         mask = mask | (candidate_ids[None, :] == query_ids[positive][:, None])
     return mask
@@ -193,6 +197,7 @@ def hardest_valid_negatives(
     candidate_ids: Tensor | None = None,
     query_ids: Tensor | None = None,
     labels: Tensor | None = None,
+    trusted: Tensor | None = None,
     priority: Tensor | None = None,
 ) -> HardNegatives:
     """Choose each query's negatives: drop false negatives, count equal candidates once, keep the ``k`` most similar.
@@ -213,6 +218,8 @@ def hardest_valid_negatives(
         candidate_ids: See :func:`identity_mask`.
         query_ids: See :func:`identity_mask`.
         labels: See :func:`identity_mask`.
+        trusted: ``(Q, C)`` True where a candidate is known to be a negative, whatever its score, so that the margin
+            does not apply to it nor to its equals; identity still does.
         priority: ``(Q, C)`` take the largest of these in place of the highest scores, e.g. :func:`shuffled_priority`.
 
     Returns:
@@ -236,6 +243,8 @@ def hardest_valid_negatives(
     if margin is not None:
         with torch.no_grad():
             by_margin = (scores > scores.gather(1, own) + margin) & ~by_identity
+            if trusted is not None:
+                by_margin &= ~(trusted if candidate_ids is None else _spread_over_equals(trusted, candidate_ids))
     invalid = by_identity | by_margin  # (Q, C)
     if candidate_ids is not None:
         invalid = invalid | ~first_occurrence(candidate_ids)[1]

@@ -24,7 +24,7 @@ def softmax(values: list[float]) -> list[float]:
     return [w / sum(weights) for w in weights]
 
 
-def chosen_negatives(row, scores, candidate_ids, query_ids, labels, margin, k):
+def chosen_negatives(row, scores, candidate_ids, query_ids, labels, margin, k, trust):
     """Columns of the negatives of one row, from the rules in the docstring of HardNegativeInfoNCELoss."""
     batch = len(query_ids)
     answering = [
@@ -33,20 +33,21 @@ def chosen_negatives(row, scores, candidate_ids, query_ids, labels, margin, k):
         if j == row or query_ids[j] == query_ids[row] or (labels is not None and labels[j] == labels[row])
     ]
     right_contents = {candidate_ids[j] for j in answering} | {query_ids[row]}
+    trusted = {candidate_ids[c] for c in range(batch, len(candidate_ids)) if c % batch == row} if trust else set()
     seen, valid = set(), []
     for column, content in enumerate(candidate_ids):
         repeated = content in seen
         seen.add(content)
         if repeated or content in right_contents:
             continue
-        if margin is not None and scores[column] > scores[row] + margin:
+        if margin is not None and scores[column] > scores[row] + margin and content not in trusted:
             continue
         valid.append(column)
     valid.sort(key=lambda column: -scores[column])
     return valid if k is None else valid[:k]
 
 
-def hard_negative_info_nce(columns: list[Matrix], ids: list[list[int]], labels, margin, k, temperature):
+def hard_negative_info_nce(columns: list[Matrix], ids: list[list[int]], labels, margin, k, temperature, trust):
     """Loss, gradient per column, and the number of rows without negatives."""
     queries, candidates = columns[0], [row for column in columns[1:] for row in column]
     candidate_ids = [i for column in ids[1:] for i in column]
@@ -57,7 +58,7 @@ def hard_negative_info_nce(columns: list[Matrix], ids: list[list[int]], labels, 
     for row, query in enumerate(queries):
         parts = [cosine_and_gradients(query, candidate) for candidate in candidates]
         scores = [part[0] for part in parts]
-        negatives = chosen_negatives(row, scores, candidate_ids, ids[0], labels, margin, k)
+        negatives = chosen_negatives(row, scores, candidate_ids, ids[0], labels, margin, k, trust)
         empty += not negatives
         members = [row, *negatives]
         probabilities = softmax([scores[column] / temperature for column in members])

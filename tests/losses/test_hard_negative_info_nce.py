@@ -154,6 +154,21 @@ def test_label_reaches_an_explicit_negative_of_equal_content():
     assert float(loss.last_metrics["false_negatives_by_identity"]) == pytest.approx(4 / 3)
 
 
+def test_trusted_explicit_negatives_pass_the_margin_but_not_identity():
+    query, positive, close = torch.eye(3)[:1], torch.tensor([[0.3, 0.9, 0.0]]), torch.tensor([[0.9, 0.1, 0.0]])
+    columns = [query.expand(3, 3), torch.cat([positive, close, torch.eye(3)[2:]]), close.expand(3, 3).contiguous()]
+    queries, negatives = torch.tensor([10, 11, 12]), torch.tensor([2, 7, 8])  # row 1's positive is row 0's negative
+
+    def filtered(trust):
+        loss = HardNegativeInfoNCELoss(None, num_hard_negatives=None, filter_explicit_negatives=not trust)
+        loss.compute_loss_from_embeddings(columns, content_ids=[queries, torch.tensor([1, 2, 3]), negatives])
+        return [round(3 * float(loss.last_metrics[f"false_negatives_by_{kind}"])) for kind in ("margin", "identity")]
+
+    # By margin, row 0 loses 4 candidates and row 2 all 5. Trusted: row 0 keeps its own and its equal, row 2 its own.
+    assert filtered(trust=False) == [9, 1]
+    assert filtered(trust=True) == [6, 1]
+
+
 def test_random_negatives_are_valid_vary_and_follow_the_seed():
     queries, positives = random_embeddings(32, 8), random_embeddings(32, 8, seed=1)
     loss = HardNegativeInfoNCELoss(None, num_hard_negatives=4, negative_selection="random")
@@ -351,6 +366,7 @@ def test_config_and_citation():
         "margin": None,
         "num_hard_negatives": 3,
         "negative_selection": "random",
+        "filter_explicit_negatives": False,
         "gather_across_devices": True,
         "mini_batch_size": 4,
         "mini_batch_num_tokens": 100,

@@ -40,21 +40,26 @@ def contrast_setting(seed):
     labels = [rng.randrange(max(2, batch)) for _ in range(batch)] if rng.random() < 0.5 else None
     margin = rng.choice([None, -0.3, 0.0, 0.1, 0.5])
     k = rng.choice([None, 1, 2, 5, 50])
-    return columns, ids, labels, margin, k, rng.choice([0.02, 0.1, 1.0])
+    return columns, ids, labels, margin, k, rng.choice([0.02, 0.1, 1.0]), rng.random() < 0.3
+
+
+def contrast_loss(labels, margin, k, temperature, trust):
+    loss = HardNegativeInfoNCELoss(
+        None, temperature=temperature, margin=margin, num_hard_negatives=k, filter_explicit_negatives=not trust
+    )
+    loss._checked_first_batch = True  # k above the batch's offer has a test of its own
+    return loss, None if labels is None else torch.tensor(labels)
 
 
 @pytest.mark.parametrize("block", range(8))
 def test_hard_negative_info_nce_equals_the_oracle(block):
     seen_empty = seen_filtered = 0
     for seed in range(block, SETTINGS, 8):
-        columns, ids, labels, margin, k, temperature = contrast_setting(seed)
-        loss = HardNegativeInfoNCELoss(None, temperature=temperature, margin=margin, num_hard_negatives=k)
-        loss._checked_first_batch = True  # k above the batch's offer has a test of its own
+        columns, ids, *setting = contrast_setting(seed)
+        loss, labels = contrast_loss(*setting)
         embeddings = tensors(columns)
-        value = loss.compute_loss_from_embeddings(
-            embeddings, None if labels is None else torch.tensor(labels), [torch.tensor(i) for i in ids]
-        )
-        expected, gradients, empty = hard_negative_info_nce(columns, ids, labels, margin, k, temperature)
+        value = loss.compute_loss_from_embeddings(embeddings, labels, [torch.tensor(i) for i in ids])
+        expected, gradients, empty = hard_negative_info_nce(columns, ids, *setting)
         check(value, embeddings, expected, gradients)
         assert int(loss.last_metrics["rows_without_negatives"]) == empty
         seen_empty += empty
@@ -65,15 +70,14 @@ def test_hard_negative_info_nce_equals_the_oracle(block):
 
 def test_the_oracle_without_content_ids_is_that_of_all_different_contents():
     for seed in range(40):
-        columns, _, labels, margin, k, temperature = contrast_setting(seed)
+        columns, _, *setting = contrast_setting(seed)
+        loss, labels = contrast_loss(*setting)
         rng = random.Random(seed)
         columns = [rows(rng, len(column), len(column[0])) for column in columns]
         different = [[100 * c + r for r in range(len(column))] for c, column in enumerate(columns)]
-        loss = HardNegativeInfoNCELoss(None, temperature=temperature, margin=margin, num_hard_negatives=k)
-        loss._checked_first_batch = True
         embeddings = tensors(columns)
-        value = loss.compute_loss_from_embeddings(embeddings, None if labels is None else torch.tensor(labels))
-        check(value, embeddings, *hard_negative_info_nce(columns, different, labels, margin, k, temperature)[:2])
+        value = loss.compute_loss_from_embeddings(embeddings, labels)
+        check(value, embeddings, *hard_negative_info_nce(columns, different, *setting)[:2])
 
 
 @pytest.mark.parametrize("block", range(4))

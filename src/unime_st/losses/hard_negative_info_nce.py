@@ -42,6 +42,9 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         num_hard_negatives: ``k``, >= 1; None keeps all valid candidates.
         negative_selection: ``"hardest"``, or ``"random"`` to draw ``k`` among the valid ones: the baseline that shows
             what hardness is worth. Draws come from torch's CPU generator, so the Trainer seeds and resumes them.
+        filter_explicit_negatives: Whether the margin applies to a row's own explicit negatives too. False trusts them,
+            which pays when they are certain and close, such as captions with one attribute swapped: those that the
+            model confuses most are otherwise the ones it never learns from.
         gather_across_devices: Take candidates from all processes.
         mini_batch_size: Rows embedded at a time (GradCache); None embeds each column at once.
         mini_batch_num_tokens: Tokens embedded at a time, in place of a number of rows.
@@ -96,6 +99,7 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         margin: float | None = 0.1,
         num_hard_negatives: int | None = 8,
         negative_selection: Literal["hardest", "random"] = "hardest",
+        filter_explicit_negatives: bool = True,
         gather_across_devices: bool = False,
         mini_batch_size: int | None = None,
         mini_batch_num_tokens: int | None = None,
@@ -118,6 +122,7 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         self.margin = margin
         self.num_hard_negatives = num_hard_negatives
         self.negative_selection = negative_selection
+        self.filter_explicit_negatives = filter_explicit_negatives
         self._checked_first_batch = False
         self._warned_unknown = False
 
@@ -180,6 +185,7 @@ class HardNegativeInfoNCELoss(InBatchLoss):
             candidate_ids=None if ids is None else ids[:, 1:].T.flatten(),
             query_ids=None if ids is None else ids[:, 0],
             labels=labels,
+            trusted=None if self.filter_explicit_negatives else _own_explicit_negatives(rows, documents),
             priority=self._priority(rows, scores.shape[1]),
         )
         positive = scores.gather(1, rows[:, None]).squeeze(1)  # (Q,)
@@ -214,8 +220,16 @@ class HardNegativeInfoNCELoss(InBatchLoss):
             "margin": self.margin,
             "num_hard_negatives": self.num_hard_negatives,
             "negative_selection": self.negative_selection,
+            "filter_explicit_negatives": self.filter_explicit_negatives,
             **super().get_config_dict(),
         }
+
+
+def _own_explicit_negatives(rows: Tensor, documents: Sequence[Tensor]) -> Tensor:
+    """Mark each row's own explicit negatives among the candidates, ``(Q, C)``."""
+    total = len(documents[0])  # N
+    columns = torch.arange(total * len(documents), device=rows.device)
+    return (columns[None, :] % total == rows[:, None]) & (columns[None, :] >= total)
 
 
 @torch.no_grad()
