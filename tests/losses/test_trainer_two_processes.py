@@ -1,0 +1,98 @@
+"""The Trainer on two processes with half the batch each ends at the weights of one process with the whole batch."""
+
+import copy
+import os
+import socket
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from datasets import Dataset
+from helpers import ANCHORS, NEGATIVES, POSITIVES
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
+from unime_st.losses import HardNegativeInfoNCELoss, LossMetricsCallback
+
+
+def train(model, per_device, folder, mode):
+    model = copy.deepcopy(model)
+    loss = HardNegativeInfoNCELoss(
+        model,
+        num_hard_negatives=4,
+        temperature=0.1,
+        gather_across_devices=True,
+        mini_batch_size=2 if mode == "cached" else None,
+    )
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=per_device,
+            max_steps=3,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            learning_rate=0.1,
+            optim="sgd",
+            max_grad_norm=0.0,
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_drop_last=True,
+        ),
+        train_dataset=Dataset.from_dict(
+            {"anchor": ANCHORS * 2, "positive": POSITIVES + ANCHORS, "negative_1": NEGATIVES * 2}
+        ),
+        loss=loss,
+    )
+    LossMetricsCallback.attach(trainer)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return dict(model.state_dict()), logs
+
+
+def worker(rank, model, port, folder, mode):
+    try:
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            ACCELERATE_USE_CPU="true",
+        )
+        torch.save(train(model, 4, folder, mode), Path(folder) / f"{rank}.pt")
+        dist.destroy_process_group()
+    except BaseException:  # noqa: BLE001 a forked test process must report and leave, whatever happened
+        (Path(folder) / f"{rank}.txt").write_text(traceback.format_exc())
+        os._exit(1)
+
+
+@pytest.mark.parametrize("mode", ["plain", "cached"])
+def test_two_processes_train_as_one(text_model, tmp_path, mode):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    try:
+        # Before any Trainer here: accelerate keeps one state a process, which a fork would inherit.
+        from accelerate.state import AcceleratorState, PartialState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
+        mp.start_processes(worker, args=(text_model, port, str(tmp_path), mode), nprocs=2, start_method="fork")
+    except mp.ProcessExitedException:
+        pytest.fail("\n".join(path.read_text() for path in sorted(tmp_path.glob("*.txt"))))
+    weights, logs = train(text_model, 8, tmp_path, mode)
+    start = text_model.state_dict()
+    moved = [name for name, value in weights.items() if (value - start[name]).abs().max() > 1e-3]
+    assert len(moved) > 20
+    for rank in range(2):
+        other_weights, other_logs = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in weights.items():
+            torch.testing.assert_close(other_weights[name], value, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        for event, other in zip(logs, other_logs, strict=True):
+            for name in ("loss", "positive_similarity", "false_negatives_filtered"):
+                assert other[name] == pytest.approx(event[name], abs=2e-4), name
+            assert other["rows_without_negatives"] == event["rows_without_negatives"] / 2
