@@ -1,0 +1,76 @@
+"""Texts for stage 1: WordNet terms with their glosses, and the training split's captions and keywords."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from unime_st.demo.concepts import Concept
+from unime_st.demo.packages import WORDNET, Fetched
+
+GLOSS_WORDS = range(4, 15)  # length of a usable gloss in words
+
+
+@dataclass(frozen=True)
+class Gloss:
+    """A term of WordNet and what it means."""
+
+    term: str
+    gloss: str
+
+
+def wordnet_glosses(fetched: Fetched) -> list[Gloss]:
+    """Read noun, verb and adjective entries with glosses of 4 to 14 words, each under its first term.
+
+    Returns:
+        About 82,000 entries in the order of the files; examples of use after the gloss are dropped.
+    """
+    folder = fetched.path(WORDNET) / "package/dict"
+    return [entry for part in ("noun", "verb", "adj") for entry in _entries(folder / f"data.{part}")]
+
+
+def split_glosses(
+    glosses: Iterable[Gloss], held_out: int = 500, seed: int = 0
+) -> tuple[list[Gloss], list[Gloss], list[Gloss]]:
+    """Set glosses aside for evaluation: `held_out` for validation and as many for the test.
+
+    Held-out terms have one sense only among the glosses given, so that each has one right gloss, never trained on.
+
+    Returns:
+        Training, validation and test glosses.
+    """
+    shuffled = list(glosses)
+    random.Random(seed).shuffle(shuffled)  # noqa: S311 (reproducible, not secret)
+    senses = Counter(entry.term for entry in shuffled)
+    uses = Counter(entry.gloss for entry in shuffled)
+    aside = [entry for entry in shuffled if senses[entry.term] == 1 and uses[entry.gloss] == 1][: 2 * held_out]
+    if len(aside) < 2 * held_out:
+        raise ValueError(f"`held_out={held_out}` needs {2 * held_out} terms of one sense; there are {len(aside)}.")
+    taken = {entry.term for entry in aside}
+    return [entry for entry in shuffled if entry.term not in taken], aside[:held_out], aside[held_out:]
+
+
+def caption_texts(concepts: Iterable[Concept]) -> list[str]:
+    """Labels and keyword lists of concepts, each once, for the teacher beside the glosses."""
+    texts: dict[str, None] = {}
+    for concept in concepts:
+        texts[concept.label] = None
+        if concept.tags:
+            texts[", ".join(concept.tags[:5])] = None
+    return list(texts)
+
+
+def _entries(path: Path) -> Iterator[Gloss]:
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("  "):  # the licence at the top
+                continue
+            fields, _, rest = line.partition(" | ")
+            gloss = re.split(r'[;:]\s*"', rest, maxsplit=1)[0].strip(" ;:\n")
+            term = re.sub(r"\(\w+\)$", "", fields.split(" ")[4]).replace("_", " ")
+            if len(gloss.split()) in GLOSS_WORDS:
+                yield Gloss(term, gloss)
