@@ -1,0 +1,79 @@
+"""The columns of a training set and what they mean.
+
+sentence-transformers goes by position: of the columns that are not the label, the first is the anchor, the second the
+positive and the rest are explicit negatives. The names below are what this package writes; any names may be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+ANCHOR = "anchor"
+"""The query: text, an image, ``{"image", "text"}`` or chat messages."""
+
+POSITIVE = "positive"
+"""The target that answers the query, of the same kinds."""
+
+NEGATIVE_PREFIX = "negative_"
+"""Start of the names of the explicit negatives: ``negative_1``, ``negative_2``, ..."""
+
+LABEL = "label"
+"""An integer identity of the target (stage 2), or the teacher's embeddings of the row (stage 1)."""
+
+LABEL_COLUMNS = ("label", "labels", "score", "scores")
+"""Names that sentence-transformers takes for the label; the first one present wins."""
+
+DATASET_NAME = "dataset_name"
+"""Added by the Trainer when it trains on several data sets; never content."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a training set plays which part.
+
+    Attributes:
+        anchor: Name of the query's column.
+        positive: Name of the target's column; None for a data set of one column, as in stage 1.
+        negatives: Names of the explicit negatives' columns.
+        label: Name of the label's column, if any.
+    """
+
+    anchor: str
+    positive: str | None = None
+    negatives: tuple[str, ...] = ()
+    label: str | None = None
+
+
+def negative_column(number: int) -> str:
+    """Name of the ``number``-th explicit negative, counted from 1.
+
+    Example:
+        >>> negative_column(1)
+        'negative_1'
+    """
+    if number < 1:
+        raise ValueError(f"Explicit negatives are counted from 1, got {number}.")
+    return f"{NEGATIVE_PREFIX}{number}"
+
+
+def training_columns(names: Iterable[str], label_columns: Iterable[str] | None = None) -> Columns:
+    """Tell the parts of a training set's columns by position, as the Trainer does.
+
+    Args:
+        names: The data set's columns, in order.
+        label_columns: Names taken for the label; None for :data:`LABEL_COLUMNS`.
+
+    Raises:
+        ValueError: When only a label, or nothing, is there.
+
+    Example:
+        >>> training_columns(["query", "answer", "wrong", "label"])
+        Columns(anchor='query', positive='answer', negatives=('wrong',), label='label')
+    """
+    given = list(names)
+    label = next((name for name in (label_columns or LABEL_COLUMNS) if name in given), None)
+    inputs = [name for name in given if name not in (label, DATASET_NAME)]
+    if not inputs:
+        raise ValueError(f"A training set needs a column of inputs beside its label, got the columns {given}.")
+    return Columns(inputs[0], inputs[1] if len(inputs) > 1 else None, tuple(inputs[2:]), label)

@@ -1,0 +1,75 @@
+"""Who may import whom: prompts and columns nothing, the pure core only torch, siblings not each other."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src" / "unime_st"
+LAYERS = {
+    "prompts": 0,
+    "columns": 0,
+    "functional": 1,
+    "distributed": 1,
+    "fingerprint": 1,
+    "modules": 2,
+    "losses": 2,
+    "samplers": 2,
+    "data": 2,
+    "models": 2,
+    "evaluation": 3,
+    "hub": 3,
+    "model_card": 3,
+    "demo": 4,
+}
+ROOT = 5  # __init__ names the public things of every layer, lazily
+
+
+def module_of(path):
+    return path.relative_to(SRC).with_suffix("").parts
+
+
+def imports(path):
+    """Absolute names imported anywhere in a file, those under `if TYPE_CHECKING` left out."""
+    tree = ast.parse(path.read_text())
+    checking = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
+        for node in ast.walk(branch)
+    }
+    for node in ast.walk(tree):
+        if id(node) in checking:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+FILES = sorted(path for path in SRC.rglob("*.py") if path != SRC / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: "/".join(module_of(path)))
+def test_imports_go_down(path):
+    own = module_of(path)[0]
+    assert own in LAYERS, f"{own} has no layer: add it to LAYERS"
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "unime_st" and len(parts) > 1:
+            other = parts[1]
+            if other not in LAYERS:
+                assert other == "__version__" or LAYERS[own] == 4, f"{path} imports {name}: only examples use the root"
+                continue
+            assert other == own or LAYERS[other] < LAYERS[own], f"{path} (layer {LAYERS[own]}) imports {name}"
+        elif LAYERS[own] == 0:
+            assert parts[0] in sys.stdlib_module_names, f"{path} is data: it may not import {name}"
+
+
+def test_the_package_imports_nothing_heavy():
+    code = "import sys, unime_st, unime_st.columns; print(sorted({'torch', 'transformers', 'datasets', 'PIL'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
