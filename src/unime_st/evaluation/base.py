@@ -1,0 +1,127 @@
+"""What the evaluators share: encoding through the cache, and files of results."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
+
+from unime_st.evaluation.cache import EmbeddingCache, write_atomically
+from unime_st.evaluation.encoding import OnError, encode_indexed
+
+
+class EmbeddingEvaluator(SentenceEvaluator):
+    """An evaluator that encodes each distinct thing once. Subclasses score.
+
+    Args:
+        name: Put before the metrics' names and into the file names.
+        batch_size: Items a forward pass.
+        prompt: Prompt for everything encoded; None leaves it to the model.
+        prompt_name: Name of one of the model's prompts.
+        cache_dir: Folder of an :class:`~unime_st.evaluation.EmbeddingCache`, or such a cache; None encodes afresh.
+        show_progress_bar: Whether to show progress.
+        write_csv: Whether to write results when called with an ``output_path``: a row of ``<name>_results.csv`` for
+            each call, and the last call's ``<name>_results.json``.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        batch_size: int = 32,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        cache_dir: EmbeddingCache | str | Path | None = None,
+        show_progress_bar: bool = False,
+        write_csv: bool = True,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"`batch_size={batch_size}`, but it must be at least 1.")
+        self.name = name
+        self.batch_size = batch_size
+        self.prompt = prompt
+        self.prompt_name = prompt_name
+        self.cache_dir = cache_dir
+        self.show_progress_bar = show_progress_bar
+        self.write_csv = write_csv
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return the settings that decide the numbers, for the model card."""
+        settings = {"batch_size": self.batch_size, "prompt": self.prompt, "prompt_name": self.prompt_name}
+        return {key: value for key, value in settings.items() if value is not None}
+
+    def encode(
+        self, model: Any, items: Sequence[Any], on_error: OnError = "raise"
+    ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+        """Encode items by this evaluator's settings, see :func:`~unime_st.evaluation.encoding.encode_indexed`."""
+        return encode_indexed(
+            model,
+            items,
+            cache=self.cache_dir,
+            batch_size=self.batch_size,
+            prompt=self.prompt,
+            prompt_name=self.prompt_name,
+            show_progress_bar=self.show_progress_bar,
+            on_error=on_error,
+        )
+
+    def finish(
+        self, model: Any, metrics: Mapping[str, float], output_path: str | None, epoch: float, steps: int
+    ) -> dict[str, float]:
+        """Name the metrics, note them for the model card, write them to files.
+
+        Args:
+            model: The model evaluated.
+            metrics: Metrics without the evaluator's name.
+            output_path: Folder for the files, or None.
+            epoch: As given to the call.
+            steps: As given to the call.
+
+        Returns:
+            The metrics with the evaluator's name.
+        """
+        named = self.prefix_name_to_metrics(dict(metrics), self.name)
+        if hasattr(model, "model_card_data"):
+            self.store_metrics_in_model_card_data(model, named, int(epoch), steps)
+        if output_path is not None and self.write_csv:
+            stem = f"{self.name or type(self).__name__}_results".replace("/", "-")
+            folder = Path(output_path)
+            write_atomically(folder / f"{stem}.json", json.dumps(named, indent=2))
+            append_row(folder / f"{stem}.csv", {"epoch": epoch, "steps": steps, **metrics})
+        return named
+
+
+def image_item(image: Any) -> Any:
+    """Mark a path or URL as an image, for a bare string is text; other images are given as they are."""
+    return {"image": str(image)} if isinstance(image, str | Path) else image
+
+
+def device_of(model: Any) -> Any:
+    """Where to score: the model's own device, the CPU if it has none."""
+    return getattr(model, "device", "cpu")
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a row to a CSV file with a header, adding columns it does not have yet. The file is replaced whole.
+
+    Args:
+        path: The file, made if it is not there.
+        row: Column name -> value.
+    """
+    rows: list[Mapping[str, Any]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows.extend(csv.DictReader(file))
+    rows.append(row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(column for row in rows for column in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())

@@ -1,0 +1,111 @@
+"""The report's plots, as PNG bytes for a light and for a dark page. Needs matplotlib, an optional extra."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+# Told apart by people who confuse red and green, and lines also by their markers (Okabe and Ito 2008, without yellow).
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C8C8C")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_INK = {"light": "#1f2328", "dark": "#e6edf3"}
+_PAPER = {"light": "#ffffff", "dark": "#15191f"}
+_HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
+
+
+def require_matplotlib() -> None:
+    """Raise unless plots can be drawn.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ImportError("Plots need matplotlib, which is not installed: `pip install 'unime_st[eval]'`.")
+
+
+def line_plot(series: Series, xlabel: str, ylabel: str, theme: str = "light", *, log_y: bool = False) -> bytes:
+    """Draw lines, one a series of (xs, ys); missing values (NaN) leave gaps."""
+    figure, axes = _figure(theme)
+    for number, (name, (xs, ys)) in enumerate(series.items()):
+        axes.plot(
+            list(xs),
+            list(ys),
+            label=_plain(name),
+            color=_COLOURS[number % len(_COLOURS)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            markevery=max(1, len(xs) // 12),
+            markersize=4,
+            linewidth=1.5,
+        )
+    if log_y:
+        axes.set_yscale("log")
+    return _finish(figure, axes, xlabel, ylabel, theme, legend=bool(series))
+
+
+def bar_plot(
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    ylabel: str = "",
+    theme: str = "light",
+    *,
+    errors: Mapping[str, Sequence[float]] | None = None,
+) -> bytes:
+    """Draw bars, one a series in each group; `errors` are drawn as whiskers of that length to both sides."""
+    figure, axes = _figure(theme, width=max(7.0, 0.35 * len(groups) * max(1, len(series))))
+    width = 0.8 / max(1, len(series))
+    centres = np.arange(len(groups))
+    for number, (name, values) in enumerate(series.items()):
+        whiskers = (errors or {}).get(name)
+        axes.bar(
+            centres + (number - (len(series) - 1) / 2) * width,
+            [float(value) for value in values],
+            width,
+            label=_plain(name),
+            color=_COLOURS[number % len(_COLOURS)],
+            hatch=_HATCHES[number % len(_HATCHES)],
+            edgecolor=_PAPER[theme],
+            yerr=None if whiskers is None else [float(value) for value in whiskers],
+            ecolor=_INK[theme],
+            capsize=2,
+        )
+    slanted = len(groups) > 4 or any(len(group) > 14 for group in groups)
+    axes.set_xticks(centres, [_plain(group) for group in groups], **({"rotation": 30, "ha": "right"} if slanted else {}))
+    return _finish(figure, axes, "", ylabel, theme, legend=bool(series))
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib takes as it is: no formulas, no label hidden for its leading underscore."""
+    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def _figure(theme: str, width: float = 7.0) -> tuple[Any, Any]:
+    require_matplotlib()
+    from matplotlib.figure import Figure  # without pyplot: no global state, no window, any thread
+
+    figure = Figure(figsize=(width, 3.6), dpi=130, layout="constrained", facecolor=_PAPER[theme])
+    axes = figure.add_subplot()
+    axes.set_facecolor(_PAPER[theme])
+    return figure, axes
+
+
+def _finish(figure: Any, axes: Any, xlabel: str, ylabel: str, theme: str, *, legend: bool) -> bytes:
+    ink = _INK[theme]
+    axes.set_xlabel(_plain(xlabel), color=ink)
+    axes.set_ylabel(_plain(ylabel), color=ink)
+    axes.tick_params(colors=ink)
+    axes.grid(visible=True, axis="y", color=ink, alpha=0.15)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in {"left", "bottom"})
+        spine.set_color(ink)
+    if legend:
+        axes.legend(frameon=False, labelcolor=ink, fontsize=8)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
+    return png.getvalue()

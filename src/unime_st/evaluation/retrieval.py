@@ -1,0 +1,201 @@
+"""Image-text retrieval in both directions."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from unime_st.data.mmeb import resolve_image
+from unime_st.evaluation.base import EmbeddingEvaluator, device_of, image_item
+from unime_st.evaluation.scoring import Ranking, rank_pool
+
+Direction = Literal["text_to_image", "image_to_text"]
+DIRECTIONS: tuple[Direction, Direction] = ("text_to_image", "image_to_text")
+
+_KEPT = 10  # best results kept of each query, for galleries
+
+
+class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
+    """Recall@k of images by their captions and of captions by their image (Flickr30K, COCO, ShareGPT4V, Urban1K).
+
+    A direction is named by its query: ``text_to_image`` asks with each caption for its image, ``image_to_text`` with each
+    image for *any* of its captions. Images and captions of the same content are one candidate; a caption that also
+    belongs to another image is right for both. A wrong candidate that scores exactly as well goes first.
+
+    Args:
+        images: N images: paths, or what else ``encode`` takes.
+        captions: For each image its captions, at least one (UniME's protocol: five; COCO's first five).
+        name: Put before the metrics' names.
+        ks: The k of recall@k, at least 1 each.
+        shuffle_images: A seed. Deals the images out anew among the captions: a check, not a result, since recall must
+            fall to :meth:`chance`. If it does not, an answer leaks into the query.
+        chunk_size: Queries a matrix product.
+        **arguments: ``batch_size``, ``prompt``, ``prompt_name``, ``cache_dir``, ``show_progress_bar``, ``write_csv`` as in
+            :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
+
+    Attributes:
+        rankings: Of the last call, for each direction the ranks and the ten best candidates of each query. An image is
+            its number in ``images``, a caption its number in ``texts``; of equal ones the first.
+        texts: All captions in a row.
+        image_of: For each of ``texts`` the number of its image, shape (captions,).
+        primary_metric: ``mean_recall@k`` over both directions, at the smallest k.
+
+    Raises:
+        ValueError: If there are no images, an image has no caption, the lengths differ, or a k is below 1.
+
+    Metrics:
+        ``text_to_image_recall@k``, ``image_to_text_recall@k`` and ``mean_recall@k`` for each k, all in [0, 1];
+        ``text_to_image_ties`` and ``image_to_text_ties``, the number of queries with a wrong candidate exactly level
+        with the right one.
+
+    Example:
+        >>> class Brightness:  # stands for a model
+        ...     def encode(self, items, **kwargs):
+        ...         white = [item.startswith("white") if isinstance(item, str) else item.max() > 0 for item in items]
+        ...         return np.array([[is_white, not is_white] for is_white in white])
+        >>> black, white = np.zeros((2, 2, 3)), np.ones((2, 2, 3))
+        >>> evaluator = ImageTextRetrievalEvaluator([black, white], [["a night"], ["white", "a cloud"]], ks=(1,))
+        >>> {name: round(value, 2) for name, value in evaluator(Brightness()).items() if "recall" in name}
+        {'text_to_image_recall@1': 0.67, 'image_to_text_recall@1': 0.5, 'mean_recall@1': 0.58}
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Any],
+        captions: Sequence[Sequence[str]],
+        *,
+        name: str = "",
+        ks: Sequence[int] = (1, 5, 10),
+        shuffle_images: int | None = None,
+        chunk_size: int = 1024,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(name=name, **arguments)
+        if len(images) == 0 or len(images) != len(captions):
+            raise ValueError(f"{len(images)} images, but captions for {len(captions)}: give each image its list.")
+        for number, own in enumerate(captions):
+            if isinstance(own, str) or len(own) == 0:
+                raise ValueError(f"Image {number} has captions {own!r}: give a list with at least one.")
+        if not ks or min(ks) < 1:
+            raise ValueError(f"`ks={tuple(ks)}`, but recall@k needs k of at least 1.")
+        self.images = list(images)
+        if shuffle_images is not None:
+            self.images = [self.images[place] for place in np.random.default_rng(shuffle_images).permutation(len(images))]
+        self.shuffle_images = shuffle_images
+        self.ks = tuple(sorted(ks))
+        self.chunk_size = chunk_size
+        self.texts = [caption for own in captions for caption in own]
+        self.image_of = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
+        self.primary_metric = f"mean_recall@{self.ks[0]}"
+        self.rankings: dict[Direction, Ranking] = {}
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, **arguments: Any) -> ImageTextRetrievalEvaluator:
+        """Read a folder of images with a ``metadata.jsonl`` beside them, the layout of ``datasets``' ImageFolder.
+
+        Args:
+            folder: Holds the images and ``metadata.jsonl``, whose rows are
+                ``{"file_name": "a.jpg", "text": "a caption" or ["several"]}``; rows of the same image add up.
+            **arguments: Arguments of the class; ``name`` defaults to the folder's name.
+
+        Returns:
+            The evaluator.
+
+        Raises:
+            FileNotFoundError: If ``metadata.jsonl`` or an image is missing.
+            ValueError: If a row lacks a column or its path leaves the folder.
+        """
+        folder = Path(folder)
+        captions: dict[Path, list[str]] = {}
+        with (folder / "metadata.jsonl").open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                    path, text = resolve_image(folder, row["file_name"]), row["text"]
+                except (KeyError, TypeError, ValueError) as error:
+                    raise ValueError(
+                        f'{folder / "metadata.jsonl"}, line {number}: {error!r}. A line is {{"file_name": "a.jpg", "text": '
+                        '"a caption"}.'
+                    ) from error
+                captions.setdefault(path, []).extend([text] if isinstance(text, str) else text)
+        return cls(list(captions), list(captions.values()), **{"name": folder.name, **arguments})
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return the settings that decide the numbers, for the model card."""
+        return {**super().get_config_dict(), "ks": list(self.ks), "images": len(self.images), "captions": len(self.texts)}
+
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """Evaluate a model.
+
+        Args:
+            model: A ``SentenceTransformer``.
+            output_path: Folder for the results, or None.
+            epoch: Written into the results.
+            steps: Written into the results.
+
+        Returns:
+            The metrics, see the class.
+        """
+        embeddings, index, _ = self.encode(model, [*map(image_item, self.images), *self.texts])
+        images, image_place = _once(index[: len(self.images)])
+        texts, text_place = _once(index[len(self.images) :])
+        captions_of: list[list[int]] = [[] for _ in self.images]
+        for text, image in enumerate(self.image_of):
+            captions_of[image].append(text_place[text])
+        image_vectors, text_vectors = embeddings[index[images]], embeddings[index[len(self.images) + texts]]
+        options = {"k": _KEPT, "chunk_size": self.chunk_size, "device": device_of(model)}
+        by_text = rank_pool(
+            text_vectors[text_place], image_vectors, image_place[self.image_of].reshape(-1, 1).tolist(), **options
+        )
+        by_image = rank_pool(image_vectors[image_place], text_vectors, captions_of, **options)
+        self.rankings = {
+            "text_to_image": Ranking(by_text.ranks, by_text.tied, images[by_text.top], by_text.scores),
+            "image_to_text": Ranking(by_image.ranks, by_image.tied, texts[by_image.top], by_image.scores),
+        }
+        return self.finish(model, self._metrics(), output_path, epoch, steps)
+
+    def _metrics(self) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for direction, ranking in self.rankings.items():
+            metrics |= {f"{direction}_recall@{k}": ranking.recall(k) for k in self.ks}
+        for k in self.ks:
+            metrics[f"mean_recall@{k}"] = sum(metrics[f"{direction}_recall@{k}"] for direction in DIRECTIONS) / 2
+        for direction, ranking in self.rankings.items():
+            metrics[f"{direction}_ties"] = int(ranking.tied.sum())
+        return metrics
+
+    def chance(self) -> dict[str, float]:
+        """Return the recalls of a random order, by the metrics' names without the evaluator's.
+
+        With m right among n candidates, recall@k is 1 - C(n - m, k) / C(n, k). Equal images or captions are counted as
+        distinct here.
+
+        Returns:
+            Expected recall for each direction and k.
+        """
+        n_images, n_texts = len(self.images), len(self.texts)
+        per_image = np.bincount(self.image_of, minlength=n_images)
+        metrics: dict[str, float] = {}
+        for k in self.ks:
+            to_text = [1 - math.comb(n_texts - int(m), k) / math.comb(n_texts, k) for m in per_image if k <= n_texts]
+            metrics[f"text_to_image_recall@{k}"] = min(1.0, k / n_images)
+            metrics[f"image_to_text_recall@{k}"] = float(np.mean(to_text)) if to_text else 1.0
+        return metrics
+
+
+def _once(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keep the first of equal things: their positions, and for each thing its place among them."""
+    _, first, place = np.unique(index, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return first[order], rank[place]

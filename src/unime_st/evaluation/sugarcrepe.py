@@ -1,0 +1,199 @@
+"""SugarCrepe: does the model prefer a caption to one that differs in an attribute, object or relation?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unime_st.data.mmeb import resolve_image
+from unime_st.evaluation.base import EmbeddingEvaluator, image_item
+from unime_st.evaluation.scoring import unit_rows
+
+SUGARCREPE_GROUPS: dict[str, tuple[str, ...]] = {
+    "Replace": ("replace_att", "replace_obj", "replace_rel"),
+    "Swap": ("swap_att", "swap_obj"),
+    "Add": ("add_att", "add_obj"),
+}
+"""The published groups and their sets."""
+
+Triplet = tuple[Any, str, str]
+
+
+@dataclass(frozen=True)
+class PreferenceScores:
+    """Outcome of one set.
+
+    Attributes:
+        positive: Cosine of image and right caption, shape (rows,).
+        negative: Cosine of image and wrong caption, shape (rows,).
+    """
+
+    positive: np.ndarray
+    negative: np.ndarray
+
+    @property
+    def right(self) -> np.ndarray:
+        """Whether the right caption is strictly nearer: a tie is wrong, shape (rows,)."""
+        return self.positive > self.negative
+
+    @property
+    def tied(self) -> np.ndarray:
+        """Whether both are equally near, shape (rows,)."""
+        return self.positive == self.negative
+
+
+class SugarCrepeEvaluator(EmbeddingEvaluator):
+    """Accuracy of choosing the right of two captions for an image, by set and group of sets.
+
+    A row is right when cos(image, caption) > cos(image, negative caption); a tie is wrong. Chance is 0.5. A group's
+    score is the plain mean of its sets.
+
+    Args:
+        sets: Set name -> rows of (image, caption, negative caption).
+        groups: Group name -> names of its sets. None means the published Replace, Swap and Add if every set is one of
+            theirs (a group is scored over the sets given), else no groups.
+        name: Put before the metrics' names.
+        **arguments: ``batch_size``, ``prompt``, ``prompt_name``, ``cache_dir``, ``show_progress_bar``, ``write_csv`` as in
+            :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
+
+    Attributes:
+        scores: Of the last call, set name -> :class:`PreferenceScores` of each row.
+        primary_metric: ``mean_of_groups_accuracy``, or ``mean_of_sets_accuracy`` without groups.
+
+    Raises:
+        ValueError: If there are no sets, a set is empty, a row has not three cells, or a group names an unknown set.
+
+    Metrics:
+        ``<set>_accuracy``, ``<group>_accuracy``, ``mean_of_sets_accuracy``, ``mean_of_groups_accuracy`` and ``ties``, the
+        number of tied rows.
+
+    Example:
+        >>> class Lengths:  # stands for a model
+        ...     def encode(self, items, **kwargs):
+        ...         return np.array([[1.0, len(item)] for item in items])
+        >>> image = np.zeros((3, 3, 3), dtype=np.uint8)
+        >>> evaluator = SugarCrepeEvaluator({"swap_att": [(image, "abc", "abcde"), (image, "abcdef", "abc")]})
+        >>> evaluator(Lengths())["sugarcrepe_Swap_accuracy"]
+        0.5
+    """
+
+    def __init__(
+        self,
+        sets: Mapping[str, Sequence[Triplet]],
+        *,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        name: str = "sugarcrepe",
+        **arguments: Any,
+    ) -> None:
+        super().__init__(name=name, **arguments)
+        if not sets:
+            raise ValueError("No sets to evaluate: give at least one, as {name: [(image, caption, negative caption)]}.")
+        for set_name, rows in sets.items():
+            if len(rows) == 0:
+                raise ValueError(f"The set {set_name!r} has no rows. Leave it out.")
+            for number, row in enumerate(rows):
+                if len(row) != 3:
+                    raise ValueError(f"{set_name!r}, row {number}: {len(row)} cells in place of (image, caption, negative).")
+        self.sets = {set_name: list(rows) for set_name, rows in sets.items()}
+        self.groups = self._groups(groups)
+        self.primary_metric = "mean_of_groups_accuracy" if self.groups else "mean_of_sets_accuracy"
+        self.scores: dict[str, PreferenceScores] = {}
+
+    def _groups(self, groups: Mapping[str, Sequence[str]] | None) -> dict[str, list[str]]:
+        if groups is None:
+            published = {member for members in SUGARCREPE_GROUPS.values() for member in members}
+            if not published.issuperset(self.sets):
+                return {}
+            scored = {group: [name for name in own if name in self.sets] for group, own in SUGARCREPE_GROUPS.items()}
+            return {group: own for group, own in scored.items() if own}
+        for group, own in groups.items():
+            unknown = [name for name in own if name not in self.sets]
+            if unknown or not own:
+                raise ValueError(f"Group {group!r} names the sets {unknown or own}; there are {sorted(self.sets)}.")
+        return {group: list(own) for group, own in groups.items()}
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | Path, image_root: str | Path, sets: Sequence[str] | None = None, **arguments: Any
+    ) -> SugarCrepeEvaluator:
+        """Read the published layout: ``<set>.json`` with ``filename``, ``caption``, ``negative_caption`` in each entry.
+
+        Args:
+            folder: Holds one JSON file a set, a list of entries or a mapping from ids to entries.
+            image_root: Where the file names lead (COCO val2017).
+            sets: Names of the sets; None reads every JSON file.
+            **arguments: Arguments of the class.
+
+        Returns:
+            The evaluator.
+
+        Raises:
+            FileNotFoundError: If a set or an image is missing.
+            ValueError: If an entry lacks a field or its path leaves ``image_root``.
+        """
+        folder = Path(folder)
+        names = sorted(path.stem for path in folder.glob("*.json")) if sets is None else sets
+        if not names:
+            raise FileNotFoundError(f"{folder} holds no <set>.json to evaluate.")
+        return cls({name: list(_read_set(folder / f"{name}.json", Path(image_root))) for name in names}, **arguments)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return the settings that decide the numbers, for the model card."""
+        rows = {set_name: len(rows) for set_name, rows in self.sets.items()}
+        return {**super().get_config_dict(), "rows": rows, "groups": self.groups}
+
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """Evaluate a model.
+
+        Args:
+            model: A ``SentenceTransformer``.
+            output_path: Folder for the results, or None.
+            epoch: Written into the results.
+            steps: Written into the results.
+
+        Returns:
+            The metrics, see the class.
+        """
+        cells = [
+            cell for rows in self.sets.values() for image, *captions in rows for cell in (image_item(image), *captions)
+        ]
+        embeddings, index, _ = self.encode(model, cells)
+        vectors, same = unit_rows(embeddings)
+        unit = vectors.numpy()
+        places = same[index].reshape(-1, 3)  # image, caption, negative caption
+        start = 0
+        for set_name, rows in self.sets.items():
+            image, right, wrong = places[start : start + len(rows)].T
+            positive, negative = ((unit[image] * unit[caption]).sum(axis=1) for caption in (right, wrong))
+            self.scores[set_name] = PreferenceScores(positive, negative)
+            start += len(rows)
+        return self.finish(model, self._metrics(), output_path, epoch, steps)
+
+    def _metrics(self) -> dict[str, float]:
+        by_set = {name: float(scores.right.mean()) for name, scores in self.scores.items()}
+        by_group = {group: float(np.mean([by_set[name] for name in own])) for group, own in self.groups.items()}
+        metrics = {f"{name}_accuracy": value for name, value in {**by_set, **by_group}.items()}
+        metrics["mean_of_sets_accuracy"] = float(np.mean(list(by_set.values())))
+        if by_group:
+            metrics["mean_of_groups_accuracy"] = float(np.mean(list(by_group.values())))
+        metrics["ties"] = int(sum(scores.tied.sum() for scores in self.scores.values()))
+        return metrics
+
+
+def _read_set(path: Path, image_root: Path) -> list[Triplet]:
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    rows: list[Triplet] = []
+    for number, entry in enumerate(entries.values() if isinstance(entries, dict) else entries):
+        try:
+            image = resolve_image(image_root, entry["filename"])
+            rows.append((image, entry["caption"], entry["negative_caption"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, entry {number}: {error!r}.") from error
+    return rows
