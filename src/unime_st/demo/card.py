@@ -11,8 +11,8 @@ _HEAD = """\
 
 Emoji drawn by three vendors, with names, keywords, categories and skin tones, in the layout of MMEB-train and
 MMEB-eval. Two vendors' drawings (`google`: Noto, `twitter`: Twemoji) are trained on; the third's (`fluent`: Fluent 3D)
-are held out altogether. {concepts} concepts are split by what is drawn, so that "man farmer" and "woman farmer" stay together:
-{train} for training, {validation} for validation, {test} for the test. Seed {seed}.
+are held out altogether. {concepts} concepts are split by what is drawn, so that "man farmer" and "woman farmer" stay
+together: {train} for training, {validation} for validation, {test} for the test. Seed {seed}.
 
 Left out: flags (a drawing does not say its country's name), families told apart by their members (two vendors draw
 them as the same few silhouettes), and drawings that a vendor uses for two emoji. All images are composited on white,
