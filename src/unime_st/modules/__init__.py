@@ -1,0 +1,17 @@
+"""The multimodal encoder: how it runs in memory, and how it is built, loaded and saved as a stock checkpoint."""
+
+from __future__ import annotations
+
+from unime_st.modules.adapters import default_lora_config, merge_adapters
+from unime_st.modules.build import MultimodalSentenceTransformer, build_encoder, export_encoder, load_encoder
+from unime_st.modules.multimodal_encoder import MultimodalEncoder
+
+__all__ = [
+    "MultimodalEncoder",
+    "MultimodalSentenceTransformer",
+    "build_encoder",
+    "default_lora_config",
+    "export_encoder",
+    "load_encoder",
+    "merge_adapters",
+]

@@ -1,0 +1,180 @@
+"""From whatever a user gives to one form: chat messages with opened images."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
+REMOTE_PREFIXES = ("http://", "https://")
+DATA_PREFIX = "data:image/"
+
+Message = dict[str, Any]
+
+
+def as_messages(item: Any, row: int, *, allow_remote_images: bool = False) -> list[Message]:
+    """Turn one input into chat messages whose images are opened.
+
+    Args:
+        item: text; an image as PIL, path, data URI, bytes, numpy or torch array; ``{"image", "text"}`` where the image
+            may be a list; or chat messages (one dict or a list of them).
+        row: its place in the batch, for error messages.
+        allow_remote_images: open ``http(s)`` addresses.
+
+    Returns:
+        Messages of ``{"role", "content": [{"type": "text" | "image" | ..., ...}]}``.
+
+    Raises:
+        FileNotFoundError: An image file is not there.
+        TypeError: An input of a kind that is not known.
+        ValueError: Neither text nor image, an unreadable image, or a remote address that was not allowed.
+
+    Example:
+        >>> as_messages({"text": "a cat"}, 0)
+        [{'role': 'user', 'content': [{'type': 'text', 'text': 'a cat'}]}]
+    """
+    if isinstance(item, Mapping) and "role" in item and "content" in item:
+        item = [item]
+    if isinstance(item, (list, tuple)) and item and isinstance(item[0], Mapping) and "role" in item[0]:
+        messages = [
+            {**message, "content": _chat_parts(message["content"], row, allow_remote_images)} for message in item
+        ]
+    else:
+        messages = [{"role": "user", "content": _item_parts(item, row, allow_remote_images)}]
+    parts = [part for message in messages if message["role"] != "system" for part in message["content"]]
+    if not any(part["type"] != "text" or part["text"].strip() for part in parts):
+        raise ValueError(f"Row {row} holds neither text nor an image. Remove it, or give it one of them.")
+    return messages
+
+
+def open_image(value: Any, row: int, *, allow_remote_images: bool = False) -> Image.Image:
+    """Open one image in any of the accepted forms; files and bytes become RGB, turned as their EXIF data say.
+
+    Args:
+        value: PIL image, path, data URI, ``http(s)`` address, bytes, array (H, W, C) or (C, H, W) of bytes or of floats in
+            [0, 1], or ``{"bytes", "path"}`` as data sets store an image.
+        row: its place in the batch, for error messages.
+        allow_remote_images: open ``http(s)`` addresses.
+    """
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, Mapping) and set(value) <= {"bytes", "path"} and value:
+        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return _decoded(io.BytesIO(bytes(value)), f"the bytes of row {row}")
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return _from_array(value, row)
+    if isinstance(value, str) and value.startswith(REMOTE_PREFIXES):
+        if not allow_remote_images:
+            raise ValueError(
+                f"Row {row} names a remote image, {value!r}, and remote images are opened only when asked for. Download "
+                "it, or pass `allow_remote_images=True` to `build_encoder` or `load_encoder`."
+            )
+        with urlopen(value, timeout=30) as answer:  # noqa: S310 (http and https only, and asked for)
+            return _decoded(io.BytesIO(answer.read()), value)
+    if isinstance(value, str) and value.startswith(DATA_PREFIX):
+        try:
+            content = base64.b64decode(value.partition(",")[2], validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"The data URI of row {row} is not valid base64.") from error
+        return _decoded(io.BytesIO(content), f"the data URI of row {row}")
+    if isinstance(value, (str, Path)):
+        path = Path(value)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"Row {row}: there is no image file {str(value)!r}. Check the path and the folder it is relative to."
+            )
+        return _decoded(path, str(path))
+    raise TypeError(f"Row {row}: a {type(value).__name__} is not an image. Give PIL, a path, bytes, numpy or torch.")
+
+
+def _item_parts(item: Any, row: int, remote: bool) -> list[dict[str, Any]]:
+    if isinstance(item, str) and not _names_an_image(item, row):
+        return [{"type": "text", "text": item}]
+    if isinstance(item, Mapping) and not (item and set(item) <= {"bytes", "path"}):
+        return _dict_parts(item, row, remote)
+    if item is None:
+        raise ValueError(f"Row {row} is None. Remove it, or give it a text or an image.")
+    if isinstance(item, (list, tuple)):
+        raise TypeError(f'Row {row} is a list. Several images of one input go into {{"image": [...], "text": ...}}.')
+    return [{"type": "image", "image": open_image(item, row, allow_remote_images=remote)}]
+
+
+def _dict_parts(item: Mapping[str, Any], row: int, remote: bool) -> list[dict[str, Any]]:
+    unknown = sorted(str(key) for key in item if key not in ("image", "text", "video"))
+    if unknown:
+        raise ValueError(f"Row {row} has the unknown key(s) {', '.join(unknown)}. A dict holds image, video and text.")
+    parts: list[dict[str, Any]] = []
+    images = item.get("image")
+    for image in images if isinstance(images, (list, tuple)) else [images]:
+        if image is not None:
+            parts.append({"type": "image", "image": open_image(image, row, allow_remote_images=remote)})
+    if item.get("video") is not None:
+        parts.append({"type": "video", "video": item["video"]})
+    if item.get("text"):
+        parts.append({"type": "text", "text": str(item["text"])})
+    return parts
+
+
+def _chat_parts(content: Any, row: int, remote: bool) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, Sequence):
+        raise TypeError(f"Row {row}: the content of a message is a string or a list of parts, not {type(content)}.")
+    parts = []
+    for part in content:
+        kind = part.get("type", "text")
+        if kind == "image":
+            value = next((part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None), None)
+            parts.append({"type": "image", "image": open_image(value, row, allow_remote_images=remote)})
+        else:
+            parts.append(dict(part))
+    return parts
+
+
+def _names_an_image(text: str, row: int) -> bool:
+    """Whether a bare string stands for an image, as stock sentence-transformers decides: a URL or an existing file."""
+    if text.startswith(DATA_PREFIX):
+        return True
+    if not text.lower().endswith(IMAGE_SUFFIXES) or any(character.isspace() for character in text):
+        return False
+    if text.startswith(REMOTE_PREFIXES) or Path(text).is_file():
+        return True
+    raise FileNotFoundError(
+        f'Row {row}: {text!r} looks like an image file, but there is none. Mend the path, or pass {{"text": ...}} to embed '
+        "the words."
+    )
+
+
+def _decoded(source: Any, name: str) -> Image.Image:
+    try:
+        with Image.open(source) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"Cannot read an image from {name}: {error}. Replace or remove it.") from error
+
+
+def _from_array(array: np.ndarray | torch.Tensor, row: int) -> Image.Image:
+    values = array.detach().float().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
+    is_float = array.is_floating_point() if isinstance(array, torch.Tensor) else values.dtype.kind == "f"
+    if values.ndim == 2:
+        values = values[:, :, None]
+    if values.ndim != 3 or 3 not in (values.shape[0], values.shape[2]) and 1 not in (values.shape[0], values.shape[2]):
+        raise ValueError(f"Row {row}: an array of shape {array.shape} is no image. Give (H, W, 3) or (3, H, W).")
+    if values.shape[2] not in (1, 3):
+        values = values.transpose(1, 2, 0)
+    if is_float:
+        if values.min() < 0 or values.max() > 1:
+            raise ValueError(f"Row {row}: an image of floats must lie in [0, 1], got {values.min()} to {values.max()}.")
+        values = values * 255
+    pixels = np.ascontiguousarray(np.repeat(values, 3, axis=2) if values.shape[2] == 1 else values)
+    return Image.fromarray(pixels.round().astype(np.uint8))

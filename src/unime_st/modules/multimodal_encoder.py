@@ -1,0 +1,276 @@
+"""The multimodal LLM as a sentence-transformers module."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from sentence_transformers.base.modules import Transformer
+from torch import Tensor
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+
+from unime_st.fingerprint import content_id
+from unime_st.modules.inputs import Message, as_messages
+from unime_st.modules.vision_cache import VisionCache, is_frozen, vision_tower
+from unime_st.prompts import TURN_FORMATS, chat_template
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "unime_st_config.json"
+"""Our own settings beside a checkpoint; stock code ignores the file."""
+
+_CONTENT_KEY = "content_id"
+_IMAGE_KEYS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images", "image_grid_thw")
+_NO_LIMIT = 10**9  # tokenizers say 10^30 when they have none
+_HEAD_KEYS = ("lm_head.", "score.")
+
+
+class MultimodalEncoder(Transformer):
+    """Stock ``Transformer`` for multimodal LLMs, with what stock lacks for training and encoding.
+
+    It saves and loads as a stock module; only in memory is it another class. Beyond stock:
+
+    * inputs: bytes, data set cells, ``Path``; remote images only when asked for; errors name the row and the file;
+    * a text too long loses its own last tokens, never a media token nor the trailing instruction;
+    * batches and mini-batches whose rows have no image work in every family;
+    * every weight must come from the checkpoint, adapters included;
+    * a frozen vision tower stays in evaluation mode (batch normalisation keeps its statistics) and computes each distinct
+      image once, GradCache's second pass included;
+    * ``features["content_id"]`` (B,) identifies the content of each row, the instruction left out, for the losses'
+      false-negative filter;
+    * the tokenizer is saved without truncation state, so ``max_seq_length`` survives.
+
+    Args:
+        model_name_or_path: a Hub name or a folder.
+        prompt_template: a name of :data:`unime_st.prompts.TURN_FORMATS` or a Jinja chat template; None keeps the template
+            of a checkpoint saved by this package, and gives a backbone its family's.
+        allow_remote_images: open images at ``http(s)`` addresses.
+        vision_cache_bytes: memory for features of a frozen vision tower; 0 keeps none.
+        **kwargs: of the stock module.
+
+    Raises:
+        ValueError: weights are missing or left over, or the family has no template.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        *,
+        prompt_template: str | None = None,
+        allow_remote_images: bool = False,
+        vision_cache_bytes: int = 2**28,
+        **kwargs: Any,
+    ) -> None:
+        processor_kwargs = {"padding_side": "left", **(kwargs.pop("processor_kwargs", None) or {})}
+        super().__init__(model_name_or_path, processor_kwargs=processor_kwargs, **kwargs)
+        self.allow_remote_images = allow_remote_images
+        self.vision_cache = VisionCache(vision_cache_bytes)
+        if self.tokenizer is not None:
+            self.tokenizer.padding_side = "left"
+        if prompt_template is not None:
+            self._set_template(prompt_template)
+
+    def _set_template(self, template: str) -> None:
+        self.processor.chat_template = template if "{" in template else chat_template(template)
+        self.input_formatter.message_format = "structured"
+        if "message" not in self.modality_config:
+            self.modality_config, self.module_output_name = self.infer_modalities(self.model, self.processor)
+            self.input_formatter.supported_modalities = list(self.modality_config)
+
+    @staticmethod
+    def template_for(config: PretrainedConfig) -> str:
+        """Name of the prompt template of a model's family.
+
+        Raises:
+            ValueError: There is none; the message says what to do.
+        """
+        if config.model_type in TURN_FORMATS:
+            return config.model_type
+        raise ValueError(
+            f"There is no prompt template for the family {config.model_type!r}. Pass `prompt_template=` one of "
+            f"{', '.join(sorted(TURN_FORMATS))}, or a Jinja chat template."
+        )
+
+    @classmethod
+    def load(cls, model_name_or_path: str, **kwargs: Any) -> Self:
+        """Load from a folder saved by ``save``, with our own settings where they are."""
+        settings = Path(model_name_or_path) / SETTINGS_FILE
+        defaults = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        defaults.pop("format", None)
+        return super().load(model_name_or_path, init_defaults={**defaults, **(kwargs.pop("init_defaults", None) or {})},
+                            **kwargs)  # fmt: skip
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Save as the stock module does, with a clean tokenizer and our own settings beside."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
+        super().save(output_path, *args, **kwargs)
+        settings = {"format": 1, "vision_cache_bytes": self.vision_cache.max_bytes}
+        target = Path(output_path) / SETTINGS_FILE
+        partial = target.with_suffix(".partial")
+        partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        partial.replace(target)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch modes; a frozen vision tower stays in evaluation mode."""
+        super().train(mode)
+        tower = vision_tower(self.model)
+        if mode and tower is not None and is_frozen(tower):
+            tower.eval()
+        return self
+
+    def preprocess(
+        self,
+        inputs: Sequence[Any],
+        prompt: str | None = None,
+        processing_kwargs: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Turn inputs into features.
+
+        Args:
+            inputs: B inputs: text, images, ``{"image", "text"}`` or chat messages, mixed as you like.
+            prompt: an instruction for all rows; an instruction in a row's own system message goes before it.
+            processing_kwargs: of the stock module.
+            **kwargs: of the stock module; ``max_length`` bounds the tokens of a row.
+
+        Returns:
+            The stock features, and ``content_id`` (B,).
+
+        Raises:
+            ValueError: a row is empty, or its media and instruction alone are longer than the limit.
+        """
+        if not len(inputs):
+            return {}
+        allow = self.allow_remote_images
+        messages = [as_messages(item, row, allow_remote_images=allow) for row, item in enumerate(inputs)]
+        asked = kwargs.pop("max_length", None)
+        limit = min(asked or _NO_LIMIT, self.max_seq_length or _NO_LIMIT)
+        processing = {**(processing_kwargs or {})}
+        processing["text"] = {**processing.get("text", {}), "truncation": False}
+        features = super().preprocess(messages, prompt=prompt, processing_kwargs=processing, **kwargs)
+        while features["attention_mask"].shape[1] > limit and self._shorten(messages, features, limit):
+            features = super().preprocess(messages, prompt=prompt, processing_kwargs=processing, **kwargs)
+        if "num_images_per_sample" in features and "batch_num_images" in self._declared_forward_params:
+            features["batch_num_images"] = features["num_images_per_sample"]
+        features[_CONTENT_KEY] = torch.tensor([content_id(item) for item in inputs], dtype=torch.long)
+        return features
+
+    def _shorten(self, messages: list[list[Message]], features: dict[str, Any], limit: int) -> bool:
+        """Cut the user's text of every row over the limit, in place; whether any row was."""
+        lengths = features["attention_mask"].sum(dim=1).tolist()
+        over = [row for row, length in enumerate(lengths) if length > limit]
+        for row in over:
+            excess = int(lengths[row]) - limit
+            parts = [
+                part
+                for message in messages[row]
+                if message["role"] != "system"
+                for part in message["content"]
+                if part["type"] == "text" and part["text"]
+            ]
+            if not parts:
+                raise ValueError(
+                    f"Row {row} needs {int(lengths[row])} tokens for its media and instruction alone, but the limit is "
+                    f"{limit}. Raise `max_seq_length`, or give smaller or fewer images."
+                )
+            offsets = self.tokenizer(parts[-1]["text"], add_special_tokens=False, return_offsets_mapping=True)
+            starts = [start for start, _ in offsets["offset_mapping"]]
+            parts[-1]["text"] = parts[-1]["text"][: starts[-excess]].rstrip() if excess < len(starts) else ""
+            logger.warning("Row %d is longer than %d tokens: %d of its text were cut.", row, limit, excess)
+        return bool(over)
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Embed; see the stock module. Image tensors of a batch without images are left out."""
+        count = features.get("num_images_per_sample")
+        dropped = {_CONTENT_KEY}
+        if isinstance(count, Tensor) and int(count.sum()) == 0:
+            dropped.update(_IMAGE_KEYS)
+        inputs = {key: value for key, value in features.items() if key not in dropped}
+        with self.vision_cache.serving(self.model):
+            outputs = super().forward(inputs, **kwargs)
+        features.update({key: value for key, value in outputs.items() if key not in inputs or value is not inputs[key]})
+        for key in (self.module_output_name, "all_layer_embeddings"):
+            if key in outputs:
+                features[key] = outputs[key]
+        return features
+
+    def _load_model(
+        self,
+        model_name_or_path: str,
+        transformer_task: Any,
+        config: PretrainedConfig,
+        backend: str,
+        is_peft_model: bool,
+        **model_kwargs: Any,
+    ) -> PreTrainedModel:
+        if backend != "torch" or transformer_task != "feature-extraction":
+            raise ValueError(
+                f"MultimodalEncoder runs on backend 'torch' for 'feature-extraction', not {backend!r} for "
+                f"{transformer_task!r}. Load the checkpoint with SentenceTransformer for those."
+            )
+        if is_peft_model:
+            model_kwargs.pop("revision", None)
+        model, report = AutoModel.from_pretrained(
+            model_name_or_path, config=config, output_loading_info=True, **model_kwargs
+        )
+        check_loaded(model_name_or_path, report)
+        if is_peft_model:
+            check_adapter(model, Path(model_name_or_path))
+        return model
+
+
+def check_loaded(name: str, report: dict[str, Any]) -> None:
+    """Refuse a model some of whose weights were not in the checkpoint, or did not fit.
+
+    Args:
+        name: of the checkpoint, for the message.
+        report: what ``from_pretrained(output_loading_info=True)`` returned beside the model.
+
+    Raises:
+        ValueError: with the tensors' names.
+    """
+    left_over = [key for key in report.get("unexpected_keys", ()) if not key.startswith(_HEAD_KEYS)]
+    problems = {
+        "missing": sorted(key for key in report.get("missing_keys", ()) if "lora_" not in key),
+        "of another shape": sorted(str(key) for key in report.get("mismatched_keys", ())),
+        "left over": sorted(left_over),
+    }
+    found = [f"{len(keys)} {what} ({', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''})"
+             for what, keys in problems.items() if keys]  # fmt: skip
+    if found:
+        raise ValueError(
+            f"The weights of {name} do not fill the model: {'; '.join(found)}. They would be random or unused. Check that "
+            "the checkpoint is complete and that its config.json describes it."
+        )
+
+
+def check_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a model whose LoRA weights are not those of the adapter file.
+
+    Raises:
+        ValueError: with the tensors' names.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return  # on the Hub: transformers has fetched it; only a local file can be compared
+    loaded = {name.replace(".default", ""): value for name, value in model.state_dict().items()}
+    wrong = []
+    with safe_open(file, framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118 (not a dict)
+            name = key.removeprefix("base_model.model.")
+            value = loaded.get(name)
+            if value is None or not torch.equal(value.cpu().float(), tensors.get_tensor(key).float()):
+                wrong.append(name)
+    if wrong:
+        raise ValueError(
+            f"The adapter in {folder} was not loaded: {len(wrong)} tensors differ ({', '.join(wrong[:4])}, ...). It belongs "
+            "to another backbone, or peft and transformers disagree on names."
+        )

@@ -1,0 +1,144 @@
+"""Features of a frozen vision tower, kept: each distinct image is computed once.
+
+GradCache runs every row twice, and a batch often shows one image in several rows. While the tower is frozen its output
+depends on the pixels alone, so it is remembered by a hash of them, up to a number of bytes, the least recently used
+going first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+VISION_TOWER_NAMES = ("vision_tower", "visual", "vision_model", "vision_encoder")
+"""What transformers' multimodal models call their vision tower."""
+
+
+def vision_tower(model: nn.Module) -> nn.Module | None:
+    """The outermost module with a vision tower's name, or None."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in VISION_TOWER_NAMES:
+            return module
+    return None
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether no parameter of a module is trained."""
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+class VisionCache:
+    """Remembers what a frozen vision tower made of each image.
+
+    Only towers whose first input has one row an image, and whose outputs have too, are served (LLaVA, Gemma3, FastVLM);
+    others run as they are.
+
+    Attributes:
+        max_bytes: kept at the most; 0 switches the cache off.
+        hits: images answered from the cache.
+        misses: images computed.
+    """
+
+    def __init__(self, max_bytes: int = 2**28) -> None:
+        self.max_bytes = max_bytes
+        self.hits = 0
+        self.misses = 0
+        self._bytes = 0
+        self._rows: OrderedDict[bytes, tuple[type[ModelOutput], dict[str, Any], int]] = OrderedDict()
+
+    def clear(self) -> None:
+        """Forget everything; needed when the tower's weights change."""
+        self._rows.clear()
+        self._bytes = 0
+
+    @contextmanager
+    def serving(self, model: nn.Module) -> Iterator[None]:
+        """Within this context the model's vision tower, if it is frozen, answers from the cache."""
+        tower = vision_tower(model) if self.max_bytes else None
+        if tower is None or "forward" in vars(tower) or not is_frozen(tower) or torch.compiler.is_compiling():
+            yield
+            return
+        plain = tower.forward
+
+        def remembered(pixels: Any = None, *args: Any, **kwargs: Any) -> Any:
+            pixels = kwargs.pop("pixel_values") if pixels is None and "pixel_values" in kwargs else pixels
+            if args or not isinstance(pixels, Tensor) or pixels.ndim != 4 or _has_tensors(kwargs):
+                return plain(pixels, *args, **kwargs)
+            return self._answer(plain, pixels, kwargs)
+
+        tower.forward = remembered  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del tower.forward
+
+    def _answer(self, plain: Any, pixels: Tensor, kwargs: dict[str, Any]) -> Any:
+        salt = repr((sorted(kwargs.items()), pixels.dtype, torch.is_autocast_enabled(), pixels.device)).encode()
+        keys = [_digest(row, salt) for row in pixels.detach().cpu()]
+        new = {key: index for index, key in enumerate(keys) if key not in self._rows}
+        rows = {key: self._rows[key] for key in keys if key in self._rows}
+        if new:
+            with torch.no_grad():
+                output = plain(pixels[list(new.values())], **kwargs)
+            if not _has_row_an_image(output, len(new)):
+                return plain(pixels, **kwargs)
+            for place, key in enumerate(new):
+                rows[key] = _row(output, place)
+                self._keep(key, rows[key])
+        self.hits += len(keys) - len(new)
+        self.misses += len(new)
+        for key in keys:
+            if key in self._rows:
+                self._rows.move_to_end(key)
+        kind = rows[keys[0]][0]
+        return kind(**{name: _stacked([rows[key][1][name] for key in keys]) for name in rows[keys[0]][1]})
+
+    def _keep(self, key: bytes, row: tuple[type[ModelOutput], dict[str, Any], int]) -> None:
+        if row[2] > self.max_bytes // 4:
+            return
+        self._rows[key] = row
+        self._bytes += row[2]
+        while self._bytes > self.max_bytes:
+            self._bytes -= self._rows.popitem(last=False)[1][2]
+
+
+def _digest(row: Tensor, salt: bytes) -> bytes:
+    content = row.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(content, key=hashlib.blake2b(salt, digest_size=16).digest(), digest_size=16).digest()
+
+
+def _has_tensors(kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in kwargs.values())
+
+
+def _has_row_an_image(output: Any, rows: int) -> bool:
+    def fits(value: Any) -> bool:
+        if isinstance(value, tuple):
+            return all(fits(element) for element in value)
+        return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
+
+    return isinstance(output, ModelOutput) and all(fits(value) for value in output.values())
+
+
+def _row(output: ModelOutput, place: int) -> tuple[type[ModelOutput], dict[str, Any], int]:
+    def cut(value: Any) -> Any:
+        return tuple(cut(element) for element in value) if isinstance(value, tuple) else value[place].clone()
+
+    def size(value: Any) -> int:
+        return sum(size(element) for element in value) if isinstance(value, tuple) else value.nbytes
+
+    row = {name: cut(value) for name, value in output.items()}
+    return type(output), row, sum(size(value) for value in row.values())
+
+
+def _stacked(values: list[Any]) -> Any:
+    if isinstance(values[0], tuple):
+        return tuple(_stacked(list(column)) for column in zip(*values, strict=True))
+    return torch.stack(values)
