@@ -1,0 +1,6 @@
+"""Batch samplers for contrastive training."""
+
+from unime_st.samplers.epoch_callback import SamplerEpochCallback
+from unime_st.samplers.false_negative_aware import FalseNegativeAwareBatchSampler
+
+__all__ = ["FalseNegativeAwareBatchSampler", "SamplerEpochCallback"]
