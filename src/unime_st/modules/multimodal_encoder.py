@@ -27,7 +27,7 @@ SETTINGS_FILE = "unime_st_config.json"
 _CONTENT_KEY = "content_id"
 _IMAGE_KEYS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images", "image_grid_thw")
 _NO_LIMIT = 10**9  # tokenizers say 10^30 when they have none
-_HEAD_KEYS = ("lm_head.", "score.")
+_HEAD = "lm_head."
 
 
 class MultimodalEncoder(Transformer):
@@ -237,7 +237,7 @@ def check_loaded(name: str, report: dict[str, Any]) -> None:
     Raises:
         ValueError: with the tensors' names.
     """
-    left_over = [key for key in report.get("unexpected_keys", ()) if not key.startswith(_HEAD_KEYS)]
+    left_over = [key for key in report.get("unexpected_keys", ()) if _HEAD not in key]
     problems = {
         "missing": sorted(key for key in report.get("missing_keys", ()) if "lora_" not in key),
         "of another shape": sorted(str(key) for key in report.get("mismatched_keys", ())),
