@@ -1,0 +1,26 @@
+"""Fixtures of the demo's tests: made-up packages for the fast ones, the real ones (fetched if absent) for the slow."""
+
+import os
+from pathlib import Path
+
+import pytest
+from fake_packages import make_fake_packages
+
+from unime_st.demo.emoji import build_benchmark
+from unime_st.demo.packages import fetch
+
+
+@pytest.fixture(scope="session")
+def fetched():
+    default = Path(__file__).parents[2] / ".demo_cache"
+    return fetch(os.environ.get("UNIME_DEMO_CACHE", default))
+
+
+@pytest.fixture(scope="session")
+def fake(tmp_path_factory):
+    return make_fake_packages(tmp_path_factory.mktemp("packages"))
+
+
+@pytest.fixture(scope="session")
+def benchmark_folder(fake, tmp_path_factory):
+    return build_benchmark(fake, tmp_path_factory.mktemp("emoji") / "bench", eval_rows=20, report=lambda line: None)
