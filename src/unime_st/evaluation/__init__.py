@@ -7,28 +7,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unime_st.evaluation.cache import EmbeddingCache
-    from unime_st.evaluation.encoding import encode_distinct
+    from unime_st.evaluation.encoding import BrokenItemError, encode_distinct
+    from unime_st.evaluation.identity import model_fingerprint
     from unime_st.evaluation.mmeb import MMEBEvaluator
     from unime_st.evaluation.report import Report
     from unime_st.evaluation.retrieval import ImageTextRetrievalEvaluator
     from unime_st.evaluation.sugarcrepe import SugarCrepeEvaluator
 
 _EXPORTS = {
+    "BrokenItemError": "encoding",
     "EmbeddingCache": "cache",
     "ImageTextRetrievalEvaluator": "retrieval",
     "MMEBEvaluator": "mmeb",
     "Report": "report",
     "SugarCrepeEvaluator": "sugarcrepe",
     "encode_distinct": "encoding",
+    "model_fingerprint": "identity",
 }
 
 __all__ = [
+    "BrokenItemError",
     "EmbeddingCache",
     "ImageTextRetrievalEvaluator",
     "MMEBEvaluator",
     "Report",
     "SugarCrepeEvaluator",
     "encode_distinct",
+    "model_fingerprint",
 ]
 
 

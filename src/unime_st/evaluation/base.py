@@ -13,7 +13,7 @@ import numpy as np
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 
 from unime_st.evaluation.cache import EmbeddingCache, write_atomically
-from unime_st.evaluation.encoding import OnError, encode_indexed
+from unime_st.evaluation.encoding import OnError, Section, encode_indexed, open_section
 
 
 class EmbeddingEvaluator(SentenceEvaluator):
@@ -56,6 +56,11 @@ class EmbeddingEvaluator(SentenceEvaluator):
         """Return the settings that decide the numbers, for the model card."""
         settings = {"batch_size": self.batch_size, "prompt": self.prompt, "prompt_name": self.prompt_name}
         return {key: value for key, value in settings.items() if value is not None}
+
+    def open_cache(self, model: Any) -> Section:
+        """Open what is kept of this model's embeddings, in memory without a cache: once for a call's many tasks."""
+        cache = EmbeddingCache(self.cache_dir) if isinstance(self.cache_dir, str | Path) else self.cache_dir
+        return open_section(model, cache, prompt=self.prompt, prompt_name=self.prompt_name)
 
     def encode(
         self, model: Any, items: Sequence[Any], on_error: OnError = "raise"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from PIL import Image
 from tqdm.auto import tqdm
 
 from unime_st.evaluation.cache import EmbeddingCache
@@ -18,11 +21,28 @@ logger = logging.getLogger(__name__)
 OnError = Literal["raise", "report"]
 
 _BATCHES_A_SHARD = 8
+_LONGEST_SHOWN = 200
+
+
+_ITEM_ERRORS = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)  # broken PNG: SyntaxError
+
+
+class BrokenItemError(ValueError):
+    """An item that cannot be read or encoded.
+
+    Args:
+        position: Where it is in the list given.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, position: int, reason: str) -> None:
+        super().__init__(f"Item {position} cannot be encoded: {reason}")
+        self.position = position
+        self.reason = reason
 
 
 class Section(Protocol):
-    """Where embeddings of one model under one prompt are kept: a :class:`~unime_st.evaluation.cache.CacheSection` or a
-    :class:`MemorySection`."""
+    """Where embeddings of one model under one prompt are kept, on disk or in memory."""
 
     def get(self, fingerprints: Iterable[str]) -> list[np.ndarray | None]:
         """Look up embeddings, None where there is none."""
@@ -104,19 +124,21 @@ def encode_distinct(
         model: Encodes whatever ``items`` are.
         items: Texts, images, dicts of both, messages; content decides what is equal, see
             :func:`~unime_st.fingerprint.fingerprint`.
-        cache: Where embeddings are looked up and, every few batches, written, so that a killed run goes on where it was:
-            a cache, its folder, or a section opened before (:func:`open_section`), which saves reading the weights in
-            each of several calls.
+        cache: Where embeddings are looked up and, every few batches, written, so that a killed run goes on where it
+            was: a cache, its folder, or a section opened before (:func:`open_section`), which saves reading the weights
+            in each of several calls.
         batch_size: Items a forward pass.
         prompt: Instruction for all items; wins over ``prompt_name``.
         prompt_name: Name of one of the model's prompts.
         show_progress_bar: None shows it when the log level is INFO or below.
 
     Returns:
-        Shape (N, D), float32, in the order of ``items``; as the model gives them, so not normalised unless it does that.
+        Shape (N, D), float32, in the order of ``items``; as the model gives them, normalised only
+        if it does.
 
     Raises:
-        ValueError: If there are no items, or an embedding is not finite.
+        BrokenItemError: If an item cannot be read or encoded.
+        ValueError: If there are no items, ``prompt_name`` is not one of the model's, or an embedding is not finite.
 
     Example:
         >>> class Lengths:  # stands for a model
@@ -160,14 +182,15 @@ def encode_indexed(
         prompt: Instruction for all items.
         prompt_name: Name of one of the model's prompts.
         show_progress_bar: Whether to show progress.
-        on_error: "raise", or "report" to go on without the items that cannot be read or encoded.
+        on_error: "raise", or "report" to go on without the items that cannot be read.
 
     Returns:
         Embeddings of the distinct items, shape (U, D), float32, in the order of first appearance; the row of each item,
-        shape (N,), -1 for one that failed; and item number -> error for those.
+        shape (N,), -1 for one that failed; and item number -> error for those. (0, 0) when all failed.
 
     Raises:
-        ValueError: If there are no items, none can be encoded, or with "raise" an embedding is not finite.
+        BrokenItemError: With "raise", if an item cannot be read or encoded.
+        ValueError: If there are no items, ``prompt_name`` is not one of the model's, or an embedding is not finite.
     """
     if not len(items):
         raise ValueError("There is nothing to encode: `items` is empty.")
@@ -175,25 +198,24 @@ def encode_indexed(
         raise ValueError(f"`batch_size={batch_size}`, but a batch needs at least one item.")
     prompt = effective_prompt(model, prompt, prompt_name)
     section = _section(model, cache, prompt)
-    keys, errors = _fingerprints(items, on_error)
-    item_of = {key: items[row] for row, key in reversed(list(enumerate(keys))) if key}  # the first of equals
+    run = _Run(model, items, batch_size, prompt, on_error)
+    keys = run.fingerprints()
+    run.first = {key: row for row, key in reversed(list(enumerate(keys))) if key}
     distinct = [key for key in dict.fromkeys(keys) if key]
     found = {key: row for key, row in zip(distinct, section.get(distinct), strict=True) if row is not None}
-    missing = sorted((key for key in distinct if key not in found), key=lambda key: _size(item_of[key]), reverse=True)
-    failed: dict[str, str] = {}
+    missing = [key for key in distinct if key not in found]
+    missing.sort(key=lambda key: _size(items[run.first[key]]), reverse=True)  # alike ones into one batch
     step = batch_size * _BATCHES_A_SHARD
     for start in _progress(len(missing), step, show_progress_bar):
-        part = missing[start : start + step]
-        fresh = _encode(model, {key: item_of[key] for key in part}, batch_size, prompt, failed, on_error)
+        fresh = run.encode(missing[start : start + step])
         if fresh:
             section.add(list(fresh), np.stack(list(fresh.values())))
         found.update(fresh)
-    errors |= {row: failed[key] for row, key in enumerate(keys) if key in failed}
     kept = [key for key in distinct if key in found]
-    if not kept:
-        raise ValueError(f"None of the {len(items)} items could be encoded; the first: {errors[min(errors)]}")
     place = {key: row for row, key in enumerate(kept)}
-    return np.stack([found[key] for key in kept]), np.array([place.get(key, -1) for key in keys]), errors
+    index = np.array([place.get(key, -1) for key in keys], dtype=np.int64)
+    errors = {row: run.errors[run.first.get(key, row)] for row, key in enumerate(keys) if index[row] < 0}
+    return np.stack([found[key] for key in kept]) if kept else np.zeros((0, 0), np.float32), index, errors
 
 
 def _section(model: Any, cache: Cache | None, prompt: str | None) -> Section:
@@ -202,20 +224,6 @@ def _section(model: Any, cache: Cache | None, prompt: str | None) -> Section:
     if cache is None or isinstance(cache, EmbeddingCache):
         return open_section(model, cache, prompt=prompt)
     return cache
-
-
-def _fingerprints(items: Sequence[Any], on_error: OnError) -> tuple[list[str], dict[int, str]]:
-    """Content of each item, "" for one that cannot be read; and the errors."""
-    keys, errors = [], {}
-    for row, item in enumerate(items):
-        try:
-            keys.append(fingerprint(item))
-        except (OSError, ValueError, TypeError) as error:
-            if on_error == "raise":
-                raise
-            keys.append("")
-            errors[row] = f"{type(error).__name__}: {error}"
-    return keys, errors
 
 
 def _progress(count: int, step: int, shown: bool | None) -> Iterator[int]:
@@ -237,34 +245,97 @@ def _size(item: Any) -> tuple[int, int]:
     return 1, 0
 
 
-def _encode(
-    model: Any, items: Mapping[str, Any], batch_size: int, prompt: str | None, failed: dict[str, str], on_error: OnError
-) -> dict[str, np.ndarray]:
-    """Encode items by key. With "report", halves what fails until the culprits are alone, and notes them in `failed`."""
-    try:
-        embeddings = _finite(model, list(items.values()), batch_size, prompt)
-    except (OSError, ValueError) as error:
-        if on_error == "raise":
-            raise
-        if len(items) == 1:
-            failed[next(iter(items))] = f"{type(error).__name__}: {error}"
+@dataclass
+class _Run:
+    """One call's items and how they are encoded.
+
+    Attributes:
+        errors: Item number -> what is wrong with it, with "report".
+        first: Fingerprint -> number of the first item that has it.
+    """
+
+    model: Any
+    items: Sequence[Any]
+    batch_size: int
+    prompt: str | None
+    on_error: OnError
+    errors: dict[int, str] = field(default_factory=dict)
+    first: dict[str, int] = field(default_factory=dict)
+
+    def fingerprints(self) -> list[str]:
+        """Content of each item, "" for one that cannot be read."""
+        keys = []
+        for row, item in enumerate(self.items):
+            try:
+                keys.append(fingerprint(item))
+            except _ITEM_ERRORS as error:
+                keys.append("")
+                self._broken(row, error)
+        return keys
+
+    def encode(self, keys: list[str]) -> dict[str, np.ndarray]:
+        """Encode items by fingerprint, without those that turn out to hold no readable image."""
+        if not keys:
             return {}
-        keys = list(items)
-        halves = (keys[: len(keys) // 2], keys[len(keys) // 2 :])
-        parts = [_encode(model, {key: items[key] for key in half}, batch_size, prompt, failed, on_error) for half in halves]
-        return parts[0] | parts[1]
-    return dict(zip(items, embeddings, strict=True))
+        try:
+            embeddings = self.model.encode(
+                [self.items[self.first[key]] for key in keys],
+                batch_size=self.batch_size,
+                prompt=self.prompt,
+                show_progress_bar=False,
+                convert_to_numpy=True,
+            )
+        except _ITEM_ERRORS:
+            readable = [key for key in keys if self._is_readable(self.first[key])]
+            if len(readable) == len(keys):
+                raise  # no item's fault
+            return self.encode(readable)
+        embeddings = np.asarray(embeddings, dtype=np.float32)
+        for row in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
+            number = self.first[keys[row]]
+            raise ValueError(
+                f"The model gave NaN or infinity for item {number} ({_shown(self.items[number])}). Its weights may "
+                "have diverged; if not, try float32 or bfloat16 in place of float16."
+            )
+        return dict(zip(keys, embeddings, strict=True))
+
+    def _is_readable(self, row: int) -> bool:
+        try:
+            for image in _encoded_images(self.items[row]):
+                with Image.open(image) as opened:
+                    opened.load()
+        except _ITEM_ERRORS as error:
+            self._broken(row, error)
+            return False
+        return True
+
+    def _broken(self, row: int, error: Exception) -> None:
+        message = f"{type(error).__name__}: {error}"
+        if self.on_error == "raise":
+            raise BrokenItemError(row, f"{_shown(self.items[row])}: {message}") from error
+        self.errors[row] = message
 
 
-def _finite(model: Any, items: list[Any], batch_size: int, prompt: str | None) -> np.ndarray:
-    embeddings = model.encode(
-        items, batch_size=batch_size, prompt=prompt, show_progress_bar=False, convert_to_numpy=True
-    )
-    embeddings = np.asarray(embeddings, dtype=np.float32)
-    broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
-    if len(broken):
-        raise ValueError(
-            f"The model gave an embedding that is not finite for {len(broken)} of {len(items)} items, the first of which "
-            f"is {str(items[broken[0]])[:200]!r}. Try float32 or bfloat16 instead of float16."
-        )
-    return embeddings
+def _encoded_images(item: Any) -> Iterator[Any]:
+    """Files and bytes below an item that must open as images; a bare string is text."""
+    if isinstance(item, Path):
+        yield item
+    elif isinstance(item, bytes):
+        yield io.BytesIO(item)
+    elif isinstance(item, Mapping):
+        images = item.get("image")
+        for image in images if isinstance(images, list | tuple) else [images]:
+            if isinstance(image, str) and not image.startswith(("http://", "https://", "data:")):
+                yield Path(image)
+            else:
+                yield from _encoded_images(image)
+        if isinstance(item.get("content"), list):  # a chat message
+            yield from _encoded_images(item["content"])
+    elif isinstance(item, list | tuple):
+        for part in item:
+            yield from _encoded_images(part)
+
+
+def _shown(item: Any) -> str:
+    text = repr(item)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."

@@ -63,7 +63,7 @@ def _tensor_digest(tensor: Tensor) -> bytes:
     flat = tensor.detach().contiguous().reshape(-1)
     step = max(1, _CHUNK_BYTES // max(1, flat.element_size()))
     for start in range(0, flat.numel(), step):
-        digest.update(flat[start : start + step].view(torch.uint8).cpu().numpy())
+        digest.update(flat[start : start + step].view(torch.uint8).cpu().numpy().data)
     return digest.digest()
 
 
@@ -75,7 +75,7 @@ def _settings(model: nn.Module) -> Iterator[Any]:
             yield name, type(module).__name__, module.get_config_dict()
         if hasattr(module, "processor"):
             yield name, list(_processor_settings(module.processor))
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "to_dict") and id(config) not in seen:
             seen.add(id(config))
             yield name, config.to_dict()
@@ -88,7 +88,8 @@ def _settings(model: nn.Module) -> Iterator[Any]:
 def _processor_settings(processor: Any) -> Iterator[Any]:
     """Templates, image sizes and vocabulary of a processor or a lone tokenizer; state left by a call is left out."""
     yield getattr(processor, "chat_template", None)
-    if hasattr(image_processor := getattr(processor, "image_processor", None), "to_dict"):
+    image_processor: Any = getattr(processor, "image_processor", None)
+    if hasattr(image_processor, "to_dict"):
         yield image_processor.to_dict()
     tokenizer = getattr(processor, "tokenizer", processor)
     if hasattr(tokenizer, "get_vocab"):

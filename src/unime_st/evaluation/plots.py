@@ -75,7 +75,9 @@ def bar_plot(
             capsize=2,
         )
     slanted = len(groups) > 4 or any(len(group) > 14 for group in groups)
-    axes.set_xticks(centres, [_plain(group) for group in groups], **({"rotation": 30, "ha": "right"} if slanted else {}))
+    axes.set_xticks(
+        centres, [_plain(group) for group in groups], **({"rotation": 30, "ha": "right"} if slanted else {})
+    )
     return _finish(figure, axes, "", ylabel, theme, legend=bool(series))
 
 

@@ -154,7 +154,9 @@ class Report:
         require_matplotlib()
         for name, values in [*series.items(), *(errors or {}).items()]:
             if len(values) != len(groups):
-                raise ValueError(f"Series {name!r} of plot {title!r} has {len(values)} values for {len(groups)} groups.")
+                raise ValueError(
+                    f"Series {name!r} of plot {title!r} has {len(values)} values for {len(groups)} groups."
+                )
         drawn = {theme: bar_plot(groups, series, ylabel, theme, errors=errors) for theme in ("light", "dark")}
         data = {"groups": list(groups), "series": {name: list(values) for name, values in series.items()}}
         whiskers = {name: list(values) for name, values in (errors or {}).items()}
@@ -181,9 +183,7 @@ class Report:
         """
         section = Section("gallery", title, {"note": note, "entries": []})
         for entry in entries:
-            results = [
-                {**_side(found, section.pictures), "right": bool(found["right"])} for found in entry["results"]
-            ]
+            results = [{**_side(found, section.pictures), "right": bool(found["right"])} for found in entry["results"]]
             shown = {"query": _side(entry["query"], section.pictures), "results": results, "rank": entry.get("rank")}
             section.data["entries"].append(shown)
         self.sections.append(section)
@@ -197,7 +197,7 @@ class Report:
         return _plain({"title": self.title, "sections": sections})
 
     def write(self, folder: str | Path) -> Path:
-        """Write `report.json`, `report.md` with its pictures in `report_files/`, and `report.html`, which needs no other file.
+        """Write `report.json`, `report.md` with its pictures in `report_files/`, and the self-contained `report.html`.
 
         Args:
             folder: made when missing.
@@ -252,7 +252,9 @@ def _side(side: Any, pictures: dict[str, bytes]) -> dict[str, str | None]:
 
 
 def _is_image_file(text: str) -> bool:
-    return len(text) < 1024 and "\n" not in text and Path(text).suffix.lower() in _IMAGE_SUFFIXES and Path(text).is_file()
+    return (
+        len(text) < 1024 and "\n" not in text and Path(text).suffix.lower() in _IMAGE_SUFFIXES and Path(text).is_file()
+    )
 
 
 def _add(image: Any, pictures: dict[str, bytes]) -> str:

@@ -74,7 +74,9 @@ def _table(section: Section) -> Iterator[str]:
     )
     yield "</tr></thead>\n<tbody>"
     for row in data["shown"]:
-        yield "<tr>" + "".join(f"<td{css}>{escape(cell)}</td>" for css, cell in zip(classes, row, strict=True)) + "</tr>"
+        yield (
+            "<tr>" + "".join(f"<td{css}>{escape(cell)}</td>" for css, cell in zip(classes, row, strict=True)) + "</tr>"
+        )
     yield "</tbody></table></div>"
 
 

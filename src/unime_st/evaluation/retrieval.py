@@ -18,13 +18,14 @@ Direction = Literal["text_to_image", "image_to_text"]
 DIRECTIONS: tuple[Direction, Direction] = ("text_to_image", "image_to_text")
 
 _KEPT = 10  # best results kept of each query, for galleries
+_SHOWN = 5
 
 
 class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
     """Recall@k of images by their captions and of captions by their image (Flickr30K, COCO, ShareGPT4V, Urban1K).
 
-    A direction is named by its query: ``text_to_image`` asks with each caption for its image, ``image_to_text`` with each
-    image for *any* of its captions. Images and captions of the same content are one candidate; a caption that also
+    A direction is named by its query: ``text_to_image`` asks with each caption for its image, ``image_to_text`` with
+    each image for *any* of its captions. Images and captions of the same content are one candidate; a caption that also
     belongs to another image is right for both. A wrong candidate that scores exactly as well goes first.
 
     Args:
@@ -32,11 +33,11 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         captions: For each image its captions, at least one (UniME's protocol: five; COCO's first five).
         name: Put before the metrics' names.
         ks: The k of recall@k, at least 1 each.
-        shuffle_images: A seed. Deals the images out anew among the captions: a check, not a result, since recall must
-            fall to :meth:`chance`. If it does not, an answer leaks into the query.
+        shuffle_images_seed: Deals the images out anew among the captions: a check, not a result, since recall
+            must fall to :meth:`chance`. If it does not, an answer leaks into the query.
         chunk_size: Queries a matrix product.
-        **arguments: ``batch_size``, ``prompt``, ``prompt_name``, ``cache_dir``, ``show_progress_bar``, ``write_csv`` as in
-            :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
+        **arguments: ``batch_size``, ``prompt``, ``prompt_name``, ``cache_dir``, ``show_progress_bar`` and ``write_csv``
+            of :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
 
     Attributes:
         rankings: Of the last call, for each direction the ranks and the ten best candidates of each query. An image is
@@ -71,7 +72,7 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         *,
         name: str = "",
         ks: Sequence[int] = (1, 5, 10),
-        shuffle_images: int | None = None,
+        shuffle_images_seed: int | None = None,
         chunk_size: int = 1024,
         **arguments: Any,
     ) -> None:
@@ -84,15 +85,17 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         if not ks or min(ks) < 1:
             raise ValueError(f"`ks={tuple(ks)}`, but recall@k needs k of at least 1.")
         self.images = list(images)
-        if shuffle_images is not None:
-            self.images = [self.images[place] for place in np.random.default_rng(shuffle_images).permutation(len(images))]
-        self.shuffle_images = shuffle_images
+        if shuffle_images_seed is not None:
+            order = np.random.default_rng(shuffle_images_seed).permutation(len(images))
+            self.images = [self.images[place] for place in order]
+        self.shuffle_images_seed = shuffle_images_seed
         self.ks = tuple(sorted(ks))
         self.chunk_size = chunk_size
         self.texts = [caption for own in captions for caption in own]
         self.image_of = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
         self.primary_metric = f"mean_recall@{self.ks[0]}"
         self.rankings: dict[Direction, Ranking] = {}
+        self._right: dict[Direction, list[list[int]]] = {}
 
     @classmethod
     def from_folder(cls, folder: str | Path, **arguments: Any) -> ImageTextRetrievalEvaluator:
@@ -121,15 +124,17 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
                     path, text = resolve_image(folder, row["file_name"]), row["text"]
                 except (KeyError, TypeError, ValueError) as error:
                     raise ValueError(
-                        f'{folder / "metadata.jsonl"}, line {number}: {error!r}. A line is {{"file_name": "a.jpg", "text": '
-                        '"a caption"}.'
+                        f'{folder / "metadata.jsonl"}, line {number}: {error!r}. A line is {{"file_name": "a.jpg", '
+                        '"text": "a caption"}.'
                     ) from error
                 captions.setdefault(path, []).extend([text] if isinstance(text, str) else text)
         return cls(list(captions), list(captions.values()), **{"name": folder.name, **arguments})
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings that decide the numbers, for the model card."""
-        return {**super().get_config_dict(), "ks": list(self.ks), "images": len(self.images), "captions": len(self.texts)}
+        sizes = {"ks": list(self.ks), "images": len(self.images), "captions": len(self.texts)}
+        shuffled = {} if self.shuffle_images_seed is None else {"shuffle_images_seed": self.shuffle_images_seed}
+        return {**super().get_config_dict(), **sizes, **shuffled}
 
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
@@ -148,9 +153,10 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         embeddings, index, _ = self.encode(model, [*map(image_item, self.images), *self.texts])
         images, image_place = _once(index[: len(self.images)])
         texts, text_place = _once(index[len(self.images) :])
-        captions_of: list[list[int]] = [[] for _ in self.images]
+        of_distinct: list[dict[int, None]] = [{} for _ in images]  # an image that comes twice has the captions of both
         for text, image in enumerate(self.image_of):
-            captions_of[image].append(text_place[text])
+            of_distinct[image_place[image]][int(text_place[text])] = None
+        captions_of = [list(of_distinct[place]) for place in image_place]
         image_vectors, text_vectors = embeddings[index[images]], embeddings[index[len(self.images) + texts]]
         options = {"k": _KEPT, "chunk_size": self.chunk_size, "device": device_of(model)}
         by_text = rank_pool(
@@ -161,7 +167,60 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
             "text_to_image": Ranking(by_text.ranks, by_text.tied, images[by_text.top], by_text.scores),
             "image_to_text": Ranking(by_image.ranks, by_image.tied, texts[by_image.top], by_image.scores),
         }
+        self._right = {
+            "text_to_image": [[int(place)] for place in images[image_place[self.image_of]]],
+            "image_to_text": [texts[own].tolist() for own in captions_of],
+        }
         return self.finish(model, self._metrics(), output_path, epoch, steps)
+
+    @property
+    def last_details(self) -> dict[Direction, list[dict[str, Any]]]:
+        """Of the last call, what each query found.
+
+        Returns:
+            Direction -> for each query `query`, its number in ``texts`` or ``images``; `right`, the numbers of the
+            right candidates; `rank`, from 1, of the best of them; `top`, the numbers of the best five candidates.
+        """
+        return {
+            direction: [
+                {"query": query, "right": right, "rank": int(rank) + 1, "top": top[:_SHOWN].tolist()}
+                for query, (right, rank, top) in enumerate(
+                    zip(self._right[direction], ranking.ranks, ranking.top, strict=True)
+                )
+            ]
+            for direction, ranking in self.rankings.items()
+        }
+
+    def top(
+        self, k: int = _SHOWN, direction: Direction = "text_to_image", queries: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """Show what queries found in the last call, as entries of :meth:`~unime_st.evaluation.Report.add_gallery`.
+
+        Args:
+            k: Results a query, at most ten.
+            direction: Of the search.
+            queries: Numbers of captions or images; None takes all.
+
+        Returns:
+            For each query `query`, `results` (each an `image` or a `text`, and whether it is `right`) and `rank`.
+
+        Raises:
+            ValueError: If there was no call yet.
+        """
+        if direction not in self.rankings:
+            raise ValueError(
+                f"Nothing is known of {direction!r}: there are {list(self.rankings)}. Evaluate a model first."
+            )
+        ranking, right = self.rankings[direction], self._right[direction]
+        sources, targets = (self.texts, self.images)[:: 1 if direction == "text_to_image" else -1]
+        kind = "image" if direction == "text_to_image" else "text"
+        entries = []
+        for query in range(len(right)) if queries is None else queries:
+            best = [int(number) for number in ranking.top[query][:k] if number >= 0]
+            results = [{kind: targets[number], "right": number in right[query]} for number in best]
+            source = sources[query] if kind == "image" else {"image": sources[query]}
+            entries.append({"query": source, "results": results, "rank": int(ranking.ranks[query]) + 1})
+        return entries
 
     def _metrics(self) -> dict[str, float]:
         metrics: dict[str, float] = {}

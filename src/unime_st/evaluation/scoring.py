@@ -183,8 +183,7 @@ def rank_pool(
         best = cosine.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
         ranks = ((cosine >= best) & ~is_right).sum(dim=1)
         tied = ((cosine == best) & ~is_right).any(dim=1)
-        scores, top = cosine.topk(k, dim=1)
+        top = cosine.argsort(dim=1, descending=True, stable=True)[:, :k]  # equal scores in the order of the pool
+        scores = cosine.gather(1, top)
         parts.append([part.cpu().numpy() for part in (ranks, tied, top, scores)])
-    ranks, tied, top, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.lexsort((top, -scores), axis=1)  # equal scores in the order of the pool
-    return Ranking(ranks, tied, np.take_along_axis(top, order, axis=1), np.take_along_axis(scores, order, axis=1))
+    return Ranking(*(np.concatenate(column) for column in zip(*parts, strict=True)))

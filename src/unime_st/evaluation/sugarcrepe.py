@@ -58,8 +58,8 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
         groups: Group name -> names of its sets. None means the published Replace, Swap and Add if every set is one of
             theirs (a group is scored over the sets given), else no groups.
         name: Put before the metrics' names.
-        **arguments: ``batch_size``, ``prompt``, ``prompt_name``, ``cache_dir``, ``show_progress_bar``, ``write_csv`` as in
-            :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
+        **arguments: ``batch_size``, ``prompt``, ``prompt_name``, ``cache_dir``, ``show_progress_bar`` and ``write_csv``
+            of :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
 
     Attributes:
         scores: Of the last call, set name -> :class:`PreferenceScores` of each row.
@@ -69,8 +69,8 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
         ValueError: If there are no sets, a set is empty, a row has not three cells, or a group names an unknown set.
 
     Metrics:
-        ``<set>_accuracy``, ``<group>_accuracy``, ``mean_of_sets_accuracy``, ``mean_of_groups_accuracy`` and ``ties``, the
-        number of tied rows.
+        ``<set>_accuracy``, ``<group>_accuracy``, ``mean_of_sets_accuracy``, ``mean_of_groups_accuracy`` and ``ties``,
+        the number of tied rows.
 
     Example:
         >>> class Lengths:  # stands for a model
@@ -98,7 +98,9 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
                 raise ValueError(f"The set {set_name!r} has no rows. Leave it out.")
             for number, row in enumerate(rows):
                 if len(row) != 3:
-                    raise ValueError(f"{set_name!r}, row {number}: {len(row)} cells in place of (image, caption, negative).")
+                    raise ValueError(
+                        f"{set_name!r}, row {number}: {len(row)} cells in place of (image, caption, negative)."
+                    )
         self.sets = {set_name: list(rows) for set_name, rows in sets.items()}
         self.groups = self._groups(groups)
         self.primary_metric = "mean_of_groups_accuracy" if self.groups else "mean_of_sets_accuracy"
