@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from unime_st.demo.packages import Fetched
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the folder; a change rebuilds it
+FORMAT = 2  # of the folder; a change rebuilds it
 STRIDE = 32  # pixels a visual token stands for, each way
 VISION_DIM = 1280
 IMAGE_TOKEN = "<image>"  # noqa: S105 (a vocabulary entry, not a secret)
@@ -62,7 +63,7 @@ def build_miniature(
     fetched: Fetched,
     output_dir: str | Path,
     *,
-    num_layers: int | None = None,
+    layers: Sequence[int] | None = None,
     image_size: int = 160,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
@@ -74,7 +75,7 @@ def build_miniature(
     Args:
         fetched: the unpacked packages (`packages.fetch`).
         output_dir: the checkpoint folder; replaced if it holds a miniature of other settings.
-        num_layers: keep only the first layers of the language model (of 30); None keeps all.
+        layers: which layers of the language model (of 30) to keep; None keeps all.
         image_size: side of the square that every image is resized to, a multiple of 32.
         dtype: of the saved weights; the folder takes 555 MB in float32, half of it in bfloat16. See `fastest_dtype`.
         seed: of the untrained projector.
@@ -83,7 +84,7 @@ def build_miniature(
         `output_dir` as a path. It appears only when complete.
 
     Raises:
-        ValueError: `image_size` or `num_layers` out of range.
+        ValueError: `image_size` or `layers` out of range.
         FileExistsError: `output_dir` is a folder that this function did not make.
     """
     if image_size < STRIDE or image_size % STRIDE:
@@ -91,7 +92,7 @@ def build_miniature(
     target = Path(output_dir)
     settings = {
         "format": FORMAT,
-        "num_layers": num_layers,
+        "layers": None if layers is None else list(layers),
         "image_size": image_size,
         "dtype": str(dtype).removeprefix("torch."),
         "seed": seed,
@@ -102,7 +103,7 @@ def build_miniature(
             raise FileExistsError(f"{target} exists and is not a miniature made here. Give another `output_dir`.")
         if json.loads(marker.read_text()) == settings:
             return target
-    model, tokenizer = _assemble(fetched, num_layers, seed)
+    model, tokenizer = _assemble(fetched, layers, seed)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -134,9 +135,9 @@ def init_projector(model: FastVlmForConditionalGeneration, seed: int = 0) -> Non
     scale = model.model.language_model.embed_tokens.weight.float().std()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for layer, gain in ((projector.linear_1, 1.0), (projector.linear_2, 2.0)):  # GELU halves the variance, about
+        for layer in (projector.linear_1, projector.linear_2):
             fan_in = layer.weight.shape[1]
-            noise = torch.randn(layer.weight.shape, generator=generator) * (gain / fan_in) ** 0.5
+            noise = torch.randn(layer.weight.shape, generator=generator) * fan_in**-0.5
             layer.weight.copy_(noise)
             layer.bias.zero_()
         projector.linear_2.weight.mul_(scale)
@@ -221,10 +222,10 @@ def _timm_name(name: str) -> str:
 
 
 def _assemble(
-    fetched: Fetched, num_layers: int | None, seed: int
+    fetched: Fetched, layers: Sequence[int] | None, seed: int
 ) -> tuple[FastVlmForConditionalGeneration, PreTrainedTokenizerBase]:
     """Put the parts together in float32 and check that no weight is left over or missing."""
-    text_config, text_state = _language_model(fetched.gguf, num_layers)
+    text_config, text_state = _language_model(fetched.gguf, layers)
     tokenizer = AutoTokenizer.from_pretrained(fetched.gguf.parent, gguf_file=fetched.gguf.name, padding_side="left")
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     tokenizer.model_max_length = text_config.max_position_embeddings
@@ -237,6 +238,7 @@ def _assemble(
         text_config=text_config.to_dict(),
         vision_config=_vision_config(),
         image_token_index=tokenizer.encode(IMAGE_TOKEN, add_special_tokens=False)[0],
+        projector_hidden_act="linear",  # so that a least-squares fit can be written into it (`align_projector`)
         tie_word_embeddings=True,
     )
     model = FastVlmForConditionalGeneration(config)
@@ -267,7 +269,7 @@ def _vision_config() -> dict[str, Any]:
     }
 
 
-def _language_model(gguf: Path, num_layers: int | None) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
+def _language_model(gguf: Path, layers: Sequence[int] | None) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
     """De-quantise the GGUF: its plain config, and its float32 weights without the tied output layer.
 
     transformers leaves what it reads from a GGUF flagged as quantised, so that it can be neither saved nor cast: config
@@ -278,12 +280,15 @@ def _language_model(gguf: Path, num_layers: int | None) -> tuple[LlamaConfig, di
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(name, None)
     depth = settings["num_hidden_layers"]
-    if num_layers is not None and not 1 <= num_layers <= depth:
-        raise ValueError(f"`num_layers={num_layers}`, but the language model has {depth}. Give 1 to {depth}, or None.")
-    kept = depth if num_layers is None else num_layers
+    kept = list(range(depth)) if layers is None else list(layers)
+    if not kept or sorted(set(kept)) != kept or not 0 <= kept[0] <= kept[-1] < depth:
+        raise ValueError(f"`layers={layers}`: give ascending numbers from 0 to {depth - 1}, each once, or None.")
+    renamed = {old: new for new, old in enumerate(kept)}
     state = {}
     for name, value in quantised.state_dict().items():
         layer = re.match(r"model\.layers\.(\d+)\.", name)
-        if name != "lm_head.weight" and (layer is None or int(layer[1]) < kept):
+        if layer is None and name != "lm_head.weight":
             state[name] = value.float()
-    return LlamaConfig(**settings | {"num_hidden_layers": kept}), state
+        elif layer is not None and int(layer[1]) in renamed:
+            state[f"model.layers.{renamed[int(layer[1])]}.{name[layer.end() :]}"] = value.float()
+    return LlamaConfig(**settings | {"num_hidden_layers": len(kept)}), state

@@ -1,0 +1,47 @@
+# Two commands do everything on a fresh machine: `make test` and `make demo`. They need make, Python 3.11+, pip and npm.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-short test test-fast check format ablation clean
+
+help: ## show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch torchvision
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## run the whole recipe on a miniature: real weights, real images, report with pictures
+	$(BIN)/python -m unime_st.demo
+
+demo-short: $(STAMP) ## the same in a few steps, to see that it runs; its numbers mean nothing
+	$(BIN)/python -m unime_st.demo --short --output demo_output_short
+
+test: $(STAMP) ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP) ## tests without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(STAMP) ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ablation: $(STAMP) ## the ablation of stage 2 and of its losses, into benchmarks/results
+	$(BIN)/python benchmarks/ablation.py
+
+clean: ## remove what the demo and the tools made
+	rm -rf demo_output demo_output_short .demo_cache .mypy_cache .ruff_cache .pytest_cache

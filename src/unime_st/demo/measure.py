@@ -1,0 +1,88 @@
+"""Evaluating one checkpoint on the emoji benchmark, through the evaluators a user runs on MMEB."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+
+from unime_st.demo.concepts import HELD_OUT_VENDOR, TRAINED_VENDORS
+from unime_st.demo.emoji import EmojiBenchmark
+from unime_st.demo.settings import DemoSettings
+from unime_st.evaluation import ImageTextRetrievalEvaluator, MMEBEvaluator, SugarCrepeEvaluator
+
+VENDOR_OF = {"trained": TRAINED_VENDORS[0], "heldout": HELD_OUT_VENDOR}
+"""Kind of drawings -> the vendor whose drawings the retrieval lists show."""
+
+
+def retrieval(
+    benchmark: EmojiBenchmark, split: str, drawings: str, cache: Path, **options: Any
+) -> ImageTextRetrievalEvaluator:
+    """Both directions over the plain drawings of a split's concepts, by one vendor."""
+    images, captions = benchmark.retrieval(split, VENDOR_OF[drawings])
+    return ImageTextRetrievalEvaluator(
+        images, captions, name=f"{split}_{drawings}", cache_dir=cache, show_progress_bar=True, write_csv=False, **options
+    )
+
+
+def evaluate(
+    model: SentenceTransformer,
+    benchmark: EmojiBenchmark,
+    settings: DemoSettings,
+    cache: Path,
+    kept: Path,
+    *,
+    split: str = "test",
+    kinds: tuple[str, ...] = ("trained", "heldout"),
+) -> dict[str, Any]:
+    """All numbers of one checkpoint on one split, kept in a file.
+
+    Returns:
+        Kind of drawings -> "mmeb", "retrieval" and "swaps" -> metric -> value in [0, 1]; and "sees": text->image R@1
+        after the images were shuffled among the captions.
+    """
+    if kept.is_file():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    results: dict[str, Any] = {}
+    for drawings in kinds:
+        mmeb = MMEBEvaluator(
+            benchmark.eval_root(split, drawings),
+            tasks=list(benchmark.meta_tasks),
+            meta_tasks=benchmark.meta_tasks,
+            image_root=benchmark.image_root,
+            limit=settings.eval_limit,
+            cache_dir=cache,
+            show_progress_bar=True,
+            write_csv=False,
+            name="",
+        )
+        swaps = SugarCrepeEvaluator.from_folder(
+            next(iter(benchmark.swaps(split, drawings).values())).parent,
+            benchmark.image_root,
+            cache_dir=cache,
+            show_progress_bar=True,
+            write_csv=False,
+            name="",
+        )
+        results[drawings] = {
+            "mmeb": mmeb(model),
+            "retrieval": retrieval(benchmark, split, drawings, cache)(model),
+            "swaps": swaps(model),
+        }
+    shuffled = retrieval(benchmark, split, kinds[0], cache, shuffle_images_seed=settings.seed)(model)
+    results["shuffled"] = shuffled
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    partial = kept.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    partial.replace(kept)
+    return results
+
+
+def metric(results: dict[str, float], ending: str) -> float:
+    """The one metric whose name ends so."""
+    found = [value for name, value in results.items() if name == ending or name.endswith(f"_{ending}")]
+    if len(found) != 1:
+        raise KeyError(f"{len(found)} metrics end in {ending!r}: {sorted(results)}")
+    return found[0]

@@ -1,0 +1,175 @@
+"""The demo's report: one table against chance and the linear baseline, plots, galleries, settings."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unime_st.demo import measure
+from unime_st.demo.card import card
+from unime_st.demo.emoji import EmojiBenchmark
+from unime_st.demo.measure import VENDOR_OF, metric
+from unime_st.demo.packages import Fetched
+from unime_st.demo.training import LOG_FILE
+from unime_st.evaluation import Report
+from unime_st.modules import load_encoder
+
+if TYPE_CHECKING:
+    from unime_st.demo.pipeline import Demo
+
+NAMES = {
+    "start": "parts put together",
+    "aligned": "+ projector aligned",
+    "stage1": "+ stage 1 (distillation)",
+    "stage2": "+ stage 2 (hard negatives)",
+}
+COLUMNS = ("text→image R@1", "R@5", "R@10", "image→text R@1", "R@5 ", "R@10 ", "attribute swaps", "MMEB-like P@1")
+RECALLS = [f"{way}_recall@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+
+
+def write_report(
+    demo: Demo,
+    fetched: Fetched,
+    benchmark: EmojiBenchmark,
+    ridge: dict[str, Any],
+    results: dict[str, Any],
+    checkpoints: dict[str, Path],
+    final: Path,
+) -> Path:
+    """Write `report/` in the demo's output, `results.json`, and the checkpoint's model card."""
+    summary = summarise(benchmark, ridge, results)
+    _write(demo.output / "results.json", json.dumps(summary, indent=1) + "\n")
+    report = Report("UniME on a miniature: emoji")
+    report.add_text(
+        "A miniature multimodal LLM of real pretrained parts (SmolLM2-135M-Instruct with "
+        f"{len(demo.settings.layers)} of its 30 layers, EfficientNet-lite0) goes through the UniME recipe. All numbers are on "
+        "concepts never trained on. The linear baseline is a ridge regression from the same frozen vision features to the "
+        "teacher's embedding of the label."
+    )
+    for drawings, table in summary["tables"].items():
+        seen = "seen in training" if drawings == "trained" else "never seen in training"
+        rows = [[name, *(values.get(column) for column in COLUMNS)] for name, values in table.items()]
+        report.add_table(f"Drawings by a vendor {seen} ({VENDOR_OF[drawings]})", ["", *COLUMNS], rows, percent=True)
+    shuffled = summary["shuffled_text_to_image_recall@1"]
+    report.add_text(
+        f"With the images shuffled among the captions, text→image R@1 falls to {100 * shuffled:.1f} % (chance "
+        f"{100 * summary['chance']:.1f} %): the model's answers depend on what is in the images.",
+        title="Does it see?",
+    )
+    _meta_tasks(report, results)
+    _training(report, checkpoints)
+    _galleries(report, demo, benchmark, checkpoints["stage2"])
+    packages = ("sentence-transformers", "transformers", "torch", "peft", "datasets")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    report.add_table("Seconds a step took", ["step", "seconds"], list(demo.seconds.items()), digits=0)
+    report.add_text(f"{json.dumps(asdict(demo.settings))}\n\n{versions}", title="Settings and versions")
+    report.add_text(card(benchmark.info), title="The benchmark and its licences")
+    page = report.write(demo.output / "report")
+    _write(final / "README.md", _model_card(summary))
+    return page
+
+
+def summarise(benchmark: EmojiBenchmark, ridge: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of the tables, in [0, 1]."""
+    images, _ = benchmark.retrieval("test", VENDOR_OF["trained"])
+    tables: dict[str, Any] = {}
+    for drawings, vendor in VENDOR_OF.items():
+        info = benchmark.info["eval"]["test"][drawings]
+        chances = [1 / len(images), 5 / len(images), 10 / len(images)] * 2
+        mean_chance = sum(task["chance"] for task in info.values()) / len(info)
+        rows = {"chance": dict(zip(COLUMNS, [*chances, 0.5, mean_chance], strict=True))}
+        linear = ridge["test"][vendor]
+        values = [linear[way][f"R@{k}"] / 100 for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+        rows["linear baseline (ridge)"] = dict(zip(COLUMNS, values, strict=False))
+        for name, shown in NAMES.items():
+            own = results[name][drawings]
+            measured = [metric(own["retrieval"], recall) for recall in RECALLS]
+            measured.append(metric(own["swaps"], "mean_of_sets_accuracy"))
+            measured.append(metric(own["mmeb"], "mean_precision@1"))
+            rows[shown] = dict(zip(COLUMNS, measured, strict=True))
+        tables[drawings] = rows
+    shuffled = metric(results["stage2"]["shuffled"], "text_to_image_recall@1")
+    return {"tables": tables, "shuffled_text_to_image_recall@1": shuffled, "chance": 1 / len(images)}
+
+
+def _meta_tasks(report: Report, results: dict[str, Any]) -> None:
+    for drawings in VENDOR_OF:
+        last = results["stage2"][drawings]["mmeb"]
+        metas = sorted({name.split("meta_")[1].removesuffix("_precision@1") for name in last if "meta_" in name} - {"mean"})
+        series = {
+            shown: [metric(results[name][drawings]["mmeb"], f"meta_{meta}_precision@1") for meta in metas]
+            for name, shown in NAMES.items()
+        }
+        report.add_bar_plot(f"Precision@1 by meta-task, {drawings} drawings", metas, series, "Precision@1")
+
+
+def _training(report: Report, checkpoints: dict[str, Path]) -> None:
+    for name in ("stage1", "stage2"):
+        log = [row for row in json.loads((checkpoints[name] / LOG_FILE).read_text(encoding="utf-8"))["log"] if "loss" in row]
+        steps = [row["step"] for row in log]
+        report.add_line_plot(f"Loss of {NAMES[name][2:]}", {"loss": (steps, [row["loss"] for row in log])}, "step", "loss")
+        if name == "stage2":
+            wanted = ("false_negatives_by_identity", "false_negatives_by_margin")
+            report.add_line_plot(
+                "False negatives filtered, a row",
+                {key: (steps, [row[key] for row in log]) for key in wanted if key in log[0]},
+                "step",
+                "candidates",
+            )
+            wanted = ("positive_similarity", "hard_negative_similarity")
+            report.add_line_plot(
+                "Hardness of the chosen negatives",
+                {key: (steps, [row[key] for row in log]) for key in wanted if key in log[0]},
+                "step",
+                "cosine",
+            )
+
+
+def _galleries(report: Report, demo: Demo, benchmark: EmojiBenchmark, checkpoint: Path) -> None:
+    model = load_encoder(checkpoint, device="cpu")
+    for drawings, vendor in VENDOR_OF.items():
+        evaluator = measure.retrieval(benchmark, "test", drawings, demo.cache / "embeddings")
+        evaluator(model)
+        for direction, shown in (("text_to_image", "Text→image"), ("image_to_text", "Image→text")):
+            count = len(evaluator.images)
+            queries = list(range(0, count, max(1, count // 8)))[:8]
+            entries = evaluator.top(5, direction, queries=queries)  # type: ignore[arg-type]
+            report.add_gallery(f"{shown}, {vendor}: every {max(1, count // 8)}th query, top 5", entries)
+
+
+def _model_card(summary: dict[str, Any]) -> str:
+    """Card of the demo's checkpoint."""
+    header = "---\nlibrary_name: sentence-transformers\nlicense: apache-2.0\npipeline_tag: feature-extraction\n"
+    header += "tags: [sentence-transformers, multimodal, UniME, miniature]\n---\n"
+    lines = [
+        "# UniME on a miniature: emoji",
+        "",
+        "A demonstration, not a useful embedder: SmolLM2-135M-Instruct (de-quantised from 4-bit, some layers left out) and "
+        "EfficientNet-lite0, trained for minutes on emoji with the UniME recipe. It loads in stock sentence-transformers:",
+        "",
+        "```python",
+        "from sentence_transformers import SentenceTransformer",
+        "",
+        'model = SentenceTransformer("unime-emoji-miniature")',
+        'model.encode(["waving hand", {"image": "hand.png"}])',
+        "```",
+        "",
+        "| concepts never trained on | text→image R@1 | image→text R@1 | attribute swaps |",
+        "|---|---|---|---|",
+    ]
+    for drawings, table in summary["tables"].items():
+        for name, values in table.items():
+            cells = [values.get(column) for column in (COLUMNS[0], COLUMNS[3], COLUMNS[6])]
+            shown = " | ".join("–" if cell is None else f"{100 * cell:.1f} %" for cell in cells)
+            lines.append(f"| {name}, {drawings} drawings | {shown} |")
+    lines += ["", "The weights of the parts and the drawings keep their own licences; see the report of the demo.", ""]
+    return header + "\n".join(lines)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
