@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 
@@ -31,3 +32,49 @@ class HashModel(nn.Module):
         prompt = prompt or self.prompts.get(prompt_name, "")
         vectors = np.stack([self.vector(item, prompt) for item in items]) @ self.weight.detach().numpy()
         return vectors.astype(np.float32)
+
+
+class TableModel(HashModel):
+    """Embeds whatever names the number N, as the text "... #N" or an image of the colour (N, 0, 0), as row N of a table."""
+
+    def __init__(self, table):
+        super().__init__(dim=table.shape[1])
+        self.table = np.asarray(table, dtype=np.float32)
+
+    def number(self, item):
+        if isinstance(item, dict) and item.get("image") is not None:
+            item = item["image"]
+            if not isinstance(item, Image.Image):
+                with Image.open(item) as opened:
+                    item = opened.convert("RGB")
+        if isinstance(item, Image.Image):
+            return item.getpixel((0, 0))[0]
+        text = item["text"] if isinstance(item, dict) else item
+        return int(text.rsplit("#", 1)[1])
+
+    def vector(self, item, prompt=""):
+        return self.table[self.number(item)]
+
+    def encode(self, items, **kwargs):
+        self.encoded.extend(items)
+        return np.stack([self.vector(item) for item in items])
+
+
+def numbered_picture(number, path=None):
+    """An image that [`TableModel`] knows as `number`; saved, if a path is given."""
+    picture = Image.new("RGB", (6, 6), (number, 0, 0))
+    if path is None:
+        return picture
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+    return path
+
+
+def cosines(table):
+    """Cosine of every pair of rows, in plain Python; equal rows have equal cosines with any third."""
+    rows = [[float(value) for value in row] for row in table]
+    norms = [sum(value * value for value in row) ** 0.5 for row in rows]
+    return [
+        [sum(x * y for x, y in zip(a, b, strict=True)) / (norms[i] * norms[j]) for j, b in enumerate(rows)]
+        for i, a in enumerate(rows)
+    ]

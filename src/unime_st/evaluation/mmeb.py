@@ -33,6 +33,7 @@ _PUBLISHED: dict[str, tuple[str, str]] = {
 META_TASKS: dict[str, str] = {
     task: meta for meta, parts in _PUBLISHED.items() for part in parts for task in part.split()
 }
+_SHOWN = 5  # best candidates kept of each row
 IN_DISTRIBUTION = frozenset(task for known, _ in _PUBLISHED.values() for task in known.split())
 
 
@@ -171,11 +172,18 @@ class MMEBEvaluator(EmbeddingEvaluator):
         if not count:
             raise ValueError(f"{task} has no rows.")
         items: list[Any] = []
-        lengths = []
+        row_of: list[int] = []
+        unreadable: dict[int, str] = {}
         for number in range(count):
-            row = rows[number]
+            try:
+                row = rows[number]
+            except (OSError, ValueError) as error:
+                if self.on_error == "raise":
+                    raise
+                unreadable[number] = str(error)
+                continue
             items += [row["query"], *row["candidates"]]
-            lengths.append(1 + len(row["candidates"]))
+            row_of += [number] * (1 + len(row["candidates"]))
         embeddings, index, errors = encode_indexed(
             model,
             items,
@@ -186,20 +194,20 @@ class MMEBEvaluator(EmbeddingEvaluator):
             show_progress_bar=self.show_progress_bar,
             on_error=self.on_error,
         )
-        parts = np.split(index, np.cumsum(lengths)[:-1])
-        row_of = np.repeat(np.arange(count), lengths)
-        unreadable: dict[int, str] = {}
-        for number, message in sorted(errors.items()):
-            unreadable.setdefault(int(row_of[number]), message)
-        readable = np.array([row not in unreadable for row in range(count)])
+        for place, message in sorted(errors.items()):
+            unreadable.setdefault(row_of[place], message)
+        parts: dict[int, list[int]] = {}
+        for number, place in zip(row_of, index.tolist(), strict=True):
+            if number not in unreadable:
+                parts.setdefault(number, []).append(place)
         right, tied = np.zeros(count, bool), np.zeros(count, bool)
-        top = np.full((count, 5), -1, dtype=np.int64)
-        kept = [part for part, fine in zip(parts, readable, strict=True) if fine]
-        if kept:
-            scores = score_candidates(
-                embeddings, [part[0] for part in kept], [part[1:] for part in kept], device=device_of(model)
-            )
-            right[readable], tied[readable], top[readable] = scores.right, scores.tied, scores.top
+        top = np.full((count, _SHOWN), -1, dtype=np.int64)
+        if parts:
+            queries = [own[0] for own in parts.values()]
+            candidates = [np.array(own[1:]) for own in parts.values()]
+            scores = score_candidates(embeddings, queries, candidates, k=_SHOWN, device=device_of(model))
+            kept = list(parts)
+            right[kept], tied[kept], top[kept] = scores.right, scores.tied, scores.top
         return TaskResult(right, tied, top, unreadable)
 
     def _metrics(self) -> dict[str, float]:

@@ -1,0 +1,169 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from evaluation_fakes import TableModel, cosines, numbered_picture
+
+from unime_st.evaluation import MMEBEvaluator
+from unime_st.evaluation.mmeb import IN_DISTRIBUTION, META_TASKS
+
+PLACEHOLDER = "<|image_1|>"
+
+
+def side(number):
+    """Text and image of an input that [`TableModel`] knows as `number`: the even ones have an image."""
+    return (f"{PLACEHOLDER}\nlook", f"pictures/{number}.png") if number % 2 == 0 else (f"find #{number}", "")
+
+
+def write_task(root, task, rows):
+    """Write rows of (query, [right, wrong ...]) in MMEB's layout."""
+    table = []
+    for query, candidates in rows:
+        text, image = side(query)
+        texts, images = zip(*map(side, candidates), strict=True)
+        table.append({"qry_text": text, "qry_img_path": image, "tgt_text": list(texts), "tgt_img_path": list(images)})
+        for number in (query, *candidates):
+            if number % 2 == 0:
+                numbered_picture(number, root / "images" / "pictures" / f"{number}.png")
+    (root / task).mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(table), root / task / "test-00000-of-00001.parquet")
+
+
+def random_rows(rng, numbers=40):
+    return [
+        (int(rng.integers(numbers)), rng.integers(numbers, size=rng.integers(1, 9)).tolist())
+        for _ in range(rng.integers(1, 12))
+    ]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_precision_against_a_plain_loop(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    table = rng.normal(size=(40, 4)).astype(np.float32)
+    table[25:] = table[rng.integers(25, size=15)]  # ties
+    cosine = cosines(table)
+    tasks = {task: random_rows(rng) for task in ("VOC2007", "ImageNet-A", "ChartQA", "Mine")}
+    for task, rows in tasks.items():
+        write_task(tmp_path, task, rows)
+    evaluator = MMEBEvaluator(tmp_path)
+    assert evaluator.tasks == ["VOC2007", "ImageNet-A", "ChartQA", "Mine"]
+    model = TableModel(table)
+    metrics = evaluator(model)
+
+    score = {}
+    for task, rows in tasks.items():
+        right = ties = 0
+        for query, candidates in rows:
+            scores = [cosine[query][candidate] for candidate in candidates]
+            won = scores[0] >= max(scores) - 1e-7
+            right += won
+            ties += won and any(
+                value >= scores[0] - 1e-7 and other != candidates[0]
+                for value, other in zip(scores, candidates, strict=True)
+            )
+        score[task] = right / len(rows)
+        assert metrics[f"MMEB_{task}_precision@1"] == pytest.approx(score[task])
+        assert metrics[f"MMEB_{task}_ties"] == ties
+    metas = [(score["VOC2007"] + score["ImageNet-A"]) / 2, score["ChartQA"]]
+    assert metrics["MMEB_meta_Classification_precision@1"] == pytest.approx(metas[0])
+    assert metrics["MMEB_meta_VQA_precision@1"] == pytest.approx(metas[1])
+    assert metrics["MMEB_meta_mean_precision@1"] == pytest.approx(np.mean(metas))
+    assert metrics["MMEB_mean_precision@1"] == pytest.approx(np.mean(list(score.values())))
+    assert metrics["MMEB_in_distribution_precision@1"] == pytest.approx((score["VOC2007"] + score["ChartQA"]) / 2)
+    assert metrics["MMEB_out_of_distribution_precision@1"] == pytest.approx(score["ImageNet-A"])
+    assert evaluator.primary_metric == "MMEB_mean_precision@1"
+    used = {number for rows in tasks.values() for query, own in rows for number in (query, *own)}
+    assert len(model.encoded) == len(used)  # over all tasks, with no cache on disk
+
+
+def test_the_published_tasks():
+    assert len(META_TASKS) == 36
+    assert len(IN_DISTRIBUTION) == 20
+    counts = [list(META_TASKS.values()).count(meta) for meta in ("Classification", "VQA", "Retrieval", "Grounding")]
+    assert counts == [10, 10, 12, 4]
+
+
+def test_own_meta_tasks_files_and_cache(tmp_path):
+    write_task(tmp_path / "bench", "Emoji_t2i", [(1, [1, 3]), (3, [2, 3])])
+    write_task(tmp_path / "bench", "Emoji_i2t", [(2, [2, 5])])
+    meta = {"Emoji_t2i": "Retrieval", "Emoji_i2t": "Retrieval"}
+    table = np.eye(8)
+    model = TableModel(table)
+    arguments = {"meta_tasks": meta, "name": "emoji", "cache_dir": tmp_path / "cache"}
+    metrics = MMEBEvaluator(tmp_path / "bench", **arguments)(model, output_path=str(tmp_path / "out"), epoch=1, steps=5)
+    assert metrics["emoji_meta_Retrieval_precision@1"] == 0.75
+    assert "emoji_in_distribution_precision@1" not in metrics
+    assert json.loads((tmp_path / "out" / "emoji_results.json").read_text()) == metrics
+    encoded = len(model.encoded)
+    again = MMEBEvaluator(tmp_path / "bench", ["Emoji_i2t"], limit=1, **arguments)
+    again(model)
+    assert len(model.encoded) == encoded
+    assert again.results["Emoji_i2t"].top[0].tolist() == [0, 1, -1, -1, -1]
+
+
+def test_a_model_with_one_embedding_is_seen_by_its_ties(tmp_path):
+    write_task(tmp_path, "VOC2007", [(1, [3, 5]), (5, [7, 9])])
+    metrics = MMEBEvaluator(tmp_path)(TableModel(np.ones((10, 3))))
+    assert metrics["MMEB_VOC2007_precision@1"] == 1  # as published: the first of equal scores wins
+    assert metrics["MMEB_VOC2007_ties"] == 2
+
+
+def test_copies_of_the_right_answer_are_no_tie(tmp_path):
+    write_task(tmp_path, "VOC2007", [(1, [1, 1, 3])])
+    metrics = MMEBEvaluator(tmp_path)(TableModel(np.eye(4)))
+    assert (metrics["MMEB_VOC2007_precision@1"], metrics["MMEB_VOC2007_ties"]) == (1, 0)
+
+
+def test_unreadable_images_raise_or_count_as_wrong(tmp_path):
+    write_task(tmp_path, "VOC2007", [(1, [1, 2]), (1, [1, 3]), (1, [1, 4])])
+    write_task(tmp_path, "SUN397", [(1, [1, 3])])
+    (tmp_path / "images" / "pictures" / "2.png").unlink()
+    (tmp_path / "images" / "pictures" / "4.png").write_bytes(b"torn")
+    model = TableModel(np.eye(5))
+    with pytest.raises((ValueError, FileNotFoundError), match=r"[24]\.png"):
+        MMEBEvaluator(tmp_path)(model)
+    evaluator = MMEBEvaluator(tmp_path, ["VOC2007", "SUN397", "CIRR"], on_error="report")
+    metrics = evaluator(model)
+    assert metrics["MMEB_VOC2007_precision@1"] == pytest.approx(1 / 3)
+    assert metrics["MMEB_unreadable_rows"] == 2
+    assert metrics["MMEB_mean_precision@1"] == pytest.approx((1 / 3 + 1) / 2)  # CIRR is missing, and said to be
+    assert sorted(evaluator.errors) == ["CIRR", "VOC2007"]
+    assert any("2.png" in message for message in evaluator.errors["VOC2007"])
+    assert "CIRR" in evaluator.errors["CIRR"][0]
+    with pytest.raises(FileNotFoundError, match="CIRR"):
+        MMEBEvaluator(tmp_path, ["CIRR"])(model)
+    with pytest.raises(ValueError, match="None of the tasks"):
+        MMEBEvaluator(tmp_path, ["CIRR"], on_error="report")(model)
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    write_task(tmp_path / "bench", "VOC2007", [(1, [1, 3]), (5, [5, 7])])
+    write_task(tmp_path / "bench", "CIRR", [(9, [9, 11])])
+
+    class Killed(TableModel):
+        def encode(self, items, **kwargs):
+            if len(self.encoded) >= 4:
+                raise KeyboardInterrupt
+            return super().encode(items, **kwargs)
+
+    with pytest.raises(KeyboardInterrupt):
+        MMEBEvaluator(tmp_path / "bench", cache_dir=tmp_path / "cache")(Killed(np.eye(12)))
+    model = TableModel(np.eye(12))
+    MMEBEvaluator(tmp_path / "bench", cache_dir=tmp_path / "cache")(model)
+    assert sorted(model.number(item) for item in model.encoded) == [9, 11]
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        MMEBEvaluator(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="No task"):
+        MMEBEvaluator(tmp_path)
+    write_task(tmp_path, "VOC2007", [(1, [1])])
+    with pytest.raises(ValueError, match="'raise' or 'report'"):
+        MMEBEvaluator(tmp_path, on_error="ignore")
+    with pytest.raises(ValueError, match="limit=0"):
+        MMEBEvaluator(tmp_path, limit=0)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        MMEBEvaluator(tmp_path, batch_size=0)
