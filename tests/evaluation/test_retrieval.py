@@ -81,9 +81,7 @@ def test_a_perfect_model_and_shuffled_images():
     assert evaluator.last_details["text_to_image"][5]["top"][0] == 2  # caption 5 is the second of image 2
     assert evaluator.last_details["image_to_text"][5]["rank"] == 1
 
-    shuffled = [
-        ImageTextRetrievalEvaluator(greys(40), captions, shuffle_images_seed=seed)(model) for seed in range(10)
-    ]
+    shuffled = [ImageTextRetrievalEvaluator(greys(40), captions, shuffle_images_seed=seed)(model) for seed in range(10)]
     chance = evaluator.chance()
     for key, expected in chance.items():
         assert np.mean([metrics[key] for metrics in shuffled]) == pytest.approx(expected, abs=0.05 + expected / 3)

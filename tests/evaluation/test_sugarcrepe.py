@@ -91,7 +91,11 @@ def test_own_groups():
 
 def test_broken_input(folder):
     image = np.zeros((2, 2, 3), dtype=np.uint8)
-    for sets, message in (({}, "No sets"), ({"a": []}, "'a' has no rows"), ({"a": [(image, "b")]}, "'a', row 0: 2 cells")):
+    for sets, message in (
+        ({}, "No sets"),
+        ({"a": []}, "'a' has no rows"),
+        ({"a": [(image, "b")]}, "'a', row 0: 2 cells"),
+    ):
         with pytest.raises(ValueError, match=message):
             SugarCrepeEvaluator(sets)
     bad = folder / "swap_obj.json"
