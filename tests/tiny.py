@@ -10,7 +10,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers import models as hf
 
 from unime_st import build_encoder

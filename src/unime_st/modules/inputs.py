@@ -60,8 +60,8 @@ def open_image(value: Any, row: int, *, allow_remote_images: bool = False) -> Im
     """Open one image in any of the accepted forms; files and bytes become RGB, turned as their EXIF data say.
 
     Args:
-        value: PIL image, path, data URI, ``http(s)`` address, bytes, array (H, W, C) or (C, H, W) of bytes or of floats in
-            [0, 1], or ``{"bytes", "path"}`` as data sets store an image.
+        value: PIL image, path, data URI, ``http(s)`` address, bytes, array (H, W, C) or (C, H, W) of bytes or of floats
+            in [0, 1], or ``{"bytes", "path"}`` as data sets store an image.
         row: its place in the batch, for error messages.
         allow_remote_images: open ``http(s)`` addresses.
     """
@@ -76,8 +76,8 @@ def open_image(value: Any, row: int, *, allow_remote_images: bool = False) -> Im
     if isinstance(value, str) and value.startswith(REMOTE_PREFIXES):
         if not allow_remote_images:
             raise ValueError(
-                f"Row {row} names a remote image, {value!r}, and remote images are opened only when asked for. Download "
-                "it, or pass `allow_remote_images=True` to `build_encoder` or `load_encoder`."
+                f"Row {row} names a remote image, {value!r}, and remote images are opened only when asked for. "
+                "Download it, or pass `allow_remote_images=True` to `build_encoder` or `load_encoder`."
             )
         with urlopen(value, timeout=30) as answer:  # noqa: S310 (http and https only, and asked for)
             return _decoded(io.BytesIO(answer.read()), value)
@@ -98,7 +98,7 @@ def open_image(value: Any, row: int, *, allow_remote_images: bool = False) -> Im
 
 
 def _item_parts(item: Any, row: int, remote: bool) -> list[dict[str, Any]]:
-    if isinstance(item, str) and not _names_an_image(item, row):
+    if isinstance(item, str) and not names_an_image(item, row):
         return [{"type": "text", "text": item}]
     if isinstance(item, Mapping) and not (item and set(item) <= {"bytes", "path"}):
         return _dict_parts(item, row, remote)
@@ -113,11 +113,12 @@ def _dict_parts(item: Mapping[str, Any], row: int, remote: bool) -> list[dict[st
     unknown = sorted(str(key) for key in item if key not in ("image", "text", "video"))
     if unknown:
         raise ValueError(f"Row {row} has the unknown key(s) {', '.join(unknown)}. A dict holds image, video and text.")
-    parts: list[dict[str, Any]] = []
     images = item.get("image")
-    for image in images if isinstance(images, (list, tuple)) else [images]:
-        if image is not None:
-            parts.append({"type": "image", "image": open_image(image, row, allow_remote_images=remote)})
+    parts: list[dict[str, Any]] = [
+        {"type": "image", "image": open_image(image, row, allow_remote_images=remote)}
+        for image in (images if isinstance(images, (list, tuple)) else [images])
+        if image is not None
+    ]
     if item.get("video") is not None:
         parts.append({"type": "video", "video": item["video"]})
     if item.get("text"):
@@ -141,7 +142,7 @@ def _chat_parts(content: Any, row: int, remote: bool) -> list[dict[str, Any]]:
     return parts
 
 
-def _names_an_image(text: str, row: int) -> bool:
+def names_an_image(text: str, row: int) -> bool:
     """Whether a bare string stands for an image, as stock sentence-transformers decides: a URL or an existing file."""
     if text.startswith(DATA_PREFIX):
         return True
@@ -150,8 +151,8 @@ def _names_an_image(text: str, row: int) -> bool:
     if text.startswith(REMOTE_PREFIXES) or Path(text).is_file():
         return True
     raise FileNotFoundError(
-        f'Row {row}: {text!r} looks like an image file, but there is none. Mend the path, or pass {{"text": ...}} to embed '
-        "the words."
+        f'Row {row}: {text!r} looks like an image file, but there is none. Mend the path, or pass {{"text": ...}} to '
+        "embed the words."
     )
 
 
@@ -168,7 +169,7 @@ def _from_array(array: np.ndarray | torch.Tensor, row: int) -> Image.Image:
     is_float = array.is_floating_point() if isinstance(array, torch.Tensor) else values.dtype.kind == "f"
     if values.ndim == 2:
         values = values[:, :, None]
-    if values.ndim != 3 or 3 not in (values.shape[0], values.shape[2]) and 1 not in (values.shape[0], values.shape[2]):
+    if values.ndim != 3 or not {1, 3} & {values.shape[0], values.shape[2]}:
         raise ValueError(f"Row {row}: an array of shape {array.shape} is no image. Give (H, W, 3) or (3, H, W).")
     if values.shape[2] not in (1, 3):
         values = values.transpose(1, 2, 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from unime_st.fingerprint import content_id
-from unime_st.modules.inputs import Message, as_messages
+from unime_st.modules.inputs import Message, as_messages, names_an_image
 from unime_st.modules.vision_cache import VisionCache, is_frozen, vision_tower
 from unime_st.prompts import TURN_FORMATS, chat_template
 
@@ -39,16 +39,16 @@ class MultimodalEncoder(Transformer):
     * a text too long loses its own last tokens, never a media token nor the trailing instruction;
     * batches and mini-batches whose rows have no image work in every family;
     * every weight must come from the checkpoint, adapters included;
-    * a frozen vision tower stays in evaluation mode (batch normalisation keeps its statistics) and computes each distinct
-      image once, GradCache's second pass included;
+    * a frozen vision tower stays in evaluation mode (batch normalisation keeps its statistics) and computes each
+      distinct image once, GradCache's second pass included;
     * ``features["content_id"]`` (B,) identifies the content of each row, the instruction left out, for the losses'
       false-negative filter;
     * the tokenizer is saved without truncation state, so ``max_seq_length`` survives.
 
     Args:
         model_name_or_path: a Hub name or a folder.
-        prompt_template: a name of :data:`unime_st.prompts.TURN_FORMATS` or a Jinja chat template; None keeps the template
-            of a checkpoint saved by this package, and gives a backbone its family's.
+        prompt_template: a name of :data:`unime_st.prompts.TURN_FORMATS` or a Jinja chat template; None keeps the
+            template of a checkpoint saved by this package, and gives a backbone its family's.
         allow_remote_images: open images at ``http(s)`` addresses.
         vision_cache_bytes: memory for features of a frozen vision tower; 0 keeps none.
         **kwargs: of the stock module.
@@ -70,6 +70,7 @@ class MultimodalEncoder(Transformer):
         super().__init__(model_name_or_path, processor_kwargs=processor_kwargs, **kwargs)
         self.allow_remote_images = allow_remote_images
         self.vision_cache = VisionCache(vision_cache_bytes)
+        self._told_of_cuts = False
         if self.tokenizer is not None:
             self.tokenizer.padding_side = "left"
         if prompt_template is not None:
@@ -97,7 +98,7 @@ class MultimodalEncoder(Transformer):
         )
 
     @classmethod
-    def load(cls, model_name_or_path: str, **kwargs: Any) -> Self:
+    def load(cls, model_name_or_path: str, **kwargs: Any) -> Self:  # type: ignore[override]
         """Load from a folder saved by ``save``, with our own settings where they are."""
         settings = Path(model_name_or_path) / SETTINGS_FILE
         defaults = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
@@ -153,19 +154,20 @@ class MultimodalEncoder(Transformer):
         messages = [as_messages(item, row, allow_remote_images=allow) for row, item in enumerate(inputs)]
         asked = kwargs.pop("max_length", None)
         limit = min(asked or _NO_LIMIT, self.max_seq_length or _NO_LIMIT)
-        processing = {**(processing_kwargs or {})}
+        processing: Any = {**(processing_kwargs or {})}
         processing["text"] = {**processing.get("text", {}), "truncation": False}
         features = super().preprocess(messages, prompt=prompt, processing_kwargs=processing, **kwargs)
         while features["attention_mask"].shape[1] > limit and self._shorten(messages, features, limit):
             features = super().preprocess(messages, prompt=prompt, processing_kwargs=processing, **kwargs)
         if "num_images_per_sample" in features and "batch_num_images" in self._declared_forward_params:
             features["batch_num_images"] = features["num_images_per_sample"]
-        features[_CONTENT_KEY] = torch.tensor([content_id(item) for item in inputs], dtype=torch.long)
+        features[_CONTENT_KEY] = torch.tensor([_identity(item) for item in inputs], dtype=torch.long)
         return features
 
     def _shorten(self, messages: list[list[Message]], features: dict[str, Any], limit: int) -> bool:
         """Cut the user's text of every row over the limit, in place; whether any row was."""
         lengths = features["attention_mask"].sum(dim=1).tolist()
+        tokenize: Any = self.tokenizer
         over = [row for row, length in enumerate(lengths) if length > limit]
         for row in over:
             excess = int(lengths[row]) - limit
@@ -181,10 +183,12 @@ class MultimodalEncoder(Transformer):
                     f"Row {row} needs {int(lengths[row])} tokens for its media and instruction alone, but the limit is "
                     f"{limit}. Raise `max_seq_length`, or give smaller or fewer images."
                 )
-            offsets = self.tokenizer(parts[-1]["text"], add_special_tokens=False, return_offsets_mapping=True)
+            offsets = tokenize(parts[-1]["text"], add_special_tokens=False, return_offsets_mapping=True)
             starts = [start for start, _ in offsets["offset_mapping"]]
             parts[-1]["text"] = parts[-1]["text"][: starts[-excess]].rstrip() if excess < len(starts) else ""
-            logger.warning("Row %d is longer than %d tokens: %d of its text were cut.", row, limit, excess)
+        if over and not self._told_of_cuts:
+            self._told_of_cuts = True  # once is enough
+            logger.warning("Texts that make a row longer than %d tokens are cut, here in %d rows.", limit, len(over))
         return bool(over)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -227,6 +231,11 @@ class MultimodalEncoder(Transformer):
         return model
 
 
+def _identity(item: Any) -> int:
+    """Content of one input; a bare string that names an image file is that image."""
+    return content_id({"image": item} if isinstance(item, str) and names_an_image(item, 0) else item)
+
+
 def check_loaded(name: str, report: dict[str, Any]) -> None:
     """Refuse a model some of whose weights were not in the checkpoint, or did not fit.
 
@@ -247,8 +256,8 @@ def check_loaded(name: str, report: dict[str, Any]) -> None:
              for what, keys in problems.items() if keys]  # fmt: skip
     if found:
         raise ValueError(
-            f"The weights of {name} do not fill the model: {'; '.join(found)}. They would be random or unused. Check that "
-            "the checkpoint is complete and that its config.json describes it."
+            f"The weights of {name} do not fill the model: {'; '.join(found)}. They would be random or unused. Check "
+            "that the checkpoint is complete and that its config.json describes it."
         )
 
 
@@ -271,6 +280,6 @@ def check_adapter(model: PreTrainedModel, folder: Path) -> None:
                 wrong.append(name)
     if wrong:
         raise ValueError(
-            f"The adapter in {folder} was not loaded: {len(wrong)} tensors differ ({', '.join(wrong[:4])}, ...). It belongs "
-            "to another backbone, or peft and transformers disagree on names."
+            f"The adapter in {folder} was not loaded: {len(wrong)} tensors differ ({', '.join(wrong[:4])}, ...). It "
+            "belongs to another backbone, or peft and transformers disagree on names."
         )

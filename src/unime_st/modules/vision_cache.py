@@ -54,7 +54,7 @@ class VisionCache:
         self._rows: OrderedDict[bytes, tuple[type[ModelOutput], dict[str, Any], int]] = OrderedDict()
 
     def clear(self) -> None:
-        """Forget everything; needed when the tower's weights change."""
+        """Forget everything."""
         self._rows.clear()
         self._bytes = 0
 
@@ -71,7 +71,7 @@ class VisionCache:
             pixels = kwargs.pop("pixel_values") if pixels is None and "pixel_values" in kwargs else pixels
             if args or not isinstance(pixels, Tensor) or pixels.ndim != 4 or _has_tensors(kwargs):
                 return plain(pixels, *args, **kwargs)
-            return self._answer(plain, pixels, kwargs)
+            return self._answer(plain, pixels, kwargs, _version(tower))
 
         tower.forward = remembered  # type: ignore[method-assign]
         try:
@@ -79,8 +79,9 @@ class VisionCache:
         finally:
             del tower.forward
 
-    def _answer(self, plain: Any, pixels: Tensor, kwargs: dict[str, Any]) -> Any:
-        salt = repr((sorted(kwargs.items()), pixels.dtype, torch.is_autocast_enabled(), pixels.device)).encode()
+    def _answer(self, plain: Any, pixels: Tensor, kwargs: dict[str, Any], weights: int) -> Any:
+        state = (sorted(kwargs.items()), pixels.dtype, torch.is_autocast_enabled(), pixels.device, weights)
+        salt = repr(state).encode()
         keys = [_digest(row, salt) for row in pixels.detach().cpu()]
         new = {key: index for index, key in enumerate(keys) if key not in self._rows}
         rows = {key: self._rows[key] for key in keys if key in self._rows}
@@ -109,8 +110,14 @@ class VisionCache:
             self._bytes -= self._rows.popitem(last=False)[1][2]
 
 
+def _version(tower: nn.Module) -> int:
+    """Changes when the tower's weights or statistics do, in place or by new tensors; costs no look at their values."""
+    tensors = [*tower.parameters(), *tower.buffers()]
+    return hash(tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
+
+
 def _digest(row: Tensor, salt: bytes) -> bytes:
-    content = row.contiguous().reshape(-1).view(torch.uint8).numpy()
+    content = row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.blake2b(content, key=hashlib.blake2b(salt, digest_size=16).digest(), digest_size=16).digest()
 
 
