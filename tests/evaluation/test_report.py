@@ -1,0 +1,151 @@
+import base64
+import html.parser
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unime_st.evaluation import Report
+from unime_st.evaluation.report_markdown import escape
+
+NASTY = "<script>alert('x')</script> & | `code` *b* [a](b) $x$ \"q\""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    Image.new("RGBA", (400, 200), (255, 0, 0, 0)).save(folder / "clear.png")
+    made = Report(f"Results {NASTY}")
+    made.add_text(f"First.\n\n{NASTY}", title="About")
+    made.add_table(
+        "Scores",
+        ["model", "t2i", "rows"],
+        [[NASTY, 0.12345, 3], {"model": "after", "t2i": float("nan"), "rows": None}],
+        percent=True,
+        note="By task.",
+    )
+    steps = list(range(30))
+    made.add_line_plot(f"Loss {NASTY}", {"_a $1": (steps, np.exp(-np.array(steps) / 9.0)), "b": ([1], [0.5])}, "step")
+    made.add_bar_plot("R@1", ["one", "two"], {"x": [1, np.float32(2)], "y": [3, 4]}, errors={"x": [0.1, 0.2]})
+    made.add_gallery(
+        "Found",
+        [
+            {"query": NASTY, "results": [{"image": folder / "clear.png", "right": True}], "rank": 1},
+            {
+                "query": {"image": Image.new("RGB", (10, 10)), "text": "which?"},
+                "results": [{"text": "this", "right": False}, {"text": NASTY, "right": np.bool_(True)}],
+            },
+        ],
+    )
+    made.write(folder / "out")
+    return made, folder / "out"
+
+
+class Reader(html.parser.HTMLParser):
+    void = frozenset({"meta", "img", "source", "br"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.text, self.seen = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_is_whole_and_needs_nothing_else(report):
+    page = (report[1] / "report.html").read_text()
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    tags = [tag for tag, _ in reader.seen]
+    assert "script" not in tags and "link" not in tags
+    pictures = [attrs.get("src") or attrs.get("srcset") for tag, attrs in reader.seen if tag in {"img", "source"}]
+    assert len(pictures) == 2 * 2 + 2
+    for picture in pictures:
+        data = picture.removeprefix("data:image/png;base64,")
+        assert data != picture
+        with Image.open(io.BytesIO(base64.b64decode(data))) as opened:
+            opened.load()
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)
+    assert "prefers-color-scheme: dark" in page and "viewport" in page
+    text = "".join(reader.text)
+    assert text.count(NASTY) >= 5
+    assert "✓ right" in text and "✗ wrong" in text  # words, not only colour
+    assert "12.3" in text and "–" in text
+
+
+def test_markdown_shows_text_as_it_is_and_its_pictures_exist(report):
+    text = (report[1] / "report.md").read_text()
+    assert text.startswith("# Results \\<script\\>")
+    named = re.findall(r"!\[.*?\]\((report_files/[^)]*)\)", text)
+    assert len(named) == 4
+    for name in named:
+        with Image.open(report[1] / name) as picture:
+            picture.load()
+    table = text[text.index("## Scores") :].splitlines()[2:6]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {4}
+    assert "right" in text and "wrong" in text
+
+
+def test_json_holds_the_numbers(report):
+    data = json.loads((report[1] / "report.json").read_text(), parse_constant=pytest.fail)
+    sections = {section["title"].split()[0]: section for section in data["sections"]}
+    assert sections["Scores"]["rows"] == [[NASTY, 0.12345, 3], ["after", None, None]]
+    assert sections["R@1"]["series"] == {"x": [1, 2.0], "y": [3, 4]}
+    assert sections["Found"]["entries"][1]["results"][1] == {"text": NASTY, "image": None, "right": True}
+    assert data["title"] == f"Results {NASTY}"
+
+
+def test_plots_differ_by_theme_and_thumbnails_are_small(report):
+    plot = next(section for section in report[0].sections if section.kind == "plot")
+    (light,), (dark,) = plot.pictures.values(), plot.dark.values()
+    corner = [Image.open(io.BytesIO(png)).convert("L").getpixel((0, 0)) for png in (light, dark)]
+    assert corner[0] > 200 and corner[1] < 60
+    thumbnails = [Image.open(path) for path in (report[1] / "report_files").glob("image-*.png")]
+    assert max(max(picture.size) for picture in thumbnails) == 128
+    assert any(picture.getpixel((0, 0)) == (255, 255, 255) for picture in thumbnails)  # transparency on white
+
+
+def test_writing_again_leaves_no_other_files(report):
+    before = sorted(path.name for path in report[1].rglob("*"))
+    report[0].write(report[1])
+    assert sorted(path.name for path in report[1].rglob("*")) == before
+    assert not [name for name in before if name.endswith(".tmp")]
+
+
+def test_refusals(tmp_path):
+    made = Report("x")
+    with pytest.raises(ValueError, match="Row 1 of table 't' has 1 cells for 2"):
+        made.add_table("t", ["a", "b"], [[1, 2], [1]])
+    with pytest.raises(ValueError, match=r"names \['c'\]"):
+        made.add_table("t", ["a", "b"], [{"c": 1}])
+    with pytest.raises(ValueError, match="'s' of plot 'p' has 2 xs and 1 ys"):
+        made.add_line_plot("p", {"s": ([1, 2], [1])})
+    with pytest.raises(ValueError, match="1 values for 2 groups"):
+        made.add_bar_plot("p", ["a", "b"], {"s": [1]})
+    with pytest.raises(FileNotFoundError, match="none"):
+        made.add_gallery("g", [{"query": "q", "results": [{"image": tmp_path / "none.png", "right": True}]}])
+    assert made.sections == []
+
+
+def test_without_matplotlib_the_advice_is_to_install_it(monkeypatch):
+    monkeypatch.setattr("unime_st.evaluation.plots.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"unime_st\[eval\]"):
+        Report("x").add_line_plot("p", {"s": ([1], [1])})
+
+
+def test_escape_keeps_lines_from_becoming_lists():
+    assert escape("- item").startswith("\u200b")
+    assert escape("12. item").startswith("\u200b")
+    assert "\n" not in escape("a\nb")
