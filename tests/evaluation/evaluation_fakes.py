@@ -35,7 +35,7 @@ class HashModel(nn.Module):
 
 
 class TableModel(HashModel):
-    """Embeds whatever names the number N, as the text "... #N" or an image of the colour (N, 0, 0), as row N of a table."""
+    """Embeds what names the number N, as a text "... #N" or an image of the colour (N, 0, 0), as row N of a table."""
 
     def __init__(self, table):
         super().__init__(dim=table.shape[1])

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from evaluation_fakes import HashModel
 from PIL import Image
 from torch import nn
 
-from evaluation_fakes import HashModel
 from unime_st.evaluation import BrokenItemError, EmbeddingCache, encode_distinct, model_fingerprint
 from unime_st.evaluation.encoding import encode_indexed
 
@@ -111,7 +111,7 @@ def test_nan_is_named():
         def vector(self, item, prompt=""):
             return np.full(self.dim, np.nan) if item == "text 7" else super().vector(item, prompt)
 
-    with pytest.raises(ValueError, match="NaN or infinity for item 7 .*'text 7'"):
+    with pytest.raises(ValueError, match=r"NaN or infinity for item 7 .*'text 7'"):
         encode_distinct(Diverged(), ITEMS)
 
 
@@ -138,7 +138,8 @@ def test_broken_images_are_named_or_reported(tmp_path):
     embeddings, index, broken = encode_indexed(model, items, on_error="report")
     assert sorted(broken) == [2, 3, 5]
     assert "none.png" in broken[3]
-    assert index.tolist()[2:4] == [-1, -1] and index[1] == index[4]
+    assert index.tolist()[2:4] == [-1, -1]
+    assert index[1] == index[4]
     assert embeddings.shape == (2, 6)
 
     with pytest.raises(BrokenItemError, match=r"Item 3 .*none\.png") as missing:
@@ -152,7 +153,9 @@ def test_nothing_readable_and_nothing_at_all(tmp_path):
     torn = tmp_path / "torn.png"
     torn.write_bytes(b"no picture")
     embeddings, index, broken = encode_indexed(ImageModel(), [{"image": str(torn)}], on_error="report", cache=tmp_path)
-    assert embeddings.shape == (0, 0) and index.tolist() == [-1] and list(broken) == [0]
+    assert embeddings.shape == (0, 0)
+    assert index.tolist() == [-1]
+    assert list(broken) == [0]
     with pytest.raises(ValueError, match="nothing to encode"):
         encode_distinct(HashModel(), [])
 
@@ -165,7 +168,7 @@ def test_an_error_that_is_no_items_fault_passes_through():
 
     for on_error in ("raise", "report"):
         model = Faulty()
-        with pytest.raises(ValueError, match="^shapes do not match$"):
+        with pytest.raises(ValueError, match=r"^shapes do not match$"):
             encode_indexed(model, ITEMS, on_error=on_error)
         assert model.calls == 1
 
@@ -174,7 +177,8 @@ def test_fingerprint_of_a_model():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).bfloat16()
     before = model_fingerprint(model)
-    assert before == model_fingerprint(model) and len(before) == 64
+    assert before == model_fingerprint(model)
+    assert len(before) == 64
     model(torch.ones(2, 3, dtype=torch.bfloat16))  # running statistics are part of the model
     assert before != model_fingerprint(model)
     assert model_fingerprint(nn.Linear(1, 1, bias=False).float()) != model_fingerprint(nn.Linear(1, 1).half())

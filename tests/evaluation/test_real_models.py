@@ -32,7 +32,13 @@ def pictures(tmp_path_factory):
 
 
 def test_distinct_equals_encode_and_the_cache_repeats_it(encoder, pictures, tmp_path, monkeypatch):
-    items = ["a bus", {"image": str(pictures[0])}, "a bus", {"image": str(pictures[1]), "text": "which?"}, "a long text"]
+    items = [
+        "a bus",
+        {"image": str(pictures[0])},
+        "a bus",
+        {"image": str(pictures[1]), "text": "which?"},
+        "a long text",
+    ]
     expected = encoder.encode(items)
     found = encode_distinct(encoder, items, cache=tmp_path)
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -69,7 +69,8 @@ def test_the_page_is_whole_and_needs_nothing_else(report):
     reader.feed(page)
     assert reader.open == []
     tags = [tag for tag, _ in reader.seen]
-    assert "script" not in tags and "link" not in tags
+    assert "script" not in tags
+    assert "link" not in tags
     pictures = [attrs.get("src") or attrs.get("srcset") for tag, attrs in reader.seen if tag in {"img", "source"}]
     assert len(pictures) == 2 * 2 + 2
     for picture in pictures:
@@ -78,11 +79,14 @@ def test_the_page_is_whole_and_needs_nothing_else(report):
         with Image.open(io.BytesIO(base64.b64decode(data))) as opened:
             opened.load()
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)
-    assert "prefers-color-scheme: dark" in page and "viewport" in page
+    assert "prefers-color-scheme: dark" in page
+    assert "viewport" in page
     text = "".join(reader.text)
     assert text.count(NASTY) >= 5
-    assert "✓ right" in text and "✗ wrong" in text  # words, not only colour
-    assert "12.3" in text and "–" in text
+    assert "✓ right" in text
+    assert "✗ wrong" in text
+    assert "12.3" in text
+    assert "–" in text
 
 
 def test_markdown_shows_text_as_it_is_and_its_pictures_exist(report):
@@ -95,7 +99,8 @@ def test_markdown_shows_text_as_it_is_and_its_pictures_exist(report):
             picture.load()
     table = text[text.index("## Scores") :].splitlines()[2:6]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {4}
-    assert "right" in text and "wrong" in text
+    assert "right" in text
+    assert "wrong" in text
 
 
 def test_json_holds_the_numbers(report):
@@ -111,7 +116,8 @@ def test_plots_differ_by_theme_and_thumbnails_are_small(report):
     plot = next(section for section in report[0].sections if section.kind == "plot")
     (light,), (dark,) = plot.pictures.values(), plot.dark.values()
     corner = [Image.open(io.BytesIO(png)).convert("L").getpixel((0, 0)) for png in (light, dark)]
-    assert corner[0] > 200 and corner[1] < 60
+    assert corner[0] > 200
+    assert corner[1] < 60
     thumbnails = [Image.open(path) for path in (report[1] / "report_files").glob("image-*.png")]
     assert max(max(picture.size) for picture in thumbnails) == 128
     assert any(picture.getpixel((0, 0)) == (255, 255, 255) for picture in thumbnails)  # transparency on white
@@ -149,3 +155,8 @@ def test_escape_keeps_lines_from_becoming_lists():
     assert escape("- item").startswith("\u200b")
     assert escape("12. item").startswith("\u200b")
     assert "\n" not in escape("a\nb")
+
+
+@pytest.mark.parametrize("number", ["0.5", "-0.5", "12", "+3"])
+def test_numbers_stay_as_they_are(number):
+    assert escape(number) == number

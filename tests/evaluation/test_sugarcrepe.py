@@ -104,7 +104,7 @@ def test_broken_input(folder):
         with pytest.raises(ValueError, match=message):
             SugarCrepeEvaluator.from_folder(folder, folder / "images")
     bad.write_text(json.dumps([{"filename": "none.png", "caption": "a", "negative_caption": "b"}]))
-    with pytest.raises(FileNotFoundError, match="none.png"):
+    with pytest.raises(FileNotFoundError, match=r"none\.png"):
         SugarCrepeEvaluator.from_folder(folder, folder / "images")
     with pytest.raises(FileNotFoundError, match=r"no <set>\.json"):
         SugarCrepeEvaluator.from_folder(folder / "images", folder / "images")
