@@ -33,7 +33,7 @@ def escape(text: str) -> str:
     """
     line = " ".join(str(text).split())
     line = re.sub(r"([\\`*_\[\]{}<>#|~$])", r"\\\1", line.replace("&", "&amp;"))
-    return re.sub(r"^([+-]|\d+(?=[.)]))", lambda found: f"\u200b{found[0]}", line)
+    return re.sub(r"^([+-](?=\s)|\d+(?=[.)]\s))", lambda found: f"\u200b{found[0]}", line)
 
 
 def _text(_: str, data: dict[str, Any]) -> Iterator[str]:
