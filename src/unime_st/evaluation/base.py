@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 
+from unime_st.distributed import rank
 from unime_st.evaluation.cache import EmbeddingCache, write_atomically
 from unime_st.evaluation.encoding import OnError, Section, encode_indexed, open_section
 
@@ -95,7 +96,7 @@ class EmbeddingEvaluator(SentenceEvaluator):
         named = self.prefix_name_to_metrics(dict(metrics), self.name)
         if hasattr(model, "model_card_data"):
             self.store_metrics_in_model_card_data(model, named, int(epoch), steps)
-        if output_path is not None and self.write_csv:
+        if output_path is not None and self.write_csv and rank() == 0:
             stem = f"{self.name or type(self).__name__}_results".replace("/", "-")
             folder = Path(output_path)
             write_atomically(folder / f"{stem}.json", json.dumps(named, indent=2))
