@@ -1,0 +1,210 @@
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.data_collator import BaseDataCollator
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch.utils.data import DataLoader
+
+from unime_st.data import teacher_embeddings, with_teacher_labels
+from unime_st.data.embedding_store import EmbeddingStore
+
+
+class Counting:
+    """A teacher that remembers what it was asked."""
+
+    def __init__(self, dimension=3):
+        self.dimension, self.asked, self.prompts = dimension, [], set()
+
+    def encode(self, sentences, **options):
+        self.asked += sentences
+        self.prompts.add(options.get("prompt"))
+        offset = len(options.get("prompt") or "")
+        return np.array(
+            [[float(text[1:]) + offset, 1.0, -1.0][: self.dimension] for text in sentences], dtype=np.float16
+        )
+
+
+def texts_of(*numbers):
+    return [f"t{number}" for number in numbers]
+
+
+def embed(teacher, texts, folder, **options):
+    return teacher_embeddings(teacher, texts, folder, **{"teacher_name": "counting", "shard_size": 4, **options})
+
+
+def test_each_distinct_text_is_embedded_once_ever(tmp_path):
+    teacher = Counting()
+    numbers = np.random.default_rng(0).integers(0, 30, 200)
+    found = embed(teacher, texts_of(*numbers), tmp_path)
+    assert found.dtype == np.float32
+    assert np.array_equal(found[:, 0], numbers)
+    assert len(teacher.asked) == len(set(teacher.asked)) == len(set(numbers.tolist()))
+
+    teacher = Counting()
+    again = embed(teacher, texts_of(3, 99, 3, 98, 0), tmp_path, shard_size=1)
+    assert again[:, 0].tolist() == [3, 99, 3, 98, 0]
+    assert set(teacher.asked) <= {"t99", "t98", "t3", "t0"} - set(texts_of(*numbers))
+
+
+def test_prompt_and_teacher_have_their_own_embeddings(tmp_path):
+    teacher = Counting()
+    plain = embed(teacher, texts_of(1, 2), tmp_path)
+    prompted = embed(teacher, texts_of(1, 2), tmp_path, prompt="abc")
+    assert (prompted - plain)[:, 0].tolist() == [3, 3]
+    embed(teacher, texts_of(1, 2), tmp_path, teacher_name="another")
+    assert teacher.asked == texts_of(1, 2) * 3
+    assert teacher.prompts == {None, "abc"}
+
+
+def static_teacher(seed):
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=4)], device="cpu")
+
+
+def test_a_sentence_transformer_is_known_by_its_weights(tmp_path, monkeypatch):
+    teacher = static_teacher(0)
+    found = teacher_embeddings(teacher, ["a", "b", "a b"], tmp_path)
+    assert np.allclose(found, teacher.encode(["a", "b", "a b"]))
+    other = static_teacher(1)
+    assert np.allclose(teacher_embeddings(other, ["a"], tmp_path), other.encode(["a"]))
+    copy = static_teacher(0)
+    monkeypatch.setattr(copy, "encode", None)  # not needed any more
+    assert np.array_equal(teacher_embeddings(copy, ["b", "a"], tmp_path), found[[1, 0]])
+    with pytest.raises(TypeError, match=r"A Counting has no weights to know it by. Give `teacher_name`"):
+        teacher_embeddings(Counting(), ["t1"], tmp_path)
+
+
+WORKER = """
+    import sys, time
+    import numpy as np
+    from unime_st.data import teacher_embeddings
+
+    class Slow:
+        def encode(self, sentences, **options):
+            with open(sys.argv[2], "a") as log:
+                log.writelines(text + "\\n" for text in sentences)
+            if "t20" in sentences:
+                time.sleep(60)
+            return np.array([[float(text[1:]), 1.0, -1.0] for text in sentences])
+
+    texts = [f"t{number}" for number in range(40)]
+    teacher_embeddings(Slow(), texts, sys.argv[1], teacher_name="counting", shard_size=4)
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", textwrap.dedent(WORKER), str(tmp_path / "cache"), str(log)]
+    process = subprocess.Popen(command)
+    for _ in range(600):
+        time.sleep(0.1)
+        if log.exists() and len(log.read_text().split()) > 20:
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert log.read_text().split() == texts_of(*range(24))
+    leftover = next((tmp_path / "cache").iterdir()) / f".embeddings-000009-ab.npy.{process.pid}.partial"
+    leftover.write_bytes(b"half")  # as if it had been killed while writing
+    teacher = Counting()
+    found = embed(teacher, texts_of(*range(40)), tmp_path / "cache")
+    assert found[:, 0].tolist() == list(range(40))
+    assert teacher.asked == texts_of(*range(20, 40))  # the file in hand, and what had not begun
+    assert not leftover.exists()
+
+
+class Broken(Counting):
+    def encode(self, sentences, **options):
+        found = super().encode(sentences).astype(np.float32)
+        found[[text == "t5" for text in sentences]] = np.nan
+        return found
+
+
+def test_an_embedding_that_is_not_finite_names_its_row_and_is_not_kept(tmp_path):
+    with pytest.raises(ValueError, match=r"embedding of row 3 \('t5'\) is not finite.*remove the row"):
+        embed(Broken(), texts_of(0, 1, 1, 5, 2, 3, 7), tmp_path, shard_size=2)
+    teacher = Counting()
+    embed(teacher, texts_of(0, 1, 5, 2), tmp_path)
+    assert teacher.asked == texts_of(5, 2)  # the shard before was kept, the broken one not
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_wrong_rows_are_refused(tmp_path):
+    class Short(Counting):
+        def encode(self, sentences, **options):
+            return super().encode(sentences)[1:]
+
+    with pytest.raises(ValueError, match=r"shape \(1, 3\) for 2 texts, expected \(2, D\)"):
+        embed(Short(), texts_of(1, 2), tmp_path)
+    with pytest.raises(TypeError, match="Row 1 is a NoneType"):
+        embed(Counting(), ["t1", None], tmp_path)
+    with pytest.raises(ValueError, match="no texts"):
+        embed(Counting(), [], tmp_path)
+    with pytest.raises(ValueError, match="at least one text"):
+        embed(Counting(), ["t1"], tmp_path, shard_size=0)
+    embed(Counting(), ["t1"], tmp_path)
+    with pytest.raises(ValueError, match=r"expected \(1, 3\).*another `teacher_name`"):
+        embed(Counting(dimension=2), ["t2"], tmp_path)
+    shard = next(tmp_path.rglob("embeddings-*.npy"))
+    shard.write_bytes(shard.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"embeddings-.*is damaged.*Delete it"):
+        embed(Counting(), ["t1"], tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_labels_of_one_column_reach_the_collator(tmp_path, workers):
+    texts = texts_of(4, 7, 4, 1, 0)
+    dataset = with_teacher_labels(texts, Counting(), tmp_path, teacher_name="counting", shard_size=2)
+    collator = BaseDataCollator(lambda inputs, **_: {"input_ids": torch.tensor([int(text[1:]) for text in inputs])})
+    batches = list(DataLoader(dataset, batch_size=2, collate_fn=collator, num_workers=workers))
+    assert [batch["label"].shape for batch in batches] == [(2, 3), (2, 3), (1, 3)]
+    for batch in batches:
+        assert torch.equal(batch["label"][:, 0], batch["text_input_ids"].float())
+    assert pickle.loads(pickle.dumps(dataset))[1]["label"].tolist() == [7, 1, -1]
+
+
+def test_labels_of_several_columns_keep_their_order(tmp_path):
+    pairs = Dataset.from_dict({"a": texts_of(1, 2), "b": texts_of(3, 1)})
+    dataset = with_teacher_labels(pairs, Counting(), tmp_path, teacher_name="counting")
+    assert dataset.column_names == ["a", "b", "label"]
+    assert [row["label"][:, 0].tolist() for row in dataset] == [[1, 3], [2, 1]]
+    assert dataset[:2]["label"][0].shape == (2, 3)
+
+
+def test_embeddings_may_be_given(tmp_path):
+    texts = texts_of(5, 3, 5)
+    dataset = with_teacher_labels(texts, embed(Counting(), texts, tmp_path))
+    assert dataset[0]["label"].tolist() == [5, 1, -1]
+    assert dataset[0]["label"].dtype == torch.float32
+    assert dataset[0]["text"] == "t5"
+    pairs = Dataset.from_dict({"a": ["x"], "b": ["y"]})
+    assert with_teacher_labels(pairs, np.ones((1, 2, 4)))[0]["label"].shape == (2, 4)
+    with pytest.raises(ValueError, match=r"shape \(1, 4\), but 1 rows of 2 text column\(s\) need \(1, 2, D\)"):
+        with_teacher_labels(pairs, np.ones((1, 4)))
+    with pytest.raises(ValueError, match="`cache_dir` is needed"):
+        with_teacher_labels(texts, Counting())
+    with pytest.raises(ValueError, match="column 'score'"):
+        with_teacher_labels(Dataset.from_dict({"a": ["x"], "score": [1]}), np.ones((1, 4)))
+
+
+def test_two_writers_share_a_folder(tmp_path):
+    first, second = EmbeddingStore(tmp_path), EmbeddingStore(tmp_path)
+    keys = [bytes([number]) * 16 for number in range(3)]
+    first.add(keys[:2], np.array([[1.0], [2.0]]))
+    second.add(keys[1:], np.array([[2.0], [3.0]]))
+    store = EmbeddingStore(tmp_path)
+    assert store.rows([store.numbers[key] for key in keys]).tolist() == [[1], [2], [3]]
