@@ -116,14 +116,47 @@ def test_copies_of_the_right_answer_are_no_tie(tmp_path):
     assert (metrics["MMEB_VOC2007_precision@1"], metrics["MMEB_VOC2007_ties"]) == (1, 0)
 
 
+def drawn(count, seed):
+    return np.random.default_rng(seed).choice(count, 1, replace=False).tolist()
+
+
+def test_a_sample_is_the_same_each_time_and_not_the_first_rows(tmp_path):
+    write_task(tmp_path, "VOC2007", [(1, [1, 3])] * 50)
+    evaluators = [MMEBEvaluator(tmp_path, limit=10, seed=seed) for seed in (0, 0, 1)]
+    for evaluator in evaluators:
+        assert evaluator(TableModel(np.eye(4)))["MMEB_VOC2007_precision@1"] == 1
+    first, again, other = [evaluator.results["VOC2007"].rows.tolist() for evaluator in evaluators]
+    assert first == again != other
+    assert len(set(first)) == 10
+    assert first != list(range(10))
+
+
+def test_gallery_entries(tmp_path):
+    write_task(tmp_path, "VOC2007", [(1, [3, 5, 1, 3]), (1, [1, 2])])
+    evaluator = MMEBEvaluator(tmp_path)
+    with pytest.raises(ValueError, match="Evaluate a model first"):
+        evaluator.top("VOC2007")
+    evaluator(TableModel(np.eye(6) + 0.01 * np.eye(6)[::-1]))
+    first, second = evaluator.top("VOC2007", 2)
+    assert first["query"] == {"text": "find #1"}
+    assert first["rank"] == 2
+    assert first["results"] == [{"text": "find #1", "right": False}, {"text": "find #3", "right": True}]
+    assert second["rank"] == 1
+    assert second["results"][1]["image"].endswith("2.png")
+    assert evaluator.top("VOC2007", places=[1]) == [evaluator.top("VOC2007")[1]]
+
+
 def test_unreadable_images_raise_or_count_as_wrong(tmp_path):
     write_task(tmp_path, "VOC2007", [(1, [1, 2]), (1, [1, 3]), (1, [1, 4])])
     write_task(tmp_path, "SUN397", [(1, [1, 3])])
     (tmp_path / "images" / "pictures" / "2.png").unlink()
     (tmp_path / "images" / "pictures" / "4.png").write_bytes(b"torn")
     model = TableModel(np.eye(5))
-    with pytest.raises((ValueError, FileNotFoundError), match=r"[24]\.png"):
-        MMEBEvaluator(tmp_path)(model)
+    with pytest.raises(ValueError, match=r"VOC2007, row 0: .*2\.png"):
+        MMEBEvaluator(tmp_path, ["VOC2007"])(model)
+    torn = MMEBEvaluator(tmp_path, ["VOC2007"], limit=1, seed=next(s for s in range(99) if drawn(3, s) == [2]))
+    with pytest.raises(ValueError, match=r"VOC2007, row 2: .*4\.png"):
+        torn(model)
     evaluator = MMEBEvaluator(tmp_path, ["VOC2007", "SUN397", "CIRR"], on_error="report")
     metrics = evaluator(model)
     assert metrics["MMEB_VOC2007_precision@1"] == pytest.approx(1 / 3)
@@ -136,6 +169,34 @@ def test_unreadable_images_raise_or_count_as_wrong(tmp_path):
         MMEBEvaluator(tmp_path, ["CIRR"])(model)
     with pytest.raises(ValueError, match="None of the tasks"):
         MMEBEvaluator(tmp_path, ["CIRR"], on_error="report")(model)
+
+
+def test_broken_rows_name_task_and_row_and_are_never_right(tmp_path):
+    good = {"qry_text": "find #1", "qry_img_path": "", "tgt_text": ["find #1", "find #3"], "tgt_img_path": ["", ""]}
+    outside = {**good, "tgt_img_path": ["", "../secret.png"]}
+    empty = {**good, "tgt_text": [], "tgt_img_path": []}
+    for task, bad in (("VOC2007", outside), ("CIRR", empty)):
+        (tmp_path / task).mkdir()
+        pq.write_table(pa.Table.from_pylist([good, good, bad]), tmp_path / task / "test-0.parquet")
+        with pytest.raises(ValueError, match=f"{task}, row 2"):
+            MMEBEvaluator(tmp_path, [task])(TableModel(np.eye(4)))
+    (tmp_path / "NIGHTS").mkdir()
+    (tmp_path / "NIGHTS" / "test-0.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(ValueError, match="NIGHTS"):
+        MMEBEvaluator(tmp_path, ["NIGHTS"])(TableModel(np.eye(4)))
+    evaluator = MMEBEvaluator(tmp_path, on_error="report")
+    metrics = evaluator(TableModel(np.eye(4)))
+    assert metrics["MMEB_VOC2007_precision@1"] == pytest.approx(2 / 3)
+    assert (metrics["MMEB_unreadable_rows"], metrics["MMEB_tasks"]) == (1, 1)
+    assert sorted(evaluator.errors) == ["CIRR", "NIGHTS", "VOC2007"]
+
+
+def test_a_task_with_nothing_readable_scores_zero(tmp_path):
+    write_task(tmp_path, "VOC2007", [(1, [2, 3]), (1, [2, 5])])
+    (tmp_path / "images" / "pictures" / "2.png").unlink()
+    metrics = MMEBEvaluator(tmp_path, on_error="report")(TableModel(np.eye(6)))
+    assert metrics["MMEB_mean_precision@1"] == 0
+    assert metrics["MMEB_unreadable_rows"] == 2
 
 
 def test_an_interrupted_run_goes_on(tmp_path):

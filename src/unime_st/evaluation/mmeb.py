@@ -12,29 +12,13 @@ import numpy as np
 
 from unime_st.data.mmeb import load_mmeb_eval
 from unime_st.evaluation.base import EmbeddingEvaluator, device_of
-from unime_st.evaluation.encoding import OnError, Section, encode_indexed
+from unime_st.evaluation.encoding import BrokenItemError, OnError, Section, encode_indexed
+from unime_st.evaluation.mmeb_tasks import IN_DISTRIBUTION, META_TASKS
 from unime_st.evaluation.scoring import score_candidates
 
 logger = logging.getLogger(__name__)
 
-# Meta-task -> tasks with a training set, tasks without one (VLM2Vec, arXiv 2410.05160, table 1).
-_PUBLISHED: dict[str, tuple[str, str]] = {
-    "Classification": (
-        "ImageNet-1K N24News HatefulMemes VOC2007 SUN397",
-        "Place365 ImageNet-A ImageNet-R ObjectNet Country211",
-    ),
-    "VQA": ("OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W", "ScienceQA VizWiz GQA TextVQA"),
-    "Retrieval": (
-        "VisDial CIRR VisualNews_t2i VisualNews_i2t MSCOCO_t2i MSCOCO_i2t NIGHTS WebQA",
-        "FashionIQ Wiki-SS-NQ OVEN EDIS",
-    ),
-    "Grounding": ("MSCOCO", "RefCOCO RefCOCO-Matching Visual7W-Pointing"),
-}
-META_TASKS: dict[str, str] = {
-    task: meta for meta, parts in _PUBLISHED.items() for part in parts for task in part.split()
-}
 _SHOWN = 5  # best candidates kept of each row
-IN_DISTRIBUTION = frozenset(task for known, _ in _PUBLISHED.values() for task in known.split())
 
 
 @dataclass
@@ -42,14 +26,18 @@ class TaskResult:
     """Outcome of one task.
 
     Attributes:
+        rows: Numbers of the rows in the task; all of them, unless ``limit`` draws some.
         right: Whether each row is right; a row with something unreadable is not, shape (rows,).
         tied: Whether the right answer shares the best score with a candidate of other content, shape (rows,).
+        rank: Rank of the right answer, from 1; 0 in a row with something unreadable, shape (rows,).
         top: The best candidates' places in each row, best first, -1 past the last, shape (rows, k).
         errors: Row number -> what could not be read.
     """
 
+    rows: np.ndarray
     right: np.ndarray
     tied: np.ndarray
+    rank: np.ndarray
     top: np.ndarray
     errors: dict[int, str] = field(default_factory=dict)
 
@@ -74,7 +62,8 @@ class MMEBEvaluator(EmbeddingEvaluator):
         image_root: Where image paths lead; None means ``root/images`` if it is a folder, else ``root``.
         on_error: "raise", or "report" to count rows with an unreadable image as wrong, to leave out missing tasks, and
             to list both in ``errors``.
-        limit: Rows of each task, the first; None takes all.
+        limit: Rows of each task, drawn by ``seed`` and the same in every call; None takes all. For use within training.
+        seed: Of that draw.
         name: Put before the metrics' names.
         **arguments: ``batch_size``, ``prompt``, ``prompt_name``, ``cache_dir``, ``show_progress_bar`` and ``write_csv``
             of :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
@@ -92,7 +81,8 @@ class MMEBEvaluator(EmbeddingEvaluator):
         ``<task>_precision@1`` and ``<task>_ties`` (rows) for each task; ``meta_<meta-task>_precision@1``, the mean of
         its tasks; ``mean_precision@1`` over tasks; ``meta_mean_precision@1``, the mean of the meta-tasks (the UniME
         paper's "Overall"); ``in_distribution_precision@1`` and ``out_of_distribution_precision@1`` over the published
-        tasks with and without a training set; with "report", ``unreadable_rows``.
+        tasks with and without a training set; ``tasks``, how many there are in the mean; with "report",
+        ``unreadable_rows``.
     """
 
     def __init__(
@@ -104,6 +94,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
         image_root: str | Path | None = None,
         on_error: OnError = "raise",
         limit: int | None = None,
+        seed: int = 0,
         name: str = "MMEB",
         **arguments: Any,
     ) -> None:
@@ -124,13 +115,14 @@ class MMEBEvaluator(EmbeddingEvaluator):
         self.image_root = image_root
         self.on_error: OnError = on_error
         self.limit = limit
+        self.seed = seed
         self.primary_metric = "mean_precision@1"
         self.results: dict[str, TaskResult] = {}
         self.errors: dict[str, list[str]] = {}
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings that decide the numbers, for the model card."""
-        own = {"tasks": self.tasks, "limit": self.limit, "on_error": self.on_error}
+        own = {"tasks": self.tasks, "limit": self.limit, "seed": self.seed if self.limit else None}
         return {**super().get_config_dict(), **{key: value for key, value in own.items() if value is not None}}
 
     def __call__(
@@ -168,47 +160,87 @@ class MMEBEvaluator(EmbeddingEvaluator):
 
     def _evaluate(self, model: Any, task: str, cache: Section) -> TaskResult:
         rows = load_mmeb_eval(self.root, task, image_root=self.image_root)
-        count = len(rows) if self.limit is None else min(self.limit, len(rows))
-        if not count:
+        if not len(rows):
             raise ValueError(f"{task} has no rows.")
+        drawn = np.arange(len(rows))
+        if self.limit is not None and self.limit < len(rows):
+            drawn = np.sort(np.random.default_rng(self.seed).choice(len(rows), self.limit, replace=False))
         items: list[Any] = []
-        row_of: list[int] = []
+        row_of: list[int] = []  # place in `drawn` of each item
         unreadable: dict[int, str] = {}
-        for number in range(count):
+        for place, number in enumerate(drawn.tolist()):
             try:
                 row = rows[number]
             except (OSError, ValueError) as error:
                 if self.on_error == "raise":
                     raise
-                unreadable[number] = str(error)
+                unreadable[place] = str(error)
                 continue
             items += [row["query"], *row["candidates"]]
-            row_of += [number] * (1 + len(row["candidates"]))
-        embeddings, index, errors = encode_indexed(
-            model,
-            items,
-            cache=cache,
-            batch_size=self.batch_size,
-            prompt=self.prompt,
-            prompt_name=self.prompt_name,
-            show_progress_bar=self.show_progress_bar,
-            on_error=self.on_error,
-        )
-        for place, message in sorted(errors.items()):
-            unreadable.setdefault(row_of[place], message)
+            row_of += [place] * (1 + len(row["candidates"]))
+        try:
+            embeddings, index, errors = encode_indexed(
+                model,
+                items,
+                cache=cache,
+                batch_size=self.batch_size,
+                prompt=self.prompt,
+                prompt_name=self.prompt_name,
+                show_progress_bar=self.show_progress_bar,
+                on_error=self.on_error,
+            )
+        except BrokenItemError as error:
+            raise ValueError(f"{task}, row {drawn[row_of[error.position]]}: {error.reason}") from error
+        for position, message in sorted(errors.items()):
+            unreadable.setdefault(row_of[position], message)
         parts: dict[int, list[int]] = {}
-        for number, place in zip(row_of, index.tolist(), strict=True):
-            if number not in unreadable:
-                parts.setdefault(number, []).append(place)
-        right, tied = np.zeros(count, bool), np.zeros(count, bool)
+        for place, embedding in zip(row_of, index.tolist(), strict=True):
+            if place not in unreadable:
+                parts.setdefault(place, []).append(embedding)
+        return self._score(model, drawn, embeddings, parts, {int(drawn[at]): why for at, why in unreadable.items()})
+
+    @staticmethod
+    def _score(
+        model: Any, drawn: np.ndarray, embeddings: np.ndarray, parts: dict[int, list[int]], errors: dict[int, str]
+    ) -> TaskResult:
+        """Score the readable rows, given as place in `drawn` -> rows of `embeddings`, the query's first."""
+        count = len(drawn)
+        right, tied, rank = np.zeros(count, bool), np.zeros(count, bool), np.zeros(count, np.int64)
         top = np.full((count, _SHOWN), -1, dtype=np.int64)
         if parts:
             queries = [own[0] for own in parts.values()]
             candidates = [np.array(own[1:]) for own in parts.values()]
             scores = score_candidates(embeddings, queries, candidates, k=_SHOWN, device=device_of(model))
             kept = list(parts)
-            right[kept], tied[kept], top[kept] = scores.right, scores.tied, scores.top
-        return TaskResult(right, tied, top, unreadable)
+            right[kept], tied[kept], rank[kept], top[kept] = scores.right, scores.tied, scores.rank, scores.top
+        return TaskResult(drawn, right, tied, rank, top, errors)
+
+    def top(self, task: str, k: int = _SHOWN, places: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """Show what queries found in the last call, as entries of :meth:`~unime_st.evaluation.Report.add_gallery`.
+
+        Args:
+            task: Its name.
+            k: Results a query, at most five.
+            places: Which of the evaluated rows, as in ``results[task].right``; None takes all that were readable.
+
+        Returns:
+            For each row `query`, `results` (each with `image`, `text` or both, and whether it is `right`) and `rank`.
+
+        Raises:
+            ValueError: If the task was not evaluated.
+        """
+        if task not in self.results:
+            raise ValueError(f"Nothing is known of {task!r}: there are {list(self.results)}. Evaluate a model first.")
+        result = self.results[task]
+        rows = load_mmeb_eval(self.root, task, image_root=self.image_root)
+        entries = []
+        for place in np.flatnonzero(result.rank) if places is None else places:
+            row = rows[int(result.rows[place])]
+            own = row["candidates"]
+            best = [int(number) for number in result.top[place][:k] if number >= 0]
+            results = [{**own[number], "right": own[number] == own[0]} for number in best]
+            entries.append({"query": row["query"], "results": results, "rank": int(result.rank[place]) or None})
+        return entries
 
     def _metrics(self) -> dict[str, float]:
         precision = {task: result.precision for task, result in self.results.items()}
@@ -230,6 +262,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
             if tasks:
                 metrics[f"{key}_precision@1"] = _mean(precision, tasks)
         metrics["mean_precision@1"] = _mean(precision, precision)
+        metrics["tasks"] = len(precision)
         if self.on_error == "report":
             metrics["unreadable_rows"] = sum(len(result.errors) for result in self.results.values())
         return metrics

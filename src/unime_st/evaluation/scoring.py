@@ -45,12 +45,14 @@ class CandidateScores:
     Attributes:
         right: Whether the right answer has the best score, a tie counting as right, shape (Q,).
         tied: Whether a candidate of other content shares that best score, shape (Q,).
+        rank: Rank of the right answer from 1, behind better scores only, shape (Q,).
         top: The best candidates' places among the query's own, best first, -1 past the last, shape (Q, k).
         scores: Their cosines, -inf past the last, shape (Q, k).
     """
 
     right: np.ndarray
     tied: np.ndarray
+    rank: np.ndarray
     top: np.ndarray
     scores: np.ndarray
 
@@ -93,7 +95,7 @@ def score_candidates(
         raise ValueError(f"Query {empty[0]} has no candidates to choose from.")
     rows, same = unit_rows(embeddings, device)
     right, tied = np.zeros(len(queries), dtype=bool), np.zeros(len(queries), dtype=bool)
-    top = np.full((len(queries), k), -1, dtype=np.int64)
+    rank, top = np.zeros(len(queries), dtype=np.int64), np.full((len(queries), k), -1, dtype=np.int64)
     scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     for start in range(0, len(queries), chunk_size):
         part = slice(start, start + chunk_size)
@@ -105,13 +107,14 @@ def score_candidates(
         cosine = np.take_along_axis(cosines.cpu().numpy(), place.reshape(ids.shape), axis=1)  # (Q, C)
         cosine[ids == -1] = -np.inf
         best = cosine.max(axis=1, keepdims=True)
-        right[part] = cosine[:, 0] == best[:, 0]
+        rank[part] = 1 + (cosine > cosine[:, :1]).sum(axis=1)
+        right[part] = rank[part] == 1
         tied[part] = right[part] & ((cosine == best) & (ids != ids[:, :1])).any(axis=1)
         order = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
         kept = np.take_along_axis(cosine, order, axis=1)
         top[part, : order.shape[1]] = np.where(np.isneginf(kept), -1, order)
         scores[part, : order.shape[1]] = kept
-    return CandidateScores(right, tied, top, scores)
+    return CandidateScores(right, tied, rank, top, scores)
 
 
 @dataclass(frozen=True)
