@@ -63,6 +63,7 @@ def build_encoder(
     peft_config: PeftConfig | bool | None = None,
     prompts: Mapping[str, str] | None = None,
     allow_remote_images: bool = False,
+    vision_cache_bytes: int = 2**28,
     model_kwargs: Mapping[str, Any] | None = None,
     processor_kwargs: Mapping[str, Any] | None = None,
 ) -> SentenceTransformer:
@@ -82,6 +83,8 @@ def build_encoder(
         peft_config: adapters to train; True takes :func:`default_lora_config`.
         prompts: named instructions, for ``encode(prompt_name=...)``.
         allow_remote_images: open images at ``http(s)`` addresses.
+        vision_cache_bytes: memory, where the model is, for features of a frozen vision tower; enough for the images of
+            one step saves GradCache's second pass. 0 keeps none.
         model_kwargs: more arguments of ``from_pretrained``, e.g. ``quantization_config``.
         processor_kwargs: more arguments of the processor.
 
@@ -98,6 +101,7 @@ def build_encoder(
         name,
         prompt_template=template,
         allow_remote_images=allow_remote_images,
+        vision_cache_bytes=vision_cache_bytes,
         model_kwargs=weights,
         processor_kwargs=dict(processor_kwargs or {}),
         max_seq_length=max_seq_length,
@@ -215,11 +219,9 @@ def _stock_class(reference: str) -> Any:
 
 def _bound_pixels(encoder: MultimodalEncoder, max_pixels: int) -> None:
     images: Any = getattr(encoder.processor, "image_processor", None)
-    size = getattr(images, "size", None)
-    if not hasattr(images, "max_pixels") or size is None or "longest_edge" not in size:
+    if not hasattr(images, "merge_size"):  # Qwen-VL's: its edges of `size` are numbers of pixels, not lengths
         raise ValueError(
             f"{type(images).__name__} takes no `max_pixels`: this family resizes images to sizes of its own. Pass "
             "`processor_kwargs` instead, e.g. a `size`."
         )
-    images.max_pixels = max_pixels
-    images.size = {"shortest_edge": min(size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
+    images.size = {"shortest_edge": min(images.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}

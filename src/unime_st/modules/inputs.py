@@ -27,7 +27,7 @@ def as_messages(item: Any, row: int, *, allow_remote_images: bool = False) -> li
     Args:
         item: text; an image as PIL, path, data URI, bytes, numpy or torch array; ``{"image", "text"}`` where the image
             may be a list; or chat messages (one dict or a list of them).
-        row: its place in the batch, for error messages.
+        row: its place in the batch, for error messages (``encode`` sorts its inputs by length into batches).
         allow_remote_images: open ``http(s)`` addresses.
 
     Returns:

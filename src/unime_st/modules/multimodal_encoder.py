@@ -271,15 +271,18 @@ def check_adapter(model: PreTrainedModel, folder: Path) -> None:
     if not file.is_file():
         return  # on the Hub: transformers has fetched it; only a local file can be compared
     loaded = {name.replace(".default", ""): value for name, value in model.state_dict().items()}
+    unfilled = {name for name in loaded if "lora_" in name}
     wrong = []
     with safe_open(file, framework="pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118 (not a dict)
             name = key.removeprefix("base_model.model.")
             value = loaded.get(name)
+            unfilled.discard(name)
             if value is None or not torch.equal(value.cpu().float(), tensors.get_tensor(key).float()):
                 wrong.append(name)
+    wrong += sorted(unfilled)
     if wrong:
         raise ValueError(
-            f"The adapter in {folder} was not loaded: {len(wrong)} tensors differ ({', '.join(wrong[:4])}, ...). It "
+            f"The adapter in {folder} was not loaded: {len(wrong)} tensors differ or are missing ({', '.join(wrong[:4])}, ...). It "
             "belongs to another backbone, or peft and transformers disagree on names."
         )

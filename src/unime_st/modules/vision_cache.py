@@ -129,17 +129,21 @@ def _has_row_an_image(output: Any, rows: int) -> bool:
     def fits(value: Any) -> bool:
         if isinstance(value, tuple):
             return all(fits(element) for element in value)
-        return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
+        return value is None or (isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows)
 
     return isinstance(output, ModelOutput) and all(fits(value) for value in output.values())
 
 
 def _row(output: ModelOutput, place: int) -> tuple[type[ModelOutput], dict[str, Any], int]:
     def cut(value: Any) -> Any:
-        return tuple(cut(element) for element in value) if isinstance(value, tuple) else value[place].clone()
+        if isinstance(value, tuple):
+            return tuple(cut(element) for element in value)
+        return None if value is None else value[place].clone()
 
     def size(value: Any) -> int:
-        return sum(size(element) for element in value) if isinstance(value, tuple) else value.nbytes
+        if isinstance(value, tuple):
+            return sum(size(element) for element in value)
+        return 0 if value is None else value.nbytes
 
     row = {name: cut(value) for name, value in output.items()}
     return type(output), row, sum(size(value) for value in row.values())
@@ -148,4 +152,4 @@ def _row(output: ModelOutput, place: int) -> tuple[type[ModelOutput], dict[str, 
 def _stacked(values: list[Any]) -> Any:
     if isinstance(values[0], tuple):
         return tuple(_stacked(list(column)) for column in zip(*values, strict=True))
-    return torch.stack(values)
+    return None if values[0] is None else torch.stack(values)

@@ -1,0 +1,189 @@
+"""Building, loading and exporting: every weight from the file, nothing half-written, nothing changed in memory."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+
+from tiny import FAMILIES, picture, tiny_backbone
+from unime_st import build_encoder, export_encoder, load_encoder
+from unime_st.modules import default_lora_config
+from unime_st.modules.multimodal_encoder import SETTINGS_FILE
+
+ROWS = [["a red bus", "a longer text"], [picture("green")]]
+ATOL = 1e-5
+
+
+def embed(model):
+    return np.concatenate([model.encode(rows) for rows in ROWS])
+
+
+@pytest.fixture
+def adapted(backbone):
+    """An encoder whose adapters do something."""
+    model = build_encoder(backbone("fast_vlm"), device="cpu", peft_config=default_lora_config(rank=4))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.fixture
+def own_backbone(tmp_path):
+    return tiny_backbone("fast_vlm", tmp_path / "backbone")
+
+
+def test_export_merges_and_leaves_the_model_as_it_was(adapted, backbone, tmp_path):
+    expected = embed(adapted)
+    state = {name: value.clone() for name, value in adapted.state_dict().items()}
+    folder = export_encoder(adapted, tmp_path / "deep" / "merged")
+    assert not (folder / "adapter_config.json").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["merged"]
+    assert adapted.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in adapted.state_dict().items())
+    assert adapted.active_adapters() == ["default"]
+    np.testing.assert_array_equal(embed(adapted), expected)
+    assert np.abs(expected - embed(build_encoder(backbone("fast_vlm"), device="cpu"))).max() > 1e-3
+    for model in (SentenceTransformer(str(folder), device="cpu"), load_encoder(folder, device="cpu")):
+        np.testing.assert_allclose(embed(model), expected, atol=ATOL)
+
+
+def test_export_of_adapters_alone(adapted, tmp_path):
+    folder = export_encoder(adapted, tmp_path / "adapters", merge_adapters=False)
+    assert (folder / "adapter_config.json").is_file()
+    assert not (folder / "model.safetensors").exists()
+    for model in (SentenceTransformer(str(folder), device="cpu"), load_encoder(folder, device="cpu")):
+        np.testing.assert_allclose(embed(model), embed(adapted), atol=ATOL)
+
+
+def test_a_loaded_export_can_be_adapted_again(adapted, tmp_path):
+    """Stage 2 starts from stage 1 merged."""
+    folder = export_encoder(adapted, tmp_path / "stage1")
+    model = load_encoder(folder, device="cpu")
+    model.add_adapter(default_lora_config(rank=2))
+    assert {p.shape[0] for n, p in model.named_parameters() if p.requires_grad and "lora_A" in n} == {2}
+    np.testing.assert_allclose(embed(model), embed(adapted), atol=ATOL)
+
+
+def test_export_replaces_encoders_only_and_leaves_no_half(adapted, tmp_path, monkeypatch):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep")
+    with pytest.raises(FileExistsError, match=r"notes exists and holds something other"):
+        export_encoder(adapted, tmp_path / "notes")
+    folder = export_encoder(adapted, tmp_path / "encoder")
+    export_encoder(adapted, folder)
+    before = embed(adapted)
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(adapted, "save_pretrained", fail)
+    with pytest.raises(OSError, match="no space"):
+        export_encoder(adapted, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "notes"]
+    np.testing.assert_array_equal(embed(adapted), before)  # the adapters are back
+
+
+def test_missing_weights_are_refused(own_backbone):
+    file = own_backbone / "model.safetensors"
+    state = load_file(file)
+    del state[next(name for name in state if "layers.1.mlp.up_proj" in name)]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing \(language_model.layers.1.mlp.up_proj.weight\)"):
+        build_encoder(own_backbone, device="cpu")
+
+
+def test_weights_left_over_are_refused(own_backbone):
+    file = own_backbone / "model.safetensors"
+    state = load_file(file)
+    save_file({**state, "model.language_model.layers.7.extra": torch.ones(2)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 left over \(.*layers.7.extra\)"):
+        build_encoder(own_backbone, device="cpu")
+
+
+def test_an_adapter_of_another_model_is_refused(adapted, tmp_path):
+    folder = export_encoder(adapted, tmp_path / "adapters", merge_adapters=False)
+    file = folder / "adapter_model.safetensors"
+    state = load_file(file)
+    save_file({name.replace("q_proj", "z_proj"): value for name, value in state.items()}, file)
+    with pytest.raises(ValueError, match=r"4 left over \(.*z_proj"):
+        load_encoder(folder, device="cpu")
+    save_file({name: value for name, value in state.items() if "layers.1.self_attn.q_proj" not in name}, file)
+    with pytest.raises(ValueError, match=r"adapter in .* was not loaded: 2 tensors differ or are missing \(.*q_proj"):
+        load_encoder(folder, device="cpu")
+
+
+def test_a_folder_that_is_no_encoder(own_backbone):
+    with pytest.raises(FileNotFoundError, match=r"no modules.json.*build_encoder"):
+        load_encoder(own_backbone)
+
+
+def test_classes_from_elsewhere_are_refused(adapted, tmp_path):
+    folder = export_encoder(adapted, tmp_path / "encoder")
+    listing = json.loads((folder / "modules.json").read_text())
+    listing[1]["type"] = "somewhere.Else"
+    (folder / "modules.json").write_text(json.dumps(listing))
+    with pytest.raises(ValueError, match=r"somewhere.Else, which is not part of sentence-transformers"):
+        load_encoder(folder)
+
+
+def test_a_peft_config_that_adapts_the_wrong_thing(backbone):
+    with pytest.raises(ValueError, match="target"):
+        build_encoder(backbone("fast_vlm"), device="cpu", peft_config=default_lora_config(layers=[9]))
+
+
+def test_settings_travel(backbone, tmp_path):
+    model = build_encoder(
+        backbone("fast_vlm"),
+        device="cpu",
+        prompt_template="chatml_open",
+        max_seq_length=200,
+        prompts={"caption": "Find its caption: "},
+        vision_cache_bytes=1000,
+    )
+    model.encode(["a text", picture()])
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert json.loads((tmp_path / "saved" / SETTINGS_FILE).read_text())["vision_cache_bytes"] == 1000
+    again = load_encoder(tmp_path / "saved", device="cpu")
+    stock = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert again[0].vision_cache.max_bytes == 1000
+    assert again.prompts["caption"] == "Find its caption: "
+    for other in (again, stock):
+        assert other.max_seq_length == 200
+        for options in ({}, {"prompt_name": "caption"}):
+            expected = model.encode(["a text"], **options)
+            np.testing.assert_allclose(other.encode(["a text"], **options), expected, atol=ATOL)
+    tokenizer = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
+    assert tokenizer["truncation"] is None
+    assert tokenizer["padding"] is None
+
+
+def test_a_template_of_ones_own(backbone):
+    template = (
+        "{% for m in messages %}{% for p in m.content %}{{ p.text if p.type == 'text' else '<image>' }}{% endfor %}"
+    )
+    model = build_encoder(backbone("fast_vlm"), device="cpu", prompt_template=template + "{% endfor %}!")
+    assert model[0].tokenizer.decode(model.preprocess(["a cat"])["input_ids"][0]) == "a cat!"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_max_pixels(family, backbone):
+    image = picture(size=(200, 200))
+    if "qwen" not in family:
+        with pytest.raises(ValueError, match=r"takes no `max_pixels`.*processor_kwargs"):
+            build_encoder(backbone(family), device="cpu", max_pixels=28 * 28)
+        return
+    wide = build_encoder(backbone(family), device="cpu")
+    narrow = build_encoder(backbone(family), device="cpu", max_pixels=28 * 28)
+    assert narrow.preprocess([image])["input_ids"].shape[1] == wide.preprocess([image])["input_ids"].shape[1] - 3
+
+
+def test_max_pixels_travels(backbone, tmp_path):
+    image = picture(size=(200, 200))
+    narrow = build_encoder(backbone("qwen2_vl"), device="cpu", max_pixels=28 * 28)
+    narrow.save_pretrained(str(tmp_path / "saved"))
+    stock = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    np.testing.assert_allclose(stock.encode([image]), narrow.encode([image]), atol=ATOL)
