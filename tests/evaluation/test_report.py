@@ -151,6 +151,23 @@ def test_without_matplotlib_the_advice_is_to_install_it(monkeypatch):
         Report("x").add_line_plot("p", {"s": ([1], [1])})
 
 
+def test_the_highest_number_is_bold(tmp_path):
+    made = Report("x")
+    made.add_table(
+        "t", ["model", "score"], [["a", 0.5], ["b", float("nan")], ["c", 0.75], ["d", None]], highest=["score"]
+    )
+    made.add_settings({"batch size": 32})
+    page = made.write(tmp_path).read_text()
+    assert "<strong>0.750</strong>" in page
+    assert page.count("<strong>") == 1
+    text = (tmp_path / "report.md").read_text()
+    assert "**0.750**" in text
+    assert "| batch size | 32 |" in text
+    assert "sentence-transformers" in text
+    with pytest.raises(ValueError, match="`highest` names"):
+        made.add_table("t", ["a"], [], highest=["b"])
+
+
 def test_escape_keeps_lines_from_becoming_lists():
     assert escape("- item").startswith("\u200b")
     assert escape("12. item").startswith("\u200b")

@@ -10,7 +10,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError
@@ -34,6 +34,34 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class Section(Protocol):
+    """Where embeddings of one model under one prompt are kept, on disk or in memory."""
+
+    def get(self, fingerprints: Iterable[str]) -> list[np.ndarray | None]:
+        """Look up embeddings, None where there is none."""
+
+    def add(self, fingerprints: Sequence[str], embeddings: np.ndarray) -> None:
+        """Store embeddings (N, D)."""
+
+
+class MemorySection:
+    """Keeps embeddings for as long as it lives: one evaluation's several tasks encode nothing twice."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def get(self, fingerprints: Iterable[str]) -> list[np.ndarray | None]:
+        """Look up embeddings, None where there is none."""
+        return [self._rows.get(fingerprint) for fingerprint in fingerprints]
+
+    def add(self, fingerprints: Sequence[str], embeddings: np.ndarray) -> None:
+        """Store embeddings (N, D)."""
+        self._rows.update(zip(fingerprints, embeddings, strict=True))
 
 
 class EmbeddingCache:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from unime_st.evaluation.cache import EmbeddingCache
+from unime_st.evaluation.cache import EmbeddingCache, MemorySection, Section
 from unime_st.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -22,8 +22,6 @@ OnError = Literal["raise", "report"]
 
 _BATCHES_A_SHARD = 8
 _LONGEST_SHOWN = 200
-
-
 _ITEM_ERRORS = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)  # broken PNG: SyntaxError
 
 
@@ -41,35 +39,7 @@ class BrokenItemError(ValueError):
         self.reason = reason
 
 
-class Section(Protocol):
-    """Where embeddings of one model under one prompt are kept, on disk or in memory."""
-
-    def get(self, fingerprints: Iterable[str]) -> list[np.ndarray | None]:
-        """Look up embeddings, None where there is none."""
-
-    def add(self, fingerprints: Sequence[str], embeddings: np.ndarray) -> None:
-        """Store embeddings (N, D)."""
-
-
 Cache = EmbeddingCache | str | Path | Section
-
-
-class MemorySection:
-    """Keeps embeddings for as long as it lives: one evaluation's several tasks encode nothing twice."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str, np.ndarray] = {}
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def get(self, fingerprints: Iterable[str]) -> list[np.ndarray | None]:
-        """Look up embeddings, None where there is none."""
-        return [self._rows.get(fingerprint) for fingerprint in fingerprints]
-
-    def add(self, fingerprints: Sequence[str], embeddings: np.ndarray) -> None:
-        """Store embeddings (N, D)."""
-        self._rows.update(zip(fingerprints, embeddings, strict=True))
 
 
 def effective_prompt(model: Any, prompt: str | None = None, prompt_name: str | None = None) -> str | None:

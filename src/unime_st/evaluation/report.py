@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import math
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +79,7 @@ class Report:
         note: str = "",
         digits: int = 3,
         percent: bool = False,
+        highest: Sequence[str] = (),
     ) -> None:
         """Add a table.
 
@@ -87,20 +91,29 @@ class Report:
             note: text below the table.
             digits: decimal places of floats.
             percent: show floats times 100, with one decimal place less than two fewer.
+            highest: columns whose highest number is in bold type, as often as it occurs.
 
         Raises:
-            ValueError: a row has more or fewer cells than there are columns, or names an unknown column.
+            ValueError: a row has more or fewer cells than there are columns, or it or `highest` names no column.
         """
+        if unknown := [name for name in highest if name not in columns]:
+            raise ValueError(f"`highest` names {unknown}, but the columns of table {title!r} are {list(columns)}.")
         table = [_cells(row, columns, f"Row {number} of table {title!r}") for number, row in enumerate(rows)]
         shown = [[_shown(cell, digits, percent=percent) for cell in row] for row in table]
         numeric = [all(_is_number(row[at]) for row in table) for at in range(len(columns))]
-        self.sections.append(
-            Section(
-                "table",
-                title,
-                {"columns": list(columns), "rows": table, "shown": shown, "numeric": numeric, "note": note},
-            )
-        )
+        best = [[name in highest and _is_highest(table, row, at) for at, name in enumerate(columns)] for row in table]
+        data = {"columns": list(columns), "rows": table, "shown": shown, "numeric": numeric, "best": best, "note": note}
+        self.sections.append(Section("table", title, data))
+
+    def add_settings(self, settings: Mapping[str, Any], *, title: str = "Settings and versions") -> None:
+        """Add what the results were made with, followed by the versions of Python and the packages that matter.
+
+        Args:
+            settings: name -> value.
+            title: of the table.
+        """
+        rows = [[name, str(value)] for name, value in {**settings, **_versions()}.items()]
+        self.add_table(title, ["setting", "value"], rows)
 
     def add_line_plot(
         self, title: str, series: Series, xlabel: str = "", ylabel: str = "", *, note: str = "", log_y: bool = False
@@ -191,7 +204,11 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """All results as plain data, ready for JSON: numbers that are not finite become None."""
         sections = [
-            {"kind": part.kind, "title": part.title, **{key: part.data[key] for key in part.data if key != "shown"}}
+            {
+                "kind": part.kind,
+                "title": part.title,
+                **{key: part.data[key] for key in part.data if key not in {"shown", "best"}},
+            }
             for part in self.sections
         ]
         return _plain({"title": self.title, "sections": sections})
@@ -228,6 +245,21 @@ def _cells(row: Sequence[Any] | Mapping[str, Any], columns: Sequence[str], where
     if len(row) != len(columns):
         raise ValueError(f"{where} has {len(row)} cells for {len(columns)} columns.")
     return list(row)
+
+
+def _is_highest(table: Sequence[Sequence[Any]], row: Sequence[Any], at: int) -> bool:
+    numbers = [
+        other[at] for other in table if _is_number(other[at]) and other[at] is not None and other[at] == other[at]
+    ]
+    return bool(numbers) and row[at] == max(numbers)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("unime_st", "sentence-transformers", "transformers", "torch", "peft"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def _is_number(cell: Any) -> bool:

@@ -73,10 +73,11 @@ def _table(section: Section) -> Iterator[str]:
         f'<th scope="col"{css}>{escape(str(name))}</th>' for css, name in zip(classes, data["columns"], strict=True)
     )
     yield "</tr></thead>\n<tbody>"
-    for row in data["shown"]:
-        yield (
-            "<tr>" + "".join(f"<td{css}>{escape(cell)}</td>" for css, cell in zip(classes, row, strict=True)) + "</tr>"
+    for row, best in zip(data["shown"], data["best"], strict=True):
+        cells = (
+            f"<strong>{escape(cell)}</strong>" if bold else escape(cell) for cell, bold in zip(row, best, strict=True)
         )
+        yield "<tr>" + "".join(f"<td{css}>{cell}</td>" for css, cell in zip(classes, cells, strict=True)) + "</tr>"
     yield "</tbody></table></div>"
 
 

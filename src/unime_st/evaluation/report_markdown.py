@@ -43,7 +43,11 @@ def _text(_: str, data: dict[str, Any]) -> Iterator[str]:
 
 
 def _table(_: str, data: dict[str, Any]) -> Iterator[str]:
-    yield _rows(data["columns"], data["shown"], data["numeric"])
+    rows = [
+        [f"**{escape(cell)}**" if bold else escape(cell) for cell, bold in zip(row, best, strict=True)]
+        for row, best in zip(data["shown"], data["best"], strict=True)
+    ]
+    yield _rows(data["columns"], rows, data["numeric"])
 
 
 def _plot(title: str, data: dict[str, Any]) -> Iterator[str]:
@@ -57,7 +61,7 @@ def _gallery(_: str, data: dict[str, Any]) -> Iterator[str]:
         found = [f"{_side(result)}<br>{verdict(right=result['right'])}" for result in entry["results"]]
         rank = "" if entry["rank"] is None else f"<br>rank {entry['rank']}"
         rows.append([_side(entry["query"]) + rank, *found, *[""] * (most - len(found))])
-    yield _rows(["query", *(str(place) for place in range(1, most + 1))], rows, [False] * (most + 1), raw=True)
+    yield _rows(["query", *(str(place) for place in range(1, most + 1))], rows, [False] * (most + 1))
 
 
 def verdict(*, right: bool) -> str:
@@ -74,10 +78,10 @@ def _picture(name: str, alt: str) -> str:
     return f"![{escape(alt)}]({FILES}/{name})"
 
 
-def _rows(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[bool], *, raw: bool = False) -> str:
+def _rows(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> str:
+    """A table; its cells are Markdown already."""
     lines = [[escape(column) for column in columns], ["---:" if right else "---" for right in numeric]]
-    lines += [list(row) if raw else [escape(cell) for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, *rows])
 
 
 _BODIES = {"text": _text, "table": _table, "plot": _plot, "gallery": _gallery}
