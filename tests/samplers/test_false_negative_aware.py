@@ -91,6 +91,34 @@ def test_the_guides_false_negatives_are_kept_apart(world_size):
         assert not bool(false[members][:, members].any())
 
 
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_hard_negatives_are_drawn_together_and_false_ones_still_apart(world_size):
+    rng = np.random.default_rng(0)
+    topics = rng.normal(size=(20, 12))
+    queries = topics[rng.integers(0, 20, 320)] + rng.normal(size=(320, 12)) * 0.3
+    targets = queries + rng.normal(size=(320, 12)) * 0.1
+    dataset = table(320, targets=250, queries=300, labels=200)
+    guide = {"guide_queries": queries, "guide_targets": targets, "margin": 0.02}
+    scores = (queries / np.linalg.norm(queries, axis=1)[:, None]) @ (
+        targets / np.linalg.norm(targets, axis=1)[:, None]
+    ).T
+    hardness = []
+    for together in (0, 3):
+        sampler, batches = batches_of(dataset, world_size, **guide, hard_negatives_together=together)
+        assert_sound(dataset, sampler, batches, world_size)
+        assert batches != batches_of(dataset, world_size, epoch=1, **guide, hard_negatives_together=together)[1]
+        hardest = []
+        for start in range(0, len(batches), world_size):
+            members = list(itertools.chain.from_iterable(batches[start : start + world_size]))
+            block = scores[np.ix_(members, members)]
+            assert not (block > block.diagonal()[:, None] + 0.02).any()
+            hardest.append((block - 9 * np.eye(len(block))).max(axis=1).mean())
+        hardness.append(np.mean(hardest))
+    assert hardness[1] > hardness[0] + 0.05
+    with pytest.raises(ValueError, match="to tell what is hard"):
+        batches_of(dataset, world_size, hard_negatives_together=2)
+
+
 def test_the_guide_may_be_files(tmp_path):
     dataset = Dataset.from_dict({"q": list("abcd"), "t": list("wxyz")})
     queries = np.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])

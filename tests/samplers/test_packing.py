@@ -3,6 +3,7 @@ import pytest
 
 from unime_st.samplers.conflicts import find_conflicts, guide_pairs
 from unime_st.samplers.packing import compatible, pack
+from unime_st.samplers.together import draw_together, hardest_rows
 
 
 def clash(identities, pairs, rows):
@@ -82,3 +83,40 @@ def test_a_guide_that_is_no_use_is_refused(monkeypatch):
     queries[1, 2] = np.nan
     with pytest.raises(ValueError, match="`guide_queries` holds a number that is not finite, first in row 1"):
         guide_pairs(queries, np.eye(3), margin=0.1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_exchanges_keep_a_packing_valid(seed):
+    rng = np.random.default_rng(seed)
+    identities = [rng.integers(0, 30, 60), rng.integers(0, 40, 60)]
+    pairs = rng.integers(0, 60, (20, 2))
+    conflicts = find_conflicts(identities, pairs, 60)
+    bins = pack(conflicts, 8, 6, rng)
+    hardest = rng.integers(-1, 60, (60, 3))
+    moved = draw_together(conflicts, bins, hardest, rng)
+    assert np.bincount(moved + 1, minlength=9).tolist() == np.bincount(bins + 1, minlength=9).tolist()
+    assert np.array_equal(moved < 0, bins < 0)
+    for number in range(8):
+        assert not clash(identities, pairs, np.flatnonzero(moved == number).tolist())
+
+    def met(where):
+        return sum(
+            where[row] == where[other] >= 0 for row in range(60) for other in hardest[row] if other not in (row, -1)
+        )
+
+    assert met(moved) > met(bins)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1024])
+def test_hardest_rows_against_a_loop(chunk):
+    rng = np.random.default_rng(0)
+    queries, targets = rng.normal(size=(2, 15, 4))
+    cosine = (queries / np.linalg.norm(queries, axis=1)[:, None]) @ (
+        targets / np.linalg.norm(targets, axis=1)[:, None]
+    ).T
+    found = hardest_rows(queries, targets, 0.1, 6, chunk)
+    assert (found < 0).any()
+    for row in range(15):
+        allowed = [other for other in range(15) if other != row and cosine[row, other] <= cosine[row, row] + 0.1]
+        expected = sorted(allowed, key=lambda other: -cosine[row, other])[:6]
+        assert found[row].tolist() == expected + [-1] * (6 - len(expected))

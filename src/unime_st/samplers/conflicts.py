@@ -153,7 +153,7 @@ def guide_pairs(queries: Any, targets: Any, margin: float, chunk: int = 1024) ->
         >>> guide_pairs(np.eye(3)[:, :2] + 0.01, np.array([[1.0, 0.0], [1.0, 0.1], [1.0, 1.0]]), margin=0.5).tolist()
         [[1, 2]]
     """
-    unit_queries, unit_targets = _unit_rows("guide_queries", queries), _unit_rows("guide_targets", targets)
+    unit_queries, unit_targets = unit_rows("guide_queries", queries), unit_rows("guide_targets", targets)
     rows, total, found = len(unit_queries), 0, []
     for start in range(0, rows, chunk):
         own = (unit_queries[start : start + chunk] * unit_targets[start : start + chunk]).sum(dim=1)
@@ -171,7 +171,8 @@ def guide_pairs(queries: Any, targets: Any, margin: float, chunk: int = 1024) ->
     return np.concatenate(found) if found else np.empty((0, 2), dtype=np.int64)
 
 
-def _unit_rows(name: str, embeddings: Any) -> torch.Tensor:
+def unit_rows(name: str, embeddings: Any) -> torch.Tensor:
+    """Rows of length 1, float32; a ValueError with the argument's name and the row for numbers that are not finite."""
     tensor = torch.from_numpy(np.array(embeddings, dtype=np.float32))
     if not bool(torch.isfinite(tensor).all()):
         row = int((~torch.isfinite(tensor)).any(dim=1).nonzero()[0])

@@ -17,6 +17,7 @@ from sentence_transformers.base.sampler import DefaultBatchSampler
 from unime_st import distributed
 from unime_st.samplers.conflicts import Conflicts, find_conflicts, guide_pairs, row_identities
 from unime_st.samplers.packing import compatible, pack
+from unime_st.samplers.together import draw_together, hardest_rows
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
         guide_targets: ``(N, D)`` embeddings of the targets, likewise.
         margin: Of the guide, in cosine similarity, as ``margin`` of
             :class:`~unime_st.losses.HardNegativeInfoNCELoss`.
+        hard_negatives_together: How many of each row's hardest rows by the guide, false ones left out, to draw into its
+            global batch where they fit; 0 leaves batches to chance.
 
     Raises:
         TypeError: When the data set is not a ``datasets.Dataset``.
@@ -99,6 +102,7 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
         guide_queries: np.ndarray | torch.Tensor | str | Path | None = None,
         guide_targets: np.ndarray | torch.Tensor | str | Path | None = None,
         margin: float = 0.1,
+        hard_negatives_together: int = 0,
     ) -> None:
         if not isinstance(dataset, Dataset):
             raise TypeError(f"{type(self).__name__} needs a datasets.Dataset of known length, got {type(dataset)}.")
@@ -109,7 +113,13 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
             raise ValueError(f"`world_size={world_size}`, but at least one process is needed.")
         if (guide_queries is None) != (guide_targets is None):
             raise ValueError("A guide needs both `guide_queries` and `guide_targets`; only one was given.")
+        if hard_negatives_together < 0 or (hard_negatives_together and guide_queries is None):
+            raise ValueError(
+                f"`hard_negatives_together={hard_negatives_together}` must be 0, or a number above with "
+                "`guide_queries` and `guide_targets` to tell what is hard."
+            )
         self.margin = margin
+        self.hard_negatives_together = hard_negatives_together
         self._guide = (guide_queries, guide_targets)
         self._epoch_plan: tuple[int, _Plan] | None = None
 
@@ -118,7 +128,8 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
         """Bind options, for ``batch_sampler=`` of the training arguments.
 
         Args:
-            options: Of the constructor: ``world_size``, ``guide_queries``, ``guide_targets``, ``margin``.
+            options: Of the constructor: ``world_size``, ``guide_queries``, ``guide_targets``, ``margin``,
+                ``hard_negatives_together``.
 
         Example:
             >>> batch_sampler = FalseNegativeAwareBatchSampler.configured(world_size=4)
@@ -149,9 +160,16 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
     def conflicts(self) -> Conflicts:
         """What is known of the rows; found on first use."""
         identities = row_identities(self.dataset, self.valid_label_columns)
-        return find_conflicts(identities, self._guide_pairs(), len(self.dataset))
+        guide = self._load_guide()
+        pairs = None if guide is None else guide_pairs(guide[0], guide[1], self.margin)
+        return find_conflicts(identities, pairs, len(self.dataset))
 
-    def _guide_pairs(self) -> np.ndarray | None:
+    @functools.cached_property
+    def _hardest(self) -> np.ndarray | None:
+        guide = self._load_guide() if self.hard_negatives_together else None
+        return None if guide is None else hardest_rows(guide[0], guide[1], self.margin, self.hard_negatives_together)
+
+    def _load_guide(self) -> list[Any] | None:
         embeddings = []
         for name, given in zip(("guide_queries", "guide_targets"), self._guide, strict=True):
             if given is None:
@@ -163,7 +181,7 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
                     f"({len(self.dataset)}, D), in the data set's order."
                 )
             embeddings.append(loaded)
-        return guide_pairs(embeddings[0], embeddings[1], margin=self.margin)
+        return embeddings
 
     @functools.cached_property
     def _base_plan(self) -> _Plan:
@@ -206,6 +224,8 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
         placed = int((bins >= 0).sum())
         if placed < num_bins * size:
             return None, placed
+        if self._hardest is not None:
+            bins = draw_together(self.conflicts, bins, self._hardest, rng)
         order = rng.permutation(len(bins))
         order = order[np.argsort(bins[order], kind="stable")]  # unplaced rows first, then bin after bin
         left, full = np.split(order, [len(bins) - placed])
