@@ -1,6 +1,6 @@
 import pytest
 
-from unime_st.evaluation.published import published_results
+from unime_st.evaluation import published_results
 
 TASKS = {"Classification": 10, "VQA": 10, "Retrieval": 12, "Grounding": 4}
 ROWS = published_results("mmeb")

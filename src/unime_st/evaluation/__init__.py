@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from unime_st.evaluation.encoding import BrokenItemError, encode_distinct
     from unime_st.evaluation.identity import model_fingerprint
     from unime_st.evaluation.mmeb import MMEBEvaluator
+    from unime_st.evaluation.published import published_results
     from unime_st.evaluation.report import Report
     from unime_st.evaluation.retrieval import ImageTextRetrievalEvaluator
     from unime_st.evaluation.sugarcrepe import SugarCrepeEvaluator
@@ -23,6 +24,7 @@ _EXPORTS = {
     "SugarCrepeEvaluator": "sugarcrepe",
     "encode_distinct": "encoding",
     "model_fingerprint": "identity",
+    "published_results": "published",
 }
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "SugarCrepeEvaluator",
     "encode_distinct",
     "model_fingerprint",
+    "published_results",
 ]
 
 

@@ -235,12 +235,19 @@ class _Run:
     def fingerprints(self) -> list[str]:
         """Content of each item, "" for one that cannot be read."""
         keys = []
+        known: dict[Any, str] = {}  # what recurs, as candidates do, is read and hashed once a call
         for row, item in enumerate(self.items):
-            try:
-                keys.append(fingerprint(item))
-            except _ITEM_ERRORS as error:
-                keys.append("")
-                self._broken(row, error)
+            name = _name(item)
+            key = known.get(name) if name is not None else None
+            if key is None:
+                try:
+                    key = fingerprint(item)
+                except _ITEM_ERRORS as error:
+                    key = ""
+                    self._broken(row, error)
+                if key and name is not None:
+                    known[name] = key
+            keys.append(key)
         return keys
 
     def encode(self, keys: list[str]) -> dict[str, np.ndarray]:
@@ -284,6 +291,15 @@ class _Run:
         if self.on_error == "raise":
             raise BrokenItemError(row, f"{_shown(self.items[row])}: {message}") from error
         self.errors[row] = message
+
+
+def _name(item: Any) -> Any:
+    """Something hashable that stands for the item during one call, None where nothing cheap does."""
+    if isinstance(item, str):
+        return item
+    if isinstance(item, dict) and all(isinstance(value, str) for value in item.values()):
+        return tuple(item.items())
+    return None
 
 
 def _encoded_images(item: Any) -> Iterator[Any]:
