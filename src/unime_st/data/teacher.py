@@ -26,8 +26,8 @@ _SAMPLES_A_WEIGHT = 4096
 class Teacher(Protocol):
     """What is needed of a teacher: a ``SentenceTransformer`` has it."""
 
-    def encode(self, sentences: list[str], **kwargs: Any) -> np.ndarray:
-        """Embed texts into ``(N, D)``."""
+    def encode(self, texts: list[str], /, *, batch_size: int, show_progress_bar: bool) -> Any:
+        """Embed texts into an array ``(N, D)``; takes ``prompt`` too when one is asked for."""
         ...
 
 
@@ -179,7 +179,9 @@ def _fill_store(
     keys = {text: bytes.fromhex(fingerprint(text)) for text in first_row}
     missing = [text for text, key in keys.items() if key not in store.numbers]
     logger.info("Teacher: %d of %d distinct texts are in %s", len(keys) - len(missing), len(keys), store.folder)
-    options = {"batch_size": batch_size, "show_progress_bar": False} | ({"prompt": prompt} if prompt else {})
+    options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": False} | (
+        {"prompt": prompt} if prompt else {}
+    )
     with tqdm(total=len(missing), desc="Teacher", unit="text", disable=not show_progress_bar) as bar:
         for start in range(0, len(missing), shard_size):
             chunk = missing[start : start + shard_size]
