@@ -179,3 +179,8 @@ def test_media_that_do_not_fit_are_an_error(backbone):
     model = build_encoder(backbone("fast_vlm"), device="cpu", max_seq_length=60)
     with pytest.raises(ValueError, match=r"Row 0 needs \d+ tokens.*limit is 60.*max_seq_length"):
         model.encode([{"image": [picture()] * 20, "text": "a"}])
+
+
+def test_texts_are_not_packed_under_flash_attention(encoder, monkeypatch):
+    monkeypatch.setattr(encoder[0], "can_flatten_inputs", True)
+    assert encoder.preprocess(["a cat", "a longer text"])["attention_mask"].shape[0] == 2

@@ -164,6 +164,10 @@ class MultimodalEncoder(Transformer):
         features[_CONTENT_KEY] = torch.tensor([_identity(item) for item in inputs], dtype=torch.long)
         return features
 
+    def _should_flatten_inputs(self, *_: Any, **__: Any) -> bool:
+        """Never pack texts into one sequence under flash attention: it breaks Qwen2-VL and hides the rows' lengths."""
+        return False
+
     def _shorten(self, messages: list[list[Message]], features: dict[str, Any], limit: int) -> bool:
         """Cut the user's text of every row over the limit, in place; whether any row was."""
         lengths = features["attention_mask"].sum(dim=1).tolist()
@@ -283,6 +287,6 @@ def check_adapter(model: PreTrainedModel, folder: Path) -> None:
     wrong += sorted(unfilled)
     if wrong:
         raise ValueError(
-            f"The adapter in {folder} was not loaded: {len(wrong)} tensors differ or are missing ({', '.join(wrong[:4])}, ...). It "
+            f"The adapter in {folder} was not loaded: {len(wrong)} tensors differ or lack ({', '.join(wrong[:4])}). It "
             "belongs to another backbone, or peft and transformers disagree on names."
         )
