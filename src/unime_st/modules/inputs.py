@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 from urllib.request import urlopen
 
 import numpy as np
@@ -17,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
 REMOTE_PREFIXES = ("http://", "https://")
 DATA_PREFIX = "data:image/"
+_LONGEST_PATH = 4096
 
 Message = dict[str, Any]
 
@@ -89,7 +92,7 @@ def open_image(value: Any, row: int, *, allow_remote_images: bool = False) -> Im
         return _decoded(io.BytesIO(content), f"the data URI of row {row}")
     if isinstance(value, (str, Path)):
         path = Path(value)
-        if not path.is_file():
+        if not _is_file(path):
             raise FileNotFoundError(
                 f"Row {row}: there is no image file {str(value)!r}. Check the path and the folder it is relative to."
             )
@@ -143,17 +146,62 @@ def _chat_parts(content: Any, row: int, remote: bool) -> list[dict[str, Any]]:
 
 
 def names_an_image(text: str, row: int) -> bool:
-    """Whether a bare string stands for an image, as stock sentence-transformers decides: a URL or an existing file."""
+    """Whether a bare string stands for an image, as stock sentence-transformers decides: an address or an existing file.
+
+    Raises:
+        FileNotFoundError: One word that ends as image files do, and no such file: a mistyped path, most likely.
+    """
     if text.startswith(DATA_PREFIX):
         return True
-    if not text.lower().endswith(IMAGE_SUFFIXES) or any(character.isspace() for character in text):
+    if text.startswith(REMOTE_PREFIXES):
+        return " " not in text and _address_path(text).endswith(IMAGE_SUFFIXES)
+    if not text.lower().endswith(IMAGE_SUFFIXES):
         return False
-    if text.startswith(REMOTE_PREFIXES) or Path(text).is_file():
+    if _is_file(text):
         return True
+    if len(text) > _LONGEST_PATH or any(character.isspace() for character in text):
+        return False
     raise FileNotFoundError(
         f'Row {row}: {text!r} looks like an image file, but there is none. Mend the path, or pass {{"text": ...}} to '
         "embed the words."
     )
+
+
+def refuse_placeholders(messages: list[Message], row: int, placeholders: Collection[str]) -> None:
+    """Refuse a text that spells out the token that stands for an image: it would be counted as one more image.
+
+    Args:
+        messages: of one input, as :func:`as_messages` made them.
+        row: its place in the batch.
+        placeholders: the family's tokens for media.
+
+    Raises:
+        ValueError: with the row and the token.
+
+    Example:
+        >>> refuse_placeholders(as_messages("a <image>", 0), 0, ["<image>"])
+        Traceback (most recent call last):
+        ...
+        ValueError: The text of row 0 holds '<image>', which this model reads as an image. Remove or reword it.
+    """
+    for message in messages:
+        for part in message["content"]:
+            found = next((token for token in placeholders if part["type"] == "text" and token in part["text"]), None)
+            if found is not None:
+                raise ValueError(
+                    f"The text of row {row} holds {found!r}, which this model reads as an image. Remove or reword it."
+                )
+
+
+def _address_path(address: str) -> str:
+    try:
+        return urlparse(address).path.lower()
+    except ValueError:  # no address after all, e.g. "https://[x]"
+        return ""
+
+
+def _is_file(path: str | Path) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113 (Path.is_file raises for a name too long)
 
 
 def _decoded(source: Any, name: str) -> Image.Image:

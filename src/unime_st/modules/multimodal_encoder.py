@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from unime_st.fingerprint import content_id
+from unime_st.modules.checks import check_adapter, check_loaded
 from unime_st.modules.inputs import Message, as_messages, names_an_image
 from unime_st.modules.vision_cache import VisionCache, is_frozen, vision_tower
 from unime_st.prompts import TURN_FORMATS, chat_template
@@ -27,7 +27,6 @@ SETTINGS_FILE = "unime_st_config.json"
 _CONTENT_KEY = "content_id"
 _IMAGE_KEYS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images", "image_grid_thw")
 _NO_LIMIT = 10**9  # tokenizers say 10^30 when they have none
-_HEAD = "lm_head."
 
 
 class MultimodalEncoder(Transformer):
@@ -238,55 +237,3 @@ class MultimodalEncoder(Transformer):
 def _identity(item: Any) -> int:
     """Content of one input; a bare string that names an image file is that image."""
     return content_id({"image": item} if isinstance(item, str) and names_an_image(item, 0) else item)
-
-
-def check_loaded(name: str, report: dict[str, Any]) -> None:
-    """Refuse a model some of whose weights were not in the checkpoint, or did not fit.
-
-    Args:
-        name: of the checkpoint, for the message.
-        report: what ``from_pretrained(output_loading_info=True)`` returned beside the model.
-
-    Raises:
-        ValueError: with the tensors' names.
-    """
-    left_over = [key for key in report.get("unexpected_keys", ()) if _HEAD not in key]
-    problems = {
-        "missing": sorted(key for key in report.get("missing_keys", ()) if "lora_" not in key),
-        "of another shape": sorted(str(key) for key in report.get("mismatched_keys", ())),
-        "left over": sorted(left_over),
-    }
-    found = [f"{len(keys)} {what} ({', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''})"
-             for what, keys in problems.items() if keys]  # fmt: skip
-    if found:
-        raise ValueError(
-            f"The weights of {name} do not fill the model: {'; '.join(found)}. They would be random or unused. Check "
-            "that the checkpoint is complete and that its config.json describes it."
-        )
-
-
-def check_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Refuse a model whose LoRA weights are not those of the adapter file.
-
-    Raises:
-        ValueError: with the tensors' names.
-    """
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        return  # on the Hub: transformers has fetched it; only a local file can be compared
-    loaded = {name.replace(".default", ""): value for name, value in model.state_dict().items()}
-    unfilled = {name for name in loaded if "lora_" in name}
-    wrong = []
-    with safe_open(file, framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 (not a dict)
-            name = key.removeprefix("base_model.model.")
-            value = loaded.get(name)
-            unfilled.discard(name)
-            if value is None or not torch.equal(value.cpu().float(), tensors.get_tensor(key).float()):
-                wrong.append(name)
-    wrong += sorted(unfilled)
-    if wrong:
-        raise ValueError(
-            f"The adapter in {folder} was not loaded: {len(wrong)} tensors differ or lack ({', '.join(wrong[:4])}). It "
-            "belongs to another backbone, or peft and transformers disagree on names."
-        )

@@ -37,8 +37,8 @@ def is_frozen(module: nn.Module) -> bool:
 class VisionCache:
     """Remembers what a frozen vision tower made of each image.
 
-    Only towers whose first input has one row an image, and whose outputs have too, are served (LLaVA, Gemma3, FastVLM);
-    others run as they are.
+    Only towers whose first input has one row an image, and whose outputs have too, are served (LLaVA, Idefics3,
+    SmolVLM, Gemma3, FastVLM); others (Qwen-VL) run as they are.
 
     Attributes:
         max_bytes: kept at the most; 0 switches the cache off.
@@ -69,7 +69,8 @@ class VisionCache:
 
         def remembered(pixels: Any = None, *args: Any, **kwargs: Any) -> Any:
             pixels = kwargs.pop("pixel_values") if pixels is None and "pixel_values" in kwargs else pixels
-            if args or not isinstance(pixels, Tensor) or pixels.ndim != 4 or _has_tensors(kwargs):
+            is_batch = isinstance(pixels, Tensor) and pixels.ndim == 4 and not args
+            if not is_batch or not _have_row_an_image(kwargs, len(pixels)):
                 return plain(pixels, *args, **kwargs)
             return self._answer(plain, pixels, kwargs, _version(tower))
 
@@ -80,14 +81,18 @@ class VisionCache:
             del tower.forward
 
     def _answer(self, plain: Any, pixels: Tensor, kwargs: dict[str, Any], weights: int) -> Any:
-        state = (sorted(kwargs.items()), pixels.dtype, torch.is_autocast_enabled(), pixels.device, weights)
-        salt = repr(state).encode()
-        keys = [_digest(row, salt) for row in pixels.detach().cpu()]
+        by_row = {name: value for name, value in sorted(kwargs.items()) if isinstance(value, Tensor)}
+        others = {name: value for name, value in sorted(kwargs.items()) if name not in by_row}
+        tensors = [pixels, *by_row.values()]
+        shapes = [(value.dtype, value.shape[1:]) for value in tensors]
+        salt = repr((others, shapes, torch.is_autocast_enabled(), pixels.device, weights)).encode()
+        keys = [_digest(row, salt) for row in zip(*(value.detach().cpu() for value in tensors), strict=True)]
         new = {key: index for index, key in enumerate(keys) if key not in self._rows}
         rows = {key: self._rows[key] for key in keys if key in self._rows}
         if new:
+            places = list(new.values())
             with torch.no_grad():
-                output = plain(pixels[list(new.values())], **kwargs)
+                output = plain(pixels[places], **others, **{name: value[places] for name, value in by_row.items()})
             if not _has_row_an_image(output, len(new)):
                 return plain(pixels, **kwargs)
             for place, key in enumerate(new):
@@ -116,13 +121,17 @@ def _version(tower: nn.Module) -> int:
     return hash(tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
 
 
-def _digest(row: Tensor, salt: bytes) -> bytes:
-    content = row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return hashlib.blake2b(content, key=hashlib.blake2b(salt, digest_size=16).digest(), digest_size=16).digest()
+def _digest(row: tuple[Tensor, ...], salt: bytes) -> bytes:
+    total = hashlib.blake2b(salt, digest_size=16)
+    for value in row:
+        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.digest()
 
 
-def _has_tensors(kwargs: dict[str, Any]) -> bool:
-    return any(isinstance(value, Tensor) for value in kwargs.values())
+def _have_row_an_image(kwargs: dict[str, Any], rows: int) -> bool:
+    """Whether every tensor among the arguments tells one thing an image, as a mask does."""
+    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+    return all(value.ndim > 1 and value.shape[0] == rows for value in tensors)
 
 
 def _has_row_an_image(output: Any, rows: int) -> bool:
