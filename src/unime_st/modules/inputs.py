@@ -146,7 +146,7 @@ def _chat_parts(content: Any, row: int, remote: bool) -> list[dict[str, Any]]:
 
 
 def names_an_image(text: str, row: int) -> bool:
-    """Whether a bare string stands for an image, as stock sentence-transformers decides: an address or an existing file.
+    """Whether a bare string stands for an image, as stock code decides: an address or an existing file.
 
     Raises:
         FileNotFoundError: One word that ends as image files do, and no such file: a mistyped path, most likely.
