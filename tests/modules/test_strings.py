@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from tiny import picture
+from tiny import FAMILIES, picture
 from unime_st import build_encoder
 from unime_st.modules.inputs import as_messages, names_an_image
 
@@ -40,3 +40,16 @@ def test_strings_that_only_end_like_a_file_are_text():
         assert as_messages(words, 0)[0]["content"] == [{"type": "text", "text": words}]
     with pytest.raises(FileNotFoundError, match=r"Row 3: .* looks like an image file, but there is none"):
         as_messages("x" * 300 + ".png", 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_that_spells_a_media_token_is_refused_by_row(family, backbone):
+    """Stock code fails too, but says neither which row nor what to do."""
+    model = build_encoder(backbone(family), device="cpu")
+    config = model[0].model.config
+    spelled = model[0].tokenizer.convert_ids_to_tokens(config.image_token_id)
+    for token in {spelled, model[0].processor.image_token}:
+        for item in (f"what is {token} here", {"image": picture(), "text": token}):
+            with pytest.raises(ValueError, match=r"\(row 1 of the batch\) holds '<.*>'.*Reword"):
+                model.preprocess(["a cat", item])
+    assert model.encode(["<|image_1|> and <img>"]).shape == (1, 32)

@@ -8,6 +8,7 @@ import io
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 from urllib.parse import urlparse
 from urllib.request import urlopen
@@ -182,14 +183,15 @@ def refuse_placeholders(messages: list[Message], row: int, placeholders: Collect
         >>> refuse_placeholders(as_messages("a <image>", 0), 0, ["<image>"])
         Traceback (most recent call last):
         ...
-        ValueError: The text of row 0 holds '<image>', which this model reads as an image. Remove or reword it.
+        ValueError: The text 'a <image>' (row 0 of the batch) holds '<image>', which stands for media. Reword it.
     """
     for message in messages:
         for part in message["content"]:
             found = next((token for token in placeholders if part["type"] == "text" and token in part["text"]), None)
             if found is not None:
                 raise ValueError(
-                    f"The text of row {row} holds {found!r}, which this model reads as an image. Remove or reword it."
+                    f"The text {shorten(part['text'], 60)!r} (row {row} of the batch) holds {found!r}, which stands for "
+                    "media. Reword it."
                 )
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from unime_st.fingerprint import content_id
 from unime_st.modules.checks import check_adapter, check_loaded
-from unime_st.modules.inputs import Message, as_messages, names_an_image
+from unime_st.modules.inputs import Message, as_messages, names_an_image, refuse_placeholders
 from unime_st.modules.vision_cache import VisionCache, is_frozen, vision_tower
 from unime_st.prompts import TURN_FORMATS, chat_template
 
@@ -145,12 +145,16 @@ class MultimodalEncoder(Transformer):
             The stock features, and ``content_id`` (B,).
 
         Raises:
-            ValueError: a row is empty, or its media and instruction alone are longer than the limit.
+            ValueError: a row is empty, its text spells a media token, or its media and instruction alone are longer
+                than the limit.
         """
         if not len(inputs):
             return {}
         allow = self.allow_remote_images
         messages = [as_messages(item, row, allow_remote_images=allow) for row, item in enumerate(inputs)]
+        placeholders = self._placeholders()
+        for row, message in enumerate(messages):
+            refuse_placeholders(message, row, placeholders)
         asked = kwargs.pop("max_length", None)
         limit = min(asked or _NO_LIMIT, self.max_seq_length or _NO_LIMIT)
         processing: Any = {**(processing_kwargs or {})}
@@ -166,6 +170,14 @@ class MultimodalEncoder(Transformer):
     def _should_flatten_inputs(self, *_: Any, **__: Any) -> bool:
         """Never pack texts into one sequence under flash attention: it breaks Qwen2-VL and hides the rows' lengths."""
         return False
+
+    def _placeholders(self) -> set[str]:
+        """Tokens that stand for media, in the prompt and in the model's input."""
+        ids = [getattr(self.model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
+        words = [getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video")]
+        tokenizer: Any = self.tokenizer
+        words += [tokenizer.convert_ids_to_tokens(number) for number in ids if number is not None]
+        return {word for word in words if isinstance(word, str) and word}
 
     def _shorten(self, messages: list[list[Message]], features: dict[str, Any], limit: int) -> bool:
         """Cut the user's text of every row over the limit, in place; whether any row was."""
