@@ -1,14 +1,31 @@
-"""Publishing an encoder on the Hugging Face Hub, as a stock sentence-transformers checkpoint."""
+"""Publishing an encoder on the Hugging Face Hub: a stock sentence-transformers checkpoint and its model card."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from sentence_transformers import SentenceTransformer
 
 from unime_st.modules import export_encoder
+
+CITATION = """\
+@article{unime2025,
+  title = {Breaking the Modality Barrier: Universal Embedding Learning with Multimodal LLMs},
+  author = {Gu, Tiancheng and Yang, Kaicheng and others},
+  journal = {arXiv preprint arXiv:2504.17432},
+  year = {2025}
+}"""
+
+_TEMPLATE = Path(__file__).parent / "model_card_template.md"
+_SENTENCE = "<your text>"
+_KINDS: dict[str, list[dict[str, str]]] = {
+    "image": [{"type": "image"}],
+    "text": [{"type": "text", "text": _SENTENCE}],
+    "image and text": [{"type": "image"}, {"type": "text", "text": _SENTENCE}],
+}
 
 
 def push_encoder_to_hub(
@@ -38,7 +55,7 @@ def push_encoder_to_hub(
         create_pr: open a pull request in place of a commit.
         exist_ok: a repository that is there already is written to; False refuses.
         merge_adapters: merge LoRA weights into the backbone; False uploads adapters alone.
-        model_card: text of README.md in place of the generated one.
+        model_card: text of README.md in place of :func:`encoder_card`'s.
 
     Returns:
         The address of the commit.
@@ -48,10 +65,10 @@ def push_encoder_to_hub(
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = export_encoder(model, Path(scratch) / "encoder", merge_adapters=merge_adapters)
-        if model_card is not None:
-            (folder / "README.md").write_text(model_card, encoding="utf-8")
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=exist_ok, repo_type="model").repo_id
+        card = model_card if model_card is not None else encoder_card(model, repo_id=repo_id)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
@@ -63,3 +80,48 @@ def push_encoder_to_hub(
             create_pr=create_pr,
         )
     return str(commit.commit_url)
+
+
+def encoder_card(model: SentenceTransformer, *, repo_id: str = "path/to/this/folder", title: str | None = None) -> str:
+    """Write the card of an encoder.
+
+    Base model, licence, language, training data, arguments and results are what sentence-transformers has noted in
+    ``model.model_card_data``: set them there (``model.model_card_data.license = "apache-2.0"``) before calling.
+
+    Args:
+        model: the encoder, its first module a multimodal LLM with a chat template.
+        repo_id: where a reader loads it from.
+        title: heading; None takes the last part of ``repo_id``.
+
+    Returns:
+        Markdown with a YAML header.
+
+    Raises:
+        ValueError: the model has no chat template, so it is no encoder of this package.
+    """
+    processor: Any = getattr(model[0], "processor", None)
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(
+            f"The first module, {type(model[0]).__name__}, has no chat template. Give an encoder of `build_encoder`."
+        )
+    data: Any = model.model_card_data
+    data.tags = list(dict.fromkeys([*(data.tags or []), "multimodal", "unime"]))
+    card = ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATE),
+        title=title or repo_id.rpartition("/")[2],
+        repo_id=repo_id,
+        architecture=type(model[0].model).__name__,
+        parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        prompts=[name for name, prompt in model.prompts.items() if prompt],
+        rendered_prompts={kind: _rendered(processor, parts) for kind, parts in _KINDS.items()},
+        recipe_citation=CITATION,
+    )
+    return str(card)
+
+
+def _rendered(processor: Any, parts: list[dict[str, str]]) -> str:
+    """One prompt on one line, as it stands in a cell of a table."""
+    messages = [{"role": "user", "content": parts}]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return str(text).replace("\n", "\\n").replace("|", "\\|")

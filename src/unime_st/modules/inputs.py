@@ -190,7 +190,7 @@ def refuse_placeholders(messages: list[Message], row: int, placeholders: Collect
             found = next((token for token in placeholders if part["type"] == "text" and token in part["text"]), None)
             if found is not None:
                 raise ValueError(
-                    f"The text {shorten(part['text'], 60)!r} (row {row} of the batch) holds {found!r}, which stands for "
+                    f"The text {shorten(part['text'], 60)!r} (row {row} of the batch) holds {found!r}, which is for "
                     "media. Reword it."
                 )
 
