@@ -1,8 +1,8 @@
-"""Features of a frozen vision tower, kept: each distinct image is computed once.
+"""Features of a fixed vision tower, kept: each distinct image is computed once.
 
-GradCache runs every row twice, and a batch often shows one image in several rows. While the tower is frozen its output
-depends on the pixels alone, so it is remembered by a hash of them, up to a number of bytes, the least recently used
-going first.
+GradCache runs every row twice, and a batch often shows one image in several rows. While the tower is frozen, or runs
+without gradients in evaluation mode, its output depends on the pixels alone, so it is remembered by a hash of them (and
+of which state of the weights it was), up to a number of bytes, the least recently used going first.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class VisionCache:
 
     @contextmanager
     def serving(self, model: nn.Module) -> Iterator[None]:
-        """Within this context the model's vision tower, if it is frozen, answers from the cache."""
+        """Within this context the model's vision tower, if it is frozen or only evaluated, answers from the cache."""
         tower = vision_tower(model) if self.max_bytes else None
-        if tower is None or "forward" in vars(tower) or not is_frozen(tower) or torch.compiler.is_compiling():
+        if tower is None or "forward" in vars(tower) or not _is_fixed(tower) or torch.compiler.is_compiling():
             yield
             return
         plain = tower.forward
@@ -113,6 +113,11 @@ class VisionCache:
         self._bytes += row[2]
         while self._bytes > self.max_bytes:
             self._bytes -= self._rows.popitem(last=False)[1][2]
+
+
+def _is_fixed(tower: nn.Module) -> bool:
+    """Whether what the tower gives depends on the pixels alone, and no gradient is asked of it."""
+    return is_frozen(tower) or not (torch.is_grad_enabled() or tower.training)
 
 
 def _version(tower: nn.Module) -> int:
