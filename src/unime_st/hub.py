@@ -9,15 +9,8 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 from sentence_transformers import SentenceTransformer
 
+from unime_st.losses.in_batch import UNIME_CITATION
 from unime_st.modules import export_encoder
-
-CITATION = """\
-@article{unime2025,
-  title = {Breaking the Modality Barrier: Universal Embedding Learning with Multimodal LLMs},
-  author = {Gu, Tiancheng and Yang, Kaicheng and others},
-  journal = {arXiv preprint arXiv:2504.17432},
-  year = {2025}
-}"""
 
 _TEMPLATE = Path(__file__).parent / "model_card_template.md"
 _SENTENCE = "<your text>"
@@ -115,7 +108,7 @@ def encoder_card(model: SentenceTransformer, *, repo_id: str = "path/to/this/fol
         parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         prompts=[name for name, prompt in model.prompts.items() if prompt],
         rendered_prompts={kind: _rendered(processor, parts) for kind, parts in _KINDS.items()},
-        recipe_citation=CITATION,
+        recipe_citation=UNIME_CITATION.strip(),
     )
     return str(card)
 
