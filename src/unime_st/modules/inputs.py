@@ -183,7 +183,7 @@ def refuse_placeholders(messages: list[Message], row: int, placeholders: Collect
         >>> refuse_placeholders(as_messages("a <image>", 0), 0, ["<image>"])
         Traceback (most recent call last):
         ...
-        ValueError: The text 'a <image>' (row 0 of the batch) holds '<image>', which stands for media. Reword it.
+        ValueError: The text 'a <image>' (row 0 of the batch) holds '<image>', which is for media. Reword it.
     """
     for message in messages:
         for part in message["content"]:
