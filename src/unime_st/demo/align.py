@@ -40,7 +40,9 @@ def caption_states(model: SentenceTransformer, captions: Sequence[str], layer: i
             hidden = encoder.model(**inputs, output_hidden_states=True).hidden_states[layer]
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
         width = hidden.shape[1]
-        states += [hidden[row, width - length + before : width - after].mean(dim=0) for row, length in enumerate(lengths)]
+        states += [
+            hidden[row, width - length + before : width - after].mean(dim=0) for row, length in enumerate(lengths)
+        ]
     return torch.stack(states).float().cpu()
 
 
@@ -57,7 +59,7 @@ def align_projector(
         penalty: of the ridge regression on standardised features.
     """
     targets = caption_states(model, captions, layer).double()
-    pooled = torch.cat([torch.from_numpy(np.asarray(maps)).float().mean(dim=1) for maps in features])
+    pooled = torch.cat([torch.from_numpy(np.array(maps)).float().mean(dim=1) for maps in features])
     fit = fit_ridge(pooled, targets.repeat(len(features), 1), [penalty])[0]
     weight = fit.weight / fit.deviation[:, None]  # (C, D)
     projector = model[0].model.multi_modal_projector

@@ -23,7 +23,13 @@ def retrieval(
     """Both directions over the plain drawings of a split's concepts, by one vendor."""
     images, captions = benchmark.retrieval(split, VENDOR_OF[drawings])
     return ImageTextRetrievalEvaluator(
-        images, captions, name=f"{split}_{drawings}", cache_dir=cache, show_progress_bar=True, write_csv=False, **options
+        images,
+        captions,
+        name=f"{split}_{drawings}",
+        cache_dir=cache,
+        show_progress_bar=True,
+        write_csv=False,
+        **options,
     )
 
 

@@ -57,7 +57,7 @@ class Demo:
         """Do everything that is not yet done; returns the report's path."""
         self._claim_output()
         with self._timed("packages"):
-            fetched = fetch(self.cache / "packages", self.say)
+            fetched = fetch(self.cache, self.say)
         with self._timed("benchmark"):
             benchmark = build_benchmark(fetched, self.cache / "benchmark", seed=self.settings.seed, report=self.say)
         with self._timed("ridge baseline"):

@@ -98,7 +98,9 @@ def summarise(benchmark: EmojiBenchmark, ridge: dict[str, Any], results: dict[st
 def _meta_tasks(report: Report, results: dict[str, Any]) -> None:
     for drawings in VENDOR_OF:
         last = results["stage2"][drawings]["mmeb"]
-        metas = sorted({name.split("meta_")[1].removesuffix("_precision@1") for name in last if "meta_" in name} - {"mean"})
+        metas = sorted(
+            {name.split("meta_")[1].removesuffix("_precision@1") for name in last if "meta_" in name} - {"mean"}
+        )
         series = {
             shown: [metric(results[name][drawings]["mmeb"], f"meta_{meta}_precision@1") for meta in metas]
             for name, shown in NAMES.items()
@@ -108,9 +110,15 @@ def _meta_tasks(report: Report, results: dict[str, Any]) -> None:
 
 def _training(report: Report, checkpoints: dict[str, Path]) -> None:
     for name in ("stage1", "stage2"):
-        log = [row for row in json.loads((checkpoints[name] / LOG_FILE).read_text(encoding="utf-8"))["log"] if "loss" in row]
+        log = [
+            row
+            for row in json.loads((checkpoints[name] / LOG_FILE).read_text(encoding="utf-8"))["log"]
+            if "loss" in row
+        ]
         steps = [row["step"] for row in log]
-        report.add_line_plot(f"Loss of {NAMES[name][2:]}", {"loss": (steps, [row["loss"] for row in log])}, "step", "loss")
+        report.add_line_plot(
+            f"Loss of {NAMES[name][2:]}", {"loss": (steps, [row["loss"] for row in log])}, "step", "loss"
+        )
         if name == "stage2":
             wanted = ("false_negatives_by_identity", "false_negatives_by_margin")
             report.add_line_plot(

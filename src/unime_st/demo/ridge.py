@@ -173,7 +173,7 @@ def vision_features(
 
 def pooled(features: np.ndarray) -> torch.Tensor:
     """Pool features (N, P, C) into mean and maximum over positions, (N, 2C)."""
-    maps = torch.from_numpy(np.asarray(features)).float()
+    maps = torch.from_numpy(np.array(features)).float()
     return torch.cat([maps.mean(1), maps.amax(1)], dim=1)
 
 

@@ -15,7 +15,7 @@ from sentence_transformers import (
 from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
-from unime_st.data import load_mmeb_train
+from unime_st.data import ItemReader, load_mmeb_train
 from unime_st.demo.emoji import EmojiBenchmark
 from unime_st.demo.settings import DemoSettings, StageSettings
 from unime_st.demo.tasks import TASKS, TRAIN_ONLY_TASKS
@@ -31,7 +31,7 @@ def stage1_texts(benchmark: EmojiBenchmark, settings: DemoSettings) -> list[str]
     rows = settings.stage1.steps * settings.stage1.batch_size
     glosses = [gloss for gloss in benchmark.glosses("train", 20 * rows) if len(gloss.gloss.split()) <= 9]
     pairs = [text for gloss in glosses[: rows // 4] for text in (gloss.term, gloss.gloss)]
-    captions = Dataset.from_dict({"text": benchmark.captions()}).shuffle(seed=settings.seed)["text"]
+    captions = Dataset.from_dict({"text": benchmark.captions()}).shuffle(seed=settings.seed)["text"][:]
     mixed = [text for pair in zip(pairs, captions * (1 + rows // len(captions)), strict=False) for text in pair]
     return mixed[:rows]
 
@@ -40,12 +40,14 @@ def stage2_rows(benchmark: EmojiBenchmark, settings: DemoSettings) -> Dataset:
     """Training pairs of stage 2: every bare caption, and some rows of each subset with its own instruction."""
     subsets = []
     for name in (*TRAIN_ONLY_TASKS, *TASKS):
-        rows = load_mmeb_train(benchmark.train_root, [name], image_root=benchmark.image_root)
+        rows = load_mmeb_train(
+            benchmark.train_root, [name], image_root=benchmark.image_root, num_negatives=settings.num_explicit_negatives
+        )
         rows = rows.shuffle(seed=settings.seed)
         if name in TASKS:
             rows = rows.select(range(min(len(rows), settings.rows_per_subset)))
-        subsets.append(rows)
-    return concatenate_datasets(subsets)
+        subsets.append(rows.with_format(None))
+    return concatenate_datasets(subsets).with_transform(ItemReader(benchmark.image_root))
 
 
 def with_lora(path: Path, settings: DemoSettings) -> SentenceTransformer:
