@@ -9,6 +9,7 @@ residual connections, and the layers above read them as if they had read the cap
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def caption_states(model: SentenceTransformer, captions: Sequence[str], layer: i
     Returns:
         (N, D)
     """
-    encoder = model[0]
+    encoder: Any = model[0]
     before, after = _frame(encoder)
     states = []
     for start in range(0, len(captions), batch_size):
@@ -62,7 +63,8 @@ def align_projector(
     pooled = torch.cat([torch.from_numpy(np.array(maps)).float().mean(dim=1) for maps in features])
     fit = fit_ridge(pooled, targets.repeat(len(features), 1), [penalty])[0]
     weight = fit.weight / fit.deviation[:, None]  # (C, D)
-    projector = model[0].model.multi_modal_projector
+    encoder: Any = model[0]
+    projector = encoder.model.multi_modal_projector
     with torch.no_grad():
         projector.linear_1.weight.copy_(weight.T)
         projector.linear_1.bias.copy_(fit.bias - fit.mean @ weight)
@@ -70,7 +72,7 @@ def align_projector(
         projector.linear_2.bias.zero_()
 
 
-def _frame(encoder: SentenceTransformer) -> tuple[int, int]:
+def _frame(encoder: Any) -> tuple[int, int]:
     """Number of tokens before and after a text in its prompt."""
     rows = [encoder.preprocess([text])["input_ids"][0].tolist() for text in ("a", "1 2 3")]
 

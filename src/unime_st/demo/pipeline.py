@@ -1,4 +1,4 @@
-"""The whole recipe on real input: miniature, align, stage 1, stage 2, evaluate, report. Every step is kept and reused."""
+"""The whole recipe on real input: miniature, align, stage 1, stage 2, evaluate, report. Every step is kept."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Demo:
             final = self.output / "unime-emoji-miniature"
             if not (final / "modules.json").is_file():
                 shutil.copytree(checkpoints["stage2"], final, dirs_exist_ok=True)
-            report = write_report(self, fetched, benchmark, ridge, results, checkpoints, final)
+            report = write_report(self, benchmark, ridge, results, checkpoints, final)
         self.say(f"done in {time.monotonic() - self._started:.0f} s; checkpoint: {final}; report: {report}")
         return report
 

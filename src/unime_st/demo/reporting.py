@@ -12,7 +12,6 @@ from unime_st.demo import measure
 from unime_st.demo.card import card
 from unime_st.demo.emoji import EmojiBenchmark
 from unime_st.demo.measure import VENDOR_OF, metric
-from unime_st.demo.packages import Fetched
 from unime_st.demo.training import LOG_FILE
 from unime_st.evaluation import Report
 from unime_st.modules import load_encoder
@@ -30,9 +29,8 @@ COLUMNS = ("text→image R@1", "R@5", "R@10", "image→text R@1", "R@5 ", "R@10 
 RECALLS = [f"{way}_recall@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
 
 
-def write_report(
+def write_report(  # noqa: PLR0917
     demo: Demo,
-    fetched: Fetched,
     benchmark: EmojiBenchmark,
     ridge: dict[str, Any],
     results: dict[str, Any],
@@ -45,9 +43,9 @@ def write_report(
     report = Report("UniME on a miniature: emoji")
     report.add_text(
         "A miniature multimodal LLM of real pretrained parts (SmolLM2-135M-Instruct with "
-        f"{len(demo.settings.layers)} of its 30 layers, EfficientNet-lite0) goes through the UniME recipe. All numbers are on "
-        "concepts never trained on. The linear baseline is a ridge regression from the same frozen vision features to the "
-        "teacher's embedding of the label."
+        f"{len(demo.settings.layers)} of its 30 layers, EfficientNet-lite0) goes through the UniME recipe. All numbers "
+        "are on concepts never trained on. The linear baseline is a ridge regression from the same frozen vision features to "
+        "the teacher's embedding of the label."
     )
     for drawings, table in summary["tables"].items():
         seen = "seen in training" if drawings == "trained" else "never seen in training"
@@ -155,8 +153,8 @@ def _model_card(summary: dict[str, Any]) -> str:
     lines = [
         "# UniME on a miniature: emoji",
         "",
-        "A demonstration, not a useful embedder: SmolLM2-135M-Instruct (de-quantised from 4-bit, some layers left out) and "
-        "EfficientNet-lite0, trained for minutes on emoji with the UniME recipe. It loads in stock sentence-transformers:",
+        "A demonstration, not a useful embedder: SmolLM2-135M-Instruct (de-quantised from 4-bit) and EfficientNet-lite0,",
+        "trained for minutes on emoji with the UniME recipe. It loads in stock sentence-transformers:",
         "",
         "```python",
         "from sentence_transformers import SentenceTransformer",

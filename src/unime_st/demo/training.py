@@ -57,7 +57,7 @@ def with_lora(path: Path, settings: DemoSettings) -> SentenceTransformer:
     return model
 
 
-def run_stage(
+def run_stage(  # noqa: PLR0917
     name: str,
     start: Path,
     rows: Dataset,
@@ -88,7 +88,8 @@ def run_stage(
         return target
     model = with_lora(start, settings)
     if stage.projector_learning_rate:
-        model[0].model.multi_modal_projector.requires_grad_(True)
+        encoder: Any = model[0]
+        encoder.model.multi_modal_projector.requires_grad_(True)
     loss: nn.Module = loss_of(model)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder / f"{name}-training"),
