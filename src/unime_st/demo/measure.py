@@ -87,8 +87,10 @@ def evaluate(
 
 
 def metric(results: dict[str, float], ending: str) -> float:
-    """The one metric whose name ends so."""
-    found = [value for name, value in results.items() if name == ending or name.endswith(f"_{ending}")]
+    """The metric of this name, or the only one whose name ends so after a prefix."""
+    if ending in results:
+        return results[ending]
+    found = [value for name, value in results.items() if name.endswith(f"_{ending}")]
     if len(found) != 1:
         raise KeyError(f"{len(found)} metrics end in {ending!r}: {sorted(results)}")
     return found[0]

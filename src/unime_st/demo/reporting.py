@@ -44,8 +44,8 @@ def write_report(  # noqa: PLR0917
     report.add_text(
         "A miniature multimodal LLM of real pretrained parts (SmolLM2-135M-Instruct with "
         f"{len(demo.settings.layers)} of its 30 layers, EfficientNet-lite0) goes through the UniME recipe. All numbers "
-        "are on concepts never trained on. The linear baseline is a ridge regression from the same frozen vision features to "
-        "the teacher's embedding of the label."
+        "are on concepts never trained on. The linear baseline is a ridge regression from the same frozen vision "
+        "features to the teacher's embedding of the label."
     )
     for drawings, table in summary["tables"].items():
         seen = "seen in training" if drawings == "trained" else "never seen in training"
@@ -153,7 +153,7 @@ def _model_card(summary: dict[str, Any]) -> str:
     lines = [
         "# UniME on a miniature: emoji",
         "",
-        "A demonstration, not a useful embedder: SmolLM2-135M-Instruct (de-quantised from 4-bit) and EfficientNet-lite0,",
+        "A demonstration, not a useful embedder: SmolLM2-135M-Instruct (de-quantised from 4-bit), EfficientNet-lite0,",
         "trained for minutes on emoji with the UniME recipe. It loads in stock sentence-transformers:",
         "",
         "```python",
