@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-short test test-fast check format ablation clean
+.PHONY: help demo demo-short test test-fast check format clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,9 +39,6 @@ check: $(STAMP) ## lint and types
 format: $(STAMP) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-ablation: $(STAMP) ## the ablation of stage 2 and of its losses, into benchmarks/results
-	$(BIN)/python benchmarks/ablation.py
 
 clean: ## remove what the demo and the tools made
 	rm -rf demo_output demo_output_short .demo_cache .mypy_cache .ruff_cache .pytest_cache
