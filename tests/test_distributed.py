@@ -117,7 +117,7 @@ def worker(rank, port, folder):
         results["gathers"] = gathers()
         torch.save(results, Path(folder) / f"{rank}.pt")
         dist.destroy_process_group()
-    except BaseException:  # noqa: BLE001 a forked test process must report and leave, whatever happened
+    except BaseException:  # noqa: BLE001 a test process must report and leave, whatever happened
         (Path(folder) / f"{rank}.txt").write_text(traceback.format_exc())
         os._exit(1)
 
@@ -129,7 +129,7 @@ def two_processes(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     try:
-        mp.start_processes(worker, args=(port, str(folder)), nprocs=WORLD, start_method="fork")
+        mp.start_processes(worker, args=(port, str(folder)), nprocs=WORLD, start_method="spawn")
     except mp.ProcessExitedException:
         pytest.fail("\n".join(path.read_text() for path in sorted(folder.glob("*.txt"))))
     # These hold the tests' own dictionaries of tensors, written a moment ago.

@@ -55,6 +55,7 @@ def train(model, per_device, folder, mode):
 
 def worker(rank, model, port, folder, mode):
     try:
+        torch.set_num_threads(1)
         os.environ.update(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
@@ -65,7 +66,7 @@ def worker(rank, model, port, folder, mode):
         )
         torch.save(train(model, 4, folder, mode), Path(folder) / f"{rank}.pt")
         dist.destroy_process_group()
-    except BaseException:  # noqa: BLE001 a forked test process must report and leave, whatever happened
+    except BaseException:  # noqa: BLE001 a test process must report and leave, whatever happened
         (Path(folder) / f"{rank}.txt").write_text(traceback.format_exc())
         os._exit(1)
 
@@ -76,12 +77,8 @@ def test_two_processes_train_as_one(text_model, tmp_path, mode):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     try:
-        # Before any Trainer here: accelerate keeps one state a process, which a fork would inherit.
-        from accelerate.state import AcceleratorState, PartialState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState._reset_state()
-        mp.start_processes(worker, args=(text_model, port, str(tmp_path), mode), nprocs=2, start_method="fork")
+        # Spawned: a fork of a process whose OpenMP threads have run deadlocks.
+        mp.start_processes(worker, args=(text_model, port, str(tmp_path), mode), nprocs=2, start_method="spawn")
     except mp.ProcessExitedException:
         pytest.fail("\n".join(path.read_text() for path in sorted(tmp_path.glob("*.txt"))))
     weights, logs = train(text_model, 8, tmp_path, mode)
