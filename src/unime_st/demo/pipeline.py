@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +173,3 @@ class Demo:
         self.seconds = kept
         if taken > 1:
             self.say(f"[{time.monotonic() - self._started:6.0f} s] {step}: {taken:.0f} s")
-
-
-def with_seed(settings: DemoSettings, seed: int) -> DemoSettings:
-    """The same settings with another seed."""
-    return replace(settings, seed=seed)

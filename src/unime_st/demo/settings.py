@@ -74,4 +74,4 @@ SHORT = DemoSettings(
     rows_per_subset=20,
     eval_limit=4,
 )
-"""A few minutes of everything, for tests: its numbers mean nothing."""
+"""A few steps of everything, to see that it runs: its numbers mean nothing."""
