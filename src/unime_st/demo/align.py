@@ -4,19 +4,128 @@ A layer half-way up the language model holds, at the position of a word, what th
 sentence. The projector is fitted (ridge regression) so that the visual tokens of a drawing are, on the mean, that
 state of its caption. Such vectors are long, so the layers below hardly change them on their way up through the
 residual connections, and the layers above read them as if they had read the caption.
+
+On the drawings it was fitted to, such a projector is far better than on any other: a language model trained on them
+would learn to read what it will never see again. So stage 2 trains on cross-fitted projections: the concepts are parted
+into folds, and a batch of one fold's drawings passes through a projector fitted without that fold. The projector of the
+finished model is fitted to all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
+from unime_st.demo.concepts import Concept
 from unime_st.demo.ridge import fit_ridge
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear projector.
+
+    Attributes:
+        weight: (D, C)
+        bias: (D,)
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def write(self, model: SentenceTransformer) -> None:
+        """Put it into a FastVLM's projector: two linear layers without an activation between; in place."""
+        encoder: Any = model[0]
+        projector = encoder.model.multi_modal_projector
+        with torch.no_grad():
+            projector.linear_1.weight.copy_(self.weight)
+            projector.linear_1.bias.copy_(self.bias)
+            projector.linear_2.weight.copy_(torch.eye(len(projector.linear_2.weight)))
+            projector.linear_2.bias.zero_()
+
+
+class FoldLoss(nn.Module):
+    """A loss over batches of one fold: puts the projector fitted without that fold in place, then computes the loss.
+
+    Args:
+        loss: with the model inside; shared by the folds.
+        projection: fitted without the fold.
+    """
+
+    def __init__(self, loss: nn.Module, projection: Projection) -> None:
+        super().__init__()
+        self.loss = loss
+        self.projection = projection
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """Compute the loss of a batch; arguments as sentence-transformers' losses have them."""
+        self.projection.write(self.loss.model)  # type: ignore[arg-type]
+        return self.loss(sentence_features, labels)
+
+
+def fit_projections(
+    features: Sequence[np.ndarray], targets: Tensor, folds: Sequence[int], penalty: float
+) -> list[Projection]:
+    """Fit the projector to all drawings, and once without each fold.
+
+    Args:
+        features: of the frozen vision tower, one array a vendor, row i showing concept i. (N, P, C)
+        targets: what the mean visual token should be. (N, D)
+        folds: number of each concept's fold, from 0. (N,)
+        penalty: of the ridge regression on standardised features.
+
+    Returns:
+        The projection fitted to all, then the one fitted without fold 0, without fold 1, and so on.
+    """
+    pooled = [torch.from_numpy(np.array(maps)).float().mean(dim=1) for maps in features]
+    number = torch.tensor(folds)
+    fits = []
+    for fold in (-1, *range(int(number.max()) + 1)):
+        kept = number != fold
+        fit = fit_ridge(torch.cat([rows[kept] for rows in pooled]), targets[kept].repeat(len(pooled), 1), [penalty])[0]
+        weight = fit.weight / fit.deviation[:, None]  # (C, D)
+        fits.append(Projection(weight.T.float().contiguous(), (fit.bias - fit.mean @ weight).float()))
+    return fits
+
+
+def save_projections(projections: Sequence[Projection], path: Path) -> None:
+    """Write projections as safetensors; the file appears only when complete."""
+    tensors = {f"{index}.{name}": value for index, fit in enumerate(projections) for name, value in vars(fit).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial)
+    partial.replace(path)
+
+
+def load_projections(path: Path) -> list[Projection]:
+    """Read what `save_projections` wrote."""
+    tensors = load_file(path)
+    return [Projection(tensors[f"{i}.weight"], tensors[f"{i}.bias"]) for i in range(len(tensors) // 2)]
+
+
+def fold_of_images(concepts: Sequence[Concept], vendors: Iterable[str], count: int, seed: int) -> dict[str, int]:
+    """Part concepts into folds, those of one role together, as the splits of the benchmark do.
+
+    Returns:
+        Path of each drawing below the image folder, skin tones included -> number of its fold.
+    """
+    roles = sorted({concept.role for concept in concepts})
+    random.Random(seed).shuffle(roles)  # noqa: S311 (reproducible, not secret)
+    fold = {role: place % count for place, role in enumerate(roles)}
+    return {
+        concept.image(vendor, tone): fold[concept.role]
+        for concept in concepts
+        for vendor in vendors
+        for tone in range(len(concept.sources[vendor]))
+    }
 
 
 def caption_states(model: SentenceTransformer, captions: Sequence[str], layer: int, batch_size: int = 64) -> Tensor:
@@ -45,31 +154,6 @@ def caption_states(model: SentenceTransformer, captions: Sequence[str], layer: i
             hidden[row, width - length + before : width - after].mean(dim=0) for row, length in enumerate(lengths)
         ]
     return torch.stack(states).float().cpu()
-
-
-def align_projector(
-    model: SentenceTransformer, features: Sequence[np.ndarray], captions: Sequence[str], layer: int, penalty: float
-) -> None:
-    """Fit the projector of a FastVLM to captions, in place.
-
-    Args:
-        model: the encoder; its projector has two linear layers and no activation.
-        features: of the frozen vision tower, one array a vendor, row i showing caption i. (N, P, C)
-        captions: N texts.
-        layer: see :func:`caption_states`.
-        penalty: of the ridge regression on standardised features.
-    """
-    targets = caption_states(model, captions, layer).double()
-    pooled = torch.cat([torch.from_numpy(np.array(maps)).float().mean(dim=1) for maps in features])
-    fit = fit_ridge(pooled, targets.repeat(len(features), 1), [penalty])[0]
-    weight = fit.weight / fit.deviation[:, None]  # (C, D)
-    encoder: Any = model[0]
-    projector = encoder.model.multi_modal_projector
-    with torch.no_grad():
-        projector.linear_1.weight.copy_(weight.T)
-        projector.linear_1.bias.copy_(fit.bias - fit.mean @ weight)
-        projector.linear_2.weight.copy_(torch.eye(len(projector.linear_2.weight)))
-        projector.linear_2.bias.zero_()
 
 
 def _frame(encoder: Any) -> tuple[int, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,27 @@ def retrieval(
         write_csv=False,
         **options,
     )
+
+
+def swaps(  # noqa: PLR0917
+    benchmark: EmojiBenchmark,
+    split: str,
+    drawings: str,
+    cache: Path,
+    settings: DemoSettings,
+    names: Collection[str] | None = None,
+) -> SugarCrepeEvaluator:
+    """Attribute swaps of a split: `settings.swap_limit` rows of each set (of these names), the same for all models."""
+    sets = {}
+    for name, file in benchmark.swaps(split, drawings).items():
+        if names is not None and name not in names:
+            continue
+        rows = list(json.loads(file.read_text(encoding="utf-8")).values())
+        drawn = random.Random(0).sample(rows, min(len(rows), settings.swap_limit))  # noqa: S311 (not secret)
+        sets[name] = [
+            (benchmark.image_root / row["filename"], row["caption"], row["negative_caption"]) for row in drawn
+        ]
+    return SugarCrepeEvaluator(sets, cache_dir=cache, show_progress_bar=True, write_csv=False, name="")
 
 
 def evaluate(
@@ -64,18 +87,10 @@ def evaluate(
             write_csv=False,
             name="",
         )
-        swaps = SugarCrepeEvaluator.from_folder(
-            next(iter(benchmark.swaps(split, drawings).values())).parent,
-            benchmark.image_root,
-            cache_dir=cache,
-            show_progress_bar=True,
-            write_csv=False,
-            name="",
-        )
         results[drawings] = {
             "mmeb": mmeb(model),
             "retrieval": retrieval(benchmark, split, drawings, cache)(model),
-            "swaps": swaps(model),
+            "swaps": swaps(benchmark, split, drawings, cache, settings)(model),
         }
     shuffled = retrieval(benchmark, split, kinds[0], cache, shuffle_images_seed=settings.seed)(model)
     results["shuffled"] = shuffled

@@ -12,27 +12,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sentence_transformers import SentenceTransformer
-
-from unime_st.data import teacher_embeddings, with_teacher_labels
 from unime_st.demo import measure
-from unime_st.demo.align import align_projector
+from unime_st.demo.align import (
+    caption_states,
+    fit_projections,
+    fold_of_images,
+    load_projections,
+    save_projections,
+)
 from unime_st.demo.concepts import TRAINED_VENDORS
-from unime_st.demo.emoji import EmojiBenchmark, build_benchmark
-from unime_st.demo.miniature import build_miniature, text_teacher
+from unime_st.demo.emoji import EmojiBenchmark, build_benchmark, concepts_of
+from unime_st.demo.miniature import build_miniature
 from unime_st.demo.packages import Fetched, fetch
 from unime_st.demo.reporting import write_report
 from unime_st.demo.ridge import ridge_baseline, vision_features
 from unime_st.demo.settings import DemoSettings
-from unime_st.demo.training import LOG_FILE, hard_negative_loss, run_stage, stage1_texts, stage2_rows
-from unime_st.losses import DistillKLLoss
+from unime_st.demo.training import LOG_FILE, hard_negative_loss, run_stage, run_stage1, stage2_rows
 from unime_st.modules import build_encoder, export_encoder, load_encoder
+from unime_st.samplers import FalseNegativeAwareBatchSampler
 
 logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
-STEPS = ("start", "aligned", "stage1", "stage2")
-"""Checkpoints in order: the parts put together, the projector fitted, text distilled, pairs contrasted."""
+PROJECTIONS = "projections.safetensors"
+STEPS = ("aligned", "stage1", "stage2")
+"""Checkpoints in order: the projector fitted, text distilled, pairs contrasted."""
 
 
 class Demo:
@@ -83,7 +87,17 @@ class Demo:
         return report
 
     def checkpoints(self, fetched: Fetched, benchmark: EmojiBenchmark) -> dict[str, Path]:
-        """Make the four checkpoints, or find them made."""
+        """Make the checkpoints, or find them made."""
+        folder = self.output / "checkpoints"
+        self.aligned(fetched, benchmark)
+        with self._timed("stage 1"):
+            self._stage1(fetched, benchmark, folder)
+        with self._timed("stage 2"):
+            self._stage2(fetched, benchmark, folder)
+        return {name: folder / name for name in STEPS}
+
+    def aligned(self, fetched: Fetched, benchmark: EmojiBenchmark) -> Path:
+        """Make the checkpoint that both stages start from, and its projections, or find them made."""
         folder = self.output / "checkpoints"
         settings = self.settings
         with self._timed("miniature"):
@@ -93,25 +107,29 @@ class Demo:
                 layers=settings.layers,
                 image_size=settings.image_size,
             )
-            if not (folder / "start" / "modules.json").is_file():
-                self.say("building the encoder")
-                export_encoder(build_encoder(backbone, prompt_template="chatml_open", device="cpu"), folder / "start")
         with self._timed("align"):
-            self._aligned(fetched, benchmark, folder)
-        with self._timed("stage 1"):
-            self._stage1(fetched, benchmark, folder)
-        with self._timed("stage 2"):
-            self._stage2(benchmark, folder)
-        return {name: folder / name for name in STEPS}
+            self._aligned(fetched, benchmark, backbone, folder)
+        return folder / "aligned"
 
-    def _aligned(self, fetched: Fetched, benchmark: EmojiBenchmark, folder: Path) -> None:
+    def _aligned(self, fetched: Fetched, benchmark: EmojiBenchmark, backbone: Path, folder: Path) -> None:
         if (folder / "aligned" / "modules.json").is_file():
             return
         self.say("fitting the projector to the language model's own states of the captions")
-        model = load_encoder(folder / "start", device="cpu")
+        model = build_encoder(backbone, prompt_template="chatml_open", device="cpu")
         features, captions = self.training_features(fetched, benchmark)
-        align_projector(model, features, captions, self.settings.align_layer, self.settings.align_penalty)
+        images, _ = benchmark.retrieval("train", TRAINED_VENDORS[0])
+        folds = self.folds(fetched, benchmark)
+        own = [folds[path.relative_to(benchmark.image_root).as_posix()] for path in images]
+        targets = caption_states(model, captions, self.settings.align_layer).double()
+        projections = fit_projections(features, targets, own, self.settings.align_penalty)
+        save_projections(projections, folder / PROJECTIONS)
+        projections[0].write(model)
         export_encoder(model, folder / "aligned")
+
+    def folds(self, fetched: Fetched, benchmark: EmojiBenchmark) -> dict[str, int]:
+        """Path of each training drawing -> the fold its concept is in."""
+        concepts = concepts_of(fetched, benchmark)["train"]
+        return fold_of_images(concepts, TRAINED_VENDORS, self.settings.folds, self.settings.seed)
 
     def training_features(self, fetched: Fetched, benchmark: EmojiBenchmark) -> tuple[list[Any], list[str]]:
         """Frozen vision features of the training drawings, one array a vendor, and their captions."""
@@ -128,26 +146,27 @@ class Demo:
     def _stage1(self, fetched: Fetched, benchmark: EmojiBenchmark, folder: Path) -> None:
         if (folder / "stage1" / LOG_FILE).is_file():
             return
-        settings = self.settings
-        self.say(f"stage 1: {settings.stage1.steps} steps of {settings.stage1.batch_size} texts against the teacher")
-        texts = stage1_texts(benchmark, settings)
-        targets = teacher_embeddings(text_teacher(fetched), texts, self.cache / "teacher")
-        rows = with_teacher_labels(texts, targets)
+        stage = self.settings.stage1
+        self.say(f"stage 1: {stage.steps} steps of {stage.batch_size} texts against the teacher")
+        run_stage1(fetched, benchmark, folder / "aligned", self.settings, folder, self.cache)
 
-        def loss(model: SentenceTransformer) -> DistillKLLoss:
-            return DistillKLLoss(model, temperature=settings.stage1.temperature, include_diagonal=False)
-
-        run_stage("stage1", folder / "aligned", rows, loss, settings.stage1, settings, folder)
-
-    def _stage2(self, benchmark: EmojiBenchmark, folder: Path) -> None:
+    def _stage2(self, fetched: Fetched, benchmark: EmojiBenchmark, folder: Path) -> None:
         if (folder / "stage2" / LOG_FILE).is_file():
             return
         settings = self.settings
         self.say(f"stage 2: {settings.stage2.steps} steps of {settings.stage2.batch_size} pairs with hard negatives")
-        rows = stage2_rows(benchmark, settings)
+        rows = stage2_rows(benchmark, settings, self.folds(fetched, benchmark))
         loss = hard_negative_loss(settings.stage2, settings)
         run_stage(
-            "stage2", folder / "stage1", rows, loss, settings.stage2, settings, folder, gather_false_negatives=True
+            "stage2",
+            folder / "stage1",
+            rows,
+            loss,
+            settings.stage2,
+            settings,
+            folder,
+            projections=load_projections(folder / PROJECTIONS),
+            batch_sampler=FalseNegativeAwareBatchSampler,
         )
 
     def _claim_output(self) -> None:

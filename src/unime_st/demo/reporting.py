@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from unime_st.demo.pipeline import Demo
 
 NAMES = {
-    "start": "parts put together",
-    "aligned": "+ projector aligned",
+    "aligned": "projector aligned",
     "stage1": "+ stage 1 (distillation)",
     "stage2": "+ stage 2 (hard negatives)",
 }

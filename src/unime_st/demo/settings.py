@@ -15,7 +15,6 @@ class StageSettings:
         steps: of the optimiser.
         batch_size: rows a step.
         learning_rate: of the LoRA weights; falls linearly to 0 after a warm-up.
-        projector_learning_rate: of the projector; 0 keeps it frozen.
         temperature: of the loss.
     """
 
@@ -23,7 +22,6 @@ class StageSettings:
     batch_size: int
     learning_rate: float
     temperature: float
-    projector_learning_rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ class DemoSettings:
         image_size: pixels of an image's side; 160 make 25 visual tokens.
         align_layer: decoder layers passed by the states the projector is fitted to.
         align_penalty: of that ridge regression.
+        folds: of the training concepts in stage 2; see `align`.
         adapted_layers: decoder layers that get LoRA: those above `align_layer`, so that the fit stays true.
         lora_rank: of both stages.
         stage1: text, against the teacher.
@@ -44,22 +43,25 @@ class DemoSettings:
         num_explicit_negatives: columns of explicit negatives in stage 2.
         rows_per_subset: of each training subset, at most; bare captions are all used.
         eval_limit: rows of each MMEB-like task.
+        swap_limit: rows of each set of attribute swaps.
         seed: of everything.
     """
 
-    layers: tuple[int, ...] = tuple(range(30))
+    layers: tuple[int, ...] = tuple(range(24))
     image_size: int = 160
     align_layer: int = 16
     align_penalty: float = 1000.0
-    adapted_layers: tuple[int, ...] = tuple(range(16, 30))
+    folds: int = 5
+    adapted_layers: tuple[int, ...] = tuple(range(16, 24))
     lora_rank: int = 16
-    stage1: StageSettings = StageSettings(steps=40, batch_size=48, learning_rate=5e-4, temperature=0.05)
-    stage2: StageSettings = StageSettings(steps=45, batch_size=32, learning_rate=5e-4, temperature=0.05)
+    stage1: StageSettings = StageSettings(steps=40, batch_size=48, learning_rate=1e-3, temperature=0.05)
+    stage2: StageSettings = StageSettings(steps=60, batch_size=32, learning_rate=1e-3, temperature=0.05)
     margin: float = 0.1
     num_hard_negatives: int = 8
     num_explicit_negatives: int = 0
     rows_per_subset: int = 100
     eval_limit: int = 12
+    swap_limit: int = 60
     seed: int = 0
 
     def key(self, *names: str) -> str:
@@ -73,5 +75,6 @@ SHORT = DemoSettings(
     stage2=StageSettings(steps=2, batch_size=12, learning_rate=5e-4, temperature=0.05),
     rows_per_subset=20,
     eval_limit=4,
+    swap_limit=4,
 )
 """A few steps of everything, to see that it runs: its numbers mean nothing."""

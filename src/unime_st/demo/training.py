@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from sentence_transformers.training_args import MultiDatasetBatchSamplers
 from torch import nn
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from unime_st.data import ItemReader, load_mmeb_train
+from unime_st.data import ItemReader, load_mmeb_train, teacher_embeddings, with_teacher_labels
+from unime_st.demo.align import FoldLoss, Projection
 from unime_st.demo.emoji import EmojiBenchmark
+from unime_st.demo.miniature import text_teacher
+from unime_st.demo.packages import Fetched
 from unime_st.demo.settings import DemoSettings, StageSettings
 from unime_st.demo.tasks import TASKS, TRAIN_ONLY_TASKS
-from unime_st.losses import HardNegativeInfoNCELoss, LossMetricsCallback
+from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss, LossMetricsCallback
+from unime_st.losses.in_batch import InBatchLoss
 from unime_st.modules import default_lora_config, export_encoder, load_encoder
-from unime_st.samplers import FalseNegativeAwareBatchSampler
 
 LOG_FILE = "training_log.json"
 
@@ -36,8 +43,21 @@ def stage1_texts(benchmark: EmojiBenchmark, settings: DemoSettings) -> list[str]
     return mixed[:rows]
 
 
-def stage2_rows(benchmark: EmojiBenchmark, settings: DemoSettings) -> Dataset:
-    """Training pairs of stage 2: every bare caption, and some rows of each subset with its own instruction."""
+def stage2_rows(benchmark: EmojiBenchmark, settings: DemoSettings, folds: dict[str, int]) -> DatasetDict:
+    """Training pairs of stage 2: every bare caption, and some rows of each subset with its own instruction.
+
+    Batches are of one kind: all targets are texts, or all are images, since a text among images is too easy a negative.
+    Every second caption is turned round, so that there is text->image too.
+
+    Args:
+        benchmark: gives the pairs.
+        settings: of the demo.
+        folds: path of each plain drawing -> its fold.
+
+    Returns:
+        A data set for each fold and kind of target. A pair whose drawings are of two folds is left out; one without
+        plain drawings, a collage say, goes to any fold.
+    """
     subsets = []
     for name in (*TRAIN_ONLY_TASKS, *TASKS):
         rows = load_mmeb_train(
@@ -46,8 +66,39 @@ def stage2_rows(benchmark: EmojiBenchmark, settings: DemoSettings) -> Dataset:
         rows = rows.shuffle(seed=settings.seed)
         if name in TASKS:
             rows = rows.select(range(min(len(rows), settings.rows_per_subset)))
+        else:
+            rows = rows.with_format(None).map(_turned_round, with_indices=True)
         subsets.append(rows.with_format(None))
-    return concatenate_datasets(subsets).with_transform(ItemReader(benchmark.image_root))
+    rows = concatenate_datasets(subsets)
+    members: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        fold = _fold(row, index, folds)
+        if fold is not None:
+            members[f"fold{fold}_{'image' if row['positive']['image'] else 'text'}"].append(index)
+    reader = ItemReader(benchmark.image_root)
+    return DatasetDict({name: rows.select(members[name]).with_transform(reader) for name in sorted(members)})
+
+
+def _turned_round(row: dict[str, Any], index: int) -> dict[str, Any]:
+    return {"anchor": row["positive"], "positive": row["anchor"]} if index % 2 else row
+
+
+def _fold(row: dict[str, Any], index: int, folds: dict[str, int]) -> int | None:
+    """The one fold of a row's plain drawings; any if it has none, None if they are of several."""
+    paths = (row[column]["image"] for column in ("anchor", "positive"))
+    of = {folds[path] for path in paths if path in folds}
+    if not of:
+        return index % (1 + max(folds.values()))
+    return of.pop() if len(of) == 1 else None
+
+
+def fold_of(name: str) -> int:
+    """The fold in the name of a data set of `stage2_rows`.
+
+    >>> fold_of("fold3_text")
+    3
+    """
+    return int(name.removeprefix("fold").split("_")[0])
 
 
 def with_lora(path: Path, settings: DemoSettings) -> SentenceTransformer:
@@ -60,25 +111,28 @@ def with_lora(path: Path, settings: DemoSettings) -> SentenceTransformer:
 def run_stage(  # noqa: PLR0917
     name: str,
     start: Path,
-    rows: Dataset,
-    loss_of: Any,
+    rows: Dataset | DatasetDict,
+    loss_of: Callable[[SentenceTransformer], nn.Module],
     stage: StageSettings,
     settings: DemoSettings,
     folder: Path,
     *,
-    gather_false_negatives: bool = False,
+    projections: Sequence[Projection] = (),
+    **options: Any,
 ) -> Path:
     """Train one stage, or go on where it was stopped; the result is a merged stock checkpoint in `folder/name`.
 
     Args:
         name: of the stage.
         start: the encoder to start from.
-        rows: training data.
+        rows: training data; those of `stage2_rows` with `projections`.
         loss_of: makes the loss of a model.
         stage: of this stage.
         settings: of the demo.
         folder: where checkpoints go.
-        gather_false_negatives: keep false negatives out of the batches with our sampler.
+        projections: of `fit_projections`: a batch of a fold passes through the projector fitted without it, and the
+            result holds the one fitted to all.
+        options: more training arguments.
 
     Returns:
         The checkpoint's folder, with the training log inside.
@@ -86,43 +140,64 @@ def run_stage(  # noqa: PLR0917
     target = folder / name
     if (target / LOG_FILE).is_file():
         return target
+    set_seed(settings.seed)
     model = with_lora(start, settings)
-    if stage.projector_learning_rate:
-        encoder: Any = model[0]
-        encoder.model.multi_modal_projector.requires_grad_(True)
-    loss: nn.Module = loss_of(model)
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(folder / f"{name}-training"),
-        max_steps=stage.steps,
-        per_device_train_batch_size=stage.batch_size,
-        learning_rate=stage.learning_rate,
-        learning_rate_mapping=(
-            {r".*multi_modal_projector.*": stage.projector_learning_rate} if stage.projector_learning_rate else {}
-        ),
-        warmup_steps=max(1, stage.steps // 10),
-        weight_decay=0.0,
-        batch_sampler=FalseNegativeAwareBatchSampler if gather_false_negatives else "batch_sampler",
-        dataloader_drop_last=True,
-        save_strategy="steps",
-        save_steps=max(1, stage.steps // 4),
-        save_total_limit=1,
-        logging_steps=1,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        report_to="none",
-        use_cpu=True,
-    )
-    trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=rows, loss=loss)
-    LossMetricsCallback.attach(trainer)
+    loss = loss_of(model)
+    defaults = {
+        "max_steps": stage.steps,
+        "per_device_train_batch_size": stage.batch_size,
+        "learning_rate": stage.learning_rate,
+        "warmup_steps": max(1, stage.steps // 10),
+        "weight_decay": 0.0,
+        "multi_dataset_batch_sampler": MultiDatasetBatchSamplers.ROUND_ROBIN,
+        "dataloader_drop_last": True,
+        "save_strategy": "steps",
+        "save_steps": max(1, stage.steps // 4),
+        "save_total_limit": 1,
+        "logging_steps": 1,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    arguments = SentenceTransformerTrainingArguments(str(folder / f"{name}-training"), **(defaults | options))
+    losses: Any = loss
+    if projections:
+        losses = {name: FoldLoss(loss, projections[1 + fold_of(name)]) for name in rows}
+    trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=rows, loss=losses)
+    if isinstance(loss, InBatchLoss):
+        trainer.add_callback(LossMetricsCallback(loss))
     training_folder = Path(arguments.output_dir or "")
     last = get_last_checkpoint(str(training_folder)) if training_folder.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
+    if projections:
+        projections[0].write(model)
     export_encoder(model, target)
     log = {"seconds": trainer.state.log_history[-1].get("train_runtime"), "log": trainer.state.log_history}
     partial = target / f"{LOG_FILE}.partial"
     partial.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
     partial.replace(target / LOG_FILE)
     return target
+
+
+def run_stage1(  # noqa: PLR0917
+    fetched: Fetched,
+    benchmark: EmojiBenchmark,
+    start: Path,
+    settings: DemoSettings,
+    folder: Path,
+    cache: Path,
+    **options: Any,
+) -> Path:
+    """Train stage 1 on texts against the teacher, whose embeddings are kept in `cache`; see `run_stage`."""
+    texts = stage1_texts(benchmark, settings)
+    targets = teacher_embeddings(text_teacher(fetched), texts, cache / "teacher")
+
+    def loss(model: SentenceTransformer) -> DistillKLLoss:
+        return DistillKLLoss(model, temperature=settings.stage1.temperature, include_diagonal=False)
+
+    rows = with_teacher_labels(texts, targets)
+    return run_stage("stage1", start, rows, loss, settings.stage1, settings, folder, **options)
 
 
 def hard_negative_loss(stage: StageSettings, settings: DemoSettings, **options: Any) -> Any:

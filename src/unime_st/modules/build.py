@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, DatasetDict
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
+from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 from transformers import AutoConfig
@@ -31,12 +33,32 @@ _OURS = f"{MultimodalEncoder.__module__}.{MultimodalEncoder.__name__}"
 _MODEL_CONFIG = "config_sentence_transformers.json"
 
 
+class _CardData(SentenceTransformerModelCardData):
+    """Card data whose widget examples are drawn from stored texts alone.
+
+    Stock code (6.2) fails on several data sets whose rows are made by a transform, as images opened lazily are.
+    """
+
+    def set_widget_examples(self, dataset: Any) -> None:
+        """Draw examples from the data sets that have no transform."""
+        named = {"dataset": dataset} if isinstance(dataset, Dataset) else dataset
+        stored = {name: rows for name, rows in named.items() if _is_stored(rows)}
+        if stored:
+            super().set_widget_examples(DatasetDict(stored))
+
+
+def _is_stored(rows: Any) -> bool:
+    return isinstance(rows, Dataset) and rows.format["type"] != "custom"
+
+
 class MultimodalSentenceTransformer(SentenceTransformer):
     """A ``SentenceTransformer`` whose saved form names stock modules only.
 
     Whatever is saved (``save_pretrained``, the Trainer's checkpoints, ``push_to_hub``) loads in plain
     ``SentenceTransformer(path)`` without this package and without ``trust_remote_code``.
     """
+
+    model_card_data_class = _CardData
 
     def save(self, path: str, *args: Any, **kwargs: Any) -> None:
         """Save; see :meth:`sentence_transformers.SentenceTransformer.save`."""

@@ -1,0 +1,222 @@
+"""What each part of the recipe is worth: the demo's second stage with one part changed at a time, on three seeds.
+
+    python benchmarks/ablation.py            # all runs, two at a time; goes on where it was stopped
+
+All runs have the same number of steps, batch size, learning rate, temperature, data and aligned start, and are scored
+on the test concepts, never trained on. Nothing is chosen by these numbers. Writes `benchmarks/results/ablation.json`
+and `ablation.md` beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from unime_st.demo.settings import DemoSettings, StageSettings
+
+SETTINGS = DemoSettings(
+    stage1=StageSettings(steps=20, batch_size=48, learning_rate=1e-3, temperature=0.05),
+    stage2=StageSettings(steps=20, batch_size=32, learning_rate=1e-3, temperature=0.05),
+    swap_limit=100,
+)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full recipe (k=8, margin=0.1)": {},
+    "stock loss, no stage 1": {"stock": True, "stage1": False},
+    "stock loss after stage 1": {"stock": True},
+    "without stage 1": {"stage1": False},
+    "without false-negative filter": {"filter": False, "margin": None},
+    "random instead of hard negatives": {"negative_selection": "random"},
+    "k=4": {"num_hard_negatives": 4},
+    "k=all": {"num_hard_negatives": None},
+    "margin=0.0": {"margin": 0.0},
+    "margin=0.2": {"margin": 0.2},
+}
+"""Name -> what differs from the full recipe. "stock": sentence-transformers' CachedMultipleNegativesRankingLoss and its
+default batches; "filter": our batch sampler (equal contents are never negatives of each other, sampler or not)."""
+METRICS = ("text_to_image_recall@1", "image_to_text_recall@1", "attribute_swaps")
+RESULTS = Path(__file__).parent / "results"
+
+
+def run_one(name: str, seed: int, cache: Path, work: Path) -> dict[str, Any]:
+    """Train and score one variant with one seed; kept in a file, so that it is done once."""
+    kept = work / "runs" / f"{seed}-{_slug(name)}.json"
+    if kept.is_file():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    import torch
+    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.training_args import BatchSamplers
+
+    from unime_st.demo.align import load_projections
+    from unime_st.demo.emoji import EmojiBenchmark
+    from unime_st.demo.pipeline import PROJECTIONS
+    from unime_st.demo.training import hard_negative_loss, run_stage, stage2_rows
+    from unime_st.modules import load_encoder
+    from unime_st.samplers import FalseNegativeAwareBatchSampler
+
+    torch.set_num_threads(1)
+    changed = dict(VARIANTS[name])
+    settings = replace(SETTINGS, seed=seed)
+    benchmark = EmojiBenchmark(cache / "benchmark")
+    checkpoints = work / "checkpoints"
+    folds = json.loads((work / "folds.json").read_text(encoding="utf-8"))
+    stock, filtered = changed.pop("stock", False), changed.pop("filter", True)
+    start = stage1(seed, cache, work) if changed.pop("stage1", True) else checkpoints / "aligned"
+    loss = hard_negative_loss(settings.stage2, settings, **changed)
+    if stock:
+
+        def loss(model: Any) -> Any:
+            return CachedMultipleNegativesRankingLoss(
+                model, scale=1 / settings.stage2.temperature, mini_batch_size=settings.stage2.batch_size
+            )
+
+    folder = work / f"seed{seed}"
+    ours = filtered and not stock
+    trained = run_stage(
+        _slug(name),
+        start,
+        stage2_rows(benchmark, settings, folds),
+        loss,
+        settings.stage2,
+        settings,
+        folder,
+        projections=load_projections(checkpoints / PROJECTIONS),
+        batch_sampler=FalseNegativeAwareBatchSampler if ours else BatchSamplers.BATCH_SAMPLER,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    result = score(load_encoder(trained, device="cpu"), benchmark, settings, cache)
+    result["log"] = [row for row in json.loads((trained / "training_log.json").read_text())["log"] if "loss" in row]
+    for file in trained.glob("*.safetensors"):
+        file.unlink()
+    _write(kept, result)
+    return result
+
+
+def stage1(seed: int, cache: Path, work: Path) -> Path:
+    """The first stage of a seed, shared by its variants."""
+    from unime_st.demo.emoji import EmojiBenchmark
+    from unime_st.demo.packages import fetch
+    from unime_st.demo.training import run_stage1
+
+    fetched, settings = fetch(cache, print), replace(SETTINGS, seed=seed)
+    benchmark = EmojiBenchmark(cache / "benchmark")
+    start = work / "checkpoints" / "aligned"
+    return run_stage1(
+        fetched, benchmark, start, settings, work / f"seed{seed}", cache, save_strategy="no", disable_tqdm=True
+    )
+
+
+def score(model: Any, benchmark: Any, settings: DemoSettings, cache: Path) -> dict[str, Any]:
+    """Recall@1 both ways over the test concepts by a trained vendor, and accuracy on their attribute swaps."""
+    from unime_st.demo.measure import metric, retrieval, swaps
+
+    recalls = retrieval(benchmark, "test", "trained", cache / "embeddings")(model)
+    preferred = swaps(benchmark, "test", "trained", cache / "embeddings", settings, ("replace_att", "replace_obj"))
+    values = {name: metric(recalls, name) for name in METRICS[:2]}
+    return values | {"attribute_swaps": metric(preferred(model), "mean_of_sets_accuracy")}
+
+
+def prepare(cache: Path, work: Path) -> None:
+    """Packages, benchmark and the aligned start, shared by all runs."""
+    from unime_st.demo.emoji import build_benchmark
+    from unime_st.demo.packages import fetch
+    from unime_st.demo.pipeline import Demo
+
+    fetched = fetch(cache, print)
+    benchmark = build_benchmark(fetched, cache / "benchmark")
+    demo = Demo(cache, work, SETTINGS)
+    demo.aligned(fetched, benchmark)
+    _write(work / "folds.json", demo.folds(fetched, benchmark))
+
+
+def summarise(runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
+    """Mean and standard deviation (n - 1) over seeds."""
+    table = {}
+    for name, by_seed in runs.items():
+        row: dict[str, Any] = {"seeds": sorted(by_seed)}
+        for metric in METRICS:
+            values = [by_seed[seed][metric] for seed in sorted(by_seed)]
+            deviation = statistics.stdev(values) if len(values) > 1 else None
+            row[metric] = {"mean": statistics.mean(values), "std": deviation, "values": values}
+        table[name] = row
+    return {"settings": asdict(SETTINGS), "table": table}
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The table for people."""
+    lines = [
+        "# Ablation on unseen emoji concepts",
+        "",
+        "`python benchmarks/ablation.py`; mean ± standard deviation over seeds, percent.",
+        "",
+        "| | text→image R@1 | image→text R@1 | attribute swaps | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in summary["table"].items():
+        cells = []
+        for metric in METRICS:
+            spread = row[metric]["std"]
+            shown = "" if spread is None else f" ± {100 * spread:.1f}"
+            cells.append(f"{100 * row[metric]['mean']:.1f}{shown}")
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(row['seeds'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=Path(".demo_cache"))
+    parser.add_argument("--work", type=Path, default=Path(".demo_cache/ablation"), help="checkpoints and single runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    arguments = parser.parse_args()
+    prepare(arguments.cache, arguments.work)
+    began = time.monotonic()
+    context = get_context("spawn")
+    with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
+        stages = [pool.submit(stage1, seed, arguments.cache, arguments.work) for seed in arguments.seeds]
+        for seed, stage in zip(arguments.seeds, stages, strict=True):
+            print(f"stage 1, seed {seed}: {stage.result()}", flush=True)
+        waiting = {
+            pool.submit(run_one, name, seed, arguments.cache, arguments.work): (name, seed)
+            for seed in arguments.seeds
+            for name in VARIANTS
+        }
+        runs: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in VARIANTS}
+        for number, done in enumerate(as_completed(waiting), start=1):
+            name, seed = waiting[done]
+            runs[name][seed] = done.result()
+            shown = ", ".join(f"{metric} {100 * runs[name][seed][metric]:.1f}" for metric in METRICS)
+            passed = time.monotonic() - began
+            print(f"[{passed:5.0f} s] {number} of {len(waiting)}: {name}, seed {seed}: {shown}", flush=True)
+    summary = summarise(runs)
+    _write(RESULTS / "ablation.json", summary)
+    (RESULTS / "ablation.md").write_text(markdown(summary), encoding="utf-8")
+    print(markdown(summary))
+    print(f"written: {RESULTS / 'ablation.json'} and ablation.md", flush=True)
+
+
+def _slug(name: str) -> str:
+    return "".join(character if character.isalnum() else "-" for character in name).strip("-")
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
