@@ -1,0 +1,118 @@
+"""What the stages of training share: their data, their start, and one run of the Trainer."""
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset, load_dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from torch import nn
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from unime_st import build_encoder, export_encoder, load_encoder
+from unime_st.data import with_teacher_labels
+from unime_st.losses import HardNegativeInfoNCELoss, LossMetricsCallback
+from unime_st.modules import default_lora_config
+from unime_st.samplers import SamplerEpochCallback
+
+if TYPE_CHECKING:
+    from recipe import Recipe
+
+READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def load_texts(
+    source: str, *, name: str | None = None, split: str = "train", columns: list[str], max_rows: int | None = None
+) -> Dataset:
+    """Text columns of a file (`columns: [text]` for .txt, a text a line) or of a Hub data set and its config `name`."""
+    reader = READERS.get(Path(source).suffix)
+    rows = load_dataset(reader, data_files=source, split=split) if reader else load_dataset(source, name, split=split)
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing:
+        raise ValueError(f"{source} has the columns {rows.column_names}, but `data.columns` asks for {missing}.")
+    rows = rows.select_columns(columns)
+    return rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
+
+
+class HubTeacher:
+    """Loads on first use: of several processes, and in later runs, only one that finds a text not in the cache does."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.model: SentenceTransformer | None = None
+
+    def encode(self, texts: list[str], /, **options: Any) -> np.ndarray:
+        self.model = self.model or SentenceTransformer(self.name)
+        return self.model.encode(texts, **options)
+
+
+def teacher_labels(
+    texts: Dataset, *, model: str, cache_dir: str, prompt: str | None = None, batch_size: int = 32
+) -> Dataset:
+    """Labels by a sentence-transformers model, or from an .npy of embeddings: (N, D), or (N, n, D) for n columns."""
+    if model.endswith(".npy"):
+        return with_teacher_labels(texts, np.load(model))
+    options: dict[str, Any] = {"prompt": prompt, "batch_size": batch_size, "show_progress_bar": True}
+    if Path(model).is_dir():
+        return with_teacher_labels(texts, SentenceTransformer(model), cache_dir, **options)
+    return with_teacher_labels(texts, HubTeacher(model), cache_dir, teacher_name=model, **options)
+
+
+def training_arguments(recipe: "Recipe", **defaults: Any) -> SentenceTransformerTrainingArguments:
+    """Make these first: they start the processes' group, and tell each its device."""
+    return SentenceTransformerTrainingArguments(f"{recipe.output}/checkpoints", **(defaults | recipe.training))
+
+
+def load_start(recipe: "Recipe", arguments: SentenceTransformerTrainingArguments) -> SentenceTransformer:
+    """Load what training starts from, a saved encoder or a backbone, with fresh LoRA weights."""
+    set_seed(arguments.seed)  # the Trainer's comes too late for the LoRA weights
+    device = str(arguments.device)
+    lora = default_lora_config(**recipe.lora)
+    if not (Path(recipe.backbone) / "modules.json").is_file():
+        return build_encoder(recipe.backbone, peft_config=lora, device=device, **recipe.encoder)
+    fixed = sorted(set(recipe.encoder) - set(inspect.signature(load_encoder).parameters))
+    if fixed:
+        raise ValueError(f"{recipe.backbone} is a saved encoder and keeps its {fixed}: leave them out of `encoder`.")
+    model = load_encoder(recipe.backbone, device=device, **recipe.encoder)
+    model.add_adapter(lora)
+    return model
+
+
+def count_negatives(loss: nn.Module, arguments: SentenceTransformerTrainingArguments, candidates_a_row: int) -> int:
+    """Print how many others each query is compared with, which decides what contrastive training is worth."""
+    processes = arguments.world_size if loss.gather_across_devices else 1
+    rows = arguments.per_device_train_batch_size
+    negatives = rows * processes * candidates_a_row - 1
+    if arguments.process_index:
+        return negatives
+    print(f"each query is compared with {negatives} others: {rows} rows x {processes} process(es) x {candidates_a_row}")
+    if processes < arguments.world_size:
+        print(f"WARNING: {arguments.world_size} processes do not share theirs; set loss.gather_across_devices=true")
+    if arguments.gradient_accumulation_steps > 1:
+        print(
+            "WARNING: accumulation adds none; raise per_device_train_batch_size, with loss.mini_batch_size (GradCache)"
+        )
+    if isinstance(loss, HardNegativeInfoNCELoss) and (loss.num_hard_negatives or 0) > negatives:
+        print(f"WARNING: loss.num_hard_negatives={loss.num_hard_negatives} is more than that")
+    return negatives
+
+
+def train(recipe: "Recipe", arguments: SentenceTransformerTrainingArguments, rows: Dataset, loss: nn.Module) -> Path:
+    """Train, from the last checkpoint if there is one, and export the encoder with its adapters merged."""
+    model = loss.model
+    trainer = SentenceTransformerTrainer(
+        model=model, args=arguments, train_dataset=rows, loss=loss, callbacks=[SamplerEpochCallback()]
+    )
+    LossMetricsCallback.attach(trainer)
+    folder = Path(arguments.output_dir)
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if checkpoint and trainer.is_world_process_zero():
+        print(f"going on from {checkpoint}; give another output= to start anew")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    encoder = Path(recipe.output) / "encoder"
+    if trainer.is_world_process_zero():
+        print(f"wrote {export_encoder(model, encoder)}")
+    trainer.accelerator.wait_for_everyone()
+    return encoder

@@ -1,0 +1,116 @@
+"""The scripts that use an encoder: search a folder, evaluate on three benchmarks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from unime_st import load_encoder
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+COLOURS = ("red", "green", "white", "yellow", "purple", "black", "orange", "pink")
+
+
+def test_search_finds_what_the_model_ranks_first(script, world, encoder, tmp_path, capsys):
+    main = script("encode_and_search").main
+    options = [str(encoder), str(world / "images"), "--cache", str(tmp_path / "cache")]
+    (tmp_path / "found").mkdir()
+    output = tmp_path / "found" / "result.json"
+    found = main([*options, "--text", "a red picture", "--top", "3", "--output", str(output)])
+    assert json.loads(output.read_text()) == {"query": {"text": "a red picture"}, "results": found}
+
+    model = SentenceTransformer(str(encoder), device="cpu")
+    paths = [world / "images" / f"{colour}.png" for colour in COLOURS]
+    scores = model.encode([{"text": "a red picture"}])[0] @ model.encode([{"image": str(path)} for path in paths]).T
+    best = np.argsort(-scores)[:3]
+    assert [entry["image"] for entry in found] == [str(paths[place]) for place in best]
+    np.testing.assert_allclose([entry["score"] for entry in found], scores[best], atol=1e-4)
+
+    by_image = main([*options, "--image", str(paths[2]), "--top", "1"])
+    assert by_image == [{"image": str(paths[2]), "score": pytest.approx(1, abs=1e-5)}]
+    both = main([*options, "--image", str(paths[2]), "--text", "but <red>", "--output", str(tmp_path / "sheet.html")])
+    assert len(both) == 5
+    sheet = (tmp_path / "sheet.html").read_text()
+    assert sheet.count("<img src=") == 5
+    assert "but &lt;red&gt;" in sheet
+    assert f"wrote {tmp_path / 'sheet.html'}" in capsys.readouterr().out
+
+
+def test_a_second_search_encodes_no_image(script, world, encoder, tmp_path, monkeypatch):
+    module = script("encode_and_search")
+    options = [str(encoder), str(world / "images"), "--text", "red", "--cache", str(tmp_path / "cache")]
+    first = module.main(options)
+    seen = []
+
+    def watched(path):
+        model = load_encoder(path)
+        encode = model.encode
+        model.encode = lambda items, **rest: (seen.extend(items), encode(items, **rest))[1]
+        return model
+
+    monkeypatch.setattr(module, "load_encoder", watched)
+    again = module.main(options)
+    assert [entry["image"] for entry in again] == [entry["image"] for entry in first]
+    assert seen == [{"text": "red"}]
+
+
+def test_search_says_what_is_wrong(script, world, encoder, tmp_path, capsys):
+    main = script("encode_and_search").main
+    with pytest.raises(SystemExit):
+        main([str(encoder), str(world / "images")])
+    assert "give --text, --image or both" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(encoder), str(world / "images"), "--image", "nowhere.png"])
+    assert "there is no image nowhere.png" in capsys.readouterr().err
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit, match="holds no image that can be read"):
+        main([str(encoder), str(tmp_path), "--text", "red"])
+    assert f"left out {tmp_path / 'broken.png'}" in capsys.readouterr().out
+
+
+def test_evaluate_writes_json_and_a_report(script, world, encoder, tmp_path, capsys):
+    output = script("evaluate").main(
+        [
+            str(encoder), "--mmeb", str(world / "eval"), "--retrieval", str(world / "captions"),
+            "--sugarcrepe", str(world / "sugarcrepe"), "--sugarcrepe-images", str(world / "images"),
+            "--output", str(tmp_path / "results"), "--cache", str(tmp_path / "cache"),
+        ]
+    )  # fmt: skip
+    mmeb = json.loads((output / "MMEB_results.json").read_text())
+    assert mmeb["MMEB_MSCOCO_t2i_precision@1"] == mmeb["MMEB_mean_precision@1"]
+    assert set(json.loads((output / "captions_results.json").read_text())) >= {"captions_text_to_image_recall@1"}
+    assert 0 <= json.loads((output / "sugarcrepe_results.json").read_text())["sugarcrepe_Swap_accuracy"] <= 1
+    report = json.loads((output / "report.json").read_text())
+    titles = [section["title"] for section in report["sections"]]
+    assert titles[:2] == ["MMEB: Precision@1 by task", "MMEB: averages"]
+    assert {"Retrieval: captions", "SugarCrepe: accuracy (chance is 50)", "Settings and versions"} <= set(titles)
+    assert "MMEB: published" not in titles  # of one task only: nothing to compare
+    assert (output / "report.html").is_file()
+    printed = capsys.readouterr().out
+    assert f"wrote {output / 'report.html'}" in printed
+    assert f"MMEB_mean_precision@1: {mmeb['MMEB_mean_precision@1']:.4f}" in printed
+
+
+def test_evaluate_says_what_is_wrong(script, world, encoder, capsys):
+    main = script("evaluate").main
+    with pytest.raises(SystemExit):
+        main([str(encoder)])
+    assert "give --mmeb, --retrieval or --sugarcrepe" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(encoder), "--sugarcrepe", str(world)])
+    assert "needs --sugarcrepe-images" in capsys.readouterr().err
+
+
+def test_a_script_runs_as_a_command(world, encoder, tmp_path):
+    command = [sys.executable, str(EXAMPLES / "encode_and_search.py"), str(encoder), str(world / "images")]
+    done = subprocess.run(
+        [*command, "--text", "red", "--top", "1", "--cache", str(tmp_path)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert len(done.stdout.strip().splitlines()) == 1
+    assert ".png" in done.stdout
