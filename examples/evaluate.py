@@ -43,6 +43,7 @@ def add_mmeb(report: Report, evaluator: MMEBEvaluator, scores: dict[str, float])
     if evaluator.errors:
         lost = [[task, message] for task, messages in evaluator.errors.items() for message in messages]
         report.add_table("MMEB: counted as wrong or left out", ["task", "why"], lost)
+        print(f"WARNING: {len(lost)} rows or tasks of MMEB counted as wrong or left out; the report says why")
 
 
 def add_retrieval(report: Report, evaluator: ImageTextRetrievalEvaluator, scores: dict[str, float]) -> None:
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a saved encoder: a folder or a Hub name")
     parser.add_argument("--mmeb", type=Path, help="folder in MMEB-eval's layout")
+    parser.add_argument("--mmeb-images", type=Path, help="its images; `images` in that folder by default")
     parser.add_argument("--tasks", nargs="+", help="of MMEB; all that are there by default")
     parser.add_argument("--limit", type=int, help="rows of each MMEB task; all by default")
     parser.add_argument("--retrieval", type=Path, nargs="+", default=[], help="folders with a metadata.jsonl")
@@ -84,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     options: dict[str, Any] = {"batch_size": given.batch_size, "cache_dir": given.cache, "show_progress_bar": True}
     evaluators: list[tuple[Any, Any]] = []
     if given.mmeb:
-        mmeb = MMEBEvaluator(given.mmeb, given.tasks, limit=given.limit, on_error="report", **options)
+        choice = {"image_root": given.mmeb_images, "limit": given.limit}
+        mmeb = MMEBEvaluator(given.mmeb, given.tasks, on_error="report", **choice, **options)
         evaluators.append((mmeb, add_mmeb))
     evaluators += [
         (ImageTextRetrievalEvaluator.from_folder(path, **options), add_retrieval) for path in given.retrieval

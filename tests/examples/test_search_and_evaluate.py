@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from tiny_data import COLOURS
 from unime_st import load_encoder
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-COLOURS = ("red", "green", "white", "yellow", "purple", "black", "orange", "pink")
 
 
 def test_search_finds_what_the_model_ranks_first(script, world, encoder, tmp_path, capsys):
@@ -76,7 +76,8 @@ def test_search_says_what_is_wrong(script, world, encoder, tmp_path, capsys):
 def test_evaluate_writes_json_and_a_report(script, world, encoder, tmp_path, capsys):
     output = script("evaluate").main(
         [
-            str(encoder), "--mmeb", str(world / "eval"), "--retrieval", str(world / "captions"),
+            str(encoder), "--mmeb", str(world / "eval"), "--mmeb-images", str(world / "images"),
+            "--retrieval", str(world / "captions"),
             "--sugarcrepe", str(world / "sugarcrepe"), "--sugarcrepe-images", str(world / "images"),
             "--output", str(tmp_path / "results"), "--cache", str(tmp_path / "cache"),
         ]
@@ -90,14 +91,18 @@ def test_evaluate_writes_json_and_a_report(script, world, encoder, tmp_path, cap
     assert titles[:2] == ["MMEB: Precision@1 by task", "MMEB: averages"]
     assert {"Retrieval: captions", "SugarCrepe: accuracy (chance is 50)", "Settings and versions"} <= set(titles)
     assert "MMEB: published" not in titles  # of one task only: nothing to compare
+    assert "MMEB: counted as wrong or left out" not in titles
     assert (output / "report.html").is_file()
     printed = capsys.readouterr().out
     assert f"wrote {output / 'report.html'}" in printed
     assert f"MMEB_mean_precision@1: {mmeb['MMEB_mean_precision@1']:.4f}" in printed
 
 
-def test_evaluate_says_what_is_wrong(script, world, encoder, capsys):
+def test_evaluate_says_what_is_wrong(script, world, encoder, tmp_path, capsys):
     main = script("evaluate").main
+    output = main([str(encoder), "--mmeb", str(world / "eval"), "--output", str(tmp_path), "--cache", str(tmp_path)])
+    assert "WARNING: 8 rows or tasks of MMEB counted as wrong or left out" in capsys.readouterr().out  # no images there
+    assert "There is no image" in (output / "report.md").read_text()
     with pytest.raises(SystemExit):
         main([str(encoder)])
     assert "give --mmeb, --retrieval or --sugarcrepe" in capsys.readouterr().err

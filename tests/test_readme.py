@@ -1,0 +1,82 @@
+"""The Python blocks of the README files run, in order and in one namespace.
+
+They run in a folder that has what they name: tiny stand-ins of models and data. A Hub name is a relative path too, and
+a folder of that name is loaded in place of the Hub's, so the blocks run as they are printed.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tiny import picture
+from tiny_data import tiny_teacher, tiny_world
+from unime_st import build_encoder, export_encoder
+
+ROOT = Path(__file__).parents[1]
+BACKBONES = {  # what the files name -> the family of the stand-in
+    "llava-hf/llava-v1.6-mistral-7b-hf": "llava_next",
+    "Qwen/Qwen2-VL-2B-Instruct": "qwen2_vl",
+    "Qwen/Qwen2-VL-7B-Instruct": "qwen2_vl",
+    "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl",
+    "Qwen/Qwen3-VL-2B-Instruct": "qwen3_vl",
+}
+TEACHERS = ("sentence-transformers/all-MiniLM-L6-v2", "Qwen/Qwen3-Embedding-8B", "Qwen/Qwen3-Embedding-0.6B")
+SAVED = ("path/to/an/exported/encoder",)
+IMAGES = ("bus.jpg",)
+
+
+def blocks(name):
+    """The Python blocks of a file, each with the number of its first line."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, match.start(1)) + 1, match.group(1)) for match in found]
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch, backbone):
+    """A folder with all of the above in it, as the current one."""
+
+    def prepare(code):
+        for name, family in BACKBONES.items():
+            if name in code:
+                shutil.copytree(backbone(family), tmp_path / name)
+        for name in TEACHERS:
+            if name in code:
+                tiny_teacher(tmp_path / name)
+        for name in SAVED:
+            if name in code:
+                export_encoder(build_encoder(backbone("qwen2_vl"), device="cpu"), tmp_path / name)
+        for name in IMAGES:
+            picture().save(tmp_path / name)
+        world = tiny_world(tmp_path / "world")
+        shutil.copy(world / "texts.txt", tmp_path)
+        for folder, source in (("MMEB-train", "train"), ("MMEB-eval", "eval")):
+            shutil.copytree(world / source, tmp_path / folder)
+            shutil.copytree(world / "images", tmp_path / folder / "images")
+        for folder, source in (("flickr30k", "captions"), ("sugar-crepe/data", "sugarcrepe"), ("val2017", "images")):
+            shutil.copytree(world / source, tmp_path / folder)
+        monkeypatch.chdir(tmp_path)
+
+    return prepare
+
+
+@pytest.mark.parametrize("name", ["README.md", "examples/README.md"])
+def test_python_blocks_run(name, stand_ins):
+    found = blocks(name)
+    assert found, f"{name} has no Python block: is its form ```python still?"
+    stand_ins("".join(code for _, code in found))
+    namespace = {"__name__": "readme"}
+    for line, code in found:
+        padded = "\n" * (line - 1) + code  # so that a traceback names the line in the file
+        exec(compile(padded, str(ROOT / name), "exec"), namespace)  # the project's own text
+
+
+def test_commands_name_scripts_and_recipes_that_are_there():
+    for name in ("README.md", "examples/README.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for path in re.findall(r"examples/[\w./-]+\.(?:py|yaml)", text):
+            assert (ROOT / path).is_file(), f"{name} names {path}"
+        for path in re.findall(r"`(\w+\.(?:py|yaml))`", text if name.startswith("examples") else ""):
+            assert list((ROOT / "examples").rglob(path)), f"{name} names {path}"
