@@ -102,7 +102,7 @@ def test_evaluate_says_what_is_wrong(script, world, encoder, tmp_path, capsys):
     main = script("evaluate").main
     output = main([str(encoder), "--mmeb", str(world / "eval"), "--output", str(tmp_path), "--cache", str(tmp_path)])
     assert "WARNING: 8 rows or tasks of MMEB counted as wrong or left out" in capsys.readouterr().out  # no images there
-    assert "There is no image" in (output / "report.md").read_text()
+    assert "red.png" in (output / "report.json").read_text()
     with pytest.raises(SystemExit):
         main([str(encoder)])
     assert "give --mmeb, --retrieval or --sugarcrepe" in capsys.readouterr().err
