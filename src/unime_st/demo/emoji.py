@@ -99,7 +99,7 @@ def build_benchmark(
     root: str | Path,
     *,
     seed: int = 0,
-    num_candidates: int = 20,
+    num_candidates: int = 10,
     train_rows: int = 4000,
     eval_rows: int = 160,
     report: Callable[[str], None] = print,

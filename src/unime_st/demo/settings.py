@@ -60,7 +60,7 @@ class DemoSettings:
     num_hard_negatives: int = 8
     num_explicit_negatives: int = 0
     rows_per_subset: int = 100
-    eval_limit: int = 12
+    eval_limit: int = 14
     swap_limit: int = 60
     seed: int = 0
 

@@ -1,0 +1,94 @@
+"""Keep the demo's results in the repository, and write the README's tables from what is kept.
+
+python benchmarks/readme.py --demo demo_output   # after `make demo`: copy its numbers and pictures, then fill in
+python benchmarks/readme.py                      # fill in only
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+COLUMNS = ("text→image R@1", "R@5", "R@10", "image→text R@1", "attribute swaps", "MMEB-like P@1")
+
+
+def keep(output: Path) -> None:
+    """Copy the numbers, the settings and the pictures of a finished demo."""
+    target = RESULTS / "demo"
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(output / "report", target)
+    for name in ("results.json", "settings.json", "seconds.json"):
+        shutil.copy(output / name, target / name)
+    shutil.copy(output / "unime-emoji-miniature" / "README.md", ROOT / "model_cards" / "unime-emoji-miniature.md")
+
+
+def demo_tables(results: dict[str, Any], seconds: dict[str, float]) -> str:
+    """The demo's tables and its time."""
+    lines = []
+    for drawings, table in results["tables"].items():
+        title = "Drawings by a trained vendor" if drawings == "trained" else "Drawings by the held-out vendor"
+        lines += [f"| {title} | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+        for name, values in table.items():
+            cells = ["–" if values.get(c) is None else f"{100 * values[c]:.1f}" for c in COLUMNS]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    lines.append(
+        f"With the images shuffled among the captions, text→image R@1 is "
+        f"{100 * results['shuffled_text_to_image_recall@1']:.1f} % (chance {100 * results['chance']:.1f} %). "
+        f"The run took {sum(seconds.values()) / 60:.0f} minutes after set-up, "
+        f"{(seconds['stage 1'] + seconds['stage 2']) / 60:.0f} of them training."
+    )
+    return "\n".join(lines)
+
+
+def ablation_table(summary: dict[str, Any]) -> str:
+    """The ablation's table."""
+    lines = ["| | text→image R@1 | image→text R@1 | attribute swaps |", "|---|---|---|---|"]
+    for name, row in summary["table"].items():
+        cells = (f"{100 * cell['mean']:.1f} ± {100 * cell['std']:.1f}" for cell in list(row.values())[1:])
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def filled(text: str) -> str:
+    """README with its tables written from the kept results.
+
+    Raises:
+        ValueError: if the README lacks a place for one.
+    """
+    demo = RESULTS / "demo"
+    parts = {
+        "demo": demo_tables(_read(demo / "results.json"), _read(demo / "seconds.json")),
+        "ablation": ablation_table(_read(RESULTS / "ablation.json")),
+    }
+    for name, part in parts.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        text, count = pattern.subn(lambda match, part=part: match[1] + part + match[2], text)
+        if count != 1:
+            raise ValueError(f"README.md has {count} places between <!-- {name} --> and <!-- /{name} -->, not one.")
+    return text
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, help="output folder of a finished demo")
+    arguments = parser.parse_args()
+    if arguments.demo:
+        keep(arguments.demo)
+    readme = ROOT / "README.md"
+    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"written: {readme}")
+
+
+if __name__ == "__main__":
+    main()
