@@ -1,0 +1,120 @@
+"""How far the closed-form alignment carries, and where it loses: text->image R@1 on validation concepts, untrained.
+
+Along the way from a drawing to its embedding:
+
+1. a ridge regression from the vision features to the caption's inner state (the projector), scored in those states;
+2. the language model reading exact states of the captions in place of drawings: an upper bound for the reading;
+3. the language model reading the projected states of drawings: what the aligned miniature does;
+4. the projector on the drawings it was fitted to, and cross-fitted: what stage 2 would see and what it should see.
+
+Embeddings are centred and scaled by dimension before cosines, for an untrained language model's lie in a narrow cone.
+Writes `benchmarks/results/alignment.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unime_st.demo.align import Projection, caption_states, fit_projections
+from unime_st.demo.concepts import TRAINED_VENDORS, VENDORS
+from unime_st.demo.emoji import build_benchmark
+from unime_st.demo.miniature import build_miniature
+from unime_st.demo.packages import fetch
+from unime_st.demo.pipeline import Demo
+from unime_st.demo.ridge import recalls, vision_features
+from unime_st.demo.settings import DemoSettings
+from unime_st.modules import build_encoder
+
+LAYERS = (6, 16, 20)
+RESULTS = Path(__file__).parent / "results"
+
+
+def standardised(rows: Tensor) -> Tensor:
+    return (rows - rows.mean(0)) / rows.std(0)
+
+
+def r_at_1(images: Tensor, texts: Tensor) -> float:
+    return round(recalls(standardised(images.double()), standardised(texts.double()))["text_to_image"]["R@1"], 1)
+
+
+def read(model: Any, tokens: Tensor) -> Tensor:
+    """Embeddings of visual tokens (N, P, D) given in place of what the projector makes of images."""
+    encoder = model[0]
+    size = encoder.processor.image_processor.size
+    blank = np.zeros((size["height"], size["width"], 3), dtype=np.uint8)
+    ids = encoder.preprocess([blank])["input_ids"][0]
+    language, rows = encoder.model.language_model, []
+    for part in tokens.split(64):
+        embedded = language.embed_tokens(ids).expand(len(part), -1, -1).clone()
+        embedded[:, ids == encoder.model.config.image_token_id] = part
+        with torch.inference_mode():
+            rows.append(language(inputs_embeds=embedded).last_hidden_state[:, -1])
+    return torch.cat(rows)
+
+
+def projected(projection: Projection, maps: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(maps)).float() @ projection.weight.T + projection.bias
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=Path(".demo_cache"))
+    cache: Path = parser.parse_args().cache
+    settings = DemoSettings()
+    fetched = fetch(cache, print)
+    benchmark = build_benchmark(fetched, cache / "benchmark", seed=settings.seed)
+    name = cache / f"miniature-{settings.key('layers', 'image_size')}"
+    backbone = build_miniature(fetched, name, layers=settings.layers, image_size=settings.image_size)
+    model = build_encoder(backbone, prompt_template="chatml_open", device="cpu")
+    demo = Demo(cache, cache / "alignment", settings)
+    features, captions = demo.training_features(fetched, benchmark)
+    folds_of = demo.folds(fetched, benchmark)
+    images, _ = benchmark.retrieval("train", TRAINED_VENDORS[0])
+    folds = [folds_of[path.relative_to(benchmark.image_root).as_posix()] for path in images]
+    texts = [own[0] for own in benchmark.retrieval("validation", TRAINED_VENDORS[0])[1]]
+    embedded = torch.from_numpy(model.encode(texts))
+    stem = f"{benchmark.info['settings']['format']}-{settings.seed}-{settings.image_size}"
+    maps = {
+        vendor: vision_features(
+            fetched,
+            benchmark.retrieval("validation", vendor)[0],
+            cache / "features" / f"vision-{stem}-validation-{vendor}.npy",
+            image_size=settings.image_size,
+        )
+        for vendor in VENDORS
+    }
+    table = {}
+    for layer in LAYERS:
+        states, own = caption_states(model, texts, layer), caption_states(model, captions, layer)
+        fits = fit_projections(features, own.double(), folds, settings.align_penalty)
+        tokens = {vendor: projected(fits[0], rows) for vendor, rows in maps.items()}
+        exact = states[:, None].expand(-1, tokens["google"].shape[1], -1)
+        seen = projected(fits[0], features[0]).mean(1)
+        unseen = torch.stack([projected(fits[1 + f], features[0][i : i + 1])[0] for i, f in enumerate(folds)]).mean(1)
+        table[f"layer {layer}"] = {
+            "projected, in the states": {vendor: r_at_1(rows.mean(1), states) for vendor, rows in tokens.items()},
+            "exact states, read": r_at_1(read(model, exact), embedded),
+            "projected, read": {vendor: r_at_1(read(model, rows), embedded) for vendor, rows in tokens.items()},
+            "training drawings, in the states": r_at_1(seen, own),
+            "training drawings, cross-fitted": r_at_1(unseen, own),
+        }
+        print(layer, json.dumps(table[f"layer {layer}"]), flush=True)
+    target = RESULTS / "alignment.json"
+    content = {"split": "validation", "metric": "text->image R@1, percent", "penalty": settings.align_penalty} | table
+    target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {target}")
+
+
+if __name__ == "__main__":
+    main()
