@@ -5,6 +5,7 @@ import os
 import socket
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from unime_st import distributed
-from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss
+from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss, LossMetricsCallback
 
 WORLD, LOCAL, DIM = 2, 6, 5
 ROWS = WORLD * LOCAL
@@ -107,6 +108,24 @@ def gathers():
     }
 
 
+def unequal_processes(rank):
+    """What only one process knows: contents of its rows, and a loss that only it has met."""
+    torch.manual_seed(5 + rank)
+    columns = [torch.randn(LOCAL, DIM, dtype=torch.float64) for _ in range(2)]
+    ids = [torch.arange(LOCAL), torch.zeros(LOCAL).long()]  # one and the same target
+    loss = HardNegativeInfoNCELoss(None, num_hard_negatives=LOCAL, margin=None, gather_across_devices=True)
+    other = DistillKLLoss(None, temperature=0.3)
+    loss.compute_loss_from_embeddings(columns, None, ids if rank else None)
+    by_identity = float(loss.last_metrics["false_negatives_by_identity"])
+    if rank:
+        other.compute_loss_from_embeddings(columns[:1], columns[1])
+    own = {name: float(value) for name, value in other.last_metrics.items()}
+    logs = {"loss": 1.0}
+    callback = LossMetricsCallback({"contrast": loss, "distill": other, "unused": DistillKLLoss(None, temperature=1)})
+    callback.on_log(SimpleNamespace(device="cpu"), SimpleNamespace(log_history=[]), None, logs=logs)
+    return {"by_identity": by_identity, "own": own, "logs": logs}
+
+
 def worker(rank, port, folder):
     try:
         address = f"tcp://127.0.0.1:{port}"
@@ -115,6 +134,7 @@ def worker(rank, port, folder):
         rows = slice(rank * LOCAL, (rank + 1) * LOCAL)
         results = {(name, mode): step(name, mode, rows, DistributedDataParallel) for name in LOSSES for mode in MODES}
         results["gathers"] = gathers()
+        results["unequal"] = unequal_processes(rank)
         torch.save(results, Path(folder) / f"{rank}.pt")
         dist.destroy_process_group()
     except BaseException:  # noqa: BLE001 a test process must report and leave, whatever happened
@@ -169,6 +189,18 @@ def test_gathering(two_processes):
     assert first["gradient"][:, 0].tolist() == [3 + 6, 3]
     assert second["gradient"][:, 0].tolist() == [3, 3]
     assert first["seed"] == second["seed"]
+
+
+def test_what_one_process_does_not_know_stops_nobody(two_processes):
+    """Both processes join the same collective calls, whatever each has to say."""
+    first, second = (result["unequal"] for result in two_processes)
+    assert (first["by_identity"], second["by_identity"]) == (0, LOCAL - 1)
+    assert first["logs"] == second["logs"]
+    assert first["logs"]["contrast_false_negatives_by_identity"] == (LOCAL - 1) / 2
+    assert first["own"] == {}
+    for name, value in second["own"].items():
+        assert first["logs"][f"distill_{name}"] == pytest.approx(value, abs=1e-5)
+    assert not [name for name in first["logs"] if name.startswith("unused")]
 
 
 def test_defect_1_the_published_gather_has_no_gradient(two_processes):

@@ -114,6 +114,17 @@ def shared_seed(device: torch.device) -> Tensor:
     return gather(seed)[0]
 
 
-def mean_over_processes(values: Tensor) -> Tensor:
-    """Average a tensor of equal shape over all processes; every process must call this."""
-    return gather(values[None]).mean(dim=0)
+def mean_over_processes(values: Tensor, present: Tensor | None = None) -> Tensor:
+    """Average a tensor of equal shape over all processes; every process must call this.
+
+    Args:
+        values: ``(n,)``.
+        present: ``(n,)`` booleans, which of the values this process has; None means all. The others do not count.
+
+    Returns:
+        ``(n,)``; NaN for a value that no process has.
+    """
+    counted = torch.ones_like(values) if present is None else present.to(values)
+    own = torch.stack([values if present is None else values.masked_fill(~present, 0.0), counted])
+    total, count = gather(own[None]).sum(dim=0)
+    return total / count

@@ -82,6 +82,8 @@ class DistillKLLoss(InBatchLoss):
         tensor(0.)
     """
 
+    metric_names = ("teacher_self_probability", "student_self_probability", "nearest_neighbor_agreement")
+
     def __init__(
         self,
         model: SentenceTransformer | None,

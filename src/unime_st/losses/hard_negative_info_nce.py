@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from unime_st import distributed, functional
-from unime_st.losses.identity import batch_identities
+from unime_st.losses.identity import batch_identities, equal_to_nothing
 from unime_st.losses.in_batch import InBatchLoss, check_temperature
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,15 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         >>> float(loss.last_metrics["rows_without_negatives"])
         0.0
     """
+
+    metric_names = (
+        "positive_similarity",
+        "hard_negative_similarity",
+        "false_negatives_filtered",
+        "false_negatives_by_margin",
+        "false_negatives_by_identity",
+        "rows_without_negatives",
+    )
 
     def __init__(
         self,
@@ -173,6 +182,8 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         if self.gather_across_devices:
             first_row = distributed.rank() * batch
             documents = distributed.gather_columns(documents)
+            if ids is None and distributed.is_distributed():  # another process may know its rows and gather them
+                ids = equal_to_nothing(batch, len(embeddings), queries.device)
             labels, ids = (None if known is None else distributed.gather(known) for known in (labels, ids))
         rows = torch.arange(batch, device=queries.device) + first_row  # (Q,) also the columns of the positives
         scores = functional.cosine_scores(queries, torch.cat(documents))  # (Q, C)

@@ -73,8 +73,17 @@ def batch_identities(columns: Sequence[Mapping[str, Any]]) -> tuple[Tensor | Non
     if len(unknown) == len(columns):
         return None, unknown
     example = next(ids for ids in known if ids is not None)
-    batch = len(example)
-    rows = torch.arange(batch, device=example.device) + distributed.rank() * batch
-    total = batch * distributed.world_size()
-    filled = [-1 - (rows + index * total) if ids is None else ids.long() for index, ids in enumerate(known)]
+    nothing = equal_to_nothing(len(example), len(columns), example.device)
+    filled = [nothing[:, index] if ids is None else ids.long() for index, ids in enumerate(known)]
     return torch.stack(filled, dim=1), unknown
+
+
+def equal_to_nothing(batch: int, columns: int, device: torch.device) -> Tensor:
+    """Numbers below 0 that occur nowhere else in the global batch, for contents that are not known.
+
+    Returns:
+        ``(B, n_columns)`` int64.
+    """
+    rows = torch.arange(batch, device=device) + distributed.rank() * batch
+    total = batch * distributed.world_size()
+    return -1 - (rows[:, None] + total * torch.arange(columns, device=device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -37,9 +37,14 @@ class InBatchLoss(CachedLossMixin, nn.Module):
         mini_batch_size: Rows embedded at a time, >= 1; None embeds each column at once.
         mini_batch_num_tokens: Tokens embedded at a time, >= 1, in place of a number of rows.
 
+    Attributes:
+        metric_names: What every step of a subclass records, so that processes agree on it.
+
     Raises:
         ValueError: On a mini-batch below 1, or when the model's inputs cannot be split into mini-batches.
     """
+
+    metric_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,25 +51,27 @@ class LossMetricsCallback(TrainerCallback):
 
     def on_log(
         self,
-        args: TrainingArguments,  # noqa: ARG002 the Trainer's signature
+        args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002 the Trainer's signature
         logs: dict[str, Any] | None = None,
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
         """Add the means to the log event of a training step, which every process takes part in."""
         if logs is None or "loss" not in logs:
             return
-        means = {
-            prefix + name: value
-            for prefix, loss in self.losses.items()
-            for name, value in sorted(loss.pop_mean_metrics().items())
+        # All names, whether or not this process has seen the loss since: the others may have, and all must send alike.
+        found: dict[str, torch.Tensor | None] = {}
+        for prefix, loss in self.losses.items():
+            own = loss.pop_mean_metrics()
+            found |= {prefix + name: own.get(name) for name in sorted(loss.metric_names)}
+        nothing = torch.zeros((), device=args.device)
+        values = torch.stack([nothing if mean is None else mean.to(nothing) for mean in found.values()])
+        present = torch.tensor([mean is not None for mean in found.values()], device=args.device)
+        means = dict(zip(found, distributed.mean_over_processes(values, present).tolist(), strict=True))
+        metrics = {
+            name: round(mean, 6) for name, mean in means.items() if found[name] is not None or not math.isnan(mean)
         }
-        if not means:
-            return
-        values = torch.stack([value.float() for value in means.values()])
-        rounded = [round(value, 6) for value in distributed.mean_over_processes(values).tolist()]
-        metrics = dict(zip(means, rounded, strict=True))
         logs.update(metrics)
         if state.log_history:
             state.log_history[-1].update(metrics)  # the Trainer stored its copy before this event
