@@ -62,6 +62,30 @@ def test_a_step_between_two_encodings_is_seen(backbone):
     np.testing.assert_allclose(after, model.encode(IMAGES), atol=1e-5)
 
 
+def test_a_step_behind_autograds_back_is_seen(backbone):
+    """Some optimizers write through `.data`, which leaves every version counter as it was."""
+    model = build_encoder(backbone("llava_next"), device="cpu")
+    before = model.encode(IMAGES)
+    loss_and_gradients(model)
+    for parameter in vision_tower(model[0].model).parameters():
+        parameter.data.add_(0.1)
+    after = model.encode(IMAGES)
+    assert np.abs(after - before).max() > 1e-4
+    model[0].vision_cache.max_bytes = 0
+    np.testing.assert_allclose(after, model.encode(IMAGES), atol=1e-5)
+
+
+def test_features_of_lower_precision_are_not_served_in_higher(backbone):
+    model = build_encoder(backbone("llava_next"), device="cpu")
+    model[0].vision_cache.max_bytes = 0
+    expected = model.encode(IMAGES)
+    model[0].vision_cache.max_bytes = 2**28
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lower = model.encode(IMAGES)
+    assert np.abs(lower - expected).max() > 1e-4
+    np.testing.assert_allclose(model.encode(IMAGES), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", SERVED)
 def test_adapters_train_on_features_kept_while_encoding(family, backbone):
     """An evaluator in the middle of training runs in inference mode; its features must do for a gradient."""

@@ -62,7 +62,10 @@ class VisionCache:
     def serving(self, model: nn.Module) -> Iterator[None]:
         """Within this context the model's vision tower, if it is frozen or only evaluated, answers from the cache."""
         tower = vision_tower(model) if self.max_bytes else None
-        if tower is None or "forward" in vars(tower) or not _is_fixed(tower) or torch.compiler.is_compiling():
+        trained = tower is not None and not _is_fixed(tower)
+        if trained:  # its weights are about to change, by an optimizer's `.data` perhaps, which no counter sees
+            self.clear()
+        if tower is None or trained or "forward" in vars(tower) or torch.compiler.is_compiling():
             yield
             return
         plain = tower.forward
@@ -85,7 +88,7 @@ class VisionCache:
         others = {name: value for name, value in sorted(kwargs.items()) if name not in by_row}
         tensors = [pixels, *by_row.values()]
         shapes = [(value.dtype, value.shape[1:]) for value in tensors]
-        salt = repr((others, shapes, torch.is_autocast_enabled(), pixels.device, weights)).encode()
+        salt = repr((others, shapes, _autocast_dtype(pixels.device.type), pixels.device, weights)).encode()
         keys = [_digest(row, salt) for row in zip(*(value.detach().cpu() for value in tensors), strict=True)]
         new = {key: index for index, key in enumerate(keys) if key not in self._rows}
         rows = {key: self._rows[key] for key in keys if key in self._rows}
@@ -118,6 +121,10 @@ class VisionCache:
 def _is_fixed(tower: nn.Module) -> bool:
     """Whether what the tower gives depends on the pixels alone, and no gradient is asked of it."""
     return is_frozen(tower) or not (torch.is_grad_enabled() or tower.training)
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def _version(tower: nn.Module) -> int:
