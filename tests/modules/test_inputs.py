@@ -64,6 +64,7 @@ def test_all_forms_of_a_text_are_one_text(encoder):
         {"image": [], "text": "a cat"},
         {"role": "user", "content": "a cat"},
         [{"role": "user", "content": [{"type": "text", "text": "a cat"}]}],
+        {"role": "user", "content": ["a cat"]},
     ]
     embeddings = encoder.encode(forms)
     np.testing.assert_allclose(embeddings, np.repeat(embeddings[:1], len(forms), axis=0), atol=ATOL)
@@ -148,7 +149,13 @@ def test_bad_inputs_name_the_row_and_what_is_wrong(encoder, tmp_path):
         ({"picture": picture()}, ValueError, "Row 1 has the unknown.*picture"),
         ([picture(), picture()], TypeError, "Row 1 is a list"),
         (np.zeros((2, 3, 4, 5)), ValueError, r"Row 1: an array of shape \(2, 3, 4, 5\)"),
+        (np.zeros((0, 8, 3)), ValueError, r"Row 1: an array of shape \(0, 8, 3\)"),
         (np.full((8, 8, 3), 7.0), ValueError, r"Row 1.*\[0, 1\].*7.0"),
+        (np.full((8, 8, 3), np.nan), ValueError, r"Row 1.*floats.*\[0, 1\].*nan"),
+        (np.full((8, 8, 3), 300), ValueError, r"Row 1.*integers.*\[0, 255\].*300"),
+        (torch.full((3, 8, 8), -1), ValueError, r"Row 1.*\[0, 255\].*-1"),
+        ({"image": picture(), "txt": "a cat"}, ValueError, "Row 1 has the unknown.*txt"),  # never a text lost
+        ({"role": "user", "content": [3]}, TypeError, "Row 1: a part of a message is a int"),
         (object(), TypeError, "Row 1: a object is not an image"),
     ]
     for item, error, words in cases:

@@ -135,8 +135,16 @@ def _chat_parts(content: Any, row: int, remote: bool) -> list[dict[str, Any]]:
         return [{"type": "text", "text": content}]
     if not isinstance(content, Sequence):
         raise TypeError(f"Row {row}: the content of a message is a string or a list of parts, not {type(content)}.")
-    parts = []
+    parts: list[dict[str, Any]] = []
     for part in content:
+        if isinstance(part, str):
+            parts.append({"type": "text", "text": part})
+            continue
+        if not isinstance(part, Mapping):
+            raise TypeError(
+                f"Row {row}: a part of a message is a {type(part).__name__}. Give a string, or a mapping such as "
+                '{"type": "image", "image": ...}.'
+            )
         kind = part.get("type", "text")
         if kind == "image":
             value = next((part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None), None)
@@ -219,13 +227,18 @@ def _from_array(array: np.ndarray | torch.Tensor, row: int) -> Image.Image:
     is_float = array.is_floating_point() if isinstance(array, torch.Tensor) else values.dtype.kind == "f"
     if values.ndim == 2:
         values = values[:, :, None]
-    if values.ndim != 3 or not {1, 3} & {values.shape[0], values.shape[2]}:
+    if values.ndim != 3 or not {1, 3} & {values.shape[0], values.shape[2]} or values.size == 0:
         raise ValueError(f"Row {row}: an array of shape {array.shape} is no image. Give (H, W, 3) or (3, H, W).")
     if values.shape[2] not in (1, 3):
         values = values.transpose(1, 2, 0)
-    if is_float:
-        if values.min() < 0 or values.max() > 1:
-            raise ValueError(f"Row {row}: an image of floats must lie in [0, 1], got {values.min()} to {values.max()}.")
-        values = values * 255
+    highest = 1 if is_float or values.dtype.kind == "b" else 255
+    if not (values.min() >= 0 and values.max() <= highest):  # written so that NaN is refused too
+        kind = "floats" if is_float else "integers"
+        raise ValueError(
+            f"Row {row}: an image of {kind} must lie in [0, {highest}], got {values.min()} to {values.max()}. Rescale "
+            "it, or give a PIL image."
+        )
+    if highest == 1:
+        values = values * 255.0
     pixels = np.ascontiguousarray(np.repeat(values, 3, axis=2) if values.shape[2] == 1 else values)
     return Image.fromarray(pixels.round().astype(np.uint8))
