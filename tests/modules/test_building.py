@@ -1,6 +1,7 @@
 """Building, loading and exporting: every weight from the file, nothing half-written, nothing changed in memory."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +86,21 @@ def test_export_replaces_encoders_only_and_leaves_no_half(adapted, tmp_path, mon
         export_encoder(adapted, tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "notes"]
     np.testing.assert_array_equal(embed(adapted), before)  # the adapters are back
+
+
+def test_an_export_killed_while_it_deletes_the_old_one_is_whole(adapted, backbone, tmp_path, monkeypatch):
+    folder = export_encoder(build_encoder(backbone("fast_vlm"), device="cpu"), tmp_path / "encoder")
+
+    def killed(path, **_):
+        for file in Path(path).rglob("*.safetensors"):
+            file.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("unime_st.modules.build.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export_encoder(adapted, folder)
+    np.testing.assert_allclose(embed(load_encoder(folder, device="cpu")), embed(adapted), atol=ATOL)
 
 
 def test_missing_weights_are_refused(own_backbone):

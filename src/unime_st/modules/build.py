@@ -220,12 +220,15 @@ def export_encoder(model: SentenceTransformer, path: str | Path, merge_adapters:
         raise FileExistsError(f"{target} exists and holds something other than a saved encoder. Give another `path`.")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    replaced = scratch.with_name(f"{scratch.name}-replaced")
     try:
         with merged_adapters(model) if merge_adapters else nullcontext():
             model.save_pretrained(str(scratch))
         scratch.chmod(0o755)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():  # moved away whole: a kill while it is deleted must not leave half of it
+            target.rename(replaced)
         scratch.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     logger.info("Saved the encoder in %s", target)
