@@ -14,6 +14,8 @@ LAYERS = {
     "functional": 1,
     "distributed": 1,
     "fingerprint": 1,
+    "files": 1,
+    "model_identity": 1,
     "modules": 2,
     "losses": 2,
     "samplers": 2,

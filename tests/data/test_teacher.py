@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.data_collator import BaseDataCollator
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import Dense, StaticEmbedding
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -87,6 +87,22 @@ def test_a_sentence_transformer_is_known_by_its_weights(tmp_path, monkeypatch):
     assert np.array_equal(teacher_embeddings(copy, ["b", "a"], tmp_path), found[[1, 0]])
     with pytest.raises(TypeError, match=r"A Counting has no weights to know it by. Give `teacher_name`"):
         teacher_embeddings(Counting(), ["t1"], tmp_path)
+
+
+def test_a_teacher_is_known_by_its_settings_too(tmp_path):
+    """The same weights pooled otherwise, or under another prompt of their own, are another teacher."""
+    words = static_teacher(0)[0]
+    teachers = [
+        SentenceTransformer(modules=[words, *more], device="cpu", **options)
+        for more, options in (
+            ([], {}),
+            ([Dense(4, 4, bias=False, activation_function=torch.nn.Identity(), init_weight=torch.eye(4))], {}),
+            ([Dense(4, 4, bias=False, activation_function=torch.nn.Tanh(), init_weight=torch.eye(4))], {}),
+            ([], {"prompts": {"query": "b "}, "default_prompt_name": "query"}),
+        )
+    ]
+    for teacher in teachers:
+        np.testing.assert_allclose(teacher_embeddings(teacher, ["a"], tmp_path), teacher.encode(["a"]), atol=1e-6)
 
 
 WORKER = """

@@ -67,7 +67,7 @@ def test_a_killed_run_goes_on(tmp_path):
     embeddings = encode_distinct(model, items, cache=tmp_path, batch_size=2)
     assert sorted(model.encoded + killed.encoded) == sorted(items)
     np.testing.assert_array_equal(embeddings, HashModel().encode(items))
-    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".tmp"]
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".partial"]
 
 
 def test_a_damaged_shard_is_made_again(tmp_path, caplog):

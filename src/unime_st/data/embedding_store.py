@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from unime_st.columns import LABEL
+from unime_st.files import remove_leftovers, write_atomically
 
 _KEY_BYTES = 16
 
@@ -35,7 +35,7 @@ class EmbeddingStore:
         self._files: list[str] = []
         self._starts = [0]  # number of each file's first embedding
         self._open: dict[int, np.ndarray] = {}
-        _remove_leftovers(folder)
+        remove_leftovers(folder)
         for path in sorted(folder.glob("embeddings-*.npy")):
             self._register(path.name)
 
@@ -46,7 +46,7 @@ class EmbeddingStore:
         records["key"] = np.array(list(keys), dtype=f"V{_KEY_BYTES}")
         records["embedding"] = embeddings
         name = f"embeddings-{len(self._files):06d}-{uuid.uuid4().hex[:8]}.npy"
-        write_whole(self.folder / name, records)
+        write_atomically(self.folder / name, records)
         self._register(name)
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
@@ -93,30 +93,3 @@ class EmbeddingStore:
         for place, key in enumerate(records["key"].tolist()):
             self.numbers.setdefault(key, self._starts[-1] + place)
         self._starts.append(self._starts[-1] + len(records))
-
-
-def write_whole(path: Path, content: bytes | np.ndarray) -> None:
-    """Write under another name, then rename: the file is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                np.save(file, content, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed have left half-written."""
-    for partial in folder.glob(".*.partial"):
-        try:
-            os.kill(int(partial.name.split(".")[-2]), 0)  # signal 0 only asks whether the process lives
-        except ProcessLookupError:
-            partial.unlink(missing_ok=True)
-        except (PermissionError, ValueError):
-            continue

@@ -15,12 +15,12 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from tqdm.auto import tqdm
 
 from unime_st.columns import LABEL, LABEL_COLUMNS
-from unime_st.data.embedding_store import EmbeddingStore, write_whole
+from unime_st.data.embedding_store import EmbeddingStore
+from unime_st.files import write_atomically
 from unime_st.fingerprint import fingerprint
+from unime_st.model_identity import model_fingerprint
 
 logger = logging.getLogger(__name__)
-
-_SAMPLES_A_WEIGHT = 4096
 
 
 class Teacher(Protocol):
@@ -218,19 +218,14 @@ def _folder(cache_dir: Path, identity: dict[str, str]) -> Path:
     folder = cache_dir / hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "identity.json").exists():
-        write_whole(folder / "identity.json", json.dumps(identity, indent=1).encode())
+        write_atomically(folder / "identity.json", json.dumps(identity, indent=1).encode())
     return folder
 
 
 def _teacher_identity(teacher: Any) -> str:
-    """Hash a teacher's settings and a sample of each weight."""
+    """Hash what decides a teacher's embeddings: its weights, the settings of its modules, and its own prompts."""
     if not isinstance(teacher, torch.nn.Module):
         raise TypeError(f"A {type(teacher).__name__} has no weights to know it by. Give `teacher_name`.")
-    total = hashlib.blake2b(digest_size=16)
-    for name in ("max_seq_length", "truncate_dim", "prompts", "default_prompt_name"):
-        total.update(f"{name}={getattr(teacher, name, None)}".encode())
-    for name, weight in teacher.state_dict().items():
-        total.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-        flat = weight.detach().reshape(-1)
-        total.update(fingerprint(flat[:: max(1, len(flat) // _SAMPLES_A_WEIGHT)]).encode())
-    return total.hexdigest()
+    names = ("max_seq_length", "prompts", "default_prompt_name")
+    settings = [f"{name}={getattr(teacher, name, None)}" for name in names]
+    return hashlib.blake2b("".join([model_fingerprint(teacher), *settings]).encode(), digest_size=16).hexdigest()

@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unime_st.evaluation.cache import EmbeddingCache
     from unime_st.evaluation.encoding import BrokenItemError, encode_distinct
-    from unime_st.evaluation.identity import model_fingerprint
     from unime_st.evaluation.mmeb import MMEBEvaluator
     from unime_st.evaluation.published import published_results
     from unime_st.evaluation.report import Report
     from unime_st.evaluation.retrieval import ImageTextRetrievalEvaluator
     from unime_st.evaluation.sugarcrepe import SugarCrepeEvaluator
+    from unime_st.model_identity import model_fingerprint
 
 _EXPORTS = {
-    "BrokenItemError": "encoding",
-    "EmbeddingCache": "cache",
-    "ImageTextRetrievalEvaluator": "retrieval",
-    "MMEBEvaluator": "mmeb",
-    "Report": "report",
-    "SugarCrepeEvaluator": "sugarcrepe",
-    "encode_distinct": "encoding",
-    "model_fingerprint": "identity",
-    "published_results": "published",
+    "BrokenItemError": "unime_st.evaluation.encoding",
+    "EmbeddingCache": "unime_st.evaluation.cache",
+    "ImageTextRetrievalEvaluator": "unime_st.evaluation.retrieval",
+    "MMEBEvaluator": "unime_st.evaluation.mmeb",
+    "Report": "unime_st.evaluation.report",
+    "SugarCrepeEvaluator": "unime_st.evaluation.sugarcrepe",
+    "encode_distinct": "unime_st.evaluation.encoding",
+    "model_fingerprint": "unime_st.model_identity",
+    "published_results": "unime_st.evaluation.published",
 }
 
 __all__ = [
@@ -43,7 +43,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
     if name in _EXPORTS:
-        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 
 from unime_st.distributed import rank
-from unime_st.evaluation.cache import EmbeddingCache, write_atomically
+from unime_st.evaluation.cache import EmbeddingCache
 from unime_st.evaluation.encoding import OnError, Section, encode_indexed, open_section
+from unime_st.files import write_atomically
 
 
 class EmbeddingEvaluator(SentenceEvaluator):

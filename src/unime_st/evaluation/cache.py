@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,23 +16,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch import nn
 
-from unime_st.evaluation.identity import model_fingerprint
+from unime_st.files import write_atomically
+from unime_st.model_identity import model_fingerprint
 
 logger = logging.getLogger(__name__)
-
-
-def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader, or a run after a kill, sees it whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Section(Protocol):
@@ -92,7 +78,7 @@ class EmbeddingCache:
         """Open the part of the cache that belongs to a model in its present state.
 
         Args:
-            model: The model; its weights are read once, see :func:`~unime_st.evaluation.identity.model_fingerprint`.
+            model: The model; its weights are read once, see :func:`~unime_st.evaluation.model_fingerprint`.
             prompt: The prompt text (not its name) the embeddings are made with.
             settings: Whatever else decides the embeddings, e.g. arguments of ``encode``; must be JSON.
 

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from unime_st.evaluation.cache import write_atomically
 from unime_st.evaluation.plots import Series, bar_plot, line_plot, require_matplotlib
+from unime_st.files import write_atomically
 
 THUMBNAIL = 128  # pixels of the longer side
 _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -90,7 +90,7 @@ class Report:
                 shown as "–".
             note: text below the table.
             digits: decimal places of floats.
-            percent: show floats times 100, with one decimal place less than two fewer.
+            percent: show floats times 100, with two decimal places fewer.
             highest: columns whose highest number is in bold type, as often as it occurs.
 
         Raises:

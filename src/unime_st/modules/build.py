@@ -23,6 +23,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 from transformers import AutoConfig
 
+from unime_st.files import write_atomically
 from unime_st.modules.adapters import default_lora_config, merged_adapters, tuner_layers
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
 
@@ -68,9 +69,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         for module in modules:
             if module["type"] == _OURS:
                 module["type"] = STOCK_MODULE
-        partial = listing.with_suffix(".partial")
-        partial.write_text(json.dumps(modules, indent=2), encoding="utf-8")
-        partial.replace(listing)
+        write_atomically(listing, json.dumps(modules, indent=2))
 
 
 def build_encoder(

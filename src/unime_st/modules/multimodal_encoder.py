@@ -13,6 +13,7 @@ from sentence_transformers.base.modules import Transformer
 from torch import Tensor
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
+from unime_st.files import write_atomically
 from unime_st.fingerprint import content_id
 from unime_st.modules.checks import check_adapter, check_loaded
 from unime_st.modules.inputs import Message, as_messages, names_an_image, refuse_placeholders
@@ -113,10 +114,7 @@ class MultimodalEncoder(Transformer):
             backend.no_padding()
         super().save(output_path, *args, **kwargs)
         settings = {"format": 1, "vision_cache_bytes": self.vision_cache.max_bytes}
-        target = Path(output_path) / SETTINGS_FILE
-        partial = target.with_suffix(".partial")
-        partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        partial.replace(target)
+        write_atomically(Path(output_path) / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
 
     def train(self, mode: bool = True) -> Self:
         """Switch modes; a frozen vision tower stays in evaluation mode."""
