@@ -244,6 +244,11 @@ def test_wrong_files_and_columns(root):
         ValueError, match=r"Own: .* has no column qry, qry_image_path. Found: query, .*Expected: qry, .*neg_text"
     ):
         load_mmeb_train(root)
+    write(root, "Own", [train_row("q", "", "p", source="kept elsewhere")])
+    assert len(load_mmeb_train(root, ["Own"])) == 1
+    write(root, "Own", [train_row("q", "", "p", neg_txt="a negative that would be lost")])
+    with pytest.raises(ValueError, match=r"Own: .*original-.* has the unknown column neg_txt. Known are .*neg_text"):
+        load_mmeb_train(root)
     write(root, "Own", [train_row("q", {"bytes": b"x"}, "p")])
     with pytest.raises(ValueError, match=r"column qry_image_path of .* holds struct.*given by its path"):
         load_mmeb_train(root)

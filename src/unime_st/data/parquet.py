@@ -88,8 +88,12 @@ def read_columns(
 ) -> dict[str, list[Any]]:
     """Read a file's columns as Python values; optional columns that are absent are left out.
 
+    Other columns are ignored, unless they begin as one of these does (``neg_txt``, ``tgt_image``): what they hold would
+    be lost without a word.
+
     Raises:
-        ValueError: When the file is damaged, or a required column is missing or of the wrong type.
+        ValueError: When the file is damaged, a required column is missing or of the wrong type, or another column
+            looks like one of them.
     """
     try:
         schema = pq.read_schema(file)
@@ -101,6 +105,12 @@ def read_columns(
                 f"{', '.join(required)} and, where there are any, {', '.join(optional) or 'no others'}."
             )
         names = [*required, *(name for name in optional if name in schema.names)]
+        starts = tuple({f"{name.partition('_')[0]}_" for name in (*required, *optional)})
+        if unknown := [name for name in schema.names if name.startswith(starts) and name not in names]:
+            raise ValueError(
+                f"{source.name}: {file} has the unknown column {', '.join(unknown)}. Known are "
+                f"{', '.join((*required, *optional))}. Rename it, or drop it if it is not meant to be used."
+            )
         for name in names:
             kind = schema.field(name).type
             inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
