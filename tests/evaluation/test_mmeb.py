@@ -78,6 +78,16 @@ def test_precision_against_a_plain_loop(tmp_path, seed):
     assert len(model.encoded) == len(used)  # over all tasks, with no cache on disk
 
 
+def test_defect_6_both_overalls_are_told_apart(tmp_path):
+    """The published table prints the mean of the meta-tasks in the column where others have that of the tasks."""
+    for task in ("VOC2007", "SUN397", "N24News"):
+        write_task(tmp_path, task, [(1, [1, 3])])
+    write_task(tmp_path, "ChartQA", [(1, [3, 1])])
+    metrics = MMEBEvaluator(tmp_path)(TableModel(np.eye(4)))
+    assert metrics["MMEB_mean_precision@1"] == 3 / 4
+    assert metrics["MMEB_meta_mean_precision@1"] == 1 / 2
+
+
 def test_the_published_tasks():
     assert len(META_TASKS) == 36
     assert len(IN_DISTRIBUTION) == 20

@@ -88,6 +88,16 @@ def test_a_perfect_model_and_shuffled_images():
     assert chance["text_to_image_recall@10"] == 0.25
 
 
+def test_defect_7_a_direction_is_named_by_its_query():
+    """Both captions of the first image find it, and the second image finds none of its own: text_to_image is better."""
+    corner = np.eye(6)
+    texts = {"a": corner[0], "b": corner[0], "c": corner[1]}
+    model = Table(texts, {0: corner[0], 1: corner[1] + 1.5 * corner[0]})
+    metrics = ImageTextRetrievalEvaluator(greys(2), [["a", "b"], ["c"]], ks=(1,))(model)
+    assert metrics["text_to_image_recall@1"] == 1.0
+    assert metrics["image_to_text_recall@1"] == 0.5
+
+
 def test_chance_is_that_of_a_random_order():
     captions = [["a", "b", "c"], ["d"], ["e", "f"]]
     chance = ImageTextRetrievalEvaluator(greys(3), captions, ks=(1, 2, 10)).chance()

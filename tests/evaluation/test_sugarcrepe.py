@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -61,6 +63,18 @@ def test_accuracy_against_a_plain_loop(folder):
     assert metrics["sugarcrepe_mean_of_sets_accuracy"] == pytest.approx(np.mean(list(expected.values())))
     assert metrics["sugarcrepe_ties"] == 16
     assert evaluator.primary_metric == "sugarcrepe_mean_of_groups_accuracy"
+
+
+def test_defect_4_it_runs_in_a_process_of_its_own(folder):
+    """The published script does not parse, and reads a global that is not there."""
+    code = (
+        "import sys, numpy as np; from unime_st.evaluation import SugarCrepeEvaluator as S\n"
+        "class Model:\n"
+        "    def encode(self, items, **_): return np.array([[1.0, len(str(item))] for item in items])\n"
+        "print(S.from_folder(sys.argv[1], sys.argv[1] + '/images')(Model())['sugarcrepe_mean_of_groups_accuracy'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    assert 0 <= float(done.stdout) <= 1
 
 
 def test_a_model_that_cannot_tell_is_wrong():

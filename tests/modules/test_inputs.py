@@ -154,7 +154,7 @@ def test_bad_inputs_name_the_row_and_what_is_wrong(encoder, tmp_path):
         (np.full((8, 8, 3), np.nan), ValueError, r"Row 1.*floats.*\[0, 1\].*nan"),
         (np.full((8, 8, 3), 300), ValueError, r"Row 1.*integers.*\[0, 255\].*300"),
         (torch.full((3, 8, 8), -1), ValueError, r"Row 1.*\[0, 255\].*-1"),
-        ({"image": picture(), "txt": "a cat"}, ValueError, "Row 1 has the unknown.*txt"),  # never a text lost
+        ({"image": picture(), "txt": "a cat"}, ValueError, "Row 1 has the unknown.*txt"),  # defect 8: a text lost
         ({"role": "user", "content": [3]}, TypeError, "Row 1: a part of a message is a int"),
         (object(), TypeError, "Row 1: a object is not an image"),
     ]
