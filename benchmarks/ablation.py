@@ -30,9 +30,9 @@ from unime_st.demo.settings import DemoSettings, StageSettings
 SETTINGS = DemoSettings(
     image_size=96,  # 9 visual tokens in place of 25, so that thirty runs take an hour
     rows_per_subset=30,
-    stage1=StageSettings(steps=16, batch_size=48, learning_rate=1e-3, temperature=0.05),
-    stage2=StageSettings(steps=20, batch_size=32, learning_rate=1e-3, temperature=0.05),
-    swap_limit=100,
+    stage1=StageSettings(steps=12, batch_size=48, learning_rate=1e-3, temperature=0.05),
+    stage2=StageSettings(steps=16, batch_size=32, learning_rate=1e-3, temperature=0.05),
+    swap_limit=60,
 )
 VARIANTS: dict[str, dict[str, Any]] = {
     "full recipe (k=8, margin=0.1)": {},
@@ -137,6 +137,7 @@ def prepare(cache: Path, work: Path) -> None:
     from unime_st.demo.packages import fetch
     from unime_st.demo.pipeline import Demo
 
+    work.mkdir(parents=True, exist_ok=True)
     fetched = fetch(cache, print)
     benchmark = build_benchmark(fetched, cache / "benchmark")
     demo = Demo(cache, work, SETTINGS)

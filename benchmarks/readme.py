@@ -22,7 +22,7 @@ def keep(output: Path) -> None:
     """Copy the numbers, the settings and the pictures of a finished demo."""
     target = RESULTS / "demo"
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(output / "report", target)
+    shutil.copytree(output / "report", target, ignore=shutil.ignore_patterns("report.html", "report.json"))
     for name in ("results.json", "settings.json", "seconds.json"):
         shutil.copy(output / name, target / name)
     shutil.copy(output / "unime-emoji-miniature" / "README.md", ROOT / "model_cards" / "unime-emoji-miniature.md")

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from tiny import tiny_backbone
 from unime_st.demo.align import (
     FoldLoss,
     caption_states,
@@ -26,13 +25,9 @@ SETTINGS = DemoSettings(
 
 
 @pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
-    """A tiny FastVLM whose projector is linear, as the miniature's is."""
-    folder = tiny_backbone("fast_vlm", tmp_path_factory.mktemp("linear") / "backbone")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"projector_hidden_act": "linear"}))
-    target = folder.parent / "encoder"
-    export_encoder(build_encoder(folder, prompt_template="chatml_open", device="cpu"), target)
+def encoder_folder(linear_backbone):
+    target = linear_backbone.parent / "encoder"
+    export_encoder(build_encoder(linear_backbone, prompt_template="chatml_open", device="cpu"), target)
     return target
 
 

@@ -1,0 +1,98 @@
+"""The whole demo on made-up packages and a tiny model: each of its steps, kept, and none of them twice."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from tiny_data import tiny_teacher
+from unime_st.demo import measure, pipeline, training
+from unime_st.demo.emoji import build_benchmark
+from unime_st.demo.measure import VENDOR_OF
+from unime_st.demo.pipeline import Demo
+from unime_st.demo.settings import DemoSettings, StageSettings
+
+SETTINGS = DemoSettings(
+    layers=(0, 1),
+    align_layer=1,
+    adapted_layers=(1,),
+    lora_rank=2,
+    folds=2,
+    stage1=StageSettings(2, 6, 1e-2, 0.05),
+    stage2=StageSettings(2, 6, 1e-2, 0.05),
+    num_hard_negatives=2,
+    rows_per_subset=12,
+    eval_limit=2,
+    swap_limit=2,
+)
+CHANNELS = 256  # of the tiny vision tower
+
+
+@pytest.fixture
+def demo(fake, linear_backbone, tmp_path, monkeypatch):
+    teacher = tiny_teacher(tmp_path / "teacher")
+    recalls = {f"R@{k}": float(k) for k in (1, 5, 10)}
+    linear = {vendor: {"text_to_image": recalls, "image_to_text": recalls} for vendor in VENDOR_OF.values()}
+
+    def features(fetched, images, file, **options):
+        return np.random.default_rng(len(images)).normal(size=(len(images), 4, CHANNELS)).astype(np.float32)
+
+    def benchmark(fetched, root, **options):
+        return build_benchmark(fetched, root, eval_rows=6, **options)
+
+    monkeypatch.setattr(pipeline, "fetch", lambda cache, say: fake)
+    monkeypatch.setattr(pipeline, "build_benchmark", benchmark)
+    monkeypatch.setattr(pipeline, "build_miniature", lambda *arguments, **options: linear_backbone)
+    monkeypatch.setattr(pipeline, "ridge_baseline", lambda *arguments, **options: {"test": linear})
+    monkeypatch.setattr(pipeline, "vision_features", features)
+    monkeypatch.setattr(training, "text_teacher", lambda fetched: SentenceTransformer(str(teacher), device="cpu"))
+    lines = []
+    made = Demo(tmp_path / "cache", tmp_path / "output", SETTINGS, lines.append)
+    made.lines = lines
+    return made
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_report_table_gallery_and_checkpoint(demo, monkeypatch):
+    page = demo.run()
+    html = page.read_text()
+    assert demo.lines[-1].endswith(str(page))
+    results = json.loads((demo.output / "results.json").read_text())
+    for table in results["tables"].values():
+        assert list(table)[:2] == ["chance", "linear baseline (ridge)"]
+        assert len(table) == 5
+        assert all(0 <= value <= 1 for row in table.values() for value in row.values() if value is not None)
+        assert table["linear baseline (ridge)"]["R@5"] == 0.05
+    for title in ("Does it see?", "False negatives filtered", "Hardness", "Precision@1 by meta-task", "top 5"):
+        assert title in html
+    assert html.count("<img") > 20
+
+    final = demo.output / "unime-emoji-miniature"
+    card = (final / "README.md").read_text()
+    images, captions = pipeline.build_benchmark(pipeline.fetch(None, None), demo.cache / "benchmark").retrieval(
+        "test", VENDOR_OF["trained"]
+    )
+    stock = SentenceTransformer(str(final), device="cpu")
+    shown, said = stock.encode([str(path) for path in images]), stock.encode([own[0] for own in captions])
+    scores = said @ shown.T
+    right = (scores > np.where(np.eye(len(scores)), -2, scores).max(1, keepdims=True)).diagonal().mean()
+    measured = results["tables"]["trained"]["+ stage 2 (hard negatives)"]["text→image R@1"]
+    assert right == pytest.approx(measured, abs=1e-9)
+    assert f"{100 * measured:.1f} %" in card
+    assert re.search(r"trained for minutes", card)
+
+    def never(*arguments, **options):
+        raise AssertionError("the second run did again what was done")
+
+    for module, name in ((training, "SentenceTransformerTrainer"), (measure, "evaluate"), (pipeline, "caption_states")):
+        monkeypatch.setattr(module, name, never)
+    assert Demo(demo.cache, demo.output, SETTINGS, demo.lines.append).run() == page
+
+
+def test_an_output_of_other_settings_is_refused(demo):
+    demo._claim_output()
+    with pytest.raises(FileExistsError, match="other settings"):
+        Demo(demo.cache, demo.output, replace(SETTINGS, seed=1), demo.lines.append).run()
