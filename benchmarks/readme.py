@@ -56,6 +56,24 @@ def ablation_table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def alignment_table(summary: dict[str, Any]) -> str:
+    """Where the miniature loses on the way from a drawing to its embedding, at the layer the demo aligns to."""
+    ridge = summary["ridge into the teacher's space"]["google"]
+    shown = {
+        "projected, in the states": "ridge into the language model's states after layer 16, scored there",
+        "exact states, read": "exact states of the captions in place of drawings, read by the untrained language model",
+        "projected, read": "projected states of drawings, read by it",
+        "training drawings, in the states": "training drawings, projector fitted to them, scored in the states",
+        "training drawings, cross-fitted": "training drawings, cross-fitted",
+    }
+    lines = ["| validation, google | text→image R@1 |", "|---|---|"]
+    lines.append(f"| ridge into the teacher's space, scored there (the baseline) | {ridge:.1f} |")
+    for name, label in shown.items():
+        value = summary["layer 16"][name]
+        lines.append(f"| {label} | {value['google'] if isinstance(value, dict) else value:.1f} |")
+    return "\n".join(lines)
+
+
 def filled(text: str) -> str:
     """README with its tables written from the kept results.
 
@@ -65,6 +83,7 @@ def filled(text: str) -> str:
     demo = RESULTS / "demo"
     parts = {
         "demo": demo_tables(_read(demo / "results.json"), _read(demo / "seconds.json")),
+        "alignment": alignment_table(_read(RESULTS / "alignment.json")),
         "ablation": ablation_table(_read(RESULTS / "ablation.json")),
     }
     for name, part in parts.items():

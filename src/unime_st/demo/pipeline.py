@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -83,7 +84,9 @@ class Demo:
             if not (final / "modules.json").is_file():
                 shutil.copytree(checkpoints["stage2"], final, dirs_exist_ok=True)
             report = write_report(self, benchmark, ridge, results, checkpoints, final)
-        self.say(f"done in {time.monotonic() - self._started:.0f} s; checkpoint: {final}; report: {report}")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kB on Linux
+        taken = time.monotonic() - self._started
+        self.say(f"done in {taken:.0f} s, at most {peak:.1f} GB; checkpoint: {final}; report: {report}")
         return report
 
     def checkpoints(self, fetched: Fetched, benchmark: EmojiBenchmark) -> dict[str, Path]:

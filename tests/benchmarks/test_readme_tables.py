@@ -1,0 +1,28 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def readme():
+    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_those_of_the_kept_results(readme):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.filled(text) == text, "run `python benchmarks/readme.py`"
+    results = json.loads((readme.RESULTS / "demo" / "results.json").read_text())
+    final = results["tables"]["trained"]["+ stage 2 (hard negatives)"]["text→image R@1"]
+    assert f"| + stage 2 (hard negatives) | {100 * final:.1f} |" in text
+
+
+def test_a_missing_place_is_an_error(readme):
+    with pytest.raises(ValueError, match="demo"):
+        readme.filled("# nothing to fill in\n")
