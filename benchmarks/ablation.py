@@ -182,7 +182,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".demo_cache/ablation"), help="checkpoints and single runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--collect", action="store_true", help="run nothing: the table of the runs that are kept")
     arguments = parser.parse_args()
+    if arguments.collect:
+        report(kept_runs(arguments.work))
+        return
     prepare(arguments.cache, arguments.work)
     began = time.monotonic()
     context = get_context("spawn")
@@ -202,6 +206,22 @@ def main() -> None:
             shown = ", ".join(f"{metric} {100 * runs[name][seed][metric]:.1f}" for metric in METRICS)
             passed = time.monotonic() - began
             print(f"[{passed:5.0f} s] {number} of {len(waiting)}: {name}, seed {seed}: {shown}", flush=True)
+    report(runs)
+
+
+def kept_runs(work: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """Name -> seed -> result of the runs finished so far."""
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for name in VARIANTS:
+        parts = [(file, *file.stem.split("-", 1)) for file in sorted((work / "runs").glob("*.json"))]
+        found = {int(seed): file for file, seed, slug in parts if slug == _slug(name)}
+        if found:
+            runs[name] = {seed: json.loads(file.read_text(encoding="utf-8")) for seed, file in found.items()}
+    return runs
+
+
+def report(runs: dict[str, dict[int, dict[str, Any]]]) -> None:
+    """Write the table as JSON and Markdown, and print it."""
     summary = summarise(runs)
     _write(RESULTS / "ablation.json", summary)
     (RESULTS / "ablation.md").write_text(markdown(summary), encoding="utf-8")

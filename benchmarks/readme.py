@@ -49,10 +49,19 @@ def demo_tables(results: dict[str, Any], seconds: dict[str, float]) -> str:
 
 def ablation_table(summary: dict[str, Any]) -> str:
     """The ablation's table."""
-    lines = ["| | text→image R@1 | image→text R@1 | attribute swaps |", "|---|---|---|---|"]
+    metrics = {
+        "text_to_image_recall@1": "text→image R@1",
+        "image_to_text_recall@1": "image→text R@1",
+        "attribute_swaps": "attribute swaps",
+    }
+    lines = [f"| | {' | '.join(metrics.values())} | seeds |", "|---" * (2 + len(metrics)) + "|"]
     for name, row in summary["table"].items():
-        cells = (f"{100 * cell['mean']:.1f} ± {100 * cell['std']:.1f}" for cell in list(row.values())[1:])
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        cells = [
+            f"{100 * row[metric]['mean']:.1f}"
+            + ("" if row[metric]["std"] is None else f" ± {100 * row[metric]['std']:.1f}")
+            for metric in metrics
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(row['seeds'])} |")
     return "\n".join(lines)
 
 

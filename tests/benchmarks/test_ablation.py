@@ -57,3 +57,16 @@ def test_one_seed_has_no_deviation(ablation):
     runs = {"full": {0: dict.fromkeys(ablation.METRICS, 0.5)}}
     assert ablation.summarise(runs)["table"]["full"]["attribute_swaps"]["std"] is None
     assert "| full | 50.0 | 50.0 | 50.0 | 1 |" in ablation.markdown(ablation.summarise(runs))
+
+
+def test_kept_runs_are_found_by_their_whole_name(ablation, tmp_path):
+    for name, seed, value in (("k=4", 0, 0.1), ("k=4", 12, 0.2), ("k=all", 0, 0.3)):
+        file = tmp_path / "runs" / f"{seed}-{ablation._slug(name)}.json"
+        ablation._write(file, dict.fromkeys(ablation.METRICS, value))
+    runs = ablation.kept_runs(tmp_path)
+    assert {name: sorted(found) for name, found in runs.items()} == {"k=4": [0, 12], "k=all": [0]}
+    assert runs["k=4"][12] == dict.fromkeys(ablation.METRICS, 0.2)
+
+
+def test_every_variant_keeps_its_runs_in_files_of_its_own(ablation):
+    assert len({ablation._slug(name) for name in ablation.VARIANTS}) == len(ablation.VARIANTS)
