@@ -96,8 +96,8 @@ def filled(text: str) -> str:
         "ablation": ablation_table(_read(RESULTS / "ablation.json")),
     }
     for name, part in parts.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-        text, count = pattern.subn(lambda match, part=part: match[1] + part + match[2], text)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text, count = pattern.subn(lambda match, part=part: f"{match[1]}{part}\n{match[2]}", text)
         if count != 1:
             raise ValueError(f"README.md has {count} places between <!-- {name} --> and <!-- /{name} -->, not one.")
     return text
