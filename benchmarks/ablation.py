@@ -37,12 +37,14 @@ SETTINGS = DemoSettings(
 VARIANTS: dict[str, dict[str, Any]] = {
     "full recipe (k=8, margin=0.1)": {},
     "stock loss, no stage 1": {"stock": True, "stage1": False},
+    "stock loss after stage 1": {"stock": True},
     "without stage 1": {"stage1": False},
     "without false-negative filter": {"filter": False, "margin": None},
     "random instead of hard negatives": {"negative_selection": "random"},
     "k=4": {"num_hard_negatives": 4},
     "k=all": {"num_hard_negatives": None},
     "margin=0.0": {"margin": 0.0},
+    "margin=0.2": {"margin": 0.2},
 }
 """Name -> what differs from the full recipe. "stock": sentence-transformers' CachedMultipleNegativesRankingLoss and its
 default batches; "filter": our batch sampler (equal contents are never negatives of each other, sampler or not)."""
