@@ -187,9 +187,10 @@ def test_a_stage_killed_and_started_again_ends_as_if_it_had_not_been(
     monkeypatch.setattr(FoldLoss, "forward", dies)
     with pytest.raises(KeyboardInterrupt):
         _train(tmp_path / "cut", encoder_folder, rows, projections)
-    monkeypatch.setattr(FoldLoss, "forward", forward)
     assert not (tmp_path / "cut" / "stage2" / LOG_FILE).exists()
     resumed = _train(tmp_path / "cut", encoder_folder, rows, projections)
+    assert len(calls) == 5, "two steps, the one that died, and the two that were left"
+    monkeypatch.setattr(FoldLoss, "forward", forward)
 
     texts = [
         "red heart",
