@@ -26,6 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from unime_st.demo.settings import DemoSettings, StageSettings
+from unime_st.files import write_atomically
 
 SETTINGS = DemoSettings(
     image_size=96,  # 9 visual tokens in place of 25, so that thirty runs take an hour
@@ -103,7 +104,7 @@ def run_one(name: str, seed: int, cache: Path, work: Path) -> dict[str, Any]:
     result["log"] = [row for row in json.loads((trained / "training_log.json").read_text())["log"] if "loss" in row]
     for file in trained.glob("*.safetensors"):
         file.unlink()
-    _write(kept, result)
+    write_atomically(kept, json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -142,7 +143,7 @@ def prepare(cache: Path, work: Path) -> None:
     benchmark = build_benchmark(fetched, cache / "benchmark")
     demo = Demo(cache, work, SETTINGS)
     demo.aligned(fetched, benchmark)
-    _write(work / "folds.json", demo.folds(fetched, benchmark))
+    write_atomically(work / "folds.json", json.dumps(demo.folds(fetched, benchmark), indent=1) + "\n")
 
 
 def summarise(runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
@@ -225,7 +226,7 @@ def kept_runs(work: Path) -> dict[str, dict[int, dict[str, Any]]]:
 def report(runs: dict[str, dict[int, dict[str, Any]]]) -> None:
     """Write the table as JSON and Markdown, and print it."""
     summary = summarise(runs)
-    _write(RESULTS / "ablation.json", summary)
+    write_atomically(RESULTS / "ablation.json", json.dumps(summary, indent=1) + "\n")
     (RESULTS / "ablation.md").write_text(markdown(summary), encoding="utf-8")
     print(markdown(summary))
     print(f"written: {RESULTS / 'ablation.json'} and ablation.md", flush=True)
@@ -233,13 +234,6 @@ def report(runs: dict[str, dict[int, dict[str, Any]]]) -> None:
 
 def _slug(name: str) -> str:
     return "".join(character if character.isalnum() else "-" for character in name).strip("-")
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def test_one_seed_has_no_deviation(ablation):
 def test_kept_runs_are_found_by_their_whole_name(ablation, tmp_path):
     for name, seed, value in (("k=4", 0, 0.1), ("k=4", 12, 0.2), ("k=all", 0, 0.3)):
         file = tmp_path / "runs" / f"{seed}-{ablation._slug(name)}.json"
-        ablation._write(file, dict.fromkeys(ablation.METRICS, value))
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(dict.fromkeys(ablation.METRICS, value)))
     runs = ablation.kept_runs(tmp_path)
     assert {name: sorted(found) for name, found in runs.items()} == {"k=4": [0, 12], "k=all": [0]}
     assert runs["k=4"][12] == dict.fromkeys(ablation.METRICS, 0.2)

@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from unime_st.demo.concepts import Concept
 from unime_st.demo.ridge import fit_ridge
+from unime_st.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,7 @@ def fit_projections(
 def save_projections(projections: Sequence[Projection], path: Path) -> None:
     """Write projections as safetensors; the file appears only when complete."""
     tensors = {f"{index}.{name}": value for index, fit in enumerate(projections) for name, value in vars(fit).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    partial.replace(path)
+    write_atomically(path, save(tensors))
 
 
 def load_projections(path: Path) -> list[Projection]:

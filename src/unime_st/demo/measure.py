@@ -14,6 +14,7 @@ from unime_st.demo.concepts import HELD_OUT_VENDOR, TRAINED_VENDORS
 from unime_st.demo.emoji import EmojiBenchmark
 from unime_st.demo.settings import DemoSettings
 from unime_st.evaluation import ImageTextRetrievalEvaluator, MMEBEvaluator, SugarCrepeEvaluator
+from unime_st.files import write_atomically
 
 VENDOR_OF = {"trained": TRAINED_VENDORS[0], "heldout": HELD_OUT_VENDOR}
 """Kind of drawings -> the vendor whose drawings the retrieval lists show."""
@@ -94,10 +95,7 @@ def evaluate(
         }
     shuffled = retrieval(benchmark, split, kinds[0], cache, shuffle_images_seed=settings.seed)(model)
     results["shuffled"] = shuffled
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    partial.replace(kept)
+    write_atomically(kept, json.dumps(results, indent=1) + "\n")
     return results
 
 

@@ -29,6 +29,7 @@ from unime_st.demo.reporting import write_report
 from unime_st.demo.ridge import ridge_baseline, vision_features
 from unime_st.demo.settings import DemoSettings
 from unime_st.demo.training import LOG_FILE, hard_negative_loss, run_stage, run_stage1, stage2_rows
+from unime_st.files import write_atomically
 from unime_st.modules import build_encoder, export_encoder, load_encoder
 from unime_st.samplers import FalseNegativeAwareBatchSampler
 
@@ -181,7 +182,7 @@ class Demo:
             raise FileExistsError(
                 f"{self.output} holds a run with other settings. Give another --output, or remove that folder."
             )
-        marker.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        write_atomically(marker, json.dumps(settings, indent=1) + "\n")
 
     @contextmanager
     def _timed(self, step: str) -> Any:
@@ -191,7 +192,7 @@ class Demo:
         times = self.output / "seconds.json"
         kept = json.loads(times.read_text(encoding="utf-8")) if times.is_file() else {}
         kept[step] = max(round(taken, 1), kept.get(step, 0.0))
-        times.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        write_atomically(times, json.dumps(kept, indent=1) + "\n")
         self.seconds = kept
         if taken > 1:
             self.say(f"[{time.monotonic() - self._started:6.0f} s] {step}: {taken:.0f} s")

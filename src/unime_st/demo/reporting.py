@@ -14,6 +14,7 @@ from unime_st.demo.emoji import EmojiBenchmark
 from unime_st.demo.measure import VENDOR_OF, metric
 from unime_st.demo.training import LOG_FILE
 from unime_st.evaluation import Report
+from unime_st.files import write_atomically
 from unime_st.modules import load_encoder
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def write_report(  # noqa: PLR0917
 ) -> Path:
     """Write `report/` in the demo's output, `results.json`, and the checkpoint's model card."""
     summary = summarise(benchmark, ridge, results)
-    _write(demo.output / "results.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(demo.output / "results.json", json.dumps(summary, indent=1) + "\n")
     report = Report("UniME on a miniature: emoji")
     report.add_text(
         "A miniature multimodal LLM of real pretrained parts (SmolLM2-135M-Instruct with "
@@ -65,7 +66,7 @@ def write_report(  # noqa: PLR0917
     report.add_text(f"{json.dumps(asdict(demo.settings))}\n\n{versions}", title="Settings and versions")
     report.add_text(card(benchmark.info), title="The benchmark and its licences")
     page = report.write(demo.output / "report")
-    _write(final / "README.md", _model_card(summary))
+    write_atomically(final / "README.md", _model_card(summary))
     return page
 
 
@@ -172,9 +173,3 @@ def _model_card(summary: dict[str, Any]) -> str:
             lines.append(f"| {name}, {drawings} drawings | {shown} |")
     lines += ["", "The weights of the parts and the drawings keep their own licences; see the report of the demo.", ""]
     return header + "\n".join(lines)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -24,6 +24,7 @@ from unime_st.demo.emoji import EmojiBenchmark
 from unime_st.demo.images import on_white
 from unime_st.demo.miniature import STRIDE, VISION_DIM, load_vision_state, text_teacher
 from unime_st.demo.packages import Fetched
+from unime_st.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -225,9 +226,7 @@ def ridge_baseline(
     for split in SPLITS[1:]:
         texts = embeddings(split)
         result[split] = {vendor: recalls(fit(features(split, vendor)), texts) for vendor in VENDORS}
-    partial = kept.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(kept)
+    write_atomically(kept, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -26,6 +26,7 @@ from unime_st.demo.miniature import text_teacher
 from unime_st.demo.packages import Fetched
 from unime_st.demo.settings import DemoSettings, StageSettings
 from unime_st.demo.tasks import TASKS, TRAIN_ONLY_TASKS
+from unime_st.files import write_atomically
 from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss, LossMetricsCallback
 from unime_st.losses.in_batch import InBatchLoss
 from unime_st.modules import default_lora_config, export_encoder, load_encoder
@@ -174,9 +175,7 @@ def run_stage(  # noqa: PLR0917
         projections[0].write(model)
     export_encoder(model, target)
     log = {"seconds": trainer.state.log_history[-1].get("train_runtime"), "log": trainer.state.log_history}
-    partial = target / f"{LOG_FILE}.partial"
-    partial.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-    partial.replace(target / LOG_FILE)
+    write_atomically(target / LOG_FILE, json.dumps(log, indent=1) + "\n")
     return target
 
 
