@@ -1,23 +1,17 @@
 """Two gloo processes compute what one computes: loss, gradients, metrics, for both losses, plain and cached."""
 
-import datetime as dt
-import os
-import socket
-import traceback
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from two_processes import WORLD, run_two
 from unime_st import distributed
 from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss, LossMetricsCallback
 
-WORLD, LOCAL, DIM = 2, 6, 5
+LOCAL, DIM = 6, 5
 ROWS = WORLD * LOCAL
 TOLERANCE = 1e-9
 
@@ -126,34 +120,15 @@ def unequal_processes(rank):
     return {"by_identity": by_identity, "own": own, "logs": logs}
 
 
-def worker(rank, port, folder):
-    try:
-        address = f"tcp://127.0.0.1:{port}"
-        timeout = dt.timedelta(seconds=60)
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=WORLD, timeout=timeout)
-        rows = slice(rank * LOCAL, (rank + 1) * LOCAL)
-        results = {(name, mode): step(name, mode, rows, DistributedDataParallel) for name in LOSSES for mode in MODES}
-        results["gathers"] = gathers()
-        results["unequal"] = unequal_processes(rank)
-        torch.save(results, Path(folder) / f"{rank}.pt")
-        dist.destroy_process_group()
-    except BaseException:  # noqa: BLE001 a test process must report and leave, whatever happened
-        (Path(folder) / f"{rank}.txt").write_text(traceback.format_exc())
-        os._exit(1)
+def job(rank):
+    rows = slice(rank * LOCAL, (rank + 1) * LOCAL)
+    results = {(name, mode): step(name, mode, rows, DistributedDataParallel) for name in LOSSES for mode in MODES}
+    return results | {"gathers": gathers(), "unequal": unequal_processes(rank)}
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    try:
-        mp.start_processes(worker, args=(port, str(folder)), nprocs=WORLD, start_method="spawn")
-    except mp.ProcessExitedException:
-        pytest.fail("\n".join(path.read_text() for path in sorted(folder.glob("*.txt"))))
-    # These hold the tests' own dictionaries of tensors, written a moment ago.
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return run_two(job, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("mode", MODES)

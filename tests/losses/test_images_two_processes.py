@@ -1,18 +1,14 @@
 """Two processes with half of the batch each are one process with the whole, on rows of texts and images."""
 
-import os
-import socket
-import traceback
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers import assert_same_step, features
 from torch.nn.parallel import DistributedDataParallel
 
 from tiny import picture
+from two_processes import run_two
 from unime_st import build_encoder
 from unime_st.losses import HardNegativeInfoNCELoss
 
@@ -45,34 +41,16 @@ def step(folder, mode, rows, wrap):
     return value.detach(), gradients, loss.last_metrics["false_negatives_by_identity"]
 
 
-def worker(rank, folder, port, out):
-    try:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-        rows = slice(rank * LOCAL, (rank + 1) * LOCAL)
-        # As the Trainer wraps a model: a process may have no image for its vision tower.
-        steps = {
-            mode: step(folder, mode, rows, lambda model: DistributedDataParallel(model, find_unused_parameters=True))
-            for mode in MODES
-        }
-        torch.save(steps, Path(out) / f"{rank}.pt")
-        dist.destroy_process_group()
-    except BaseException:  # noqa: BLE001 a test process must report and leave, whatever happened
-        (Path(out) / f"{rank}.txt").write_text(traceback.format_exc())
-        os._exit(1)
+def job(rank, folder):
+    rows = slice(rank * LOCAL, (rank + 1) * LOCAL)
+    # As the Trainer wraps a model: a process may have no image for its vision tower.
+    wrap = partial(DistributedDataParallel, find_unused_parameters=True)
+    return {mode: step(folder, mode, rows, wrap) for mode in MODES}
 
 
 @pytest.fixture(scope="module")
 def two_processes(backbone, tmp_path_factory):
-    out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    try:
-        mp.start_processes(worker, args=(backbone("llava_next"), port, str(out)), nprocs=2, start_method="spawn")
-    except mp.ProcessExitedException:
-        pytest.fail("\n".join(path.read_text() for path in sorted(out.glob("*.txt"))))
-    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return run_two(job, tmp_path_factory.mktemp("ranks"), backbone("llava_next"))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,0 +1,39 @@
+"""Running a function in two gloo processes, and getting what each returned."""
+
+import datetime as dt
+import os
+import socket
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD = 2
+
+
+def run_two(job, folder, *arguments):
+    """What `job(rank, *arguments)` returns on each rank; both are spawned, for a fork may deadlock after OpenMP ran."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    try:
+        mp.start_processes(_worker, args=(port, str(folder), job, arguments), nprocs=WORLD, start_method="spawn")
+    except mp.ProcessExitedException:
+        pytest.fail("\n".join(path.read_text() for path in sorted(folder.glob("*.txt"))))
+    # These hold the tests' own dictionaries of tensors, written a moment ago.
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def _worker(rank, port, folder, job, arguments):
+    try:
+        torch.set_num_threads(1)
+        address, timeout = f"tcp://127.0.0.1:{port}", dt.timedelta(seconds=60)
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=WORLD, timeout=timeout)
+        torch.save(job(rank, *arguments), Path(folder) / f"{rank}.pt")
+        dist.destroy_process_group()
+    except BaseException:  # noqa: BLE001 a test process must report and leave, whatever happened
+        (Path(folder) / f"{rank}.txt").write_text(traceback.format_exc())
+        os._exit(1)
