@@ -31,6 +31,7 @@ from unime_st.files import write_atomically
 SETTINGS = DemoSettings(
     image_size=96,  # 9 visual tokens in place of 25, so that thirty runs take an hour
     rows_per_subset=30,
+    num_hard_negatives=8,  # the paper's
     stage1=StageSettings(steps=12, batch_size=48, learning_rate=1e-3, temperature=0.05),
     stage2=StageSettings(steps=16, batch_size=32, learning_rate=1e-3, temperature=0.05),
     swap_limit=60,

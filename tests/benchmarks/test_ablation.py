@@ -31,7 +31,7 @@ def test_every_variant_changes_one_thing_and_its_loss_can_be_made(ablation):
     wanted = ("stock", "stage1", "filter", "negative_selection", "num_hard_negatives", "margin")
     assert all(any(key in changed for changed in ablation.VARIANTS.values()) for key in wanted)
     assert ablation.SETTINGS.margin == 0.1
-    assert ablation.SETTINGS.num_hard_negatives == 8
+    assert ablation.SETTINGS.num_hard_negatives == 8  # the paper's, in small
 
 
 def test_the_table_holds_mean_and_sample_deviation(ablation):

@@ -79,7 +79,7 @@ def test_the_demo_ends_with_report_table_gallery_and_checkpoint(demo, monkeypatc
     shown, said = stock.encode([str(path) for path in images]), stock.encode([own[0] for own in captions])
     scores = said @ shown.T
     right = (scores > np.where(np.eye(len(scores)), -2, scores).max(1, keepdims=True)).diagonal().mean()
-    measured = results["tables"]["trained"]["+ stage 2 (hard negatives)"]["text→image R@1"]
+    measured = results["tables"]["trained"]["+ stage 2 (contrastive)"]["text→image R@1"]
     assert right == pytest.approx(measured, abs=1e-9)
     assert f"{100 * measured:.1f} %" in card
     assert re.search(r"trained for minutes", card)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NAMES = {
     "aligned": "projector aligned",
     "stage1": "+ stage 1 (distillation)",
-    "stage2": "+ stage 2 (hard negatives)",
+    "stage2": "+ stage 2 (contrastive)",
 }
 COLUMNS = ("text→image R@1", "R@5", "R@10", "image→text R@1", "R@5 ", "R@10 ", "attribute swaps", "MMEB-like P@1")
 RECALLS = [f"{way}_recall@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
@@ -127,7 +127,7 @@ def _training(report: Report, checkpoints: dict[str, Path]) -> None:
             )
             wanted = ("positive_similarity", "hard_negative_similarity")
             report.add_line_plot(
-                "Hardness of the chosen negatives",
+                "Hardness of the negatives kept",
                 {key: (steps, [row[key] for row in log]) for key in wanted if key in log[0]},
                 "step",
                 "cosine",

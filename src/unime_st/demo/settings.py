@@ -39,7 +39,8 @@ class DemoSettings:
         stage1: text, against the teacher.
         stage2: multimodal pairs.
         margin: of stage 2's false-negative filter.
-        num_hard_negatives: of stage 2.
+        num_hard_negatives: of stage 2; None keeps all. With 32 pairs a batch, a few of the hardest make the embeddings
+            collapse early on (see `benchmarks/ablation.py`).
         num_explicit_negatives: columns of explicit negatives in stage 2.
         rows_per_subset: of each training subset, at most; bare captions are all used.
         eval_limit: rows of each MMEB-like task.
@@ -57,7 +58,7 @@ class DemoSettings:
     stage1: StageSettings = StageSettings(steps=40, batch_size=48, learning_rate=1e-3, temperature=0.05)
     stage2: StageSettings = StageSettings(steps=60, batch_size=32, learning_rate=1e-3, temperature=0.05)
     margin: float = 0.1
-    num_hard_negatives: int = 8
+    num_hard_negatives: int | None = None
     num_explicit_negatives: int = 0
     rows_per_subset: int = 100
     eval_limit: int = 14
