@@ -2,10 +2,12 @@
 
     python benchmarks/ablation.py            # all runs, two at a time; goes on where it was stopped
 
-All runs have the same number of steps, batch size, learning rate, temperature, data and aligned start, and are scored
-on the test concepts, never trained on. Images are smaller than in the demo and steps fewer. Nothing is chosen by these
-numbers. Writes `benchmarks/results/ablation.json`
-and `ablation.md` beside it.
+    python benchmarks/ablation.py --split validation --seeds 0   # what the demo's settings were chosen by
+
+All runs have the same number of steps, batch size, learning rate, temperature, data and aligned start, but for what a
+row's name says, and are scored on concepts never trained on: those of the test split, by which nothing is chosen, or of
+the validation split. Images are smaller than in the demo and steps fewer. Writes `benchmarks/results/ablation.json` and
+`ablation.md` beside it, or `ablation-validation`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -47,16 +50,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "k=all": {"num_hard_negatives": None},
     "margin=0.0": {"margin": 0.0},
     "margin=0.2": {"margin": 0.2},
+    "k=16": {"num_hard_negatives": 16},
+    "temperature=0.02": {"temperature": 0.02},
+    "temperature=0.02, stock loss after stage 1": {"temperature": 0.02, "stock": True},
+    "learning rate 3e-4": {"learning_rate": 3e-4},
+    "learning rate 3e-4, stock loss after stage 1": {"learning_rate": 3e-4, "stock": True},
+    "batch=16": {"batch_size": 16},
+    "batch=16, stock loss after stage 1": {"batch_size": 16, "stock": True},
 }
 """Name -> what differs from the full recipe. "stock": sentence-transformers' CachedMultipleNegativesRankingLoss and its
 default batches; "filter": our batch sampler (equal contents are never negatives of each other, sampler or not)."""
+STAGE = ("temperature", "learning_rate", "batch_size")
+"""What a variant may change of `SETTINGS.stage2`."""
 METRICS = ("text_to_image_recall@1", "image_to_text_recall@1", "attribute_swaps")
+TRAINING = {"positive_similarity": 4, "hard_negative_similarity": 4, "false_negatives_filtered": None}
+"""What is told of the training, where the loss logs it -> mean over so many last steps; None: over all."""
 RESULTS = Path(__file__).parent / "results"
 
 
-def run_one(name: str, seed: int, cache: Path, work: Path) -> dict[str, Any]:
+def run_one(name: str, seed: int, split: str, cache: Path, work: Path) -> dict[str, Any]:
     """Train and score one variant with one seed; kept in a file, so that it is done once."""
-    kept = work / "runs" / f"{seed}-{_slug(name)}.json"
+    kept = work / split / f"{seed}-{_slug(name)}.json"
     if kept.is_file():
         return json.loads(kept.read_text(encoding="utf-8"))
     import torch
@@ -72,40 +86,40 @@ def run_one(name: str, seed: int, cache: Path, work: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     changed = dict(VARIANTS[name])
-    settings = replace(SETTINGS, seed=seed)
+    stage2 = replace(SETTINGS.stage2, **{key: changed.pop(key) for key in STAGE if key in changed})
+    settings = replace(SETTINGS, seed=seed, stage2=stage2)
     benchmark = EmojiBenchmark(cache / "benchmark")
     checkpoints = work / "checkpoints"
     folds = json.loads((work / "folds.json").read_text(encoding="utf-8"))
     stock, filtered = changed.pop("stock", False), changed.pop("filter", True)
     start = stage1(seed, cache, work) if changed.pop("stage1", True) else checkpoints / "aligned"
-    loss = hard_negative_loss(settings.stage2, settings, **changed)
+    loss = hard_negative_loss(stage2, settings, **changed)
     if stock:
 
         def loss(model: Any) -> Any:
             return CachedMultipleNegativesRankingLoss(
-                model, scale=1 / settings.stage2.temperature, mini_batch_size=settings.stage2.batch_size
+                model, scale=1 / stage2.temperature, mini_batch_size=stage2.batch_size
             )
 
-    folder = work / f"seed{seed}"
-    ours = filtered and not stock
+    folder = kept.with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     trained = run_stage(
-        _slug(name),
+        "stage2",
         start,
         stage2_rows(benchmark, settings, folds),
         loss,
-        settings.stage2,
+        stage2,
         settings,
         folder,
         projections=load_projections(checkpoints / PROJECTIONS),
-        batch_sampler=FalseNegativeAwareBatchSampler if ours else BatchSamplers.BATCH_SAMPLER,
+        batch_sampler=FalseNegativeAwareBatchSampler if filtered and not stock else BatchSamplers.BATCH_SAMPLER,
         save_strategy="no",
         disable_tqdm=True,
     )
-    result = score(load_encoder(trained, device="cpu"), benchmark, settings, cache)
+    result = score(load_encoder(trained, device="cpu"), benchmark, split, settings, cache)
     result["log"] = [row for row in json.loads((trained / "training_log.json").read_text())["log"] if "loss" in row]
-    for file in trained.glob("*.safetensors"):
-        file.unlink()
     write_atomically(kept, json.dumps(result, indent=1) + "\n")
+    shutil.rmtree(folder)
     return result
 
 
@@ -123,12 +137,12 @@ def stage1(seed: int, cache: Path, work: Path) -> Path:
     )
 
 
-def score(model: Any, benchmark: Any, settings: DemoSettings, cache: Path) -> dict[str, Any]:
-    """Recall@1 both ways over the test concepts by a trained vendor, and accuracy on their attribute swaps."""
+def score(model: Any, benchmark: Any, split: str, settings: DemoSettings, cache: Path) -> dict[str, Any]:
+    """Recall@1 both ways over a split's concepts by a trained vendor, and accuracy on their attribute swaps."""
     from unime_st.demo.measure import metric, retrieval, swaps
 
-    recalls = retrieval(benchmark, "test", "trained", cache / "embeddings")(model)
-    preferred = swaps(benchmark, "test", "trained", cache / "embeddings", settings, ("replace_att", "replace_obj"))
+    recalls = retrieval(benchmark, split, "trained", cache / "embeddings")(model)
+    preferred = swaps(benchmark, split, "trained", cache / "embeddings", settings, ("replace_att", "replace_obj"))
     values = {name: metric(recalls, name) for name in METRICS[:2]}
     return values | {"attribute_swaps": metric(preferred(model), "mean_of_sets_accuracy")}
 
@@ -147,7 +161,7 @@ def prepare(cache: Path, work: Path) -> None:
     write_atomically(work / "folds.json", json.dumps(demo.folds(fetched, benchmark), indent=1) + "\n")
 
 
-def summarise(runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
+def summarise(runs: dict[str, dict[int, dict[str, Any]]], split: str = "test") -> dict[str, Any]:
     """Mean and standard deviation (n - 1) over seeds."""
     table = {}
     for name, by_seed in runs.items():
@@ -156,19 +170,29 @@ def summarise(runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
             values = [by_seed[seed][metric] for seed in sorted(by_seed)]
             deviation = statistics.stdev(values) if len(values) > 1 else None
             row[metric] = {"mean": statistics.mean(values), "std": deviation, "values": values}
+        row["training"] = {key: _of_training(list(by_seed.values()), key, last) for key, last in TRAINING.items()}
         table[name] = row
-    return {"settings": asdict(SETTINGS), "table": table}
+    return {"split": split, "settings": asdict(SETTINGS), "table": table}
+
+
+def _of_training(runs: list[dict[str, Any]], key: str, last: int | None) -> float | None:
+    """Mean of a logged number over some last steps and all runs; None where the loss does not log it."""
+    logs = [[float(row[key]) for row in run.get("log", []) if key in row] for run in runs]
+    values = [value for log in logs for value in (log[-last:] if last else log)]
+    return statistics.mean(values) if values else None
 
 
 def markdown(summary: dict[str, Any]) -> str:
     """The table for people."""
     lines = [
-        "# Ablation on unseen emoji concepts",
+        f"# Ablation on unseen emoji concepts, {summary['split']} split",
         "",
-        "`python benchmarks/ablation.py`; mean ± standard deviation over seeds, percent.",
+        "`python benchmarks/ablation.py`; mean ± standard deviation over seeds, percent. Then, over the last four",
+        "steps, the mean cosine of a query with its positive and with the negatives kept, and over all steps the",
+        "candidates left out a row.",
         "",
-        "| | text→image R@1 | image→text R@1 | attribute swaps | seeds |",
-        "|---|---|---|---|---|",
+        "| | text→image R@1 | image→text R@1 | attribute swaps | seeds | cosine, positive | negatives | filtered |",
+        "|---" * 8 + "|",
     ]
     for name, row in summary["table"].items():
         cells = []
@@ -176,7 +200,8 @@ def markdown(summary: dict[str, Any]) -> str:
             spread = row[metric]["std"]
             shown = "" if spread is None else f" ± {100 * spread:.1f}"
             cells.append(f"{100 * row[metric]['mean']:.1f}{shown}")
-        lines.append(f"| {name} | {' | '.join(cells)} | {len(row['seeds'])} |")
+        told = ["–" if value is None else f"{value:.2f}" for value in row["training"].values()]
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(row['seeds'])} | {' | '.join(told)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -184,53 +209,57 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path(".demo_cache"))
     parser.add_argument("--work", type=Path, default=Path(".demo_cache/ablation"), help="checkpoints and single runs")
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="concepts to score on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--collect", action="store_true", help="run nothing: the table of the runs that are kept")
     arguments = parser.parse_args()
-    if arguments.collect:
-        report(kept_runs(arguments.work))
-        return
-    prepare(arguments.cache, arguments.work)
+    work = arguments.work / SETTINGS.key(*asdict(SETTINGS))
+    if not arguments.collect:
+        prepare(arguments.cache, work)
+        run_all(arguments, work)
+    report(kept_runs(work / arguments.split), arguments.split)
+
+
+def run_all(arguments: argparse.Namespace, work: Path) -> None:
+    """Do the runs asked for that are not kept yet."""
     began = time.monotonic()
-    context = get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
-        stages = [pool.submit(stage1, seed, arguments.cache, arguments.work) for seed in arguments.seeds]
+    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
+        stages = [pool.submit(stage1, seed, arguments.cache, work) for seed in arguments.seeds]
         for seed, stage in zip(arguments.seeds, stages, strict=True):
             print(f"stage 1, seed {seed}: {stage.result()}", flush=True)
         waiting = {
-            pool.submit(run_one, name, seed, arguments.cache, arguments.work): (name, seed)
+            pool.submit(run_one, name, seed, arguments.split, arguments.cache, work): (name, seed)
             for seed in arguments.seeds
-            for name in VARIANTS
+            for name in arguments.variants
         }
-        runs: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in VARIANTS}
         for number, done in enumerate(as_completed(waiting), start=1):
             name, seed = waiting[done]
-            runs[name][seed] = done.result()
-            shown = ", ".join(f"{metric} {100 * runs[name][seed][metric]:.1f}" for metric in METRICS)
+            shown = ", ".join(f"{metric} {100 * done.result()[metric]:.1f}" for metric in METRICS)
             passed = time.monotonic() - began
             print(f"[{passed:5.0f} s] {number} of {len(waiting)}: {name}, seed {seed}: {shown}", flush=True)
-    report(runs)
 
 
-def kept_runs(work: Path) -> dict[str, dict[int, dict[str, Any]]]:
+def kept_runs(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
     """Name -> seed -> result of the runs finished so far."""
     runs: dict[str, dict[int, dict[str, Any]]] = {}
+    parts = [(file, *file.stem.split("-", 1)) for file in sorted(folder.glob("*.json"))]
     for name in VARIANTS:
-        parts = [(file, *file.stem.split("-", 1)) for file in sorted((work / "runs").glob("*.json"))]
         found = {int(seed): file for file, seed, slug in parts if slug == _slug(name)}
         if found:
             runs[name] = {seed: json.loads(file.read_text(encoding="utf-8")) for seed, file in found.items()}
     return runs
 
 
-def report(runs: dict[str, dict[int, dict[str, Any]]]) -> None:
+def report(runs: dict[str, dict[int, dict[str, Any]]], split: str) -> None:
     """Write the table as JSON and Markdown, and print it."""
-    summary = summarise(runs)
-    write_atomically(RESULTS / "ablation.json", json.dumps(summary, indent=1) + "\n")
-    (RESULTS / "ablation.md").write_text(markdown(summary), encoding="utf-8")
+    summary = summarise(runs, split)
+    name = "ablation" if split == "test" else f"ablation-{split}"
+    write_atomically(RESULTS / f"{name}.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(RESULTS / f"{name}.md", markdown(summary))
     print(markdown(summary))
-    print(f"written: {RESULTS / 'ablation.json'} and ablation.md", flush=True)
+    print(f"written: {RESULTS / name}.json and .md", flush=True)
 
 
 def _slug(name: str) -> str:

@@ -5,7 +5,9 @@ Along the way from a drawing to its embedding:
 1. a ridge regression from the vision features to the caption's inner state (the projector), scored in those states;
 2. the language model reading exact states of the captions in place of drawings: an upper bound for the reading;
 3. the language model reading the projected states of drawings: what the aligned miniature does;
-4. the projector on the drawings it was fitted to, and cross-fitted: what stage 2 would see and what it should see.
+4. the projector on the drawings it was fitted to, and cross-fitted: what stage 2 would see and what it should see;
+5. a ridge regression from the cross-fitted states to the teacher's embeddings, scored there: what is left of the
+   baseline after the projector, read linearly.
 
 Embeddings are centred and scaled by dimension before cosines, for an untrained language model's lie in a narrow cone.
 Writes `benchmarks/results/alignment.json`.
@@ -29,10 +31,10 @@ from torch import Tensor
 from unime_st.demo.align import Projection, caption_states, fit_projections
 from unime_st.demo.concepts import TRAINED_VENDORS, VENDORS
 from unime_st.demo.emoji import build_benchmark
-from unime_st.demo.miniature import build_miniature
+from unime_st.demo.miniature import build_miniature, text_teacher
 from unime_st.demo.packages import fetch
 from unime_st.demo.pipeline import Demo
-from unime_st.demo.ridge import recalls, ridge_baseline, vision_features
+from unime_st.demo.ridge import Ridge, fit_ridge, recalls, ridge_baseline, vision_features
 from unime_st.demo.settings import DemoSettings
 from unime_st.modules import build_encoder
 
@@ -75,6 +77,20 @@ def by_fold(maps: np.ndarray, states: Tensor, folds: list[int], fits: list[Proje
     return round(sum(scores) / len(scores), 1)
 
 
+def teacher_from_states(
+    features: list[np.ndarray], taught: Tensor, folds: list[int], fits: list[Projection], penalty: float
+) -> Ridge:
+    """Ridge regression to the teacher's embeddings from each training drawing's states, cross-fitted."""
+    number = np.array(folds)
+    rows, targets = [], []
+    for fold, fit in enumerate(fits):
+        own = np.flatnonzero(number == fold)
+        for maps in features:
+            rows.append(projected(fit, maps[own]).mean(1))
+            targets.append(taught[own])
+    return fit_ridge(torch.cat(rows), torch.cat(targets), [penalty])[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path(".demo_cache"))
@@ -102,18 +118,24 @@ def main() -> None:
         )
         for vendor in VENDORS
     }
+    teacher = text_teacher(fetched)
+    taught, wanted = (torch.from_numpy(teacher.encode(list(part))).double() for part in (captions, texts))
     table = {}
     for layer in LAYERS:
         states, own = caption_states(model, texts, layer), caption_states(model, captions, layer)
         fits = fit_projections(features, own.double(), folds, settings.align_penalty)
         tokens = {vendor: projected(fits[0], rows) for vendor, rows in maps.items()}
         exact = states[:, None].expand(-1, tokens["google"].shape[1], -1)
+        linear = teacher_from_states(features, taught, folds, fits[1:], settings.align_penalty)
         table[f"layer {layer}"] = {
             "projected, in the states": {vendor: r_at_1(rows.mean(1), states) for vendor, rows in tokens.items()},
             "exact states, read": r_at_1(read(model, exact), embedded),
             "projected, read": {vendor: r_at_1(read(model, rows), embedded) for vendor, rows in tokens.items()},
             "training drawings, in the states": by_fold(features[0], own, folds, [fits[0]] * settings.folds),
             "training drawings, cross-fitted": by_fold(features[0], own, folds, fits[1:]),
+            "teacher's space from the projected states": {
+                vendor: r_at_1(linear(rows.mean(1)), wanted) for vendor, rows in tokens.items()
+            },
         }
         print(layer, json.dumps(table[f"layer {layer}"]), flush=True)
     target = RESULTS / "alignment.json"

@@ -54,14 +54,18 @@ def ablation_table(summary: dict[str, Any]) -> str:
         "image_to_text_recall@1": "image→text R@1",
         "attribute_swaps": "attribute swaps",
     }
-    lines = [f"| | {' | '.join(metrics.values())} | seeds |", "|---" * (2 + len(metrics)) + "|"]
+    told = {"positive_similarity": "cosine of positives", "hard_negative_similarity": "of negatives kept"}
+    head = [*metrics.values(), "seeds", *told.values()]
+    lines = [f"| | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
     for name, row in summary["table"].items():
         cells = [
             f"{100 * row[metric]['mean']:.1f}"
             + ("" if row[metric]["std"] is None else f" ± {100 * row[metric]['std']:.1f}")
             for metric in metrics
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} | {len(row['seeds'])} |")
+        cells.append(str(len(row["seeds"])))
+        cells += ["–" if row["training"][key] is None else f"{row['training'][key]:.2f}" for key in told]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -70,6 +74,7 @@ def alignment_table(summary: dict[str, Any]) -> str:
     ridge = summary["ridge into the teacher's space"]["google"]
     shown = {
         "projected, in the states": "ridge into the language model's states after layer 16, scored there",
+        "teacher's space from the projected states": "ridge from those projected states into the teacher's space",
         "exact states, read": "exact states of the captions in place of drawings, read by the untrained language model",
         "projected, read": "projected states of drawings, read by it",
         "training drawings, in the states": "training drawings, projector fitted to them, scored in the states",

@@ -30,8 +30,10 @@ def run_two(job, folder, *arguments):
 def _worker(rank, port, folder, job, arguments):
     try:
         torch.set_num_threads(1)
-        address, timeout = f"tcp://127.0.0.1:{port}", dt.timedelta(seconds=60)
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=WORLD, timeout=timeout)
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in ranks.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")  # for the Trainer
+        dist.init_process_group("gloo", timeout=dt.timedelta(seconds=60))
         torch.save(job(rank, *arguments), Path(folder) / f"{rank}.pt")
         dist.destroy_process_group()
     except BaseException:  # noqa: BLE001 a test process must report and leave, whatever happened

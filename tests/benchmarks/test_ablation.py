@@ -24,11 +24,12 @@ def ablation():
 def test_every_variant_changes_one_thing_and_its_loss_can_be_made(ablation):
     losses = {}
     for name, changed in ablation.VARIANTS.items():
-        options = {key: value for key, value in changed.items() if key not in {"stock", "stage1", "filter"}}
+        own = {"stock", "stage1", "filter", "learning_rate", "batch_size"}
+        options = {key: value for key, value in changed.items() if key not in own}
         loss = HardNegativeInfoNCELoss(None, **{"margin": 0.1, "num_hard_negatives": 8, **options})
         losses[name] = (str(sorted(loss.get_config_dict().items())), str(sorted(changed.items())))
     assert len(set(losses.values())) == len(ablation.VARIANTS)
-    wanted = ("stock", "stage1", "filter", "negative_selection", "num_hard_negatives", "margin")
+    wanted = ("stock", "stage1", "filter", "negative_selection", "num_hard_negatives", "margin", *ablation.STAGE)
     assert all(any(key in changed for changed in ablation.VARIANTS.values()) for key in wanted)
     assert ablation.SETTINGS.margin == 0.1
     assert ablation.SETTINGS.num_hard_negatives == 8  # the paper's, in small
@@ -57,18 +58,26 @@ def test_the_table_holds_mean_and_sample_deviation(ablation):
 def test_one_seed_has_no_deviation(ablation):
     runs = {"full": {0: dict.fromkeys(ablation.METRICS, 0.5)}}
     assert ablation.summarise(runs)["table"]["full"]["attribute_swaps"]["std"] is None
-    assert "| full | 50.0 | 50.0 | 50.0 | 1 |" in ablation.markdown(ablation.summarise(runs))
+    assert "| full | 50.0 | 50.0 | 50.0 | 1 | – | – | – |" in ablation.markdown(ablation.summarise(runs))
 
 
 def test_kept_runs_are_found_by_their_whole_name(ablation, tmp_path):
     for name, seed, value in (("k=4", 0, 0.1), ("k=4", 12, 0.2), ("k=all", 0, 0.3)):
-        file = tmp_path / "runs" / f"{seed}-{ablation._slug(name)}.json"
+        file = tmp_path / "test" / f"{seed}-{ablation._slug(name)}.json"
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(dict.fromkeys(ablation.METRICS, value)))
-    runs = ablation.kept_runs(tmp_path)
+    runs = ablation.kept_runs(tmp_path / "test")
     assert {name: sorted(found) for name, found in runs.items()} == {"k=4": [0, 12], "k=all": [0]}
     assert runs["k=4"][12] == dict.fromkeys(ablation.METRICS, 0.2)
 
 
 def test_every_variant_keeps_its_runs_in_files_of_its_own(ablation):
     assert len({ablation._slug(name) for name in ablation.VARIANTS}) == len(ablation.VARIANTS)
+
+
+def test_what_is_told_of_the_training_is_a_mean_over_the_last_steps_or_over_all(ablation):
+    logs = [[{"positive_similarity": f"{value}", "false_negatives_filtered": value} for value in range(6)]] * 2
+    runs = {"full": {seed: dict.fromkeys(ablation.METRICS, 0.5) | {"log": log} for seed, log in enumerate(logs)}}
+    told = ablation.summarise(runs)["table"]["full"]["training"]
+    wanted = {"positive_similarity": 3.5, "hard_negative_similarity": None, "false_negatives_filtered": 2.5}
+    assert told == wanted

@@ -1,19 +1,14 @@
 """The Trainer on two processes with half the batch each ends at the weights of one process with the whole batch."""
 
 import copy
-import os
-import socket
-import traceback
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from datasets import Dataset
 from helpers import ANCHORS, NEGATIVES, POSITIVES
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
+from two_processes import run_two
 from unime_st.losses import HardNegativeInfoNCELoss, LossMetricsCallback
 
 
@@ -53,40 +48,20 @@ def train(model, per_device, folder, mode):
     return dict(model.state_dict()), logs
 
 
-def worker(rank, model, port, folder, mode):
-    try:
-        torch.set_num_threads(1)
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            ACCELERATE_USE_CPU="true",
-        )
-        torch.save(train(model, 4, folder, mode), Path(folder) / f"{rank}.pt")
-        dist.destroy_process_group()
-    except BaseException:  # noqa: BLE001 a test process must report and leave, whatever happened
-        (Path(folder) / f"{rank}.txt").write_text(traceback.format_exc())
-        os._exit(1)
+def job(rank, model, folder, mode):
+    weights, logs = train(model, 4, folder, mode)
+    return {"weights": weights, "logs": logs}
 
 
 @pytest.mark.parametrize("mode", ["plain", "cached"])
 def test_two_processes_train_as_one(text_model, tmp_path, mode):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    try:
-        # Spawned: a fork of a process whose OpenMP threads have run deadlocks.
-        mp.start_processes(worker, args=(text_model, port, str(tmp_path), mode), nprocs=2, start_method="spawn")
-    except mp.ProcessExitedException:
-        pytest.fail("\n".join(path.read_text() for path in sorted(tmp_path.glob("*.txt"))))
+    results = run_two(job, tmp_path, text_model, str(tmp_path), mode)
     weights, logs = train(text_model, 8, tmp_path, mode)
     start = text_model.state_dict()
     moved = [name for name, value in weights.items() if (value - start[name]).abs().max() > 1e-3]
     assert len(moved) > 20
-    for rank in range(2):
-        other_weights, other_logs = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for result in results:
+        other_weights, other_logs = result["weights"], result["logs"]
         for name, value in weights.items():
             torch.testing.assert_close(other_weights[name], value, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
         for event, other in zip(logs, other_logs, strict=True):
