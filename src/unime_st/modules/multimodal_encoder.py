@@ -15,6 +15,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from unime_st.files import write_atomically
 from unime_st.fingerprint import content_id
+from unime_st.modules.capture_hooks import enable_capture, remove_capture_hooks
 from unime_st.modules.checks import check_adapter, check_loaded
 from unime_st.modules.inputs import Message, as_messages, names_an_image, refuse_placeholders
 from unime_st.modules.vision_cache import VisionCache, is_frozen, vision_tower
@@ -43,7 +44,8 @@ class MultimodalEncoder(Transformer):
       distinct image once, GradCache's second pass included;
     * ``features["content_id"]`` (B,) identifies the content of each row, the instruction left out, for the losses'
       false-negative filter;
-    * the tokenizer is saved without truncation state, so ``max_seq_length`` survives.
+    * the tokenizer is saved without truncation state, so ``max_seq_length`` survives;
+    * it can be sent to another process at any time, as ``start_multi_process_pool`` does.
 
     Args:
         model_name_or_path: a Hub name or a folder.
@@ -115,6 +117,16 @@ class MultimodalEncoder(Transformer):
         super().save(output_path, *args, **kwargs)
         settings = {"format": 1, "vision_cache_bytes": self.vision_cache.max_bytes}
         write_atomically(Path(output_path) / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State to pickle, as a pool of processes needs it; stock LLaVA does not pickle once it has seen an image."""
+        remove_capture_hooks(self.model)
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up pickled state, in a process that has made no such model."""
+        super().__setstate__(state)
+        enable_capture(self.model)
 
     def train(self, mode: bool = True) -> Self:
         """Switch modes; a frozen vision tower stays in evaluation mode."""
