@@ -11,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from unime_st.losses.in_batch import UNIME_CITATION
 from unime_st.modules import export_encoder
+from unime_st.modules.checks import loading_note
 
 _TEMPLATE = Path(__file__).parent / "model_card_template.md"
 _SENTENCE = "<your text>"
@@ -107,6 +108,7 @@ def encoder_card(model: SentenceTransformer, *, repo_id: str = "path/to/this/fol
         architecture=type(model[0].model).__name__,
         parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         prompts=[name for name, prompt in model.prompts.items() if prompt],
+        loading_note=loading_note(model[0].model),
         rendered_prompts={kind: _rendered(processor, parts) for kind, parts in _KINDS.items()},
         recipe_citation=UNIME_CITATION.strip(),
     )
