@@ -79,7 +79,8 @@ def patches(picture, state, config, prefix=TOWER):
     tokens = [state[f"{prefix}embeddings.class_embedding"]]
     for top in range(0, picture.shape[1], size):
         for left in range(0, picture.shape[2], size):
-            tokens.append(kernel @ picture[:, top : top + size, left : left + size].flatten())
+            patch = picture[:, top : top + size, left : left + size]
+            tokens.append(kernel @ patch.flatten())
     x = torch.stack(tokens) + state[f"{prefix}embeddings.position_embedding.weight"]
     x = norm(x, state, f"{prefix}pre_layrnorm", vision.layer_norm_eps)
     heads = vision.num_attention_heads
@@ -116,7 +117,7 @@ def merged(features, rows, columns):
 
 
 def image_embeddings(image, state, config, num_crops):
-    """Embeddings of an image (tokens, hidden): lines of its crops, separator, lines of the whole; each ends in sub_GN."""
+    """Embeddings of an image (tokens, hidden): lines of its crops, separator, lines of the whole; sub_GN ends each."""
     pieces, (rows, columns) = crops(image, num_crops, config.vision_config.image_size)
     features = [patches(piece.to(state["norm.weight"].dtype), state, config) for piece in pieces]
     newline = state["vision_embed_tokens.sub_GN"][0, 0, 0]

@@ -45,7 +45,8 @@ PROMPTS = {
     ),
     "several": (
         SEVERAL,
-        "<|user|>\n<|image_1|>\n<|image_2|>\nwhich?\nSummary above image and sentence in one word: <|end|>\n<|assistant|>\n",
+        "<|user|>\n<|image_1|>\n<|image_2|>\nwhich?\n"
+        + "Summary above image and sentence in one word: <|end|>\n<|assistant|>\n",
     ),
 }
 

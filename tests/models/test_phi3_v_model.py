@@ -95,14 +95,14 @@ def test_embeddings_stand_where_the_placeholders_are(model, state, processor):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_hidden_states(model, processor, state, side):
-    """Each row alone and without padding, from its merged embeddings on."""
+    """Each row alone and without padding, from its merged embeddings on; the host computes angles in float32."""
     features = inputs(processor, ROWS, side)
     found = run(model, features)
     with torch.no_grad():
         merged = model._embed(features["input_ids"], features["pixel_values"].double(), features["image_sizes"])
     for row, mask in enumerate(features["attention_mask"].bool()):
         expected = oracle.hidden_states(merged[row][mask], state, model.config)
-        torch.testing.assert_close(found[row][mask], expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(found[row][mask], expected, atol=1e-5, rtol=0)
 
 
 def test_from_image_and_text_to_the_last_token(model, processor, state):
@@ -126,7 +126,7 @@ def test_long_rows_take_the_long_factors_and_their_neighbours_do_not(model, proc
     for row, (text, _) in enumerate(rows):
         own = state["embed_tokens.weight"][processor.tokenizer(text)["input_ids"]]
         expected = oracle.hidden_states(own, state, model.config)
-        torch.testing.assert_close(found[row, -len(own) :], expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(found[row, -len(own) :], expected, atol=1e-5, rtol=0)
     factors = dict(model.config.rope_parameters)
     config = phi3_v_config(tokenizer_for("phi3_v"), rope_scaling={**factors, "long_factor": factors["short_factor"]})
     own = state["embed_tokens.weight"][processor.tokenizer(rows[1][0])["input_ids"]]

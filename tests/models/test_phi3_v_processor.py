@@ -101,7 +101,13 @@ def test_a_text_is_cut_and_an_image_is_not(processor, tokenizer):
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("<|image_2|>", 1), ("<|image_2|><|image_1|>", 2), ("<|image_1|><|image_1|>", 2), ("<|image_1|>", 2), ("words", 1)],
+    [
+        ("<|image_2|>", 1),
+        ("<|image_2|><|image_1|>", 2),
+        ("<|image_1|><|image_1|>", 2),
+        ("<|image_1|>", 2),
+        ("words", 1),
+    ],
 )
 def test_placeholders_that_do_not_name_the_images(processor, text, count):
     with pytest.raises(ValueError, match=rf"Row 0 has {count} image\(s\), but its text names .*in order, once each"):

@@ -1,7 +1,7 @@
 """Architectures that transformers lacks, made known to its Auto classes.
 
-``import unime_st`` is enough: ``AutoModel.from_pretrained`` and whatever stands on it, sentence-transformers' own modules
-included, then read these checkpoints. It costs nothing until transformers is imported.
+``import unime_st`` is enough: ``AutoModel.from_pretrained`` and whatever stands on it, sentence-transformers' own
+modules included, then read these checkpoints. It costs nothing until transformers is imported.
 """
 
 from __future__ import annotations
@@ -36,15 +36,17 @@ def _register() -> None:
         AutoProcessor,
     )
 
-    from unime_st.models import phi3_v
+    from unime_st.models.phi3_v.configuration import Phi3VConfig
+    from unime_st.models.phi3_v.image_processing import Phi3VImageProcessor
+    from unime_st.models.phi3_v.modeling import Phi3VForCausalLM, Phi3VModel
+    from unime_st.models.phi3_v.processing import Phi3VProcessor
 
-    config = phi3_v.Phi3VConfig
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModel.register(config, phi3_v.Phi3VModel, exist_ok=True)
-    AutoModelForCausalLM.register(config, phi3_v.Phi3VForCausalLM, exist_ok=True)
-    AutoModelForImageTextToText.register(config, phi3_v.Phi3VForCausalLM, exist_ok=True)
-    AutoImageProcessor.register(config, phi3_v.Phi3VImageProcessor, phi3_v.Phi3VImageProcessor, exist_ok=True)
-    AutoProcessor.register(config, phi3_v.Phi3VProcessor, exist_ok=True)
+    AutoConfig.register(Phi3VConfig.model_type, Phi3VConfig, exist_ok=True)
+    AutoModel.register(Phi3VConfig, Phi3VModel, exist_ok=True)
+    AutoModelForCausalLM.register(Phi3VConfig, Phi3VForCausalLM, exist_ok=True)
+    AutoModelForImageTextToText.register(Phi3VConfig, Phi3VForCausalLM, exist_ok=True)
+    AutoImageProcessor.register(Phi3VConfig, Phi3VImageProcessor, Phi3VImageProcessor, exist_ok=True)
+    AutoProcessor.register(Phi3VConfig, Phi3VProcessor, exist_ok=True)
 
 
 class _HostFinder(MetaPathFinder):

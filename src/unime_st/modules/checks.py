@@ -70,7 +70,7 @@ def loading_note(model: PreTrainedModel) -> str:
         return ""
     return (
         f"**Needs unime_st.** transformers does not know the architecture `{model.config.model_type}`, so "
-        "sentence-transformers alone refuses this checkpoint. With the package `unime_st` installed, and imported first, "
-        "it loads like any other, without `trust_remote_code`; the tensors have the names of the architecture's "
+        "sentence-transformers alone refuses this checkpoint. With the package `unime_st` installed and imported "
+        "first, it loads like any other, without `trust_remote_code`; the tensors have the names of the architecture's "
         "published checkpoints."
     )

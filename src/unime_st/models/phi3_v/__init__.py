@@ -6,6 +6,8 @@ tensors, so that its checkpoints load as they are, and the order of its operatio
 
 from __future__ import annotations
 
+import transformers  # noqa: F401 (first: its import registers what follows)
+
 from unime_st.models.phi3_v.configuration import Phi3VConfig
 from unime_st.models.phi3_v.image_processing import Phi3VImageProcessor
 from unime_st.models.phi3_v.modeling import Phi3VForCausalLM, Phi3VModel

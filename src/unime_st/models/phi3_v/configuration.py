@@ -17,7 +17,12 @@ _VISION_DEFAULTS = {
     "patch_size": 14,
     "projection_dim": 768,
 }
-_IMG_PROCESSOR = {"name": "clip_vision_model", "model_name": CLIP_LARGE_336, "image_dim_out": 1024, "num_img_tokens": 144}
+_IMG_PROCESSOR = {
+    "name": "clip_vision_model",
+    "model_name": CLIP_LARGE_336,
+    "image_dim_out": 1024,
+    "num_img_tokens": 144,
+}
 _EMBD_LAYER = {
     "embedding_cls": "image",
     "hd_transform_order": "sub_glb",
@@ -77,15 +82,18 @@ class Phi3VConfig(Phi3Config):
                     f"`embd_layer` has {key}={self.embd_layer[key]!r}, but phi3_v knows {value!r} only, as all "
                     "published checkpoints have it."
                 )
-        if self.img_processor["name"] != "clip_vision_model" or self.img_processor.get("type_feature", "patch") != "patch":
+        if (
+            self.img_processor["name"] != "clip_vision_model"
+            or self.img_processor.get("type_feature", "patch") != "patch"
+        ):
             raise ValueError(
                 f"`img_processor` describes {self.img_processor}, but phi3_v takes the patch features of a "
                 "'clip_vision_model' only."
             )
         if self.vision_config is None and self.img_processor["model_name"] != CLIP_LARGE_336:
             raise ValueError(
-                f"`img_processor` names the vision tower {self.img_processor['model_name']!r}, whose size is not known. "
-                "Give its `vision_config` too."
+                f"`img_processor` names the vision tower {self.img_processor['model_name']!r}, whose size is not "
+                "known. Give its `vision_config` too."
             )
         if not isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = CLIPVisionConfig(**(self.vision_config or _VISION_DEFAULTS))

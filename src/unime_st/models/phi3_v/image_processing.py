@@ -111,7 +111,8 @@ class Phi3VImageProcessor(BaseImageProcessor):
             ``pixel_values`` (images, 1 + most crops, 3, S, S), missing crops zero; ``image_sizes`` (images, 2), height
             and width in pixels of each grid of crops.
         """
-        pictures = [to_pil_image(image).convert("RGB") for image in make_flat_list_of_images(self.fetch_images(images))]
+        flat: Any = make_flat_list_of_images(self.fetch_images(images))
+        pictures = [to_pil_image(image).convert("RGB") for image in flat]
         num_crops = kwargs.get("num_crops") or self.num_crops
         laid_out = [self._laid_out(picture, num_crops) for picture in pictures]
         crops = [self._cut(self._normalized(picture)) for picture in laid_out]

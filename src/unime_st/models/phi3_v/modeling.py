@@ -44,8 +44,9 @@ class Phi3VImageEmbedding(nn.Module):
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
-        merged = 4 * config.vision_config.hidden_size  # 2 x 2 neighbours side by side
-        self.crop_size = int(config.vision_config.image_size)
+        vision: Any = config.vision_config
+        merged = 4 * vision.hidden_size  # 2 x 2 neighbours side by side
+        self.crop_size = int(vision.image_size)
         self.img_processor = Phi3VVisionTower(config)
         self.img_projection = nn.Sequential(
             nn.Linear(merged, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
@@ -64,7 +65,9 @@ class Phi3VImageEmbedding(nn.Module):
             (embeddings of all images in turn, hidden size).
         """
         grids = [(height // self.crop_size, width // self.crop_size) for height, width in image_sizes.tolist()]
-        crops = torch.cat([image[: 1 + rows * columns] for image, (rows, columns) in zip(pixel_values, grids, strict=True)])
+        crops = torch.cat(
+            [image[: 1 + rows * columns] for image, (rows, columns) in zip(pixel_values, grids, strict=True)]
+        )
         features = self.img_processor(crops.to(self.sub_GN.dtype)).last_hidden_state
         parts: list[Tensor] = []
         for own, (rows, columns) in zip(features.split([1 + h * w for h, w in grids]), grids, strict=True):
@@ -92,8 +95,9 @@ class Phi3VRotaryEmbedding(Phi3RotaryEmbedding):
         """Cosines and sines (B or 1, length, head size), for positions (B or 1, length)."""
         if self.rope_type == "default":
             return super().forward(x, position_ids)
-        compute = ROPE_INIT_FUNCTIONS[self.rope_type]
-        limit = self.config.rope_parameters["original_max_position_embeddings"]
+        parameters: Any = self.config.rope_parameters
+        compute = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
+        limit = int(parameters["original_max_position_embeddings"])
         short, scaling = compute(self.config, x.device)
         long, _ = compute(self.config, x.device, seq_len=limit + 1)
         is_long = position_ids.amax(dim=-1) + 1 > limit
@@ -111,7 +115,7 @@ class Phi3VModel(Phi3Model):
     config_class = Phi3VConfig
     _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012 (the host's way)
     _keys_to_ignore_on_load_unexpected = _REDUNDANT
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012 (the host's way)
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
@@ -123,7 +127,7 @@ class Phi3VModel(Phi3Model):
         """Embeddings of images, (embeddings of all in turn, hidden size); see :class:`Phi3VImageEmbedding`."""
         return self.vision_embed_tokens(pixel_values, image_sizes)
 
-    def forward(
+    def forward(  # noqa: PLR0917 (the host's order)
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -155,7 +159,12 @@ class Phi3VModel(Phi3Model):
         """
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds = self._embed(input_ids, pixel_values, image_sizes)
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2 and inputs_embeds is not None:
+        if (
+            position_ids is None
+            and attention_mask is not None
+            and attention_mask.ndim == 2
+            and inputs_embeds is not None
+        ):
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         return super().forward(
             attention_mask=attention_mask,
@@ -188,7 +197,7 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
 
     config_class = Phi3VConfig
     _keys_to_ignore_on_load_unexpected = _REDUNDANT
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012 (the host's way)
 
     def __init__(self, config: Phi3VConfig) -> None:
         Phi3PreTrainedModel.__init__(self, config)
@@ -214,9 +223,9 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
             **kwargs,
         )
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Inputs of one step; the images go in with their placeholders, in the first."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         ids = inputs.get("input_ids")
         if ids is None or not bool((ids == self.config.image_token_id).any()):
             inputs.pop("pixel_values", None)

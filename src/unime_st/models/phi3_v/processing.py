@@ -36,7 +36,8 @@ class Phi3VProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if self.image_token_id in (None, tokenizer.unk_token_id):
             raise ValueError(
-                f"The tokenizer has no {IMAGE_TOKEN!r}, so it is not that of a phi3_v model. Check the files it comes from."
+                f"The tokenizer has no {IMAGE_TOKEN!r}, so it is not that of a phi3_v model. Check the files it comes "
+                "from."
             )
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
@@ -111,8 +112,8 @@ class Phi3VProcessor(ProcessorMixin):
         for number, row in enumerate(ids):
             if self.image_token_id in row[limit:]:
                 raise ValueError(
-                    f"Row {number} has {len(row)} tokens, and cutting it to {limit} would cut an image. Raise the limit, "
-                    "or give smaller or fewer images, or a lower `num_crops`."
+                    f"Row {number} has {len(row)} tokens, and cutting it to {limit} would cut an image. Raise the "
+                    "limit, or give smaller or fewer images, or a lower `num_crops`."
                 )
         return [row[:limit] for row in ids]
 
@@ -129,7 +130,8 @@ def _images_by_row(images: Any, named: list[int]) -> list[list[Any]]:
         return [list(own or []) for own in images]
     if len(images) != sum(named):
         raise ValueError(
-            f"The texts name {sum(named)} images ('<|image_1|>', ...), but {len(images)} came with them. Name each once."
+            f"The texts name {sum(named)} images ('<|image_1|>', ...), but {len(images)} came with them. Name each "
+            "once."
         )
     left = iter(images)
     return [[next(left) for _ in range(count)] for count in named]
