@@ -36,18 +36,15 @@ BATCHES = {
     "mixed": [TEXTS[0], IMAGES[0], SEVERAL, BOTH, TEXTS[1]],
     "none_first": [*TEXTS, IMAGES[1]],
 }
+ABOVE_BOTH = "Summary above image and sentence in one word: <|end|>\n<|assistant|>\n"
 PROMPTS = {
     "text": (TEXTS[0], "<|user|>\na red bus\nSummary above sentence in one word: <|end|>\n<|assistant|>\n"),
     "image": (IMAGES[0], "<|user|>\n<|image_1|>\nSummary above image in one word: <|end|>\n<|assistant|>\n"),
     "both": (
         BOTH,
-        "<|user|>\n<|image_1|>\nwhat colour?\nSummary above image and sentence in one word: <|end|>\n<|assistant|>\n",
+        f"<|user|>\n<|image_1|>\nwhat colour?\n{ABOVE_BOTH}",
     ),
-    "several": (
-        SEVERAL,
-        "<|user|>\n<|image_1|>\n<|image_2|>\nwhich?\n"
-        + "Summary above image and sentence in one word: <|end|>\n<|assistant|>\n",
-    ),
+    "several": (SEVERAL, f"<|user|>\n<|image_1|>\n<|image_2|>\nwhich?\n{ABOVE_BOTH}"),
 }
 
 

@@ -4,6 +4,9 @@ import json
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor
 
 from tiny import picture, tokenizer_for
@@ -165,3 +168,44 @@ def test_files_of_the_published_layout(processor, backbone, tmp_path):
     found = again(text="<|image_1|>", images=picture("red", (640, 480)), return_tensors="pt")
     assert found["pixel_values"].shape == (1, 5, 3, 336, 336)
     assert int((found["input_ids"] == again.image_token_id).sum()) == 757
+
+
+def test_a_tokenizer_of_the_published_kind(tmp_path):
+    """Llama's: it opens texts with <s> and a space, and its special tokens eat the line break behind them."""
+    letters = {symbol: 259 + place for place, symbol in enumerate("▁Sumaryinoe:")}
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}, **letters}
+    backend = Tokenizer(BPE(vocab=vocab, merges=[], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    turns = ("<|assistant|>", "<|end|>", "<|user|>")
+    names = ["<unk>", "<s>", "</s>", "<|endoftext|>", *turns, "<|image|>"]
+    backend.add_special_tokens([AddedToken(name, rstrip=name in turns, normalized=False) for name in names])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    settings = {
+        "add_bos_token": True,
+        "added_tokens_decoder": {
+            str(backend.token_to_id(name)): {
+                "content": name,
+                "rstrip": name in turns,
+                "special": True,
+                "normalized": False,
+            }
+            for name in names
+        },
+        "bos_token": "<s>",
+        "eos_token": "<|endoftext|>",
+        "legacy": False,
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "LlamaTokenizer",
+        "unk_token": "<unk>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3_v"}))
+    images = {"image_processor_type": "Phi3VImageProcessor", "num_crops": 4, "processor_class": "Phi3VProcessor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    prompt = "<|user|>\n<|image_1|>\nSummary in one: <|end|>\n<|assistant|>\n"
+    ids = processor(text=prompt, images=picture("red", (640, 480)), return_tensors="pt")["input_ids"][0].tolist()
+    tokens = processor.tokenizer.convert_ids_to_tokens(ids)
+    behind = ["<s>", "▁", "<0x0A>", *"Summary▁in▁one:▁", "<|end|>", "<|assistant|>"]
+    assert tokens == ["<s>", "<|user|>", *["<|image|>"] * 757, *behind]
