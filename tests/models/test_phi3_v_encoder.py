@@ -1,6 +1,7 @@
 """Phi-3-Vision as an encoder: prompts, batches, adapters, and the folder it leaves behind."""
 
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -158,6 +159,13 @@ def one_step(model, loss):
     value = loss([model.preprocess(list(column)) for column in columns], None)
     value.backward()
     return value.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_the_model_can_be_sent_to_another_process_after_it_has_seen_an_image(encoder):
+    rows = BATCHES["mixed"]
+    expected = encoder.encode(rows)
+    again = pickle.loads(pickle.dumps(encoder))
+    np.testing.assert_allclose(again.encode(rows), expected, atol=TOLERANCE)
 
 
 def test_gradients_reach_the_adapters_of_the_language_model_alone(backbone):

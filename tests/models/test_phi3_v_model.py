@@ -282,14 +282,16 @@ def test_configurations_that_are_not_the_published_ones(changes, advice):
         phi3_v_config(tokenizer_for("phi3_v"), **changes)
 
 
-def test_another_hidden_state_of_the_tower(folder, processor, model, state):
+@pytest.mark.parametrize("layer", [-4, -3, -2, -1, 0, 2, 3])
+def test_any_hidden_state_of_the_tower(folder, processor, layer):
     config = AutoConfig.from_pretrained(folder)
-    config.img_processor = {**config.img_processor, "layer_idx": -1}
-    other = AutoModel.from_pretrained(folder, config=config, dtype=torch.float64).eval()
-    pixels = processor.image_processor(IMAGES[0])["pixel_values"][:, 0].double()
+    config.img_processor = {**config.img_processor, "layer_idx": layer}
+    tower = AutoModel.from_pretrained(folder, config=config).eval().vision_embed_tokens.img_processor
+    pixels = processor.image_processor(IMAGES)["pixel_values"][:, 0]
     with torch.no_grad():
-        first, second = (own.vision_embed_tokens.img_processor(pixels).last_hidden_state for own in (model, other))
-    assert (first - second).abs().max() > 1e-3
+        found = tower(pixels).last_hidden_state
+        expected = tower.vision_model(pixels, output_hidden_states=True).hidden_states[layer][:, 1:]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_saved_and_loaded(model, processor, tmp_path):

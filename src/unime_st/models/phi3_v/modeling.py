@@ -19,12 +19,19 @@ _REDUNDANT = [r"vision_embed_tokens\.wte\.weight", r"img_processor\..*position_i
 
 
 class Phi3VVisionTower(nn.Module):
-    """CLIP's vision model, of which one hidden state is used."""
+    """CLIP's vision model, of which one hidden state is used.
+
+    Its layers are run up to that state, and not asked for all of them with ``output_hidden_states``: the host answers
+    with hooks that stay on the model, which then cannot be sent to another process.
+    """
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
-        self.layer = config.image_feature_layer
-        self.vision_model = CLIPVisionModel._from_config(config.vision_config)
+        whole: Any = CLIPVisionModel._from_config(config.vision_config)
+        self.vision_model = getattr(whole, "vision_model", whole)  # nested in some versions of the host
+        count = len(self.vision_model.encoder.layers)
+        layer = config.image_feature_layer
+        self.depth = layer if layer >= 0 else count + 1 + layer
 
     def forward(self, pixel_values: Tensor) -> BaseModelOutput:
         """Encode crops.
@@ -35,8 +42,10 @@ class Phi3VVisionTower(nn.Module):
         Returns:
             Patch features (crops, patches, width), without the class token.
         """
-        states = self.vision_model(pixel_values, output_hidden_states=True).hidden_states
-        return BaseModelOutput(last_hidden_state=states[self.layer][:, 1:])
+        states = self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixel_values))
+        for layer in self.vision_model.encoder.layers[: self.depth]:
+            states = layer(states, attention_mask=None)
+        return BaseModelOutput(last_hidden_state=states[:, 1:])
 
 
 class Phi3VImageEmbedding(nn.Module):
