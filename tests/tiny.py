@@ -10,10 +10,12 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers import models as hf
 
 from unime_st import build_encoder
+from unime_st.models.phi3_v import Phi3VConfig, Phi3VImageProcessor, Phi3VProcessor
 
 FAMILIES = (
     "llava_next",
@@ -26,6 +28,9 @@ FAMILIES = (
     "gemma3",
     "fast_vlm",
 )
+PLUGIN_FAMILIES = ("phi3_v",)
+"""Those that stock code cannot load: transformers lacks them."""
+
 SPECIAL = {
     "llava_next": ["<image>"],
     "llava_onevision": ["<|im_start|>", "<|im_end|>", "<image>", "<video>"],
@@ -33,6 +38,7 @@ SPECIAL = {
     "idefics3": ["<|im_start|>", "<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"],
     "gemma3": ["<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"],
     "fast_vlm": ["<|im_start|>", "<|im_end|>", "<image>"],
+    "phi3_v": ["<|user|>", "<|end|>", "<|assistant|>", "<|image|>"],
 }
 SPECIAL["qwen2_5_vl"] = SPECIAL["qwen3_vl"] = SPECIAL["qwen2_vl"]
 SPECIAL["smolvlm"] = [*SPECIAL["idefics3"], "<video>"]
@@ -82,6 +88,8 @@ def tokenizer_for(family: str) -> PreTrainedTokenizerFast:
             "global_image_token": "<global-img>",
             "end_of_utterance_token": "<end_of_utterance>",
         }
+    elif family == "phi3_v":
+        extra = {"image_token": "<|image|>"}
     elif "<|image_pad|>" in SPECIAL[family]:
         extra = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
         extra |= {"vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>"}
@@ -97,6 +105,9 @@ def tokenizer_for(family: str) -> PreTrainedTokenizerFast:
         extra_special_tokens=extra,
     )
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[family]}, replace_extra_special_tokens=False)
+    if family == "phi3_v":  # the published one opens every text with <s>
+        opening = ("<bos>", tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[opening])
     return tokenizer
 
 
@@ -163,6 +174,8 @@ def _config(family: str, tokenizer: PreTrainedTokenizerFast) -> Any:
             eoi_token_index=token("<end_of_image>"),
             image_token_index=token("<image_soft_token>"),
         )
+    if family == "phi3_v":
+        return phi3_v_config(tokenizer)
     return hf.fast_vlm.FastVlmConfig(
         text_config={"model_type": "llama", **text},
         vision_config={
@@ -175,6 +188,40 @@ def _config(family: str, tokenizer: PreTrainedTokenizerFast) -> Any:
             "model_args": {},
         },
         image_token_index=token("<image>"),
+    )
+
+
+def phi3_v_config(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> Phi3VConfig:
+    """Phi-3-Vision in small: crops of 56 pixels, 4 embeddings each; long rope beyond 128 tokens."""
+    text = {key: value for key, value in TEXT.items() if key != "head_dim"}
+    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    published = {
+        "img_processor": {
+            "image_dim_out": 32,
+            "model_name": "openai/clip-vit-large-patch14-336",
+            "name": "clip_vision_model",
+            "num_img_tokens": 4,
+        },
+        "embd_layer": {
+            "embedding_cls": "image",
+            "hd_transform_order": "sub_glb",
+            "projection_cls": "mlp",
+            "use_hd_transform": True,
+            "with_learnable_separator": True,
+        },
+        "original_max_position_embeddings": 128,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "su", **factors},
+        "vision_config": {**CLIP, "num_hidden_layers": 3, "image_size": 56, "initializer_factor": 3.0},
+    }
+    return Phi3VConfig(
+        **text,
+        **{**published, **changes},
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"),
     )
 
 
@@ -231,5 +278,8 @@ def _processor(family: str, tokenizer: PreTrainedTokenizerFast) -> Any:
         return hf.smolvlm.SmolVLMProcessor(images, tokenizer, videos, image_seq_len=4)
     if family == "gemma3":
         return hf.gemma3.Gemma3Processor(hf.gemma3.Gemma3ImageProcessor(size=square), tokenizer, image_seq_length=4)
+    if family == "phi3_v":
+        images = Phi3VImageProcessor(num_crops=4, num_img_tokens=4, size={"height": 56, "width": 56})
+        return Phi3VProcessor(images, tokenizer)
     images = hf.llava.LlavaImageProcessor(size={"height": 64, "width": 64}, crop_size={"height": 64, "width": 64})
     return hf.llava.LlavaProcessor(images, tokenizer, patch_size=32, vision_feature_select_strategy="full")

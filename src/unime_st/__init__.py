@@ -1,12 +1,15 @@
 """Universal multimodal embedders from any multimodal LLM: the UniME recipe for sentence-transformers.
 
 Importing this package is cheap: torch, transformers and sentence-transformers load on first use of a name below.
+The families that transformers lacks (:mod:`unime_st.models`) are known to its Auto classes from then on.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from unime_st.models import register_families
 
 if TYPE_CHECKING:
     from unime_st.hub import push_encoder_to_hub
@@ -23,6 +26,8 @@ _EXPORTS = {
 }
 
 __all__ = ["MultimodalEncoder", "__version__", "build_encoder", "export_encoder", "load_encoder", "push_encoder_to_hub"]
+
+register_families()
 
 
 def __getattr__(name: str) -> Any:

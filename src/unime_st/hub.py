@@ -11,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from unime_st.losses.in_batch import UNIME_CITATION
 from unime_st.modules import export_encoder
+from unime_st.modules.checks import loading_note
 
 _TEMPLATE = Path(__file__).parent / "model_card_template.md"
 _SENTENCE = "<your text>"
@@ -97,6 +98,7 @@ def encoder_card(model: SentenceTransformer, *, repo_id: str = "path/to/this/fol
         raise ValueError(
             f"The first module, {type(model[0]).__name__}, has no chat template. Give an encoder of `build_encoder`."
         )
+    backbone: Any = model[0].model
     data: Any = model.model_card_data
     data.tags = list(dict.fromkeys([*(data.tags or []), "multimodal", "unime"]))
     card = ModelCard.from_template(
@@ -104,9 +106,10 @@ def encoder_card(model: SentenceTransformer, *, repo_id: str = "path/to/this/fol
         template_path=str(_TEMPLATE),
         title=title or repo_id.rpartition("/")[2],
         repo_id=repo_id,
-        architecture=type(model[0].model).__name__,
+        architecture=type(backbone).__name__,
         parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         prompts=[name for name, prompt in model.prompts.items() if prompt],
+        loading_note=loading_note(backbone),
         rendered_prompts={kind: _rendered(processor, parts) for kind, parts in _KINDS.items()},
         recipe_citation=UNIME_CITATION.strip(),
     )

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 _LINEAR_LAYERS = "q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|down_proj|gate_up_proj"
-_LANGUAGE_MODELS = "language_model|text_model"
+_LANGUAGE_MODELS = r"((.*\.)?(language_model|text_model)\.|(model\.)?)"  # Phi-3-Vision is its own language model
 _LOADED = "_hf_peft_config_loaded"  # how transformers marks a model with adapters
 
 
@@ -40,7 +40,7 @@ def default_lora_config(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
-        target_modules=rf"(.*\.)?({_LANGUAGE_MODELS})\.layers\.({chosen})\.\w+\.({_LINEAR_LAYERS})",
+        target_modules=rf"{_LANGUAGE_MODELS}layers\.({chosen})\.\w+\.({_LINEAR_LAYERS})",
     )
 
 

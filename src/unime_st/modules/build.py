@@ -25,6 +25,7 @@ from transformers import AutoConfig
 
 from unime_st.files import write_atomically
 from unime_st.modules.adapters import default_lora_config, merged_adapters, tuner_layers
+from unime_st.modules.checks import loading_note
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
 
     Whatever is saved (``save_pretrained``, the Trainer's checkpoints, ``push_to_hub``) loads in plain
     ``SentenceTransformer(path)`` without this package and without ``trust_remote_code``.
+    An architecture that transformers lacks (phi3_v) needs ``import unime_st`` before that; its card says so.
     """
 
     model_card_data_class = _CardData
@@ -70,6 +72,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
             if module["type"] == _OURS:
                 module["type"] = STOCK_MODULE
         write_atomically(listing, json.dumps(modules, indent=2))
+        _add_loading_note(Path(path) / "README.md", self)
 
 
 def build_encoder(
@@ -201,7 +204,8 @@ def load_encoder(
 def export_encoder(model: SentenceTransformer, path: str | Path, merge_adapters: bool = True) -> Path:
     """Write an encoder as a stock sentence-transformers folder; the model in memory stays as it is.
 
-    The folder appears only when complete.
+    The folder appears only when complete. An architecture that transformers lacks (phi3_v) loads in stock
+    sentence-transformers only after ``import unime_st``; the folder's card says so.
 
     Args:
         model: the encoder.
@@ -232,6 +236,17 @@ def export_encoder(model: SentenceTransformer, path: str | Path, merge_adapters:
         shutil.rmtree(scratch, ignore_errors=True)
     logger.info("Saved the encoder in %s", target)
     return target
+
+
+def _add_loading_note(card: Path, model: SentenceTransformer) -> None:
+    """Put the note of an architecture that transformers lacks above the text of a model card."""
+    note = loading_note(model[0].model) if isinstance(model[0], MultimodalEncoder) else ""
+    if not note or not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    header, mark, body = text.partition("\n---\n") if text.startswith("---\n") else ("", "", text)
+    if note not in body:
+        write_atomically(card, f"{header}{mark}\n{note}\n{body}")
 
 
 def _stock_class(reference: str) -> Any:

@@ -62,3 +62,15 @@ def check_adapter(model: PreTrainedModel, folder: Path) -> None:
             f"The adapter in {folder} was not loaded: {len(wrong)} tensors differ or lack ({', '.join(wrong[:4])}). It "
             "belongs to another backbone, or peft and transformers disagree on names."
         )
+
+
+def loading_note(model: PreTrainedModel) -> str:
+    """What a card must say about loading an architecture that transformers lacks; empty for all others."""
+    if not type(model.config).__module__.startswith("unime_st."):
+        return ""
+    return (
+        f"**Needs unime_st.** transformers does not know the architecture `{model.config.model_type}`, so "
+        "sentence-transformers alone refuses this checkpoint. With the package `unime_st` installed and imported "
+        "first, it loads like any other, without `trust_remote_code`; the tensors have the names of the architecture's "
+        "published checkpoints."
+    )

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-VISION_TOWER_NAMES = ("vision_tower", "visual", "vision_model", "vision_encoder")
-"""What transformers' multimodal models call their vision tower."""
+VISION_TOWER_NAMES = ("vision_tower", "visual", "vision_model", "vision_encoder", "img_processor")
+"""What multimodal models call their vision tower: transformers', and Phi-3-Vision."""
 
 
 def vision_tower(model: nn.Module) -> nn.Module | None:
