@@ -1,4 +1,4 @@
-"""Keep the demo's results in the repository, and write the README's tables from what is kept.
+"""Keep the demo's results in the repository, and write the README's tables and the published models' cards.
 
 python benchmarks/readme.py --demo demo_output   # after `make demo`: copy its numbers and pictures, then fill in
 python benchmarks/readme.py                      # fill in only
@@ -12,6 +12,9 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+
+from unime_st.published import PUBLISHED
+from unime_st.published_card import published_card
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -88,6 +91,20 @@ def alignment_table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def cards() -> dict[str, str]:
+    """File name -> card of each published model."""
+    return {f"{name.rpartition('/')[2]}.md": published_card(known) for name, known in PUBLISHED.items()}
+
+
+def families_table(results: dict[str, dict[str, str]]) -> str:
+    """What works for which family; a cell is "yes", or the reason why not."""
+    checks = list(next(iter(results.values())))
+    lines = [f"| | {' | '.join(checks)} |", "|---" * (1 + len(checks)) + "|"]
+    return "\n".join(
+        lines + [f"| {family} | {' | '.join(row[c] for c in checks)} |" for family, row in results.items()]
+    )
+
+
 def filled(text: str) -> str:
     """README with its tables written from the kept results.
 
@@ -99,6 +116,7 @@ def filled(text: str) -> str:
         "demo": demo_tables(_read(demo / "results.json"), _read(demo / "seconds.json")),
         "alignment": alignment_table(_read(RESULTS / "alignment.json")),
         "ablation": ablation_table(_read(RESULTS / "ablation.json")),
+        "families": families_table(_read(RESULTS / "families.json")),
     }
     for name, part in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -118,6 +136,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.demo:
         keep(arguments.demo)
+    for name, card in cards().items():
+        (ROOT / "model_cards" / name).write_text(card, encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"written: {readme}")

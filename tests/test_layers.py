@@ -11,6 +11,7 @@ SRC = Path(__file__).parents[1] / "src" / "unime_st"
 LAYERS = {
     "prompts": 0,
     "columns": 0,
+    "published": 0,
     "functional": 1,
     "distributed": 1,
     "fingerprint": 1,
@@ -25,6 +26,7 @@ LAYERS = {
     "hub": 3,
     "model_card": 3,
     "demo": 4,
+    "published_card": 4,
 }
 ROOT = 5  # __init__ names the public things of every layer, lazily
 

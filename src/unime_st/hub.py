@@ -15,11 +15,12 @@ from unime_st.modules.checks import loading_note
 
 _TEMPLATE = Path(__file__).parent / "model_card_template.md"
 _SENTENCE = "<your text>"
-_KINDS: dict[str, list[dict[str, str]]] = {
+KINDS: dict[str, list[dict[str, str]]] = {
     "image": [{"type": "image"}],
     "text": [{"type": "text", "text": _SENTENCE}],
     "image and text": [{"type": "image"}, {"type": "text", "text": _SENTENCE}],
 }
+"""What an input may hold -> the parts of its chat message."""
 
 
 def push_encoder_to_hub(
@@ -110,7 +111,7 @@ def encoder_card(model: SentenceTransformer, *, repo_id: str = "path/to/this/fol
         parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         prompts=[name for name, prompt in model.prompts.items() if prompt],
         loading_note=loading_note(backbone),
-        rendered_prompts={kind: _rendered(processor, parts) for kind, parts in _KINDS.items()},
+        rendered_prompts={kind: _rendered(processor, parts) for kind, parts in KINDS.items()},
         recipe_citation=UNIME_CITATION.strip(),
     )
     return str(card)
@@ -120,4 +121,9 @@ def _rendered(processor: Any, parts: list[dict[str, str]]) -> str:
     """One prompt on one line, as it stands in a cell of a table."""
     messages = [{"role": "user", "content": parts}]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return str(text).replace("\n", "\\n").replace("|", "\\|")
+    return on_one_line(str(text))
+
+
+def on_one_line(prompt: str) -> str:
+    """A prompt as it stands in a cell of a Markdown table."""
+    return prompt.replace("\n", "\\n").replace("|", "\\|")

@@ -3,6 +3,9 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
+
+from unime_st.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,3 +29,13 @@ def test_the_tables_are_those_of_the_kept_results(readme):
 def test_a_missing_place_is_an_error(readme):
     with pytest.raises(ValueError, match="demo"):
         readme.filled("# nothing to fill in\n")
+
+
+def test_the_cards_of_published_models_are_those_generated_and_parse(readme):
+    for name, card in readme.cards().items():
+        assert (ROOT / "model_cards" / name).read_text(encoding="utf-8") == card, "run `python benchmarks/readme.py`"
+        data = ModelCard(card).data
+        assert data.library_name == "sentence-transformers"
+        assert f'load_encoder("{data.base_model}")' in card
+        assert "Summary above image in one word: " in card
+    assert len(readme.cards()) == len(PUBLISHED)

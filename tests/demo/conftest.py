@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from fake_packages import make_fake_packages
+from filelock import FileLock
 
 from tiny import tiny_backbone
 from unime_st.demo.emoji import build_benchmark
@@ -14,8 +15,10 @@ from unime_st.demo.packages import fetch
 
 @pytest.fixture(scope="session")
 def fetched():
-    default = Path(__file__).parents[2] / ".demo_cache"
-    return fetch(os.environ.get("UNIME_DEMO_CACHE", default))
+    cache = Path(os.environ.get("UNIME_DEMO_CACHE", Path(__file__).parents[2] / ".demo_cache"))
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "fetching.lock"):  # tests run in several processes
+        return fetch(cache)
 
 
 @pytest.fixture(scope="session")

@@ -13,66 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict
 from huggingface_hub import snapshot_download
-from peft import PeftConfig
+from peft import PeftConfig, prepare_model_for_kbit_training
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
-from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 from transformers import AutoConfig
 
-from unime_st.files import write_atomically
-from unime_st.modules.adapters import default_lora_config, merged_adapters, tuner_layers
-from unime_st.modules.checks import loading_note
+from unime_st.modules.adapters import attach_adapter, default_lora_config, merged_adapters, tuner_layers
+from unime_st.modules.checks import check_family
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
+from unime_st.modules.sentence_transformer import MultimodalSentenceTransformer
+from unime_st.published import PUBLISHED, published_checkpoint
 
 logger = logging.getLogger(__name__)
 
-STOCK_MODULE = f"{Transformer.__module__}.{Transformer.__name__}"
-_OURS = f"{MultimodalEncoder.__module__}.{MultimodalEncoder.__name__}"
 _MODEL_CONFIG = "config_sentence_transformers.json"
-
-
-class _CardData(SentenceTransformerModelCardData):
-    """Card data whose widget examples are drawn from stored texts alone.
-
-    Stock code (6.2) fails on several data sets whose rows are made by a transform, as images opened lazily are.
-    """
-
-    def set_widget_examples(self, dataset: Any) -> None:
-        """Draw examples from the data sets that have no transform."""
-        named = {"dataset": dataset} if isinstance(dataset, Dataset) else dataset
-        stored = {name: rows for name, rows in named.items() if _is_stored(rows)}
-        if stored:
-            super().set_widget_examples(DatasetDict(stored))
-
-
-def _is_stored(rows: Any) -> bool:
-    return isinstance(rows, Dataset) and rows.format["type"] != "custom"
-
-
-class MultimodalSentenceTransformer(SentenceTransformer):
-    """A ``SentenceTransformer`` whose saved form names stock modules only.
-
-    Whatever is saved (``save_pretrained``, the Trainer's checkpoints, ``push_to_hub``) loads in plain
-    ``SentenceTransformer(path)`` without this package and without ``trust_remote_code``.
-    An architecture that transformers lacks (phi3_v) needs ``import unime_st`` before that; its card says so.
-    """
-
-    model_card_data_class = _CardData
-
-    def save(self, path: str, *args: Any, **kwargs: Any) -> None:
-        """Save; see :meth:`sentence_transformers.SentenceTransformer.save`."""
-        super().save(path, *args, **kwargs)
-        listing = Path(path) / "modules.json"
-        modules = json.loads(listing.read_text(encoding="utf-8"))
-        for module in modules:
-            if module["type"] == _OURS:
-                module["type"] = STOCK_MODULE
-        write_atomically(listing, json.dumps(modules, indent=2))
-        _add_loading_note(Path(path) / "README.md", self)
 
 
 def build_encoder(
@@ -96,7 +53,8 @@ def build_encoder(
     The language-modelling head is not loaded.
 
     Args:
-        backbone: a Hub name or a folder of a transformers checkpoint.
+        backbone: a Hub name or a folder of a transformers checkpoint; a folder with an adapter alone is attached to the
+            backbone that its ``adapter_config.json`` names.
         prompt_template: a name of :data:`unime_st.prompts.TURN_FORMATS` or a Jinja chat template; None takes the
             family's.
         max_pixels: bound on an image's pixels, for families that keep an image's own resolution (Qwen-VL).
@@ -109,13 +67,17 @@ def build_encoder(
         allow_remote_images: open images at ``http(s)`` addresses.
         vision_cache_bytes: memory, where the model is, for features of a frozen vision tower; enough for the images of
             one step saves GradCache's second pass. 0 keeps none.
-        model_kwargs: more arguments of ``from_pretrained``, e.g. ``quantization_config``.
+        model_kwargs: more arguments of ``from_pretrained``. With ``quantization_config``, as QLoRA has it, the frozen
+            weights are prepared as peft asks; that takes bitsandbytes and a GPU, on which it has not been run. Merging
+            adapters into 4-bit weights rounds them: save those alone, and merge into the backbone at full precision.
         processor_kwargs: more arguments of the processor.
 
     Raises:
         ValueError: weights are missing, the family has no template, or it takes no ``max_pixels``.
     """
-    name = str(backbone)
+    name, adapter = str(backbone), Path(backbone)
+    if (adapter / "adapter_config.json").is_file():
+        name = str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
     config = AutoConfig.from_pretrained(name)
     template = prompt_template or MultimodalEncoder.template_for(config)
     weights: dict[str, Any] = {"dtype": torch_dtype, **(model_kwargs or {})}
@@ -130,6 +92,8 @@ def build_encoder(
         processor_kwargs=dict(processor_kwargs or {}),
         max_seq_length=max_seq_length,
     )
+    if name != str(backbone):
+        attach_adapter(encoder.model, adapter)
     if max_pixels is not None:
         _bound_pixels(encoder, max_pixels)
     pooling = Pooling(encoder.get_embedding_dimension(), pooling_mode="lasttoken")
@@ -137,6 +101,8 @@ def build_encoder(
         modules=[encoder, pooling, Normalize()], device=device, prompts=dict(prompts or {}), similarity_fn_name="cosine"
     )
     if peft_config:
+        if getattr(encoder.model, "is_quantized", False):  # QLoRA
+            prepare_model_for_kbit_training(encoder.model, use_gradient_checkpointing=False)  # the Trainer's to switch
         model.add_adapter(default_lora_config() if peft_config is True else peft_config)
         if not tuner_layers(encoder):
             raise ValueError(
@@ -148,6 +114,7 @@ def build_encoder(
 def load_encoder(
     path: str | Path,
     *,
+    published: str | None = None,
     torch_dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
     device: str | None = None,
@@ -155,10 +122,12 @@ def load_encoder(
     model_kwargs: Mapping[str, Any] | None = None,
     processor_kwargs: Mapping[str, Any] | None = None,
 ) -> SentenceTransformer:
-    """Load a saved encoder with our module in place of the stock one.
+    """Load a saved encoder with our module in place of the stock one, or a published UniME model.
 
     Args:
-        path: a folder, or a Hub name, of a saved encoder.
+        path: a folder, or a Hub name, of a saved encoder; or of a model of :data:`unime_st.published.PUBLISHED`, which
+            is a plain transformers repository.
+        published: the Hub name of the published model that the folder is a copy of.
         torch_dtype: of the weights; "auto" keeps the checkpoint's.
         attn_implementation: of transformers.
         device: where to put the model; None chooses.
@@ -167,14 +136,31 @@ def load_encoder(
         processor_kwargs: more arguments of the processor.
 
     Raises:
-        FileNotFoundError: the folder holds no sentence-transformers checkpoint.
-        ValueError: weights are missing, or an adapter was not loaded.
+        FileNotFoundError: the folder holds no sentence-transformers checkpoint, and no published model is named.
+        ValueError: weights are missing, an adapter was not loaded, or the folder holds another model than
+            `published`.
     """
     folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
     if not (folder / "modules.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} has no modules.json, so it is no saved encoder. Make one of a backbone with `build_encoder`."
+        if published is None and str(path) not in PUBLISHED:
+            raise FileNotFoundError(
+                f"{folder} has no modules.json, so it is no saved encoder. Make one of a backbone with "
+                "`build_encoder`, or, if it is a copy of a published UniME model, say of which with `published`."
+            )
+        known = published_checkpoint(published or str(path))
+        model = build_encoder(
+            folder,
+            prompt_template=known.family,
+            torch_dtype=torch_dtype,
+            attn_implementation=attn_implementation,
+            device=device,
+            allow_remote_images=allow_remote_images,
+            model_kwargs=model_kwargs,
+            processor_kwargs=processor_kwargs,
         )
+        backbone: Any = model[0].model
+        check_family(backbone, known)
+        return model
     weights: dict[str, Any] = {"dtype": torch_dtype, **(model_kwargs or {})}
     if attn_implementation is not None:
         weights["attn_implementation"] = attn_implementation
@@ -236,17 +222,6 @@ def export_encoder(model: SentenceTransformer, path: str | Path, merge_adapters:
         shutil.rmtree(scratch, ignore_errors=True)
     logger.info("Saved the encoder in %s", target)
     return target
-
-
-def _add_loading_note(card: Path, model: SentenceTransformer) -> None:
-    """Put the note of an architecture that transformers lacks above the text of a model card."""
-    note = loading_note(model[0].model) if isinstance(model[0], MultimodalEncoder) else ""
-    if not note or not card.is_file():
-        return
-    text = card.read_text(encoding="utf-8")
-    header, mark, body = text.partition("\n---\n") if text.startswith("---\n") else ("", "", text)
-    if note not in body:
-        write_atomically(card, f"{header}{mark}\n{note}\n{body}")
 
 
 def _stock_class(reference: str) -> Any:

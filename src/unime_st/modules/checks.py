@@ -9,6 +9,10 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from unime_st.modules.adapters import adapter_tensor
+from unime_st.published import PublishedCheckpoint
+
+_IMAGE_TOKENS = ("image_token_id", "image_token_index")
 _HEAD = "lm_head."  # at the top or below the language model; an embedder has none
 
 
@@ -51,7 +55,7 @@ def check_adapter(model: PreTrainedModel, folder: Path) -> None:
     wrong = []
     with safe_open(file, framework="pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118 (not a dict)
-            name = key.removeprefix("base_model.model.")
+            name = adapter_tensor(key)
             value = loaded.get(name)
             unfilled.discard(name)
             if value is None or not torch.equal(value.cpu().float(), tensors.get_tensor(key).float()):
@@ -61,6 +65,40 @@ def check_adapter(model: PreTrainedModel, folder: Path) -> None:
         raise ValueError(
             f"The adapter in {folder} was not loaded: {len(wrong)} tensors differ or lack ({', '.join(wrong[:4])}). It "
             "belongs to another backbone, or peft and transformers disagree on names."
+        )
+
+
+def check_processor(model: PreTrainedModel, processor: Any, name: str) -> None:
+    """Refuse a processor that belongs to another model.
+
+    Raises:
+        ValueError: its tokens go beyond the embeddings, or an image's placeholder is another token than the model's.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    embeddings: Any = model.get_input_embeddings()
+    rows, tokens = len(embeddings.weight), len(tokenizer)
+    wanted = next((getattr(model.config, key, None) for key in _IMAGE_TOKENS if hasattr(model.config, key)), None)
+    # Gemma3's processor calls the mark before an image its token; the tokenizer knows the one that is repeated.
+    owner = next((part for part in (tokenizer, processor) if getattr(part, "image_token", None) is not None), None)
+    word = getattr(owner, "image_token", None)
+    found = None if word is None else tokenizer.convert_tokens_to_ids(str(word))
+    if tokens > rows or (wanted is not None and found is not None and found != wanted):
+        raise ValueError(
+            f"The processor in {name} is not the model's: it has {tokens} tokens and writes an image as {word!r} "
+            f"({found}), while the model has {rows} embeddings and expects {wanted}. Restore the processor's files."
+        )
+
+
+def check_family(model: PreTrainedModel, known: PublishedCheckpoint) -> None:
+    """Refuse a model of another architecture than the published one it was said to be.
+
+    Raises:
+        ValueError: with both.
+    """
+    if model.config.model_type != known.family:
+        raise ValueError(
+            f"{known.repo_id} is a {known.family}, but this folder holds a {model.config.model_type}. Check the "
+            "folder, or the name in `published`."
         )
 
 

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from huggingface_hub import snapshot_download
+from peft import PeftConfig
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from unime_st.files import write_atomically
 from unime_st.fingerprint import content_id
+from unime_st.modules.adapters import attach_adapter
 from unime_st.modules.capture_hooks import enable_capture, remove_capture_hooks
-from unime_st.modules.checks import check_adapter, check_loaded
+from unime_st.modules.checks import check_adapter, check_loaded, check_processor
 from unime_st.modules.inputs import Message, as_messages, names_an_image, refuse_placeholders
 from unime_st.modules.vision_cache import VisionCache, is_frozen, vision_tower
 from unime_st.prompts import TURN_FORMATS, chat_template
@@ -70,6 +73,7 @@ class MultimodalEncoder(Transformer):
     ) -> None:
         processor_kwargs = {"padding_side": "left", **(kwargs.pop("processor_kwargs", None) or {})}
         super().__init__(model_name_or_path, processor_kwargs=processor_kwargs, **kwargs)
+        check_processor(self.model, self.processor, model_name_or_path)
         self.allow_remote_images = allow_remote_images
         self.vision_cache = VisionCache(vision_cache_bytes)
         self._told_of_cuts = False
@@ -245,14 +249,17 @@ class MultimodalEncoder(Transformer):
                 f"MultimodalEncoder runs on backend 'torch' for 'feature-extraction', not {backend!r} for "
                 f"{transformer_task!r}. Load the checkpoint with SentenceTransformer for those."
             )
-        if is_peft_model:
+        source, adapter = model_name_or_path, Path(model_name_or_path)
+        if is_peft_model:  # transformers loads adapters too, but not the magnitudes of DoRA, and without a word
             model_kwargs.pop("revision", None)
-        model, report = AutoModel.from_pretrained(
-            model_name_or_path, config=config, output_loading_info=True, **model_kwargs
-        )
-        check_loaded(model_name_or_path, report)
+            if not adapter.is_dir():
+                adapter = Path(snapshot_download(model_name_or_path, allow_patterns="adapter_*"))
+            source = str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
+        model, report = AutoModel.from_pretrained(source, config=config, output_loading_info=True, **model_kwargs)
+        check_loaded(source, report)
         if is_peft_model:
-            check_adapter(model, Path(model_name_or_path))
+            attach_adapter(model, adapter)
+            check_adapter(model, adapter)
         return model
 
 

@@ -1,0 +1,77 @@
+"""A sentence-transformers model whose saved form is stock."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
+
+from unime_st.files import write_atomically
+from unime_st.modules.checks import loading_note
+from unime_st.modules.multimodal_encoder import MultimodalEncoder
+
+STOCK_MODULE = f"{Transformer.__module__}.{Transformer.__name__}"
+_OURS = f"{MultimodalEncoder.__module__}.{MultimodalEncoder.__name__}"
+
+
+class _CardData(SentenceTransformerModelCardData):
+    """Card data whose widget examples are drawn from stored texts alone.
+
+    Stock code (6.2) fails on several data sets whose rows are made by a transform, as images opened lazily are.
+    """
+
+    def set_widget_examples(self, dataset: Any) -> None:
+        """Draw examples from the data sets that have no transform."""
+        named = {"dataset": dataset} if isinstance(dataset, Dataset) else dataset
+        stored = {name: rows for name, rows in named.items() if _is_stored(rows)}
+        if stored:
+            super().set_widget_examples(DatasetDict(stored))
+
+
+def _is_stored(rows: Any) -> bool:
+    return isinstance(rows, Dataset) and rows.format["type"] != "custom"
+
+
+class MultimodalSentenceTransformer(SentenceTransformer):
+    """A ``SentenceTransformer`` whose saved form names stock modules only.
+
+    Whatever is saved (``save_pretrained``, the Trainer's checkpoints, ``push_to_hub``) loads in plain
+    ``SentenceTransformer(path)`` without this package and without ``trust_remote_code``.
+    An architecture that transformers lacks (phi3_v) needs ``import unime_st`` before that; its card says so.
+    """
+
+    model_card_data_class = _CardData
+
+    @classmethod
+    def _load_with_module_classes(cls, model_name_or_path: str, *_: Any, **__: Any) -> Any:
+        """The Trainer's way to load a checkpoint: with our module, for stock code drops the magnitudes of DoRA."""
+        from unime_st.modules.build import load_encoder
+
+        return load_encoder(model_name_or_path, device="cpu")
+
+    def save(self, path: str, *args: Any, **kwargs: Any) -> None:
+        """Save; see :meth:`sentence_transformers.SentenceTransformer.save`."""
+        super().save(path, *args, **kwargs)
+        listing = Path(path) / "modules.json"
+        modules = json.loads(listing.read_text(encoding="utf-8"))
+        for module in modules:
+            if module["type"] == _OURS:
+                module["type"] = STOCK_MODULE
+        write_atomically(listing, json.dumps(modules, indent=2))
+        _add_loading_note(Path(path) / "README.md", self)
+
+
+def _add_loading_note(card: Path, model: SentenceTransformer) -> None:
+    """Put the note of an architecture that transformers lacks above the text of a model card."""
+    note = loading_note(model[0].model) if isinstance(model[0], MultimodalEncoder) else ""
+    if not note or not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    header, mark, body = text.partition("\n---\n") if text.startswith("---\n") else ("", "", text)
+    if note not in body:
+        write_atomically(card, f"{header}{mark}\n{note}\n{body}")
