@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sentence_transformers.util import quantize_embeddings
 
-from tiny import FAMILIES, picture
+from tiny import picture
 from unime_st import build_encoder
 
 ITEMS = [
@@ -43,7 +43,7 @@ def test_quantised_embeddings(encoder, precision, width, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "qwen2_vl"])  # all: `benchmarks/families.py`
 def test_several_processes_after_an_image(family, backbone):
     model = build_encoder(backbone(family), device="cpu")
     alone = model.encode(ITEMS)  # from here on stock LLaVA models could not be sent to another process
