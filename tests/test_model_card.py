@@ -41,6 +41,17 @@ def test_what_it_says(model):
     assert "{%" not in card
 
 
+def test_results_are_metadata_that_the_hub_reads(model):
+    for name in ("animals", "plants"):
+        evaluator = EmbeddingSimilarityEvaluator(["a cat", "a dog"], ["a lion", "a wolf"], [0.8, 0.7], name=name)
+        evaluator(model)
+    data = ModelCard(encoder_card(model, repo_id="me/unime-tiny")).data
+    assert data.model_name == "me/unime-tiny"
+    found = {(result.dataset_name, result.metric_type) for result in data.eval_results}
+    assert {("animals", "spearman_cosine"), ("plants", "spearman_cosine")} <= found
+    assert "### animals, plants\n" in encoder_card(model, repo_id="me/unime-tiny")
+
+
 def test_its_example_runs_in_stock_code(model, tmp_path, monkeypatch):
     folder = export_encoder(model, tmp_path / "encoder")
     picture().save(tmp_path / "bus.jpg")

@@ -101,6 +101,7 @@ def encoder_card(model: SentenceTransformer, *, repo_id: str = "path/to/this/fol
         )
     backbone: Any = model[0].model
     data: Any = model.model_card_data
+    data.model_name = data.model_name or title or repo_id
     data.tags = list(dict.fromkeys([*(data.tags or []), "multimodal", "unime"]))
     card = ModelCard.from_template(
         data,

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sentence_transformers import SentenceTransformer
+
 from unime_st.demo import measure
 from unime_st.demo.card import card
 from unime_st.demo.emoji import EmojiBenchmark
@@ -15,6 +17,7 @@ from unime_st.demo.measure import VENDOR_OF, metric
 from unime_st.demo.training import LOG_FILE
 from unime_st.evaluation import Report
 from unime_st.files import write_atomically
+from unime_st.hub import encoder_card
 from unime_st.modules import load_encoder
 
 if TYPE_CHECKING:
@@ -26,6 +29,11 @@ NAMES = {
     "stage2": "+ stage 2 (contrastive)",
 }
 COLUMNS = ("text→image R@1", "R@5", "R@10", "image→text R@1", "R@5 ", "R@10 ", "attribute swaps", "MMEB-like P@1")
+_ORIGIN = (
+    "A demonstration, not a useful embedder: parts of SmolLM2-135M-Instruct (de-quantised from 4 bits) and "
+    "EfficientNet-lite0, trained for minutes on emoji with the UniME recipe. The weights of the parts and the drawings "
+    "keep their own licences; see the report of the demo."
+)
 RECALLS = [f"{way}_recall@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
 
 
@@ -59,14 +67,15 @@ def write_report(  # noqa: PLR0917
     )
     _meta_tasks(report, results)
     _training(report, checkpoints)
-    _galleries(report, demo, benchmark, checkpoints["stage2"])
+    model = load_encoder(final, device="cpu")
+    _galleries(report, demo, benchmark, model)
     packages = ("sentence-transformers", "transformers", "torch", "peft", "datasets")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     report.add_table("Seconds a step took", ["step", "seconds"], list(demo.seconds.items()), digits=0)
     report.add_text(f"{json.dumps(asdict(demo.settings))}\n\n{versions}", title="Settings and versions")
     report.add_text(card(benchmark.info), title="The benchmark and its licences")
     page = report.write(demo.output / "report")
-    write_atomically(final / "README.md", _model_card(summary))
+    write_atomically(final / "README.md", _model_card(model, summary))
     return page
 
 
@@ -134,8 +143,7 @@ def _training(report: Report, checkpoints: dict[str, Path]) -> None:
             )
 
 
-def _galleries(report: Report, demo: Demo, benchmark: EmojiBenchmark, checkpoint: Path) -> None:
-    model = load_encoder(checkpoint, device="cpu")
+def _galleries(report: Report, demo: Demo, benchmark: EmojiBenchmark, model: SentenceTransformer) -> None:
     for drawings, vendor in VENDOR_OF.items():
         evaluator = measure.retrieval(benchmark, "test", drawings, demo.cache / "embeddings")
         evaluator(model)
@@ -146,22 +154,14 @@ def _galleries(report: Report, demo: Demo, benchmark: EmojiBenchmark, checkpoint
             report.add_gallery(f"{shown}, {vendor}: every {max(1, count // 8)}th query, top 5", entries)
 
 
-def _model_card(summary: dict[str, Any]) -> str:
-    """Card of the demo's checkpoint."""
-    header = "---\nlibrary_name: sentence-transformers\nlicense: apache-2.0\npipeline_tag: feature-extraction\n"
-    header += "tags: [sentence-transformers, multimodal, UniME, miniature]\n---\n"
+def _model_card(model: SentenceTransformer, summary: dict[str, Any]) -> str:
+    """Card of the demo's checkpoint: that of any encoder, with the demo's table; results of the galleries are in it."""
+    data: Any = model.model_card_data
+    data.license = "apache-2.0"
+    data.tags = ["miniature"]
+    text = encoder_card(model, repo_id="unime-emoji-miniature", title="UniME on a miniature: emoji")
     lines = [
-        "# UniME on a miniature: emoji",
-        "",
-        "A demonstration, not a useful embedder: SmolLM2-135M-Instruct (de-quantised from 4-bit), EfficientNet-lite0,",
-        "trained for minutes on emoji with the UniME recipe. It loads in stock sentence-transformers:",
-        "",
-        "```python",
-        "from sentence_transformers import SentenceTransformer",
-        "",
-        'model = SentenceTransformer("unime-emoji-miniature")',
-        'model.encode(["waving hand", {"image": "hand.png"}])',
-        "```",
+        "## Before and after each stage",
         "",
         "| concepts never trained on | text→image R@1 | image→text R@1 | attribute swaps |",
         "|---|---|---|---|",
@@ -171,5 +171,5 @@ def _model_card(summary: dict[str, Any]) -> str:
             cells = [values.get(column) for column in (COLUMNS[0], COLUMNS[3], COLUMNS[6])]
             shown = " | ".join("–" if cell is None else f"{100 * cell:.1f} %" for cell in cells)
             lines.append(f"| {name}, {drawings} drawings | {shown} |")
-    lines += ["", "The weights of the parts and the drawings keep their own licences; see the report of the demo.", ""]
-    return header + "\n".join(lines)
+    lines += ["", "## Limits", "", _ORIGIN, ""]
+    return text.replace("## Limits\n", "\n".join(lines), 1)
