@@ -132,7 +132,10 @@ def test_an_adapter_alone_finds_its_base_and_its_modules(family, old, backbone, 
     found = np.concatenate([model.encode([item]) for item in ITEMS.values()])
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.abs(found - build_encoder(backbone(family), device="cpu").encode(list(ITEMS.values()))).max() > 1e-2
-    again = load_encoder(export_encoder(model, tmp_path / "encoder"), device="cpu")
+    exported = export_encoder(model, tmp_path / "encoder")
+    with pytest.raises(ValueError, match="is a saved encoder"):
+        load_encoder(exported, published=REPOSITORIES[family])
+    again = load_encoder(exported, device="cpu")
     np.testing.assert_allclose(again.encode(list(ITEMS.values())), found, atol=1e-5)
 
 

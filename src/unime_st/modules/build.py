@@ -161,6 +161,8 @@ def load_encoder(
         backbone: Any = model[0].model
         check_family(backbone, known)
         return model
+    if published is not None:
+        raise ValueError(f"{folder} is a saved encoder, which knows its prompts. Leave `published` out.")
     weights: dict[str, Any] = {"dtype": torch_dtype, **(model_kwargs or {})}
     if attn_implementation is not None:
         weights["attn_implementation"] = attn_implementation
