@@ -78,6 +78,26 @@ def content_id(item: Any, *, read_files: bool = True) -> int:
     return int.from_bytes(_digest(_parts(item, read_files, instructions=False))[:8], "big") & _ID_MASK
 
 
+def media_and_text(item: Any, *, read_files: bool = True) -> tuple[tuple[bytes, ...], str]:
+    """Split an input into the digests of its media and its text, instructions left out.
+
+    Args:
+        item: See :func:`fingerprint`.
+        read_files: See :func:`fingerprint`.
+
+    Returns:
+        A digest for each image, video and sound, in their order; all texts, one after the other.
+
+    Example:
+        >>> media, text = media_and_text({"image": Image.new("RGB", (2, 2)), "text": "a cat"})
+        >>> len(media), text
+        (1, 'a cat')
+    """
+    parts = list(_parts(item, read_files, instructions=False))
+    media = tuple(content for kind, content in parts if kind in _MEDIA)
+    return media, "".join(content.decode("utf-8", "surrogatepass") for kind, content in parts if kind == "text")
+
+
 def _digest(parts: Iterator[Part]) -> bytes:
     total = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     for kind, content in parts:

@@ -29,11 +29,12 @@ def test_encoding_with_a_trainable_tower_computes_each_image_once(family, backbo
     model = load_encoder(export_encoder(build_encoder(backbone(family), device="cpu"), tmp_path / "e"), device="cpu")
     assert any(parameter.requires_grad for parameter in vision_tower(model[0].model).parameters())
     cache = model[0].vision_cache
-    found = model.encode(IMAGES)
+    questions = [{"image": image, "text": text} for text in ("what", "who") for image in IMAGES]
+    found = model.encode(questions)
     assert cache.misses > 0
     assert cache.hits == cache.misses
     cache.max_bytes = 0
-    np.testing.assert_allclose(found, model.encode(IMAGES), atol=1e-5)
+    np.testing.assert_allclose(found, model.encode(questions), atol=1e-5)
 
 
 def test_training_a_tower_never_reads_what_encoding_kept(backbone):

@@ -176,6 +176,11 @@ def names_an_image(text: str, row: int) -> bool:
     )
 
 
+def named_image(item: Any) -> Any:
+    """The input itself; a bare string that names an image becomes that image, as stock code takes it."""
+    return {"image": item} if isinstance(item, str) and names_an_image(item, 0) else item
+
+
 def refuse_placeholders(messages: list[Message], row: int, placeholders: Collection[str]) -> None:
     """Refuse a text that spells out the token that stands for an image: it would be counted as one more image.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -16,11 +17,12 @@ from torch import Tensor
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from unime_st.files import write_atomically
-from unime_st.fingerprint import content_id
+from unime_st.fingerprint import content_id, media_and_text
 from unime_st.modules.adapters import attach_adapter
 from unime_st.modules.capture_hooks import enable_capture, remove_capture_hooks
 from unime_st.modules.checks import check_adapter, check_loaded, check_processor
-from unime_st.modules.inputs import Message, as_messages, names_an_image, refuse_placeholders
+from unime_st.modules.inputs import Message, as_messages, named_image, refuse_placeholders
+from unime_st.modules.shared_prefix import SharedPrefixes, shares_prefixes
 from unime_st.modules.vision_cache import VisionCache, is_frozen, vision_tower
 from unime_st.prompts import TURN_FORMATS, chat_template
 
@@ -30,6 +32,7 @@ SETTINGS_FILE = "unime_st_config.json"
 """Our own settings beside a checkpoint; stock code ignores the file."""
 
 _CONTENT_KEY = "content_id"
+_PREFIX_KEY = "prefix_key"
 _IMAGE_KEYS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images", "image_grid_thw")
 _NO_LIMIT = 10**9  # tokenizers say 10^30 when they have none
 
@@ -43,6 +46,7 @@ class MultimodalEncoder(Transformer):
     * a text too long loses its own last tokens, never a media token nor the trailing instruction;
     * batches and mini-batches whose rows have no image work in every family;
     * every weight must come from the checkpoint, adapters included;
+    * in inference, rows that begin alike compute their beginning once, and nothing is computed for padding;
     * a frozen vision tower stays in evaluation mode (batch normalisation keeps its statistics) and computes each
       distinct image once, GradCache's second pass included;
     * ``features["content_id"]`` (B,) identifies the content of each row, the instruction left out, for the losses'
@@ -56,6 +60,8 @@ class MultimodalEncoder(Transformer):
             template of a checkpoint saved by this package, and gives a backbone its family's.
         allow_remote_images: open images at ``http(s)`` addresses.
         vision_cache_bytes: memory for features of a frozen vision tower; 0 keeps none.
+        share_prefixes: let rows of a batch that begin alike (one image, one instruction) compute their beginning once,
+            and run without padding; for inference, in families where that is exact.
         **kwargs: of the stock module.
 
     Raises:
@@ -69,6 +75,7 @@ class MultimodalEncoder(Transformer):
         prompt_template: str | None = None,
         allow_remote_images: bool = False,
         vision_cache_bytes: int = 2**28,
+        share_prefixes: bool = True,
         **kwargs: Any,
     ) -> None:
         processor_kwargs = {"padding_side": "left", **(kwargs.pop("processor_kwargs", None) or {})}
@@ -76,6 +83,8 @@ class MultimodalEncoder(Transformer):
         check_processor(self.model, self.processor, model_name_or_path)
         self.allow_remote_images = allow_remote_images
         self.vision_cache = VisionCache(vision_cache_bytes)
+        self.share_prefixes = share_prefixes
+        self.prefixes = SharedPrefixes()
         self._told_of_cuts = False
         if self.tokenizer is not None:
             self.tokenizer.padding_side = "left"
@@ -178,19 +187,36 @@ class MultimodalEncoder(Transformer):
             features = super().preprocess(messages, prompt=prompt, processing_kwargs=processing, **kwargs)
         if "num_images_per_sample" in features and "batch_num_images" in self._declared_forward_params:
             features["batch_num_images"] = features["num_images_per_sample"]
-        features[_CONTENT_KEY] = torch.tensor([_identity(item) for item in inputs], dtype=torch.long)
+        named = [named_image(item) for item in inputs]
+        features[_CONTENT_KEY] = torch.tensor([content_id(item) for item in named], dtype=torch.long)
+        if self.share_prefixes and not self.training and shares_prefixes(self.model):
+            features[_PREFIX_KEY] = self._prefix_keys(features["input_ids"], named)
         return features
+
+    def _prefix_keys(self, ids: Tensor, items: Sequence[Any]) -> Tensor:
+        """What each token is, (B, T): its number, or for a medium's tokens a number drawn from the row's media."""
+        keys = ids.clone()
+        stands_for_medium = torch.isin(ids, torch.tensor(self._media_token_ids(), dtype=ids.dtype))
+        for row, item in enumerate(items):
+            media, _ = media_and_text(item)
+            if media:
+                digest = hashlib.blake2b(b"".join(media), digest_size=8).digest()
+                keys[row, stands_for_medium[row]] = -1 - (int.from_bytes(digest, "big") >> 1)
+        return keys
 
     def _should_flatten_inputs(self, *_: Any, **__: Any) -> bool:
         """Never pack texts into one sequence under flash attention: it breaks Qwen2-VL and hides the rows' lengths."""
         return False
 
+    def _media_token_ids(self) -> list[int]:
+        ids = [getattr(self.model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
+        return [number for number in ids if number is not None]
+
     def _placeholders(self) -> set[str]:
         """Tokens that stand for media, in the prompt and in the model's input."""
-        ids = [getattr(self.model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
         words = [getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video")]
         tokenizer: Any = self.tokenizer
-        words += [tokenizer.convert_ids_to_tokens(number) for number in ids if number is not None]
+        words += [tokenizer.convert_ids_to_tokens(number) for number in self._media_token_ids()]
         return {word for word in words if isinstance(word, str) and word}
 
     def _shorten(self, messages: list[list[Message]], features: dict[str, Any], limit: int) -> bool:
@@ -223,11 +249,12 @@ class MultimodalEncoder(Transformer):
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Embed; see the stock module. Image tensors of a batch without images are left out."""
         count = features.get("num_images_per_sample")
-        dropped = {_CONTENT_KEY}
+        dropped = {_CONTENT_KEY, _PREFIX_KEY}
         if isinstance(count, Tensor) and int(count.sum()) == 0:
             dropped.update(_IMAGE_KEYS)
         inputs = {key: value for key, value in features.items() if key not in dropped}
-        with self.vision_cache.serving(self.model):
+        prefixes = self.prefixes.serving(self.model, features.get(_PREFIX_KEY), features["attention_mask"])
+        with self.vision_cache.serving(self.model), prefixes:
             outputs = super().forward(inputs, **kwargs)
         features.update({key: value for key, value in outputs.items() if key not in inputs or value is not inputs[key]})
         for key in (self.module_output_name, "all_layer_embeddings"):
@@ -261,8 +288,3 @@ class MultimodalEncoder(Transformer):
             attach_adapter(model, adapter)
             check_adapter(model, adapter)
         return model
-
-
-def _identity(item: Any) -> int:
-    """Content of one input; a bare string that names an image file is that image."""
-    return content_id({"image": item} if isinstance(item, str) and names_an_image(item, 0) else item)

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
+from sentence_transformers.util import batch_to_device, truncate_embeddings
+from tqdm.auto import tqdm
 
 from unime_st.files import write_atomically
 from unime_st.modules.checks import loading_note
+from unime_st.modules.inference import encoding_order, prepared
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
+from unime_st.modules.shared_prefix import shares_prefixes
 
 STOCK_MODULE = f"{Transformer.__module__}.{Transformer.__name__}"
+_OWN_ARGUMENTS = frozenset(
+    {"prompt", "batch_size", "show_progress_bar", "output_value", "save_to_cpu", "normalize_embeddings", "truncate_dim"}
+    | {"device"}
+)
 _OURS = f"{MultimodalEncoder.__module__}.{MultimodalEncoder.__name__}"
 
 
@@ -53,6 +64,39 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         from unime_st.modules.build import load_encoder
 
         return load_encoder(model_name_or_path, device="cpu")
+
+    @torch.inference_mode()
+    def _inference(self, inputs: list[Any], **kwargs: Any) -> Any:
+        """What ``encode`` does in one process: each distinct input once, in an order that lets beginnings be shared.
+
+        Stock code gives this method resolved arguments, in every process of a pool too. It takes over where anything
+        but embeddings is asked for; results are the same to rounding.
+        """
+        encoder = self[0]
+        if not isinstance(encoder, MultimodalEncoder) or kwargs["output_value"] != "sentence_embedding" or not inputs:
+            return super()._inference(inputs, **kwargs)
+        options = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
+        device = self._resolve_inference_device(kwargs.get("device"))
+        self.eval()
+        by_beginning = encoder.share_prefixes and shares_prefixes(encoder.model)
+        order = encoding_order(inputs, kwargs["batch_size"], by_beginning=by_beginning)
+        batches = [[inputs[order.distinct[place]] for place in batch] for batch in order.batches]
+        parts = []
+        bar = tqdm(total=len(order.distinct), desc="Encoding", unit="input", disable=not kwargs["show_progress_bar"])
+        with bar:
+            prepare = partial(self.preprocess, prompt=kwargs["prompt"], **options)
+            for batch, features in zip(batches, prepared(batches, prepare), strict=True):
+                embeddings = self(batch_to_device(features, device), **options)["sentence_embedding"]
+                if kwargs["truncate_dim"] is not None:
+                    embeddings = truncate_embeddings(embeddings, kwargs["truncate_dim"])
+                if kwargs["normalize_embeddings"]:
+                    embeddings = torch.nn.functional.normalize(embeddings, p=2, dim=1)
+                parts.append(embeddings.cpu() if kwargs["save_to_cpu"] else embeddings)
+                bar.update(len(batch))
+        encoded = torch.cat(parts)
+        place = np.empty(len(order.distinct), dtype=np.int64)
+        place[np.concatenate(order.batches)] = np.arange(len(place))
+        return encoded[torch.from_numpy(place[order.index]).to(encoded.device)]
 
     def save(self, path: str, *args: Any, **kwargs: Any) -> None:
         """Save; see :meth:`sentence_transformers.SentenceTransformer.save`."""

@@ -1,0 +1,99 @@
+"""The order in which inputs are encoded: each distinct one once, and those that begin alike side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from unime_st.fingerprint import fingerprint, media_and_text
+from unime_st.modules.inputs import named_image
+
+
+@dataclass(frozen=True)
+class EncodingOrder:
+    """Which inputs are encoded, and how they are batched.
+
+    Attributes:
+        distinct: Number of the first input of each content, shape (U,).
+        index: For each input its place in ``distinct``, shape (N,).
+        batches: Places in ``distinct`` of each batch, the batch with most work first, so that too large a batch size
+            shows at once.
+    """
+
+    distinct: np.ndarray
+    index: np.ndarray
+    batches: list[np.ndarray]
+
+
+def encoding_order(inputs: Sequence[Any], batch_size: int, *, by_beginning: bool) -> EncodingOrder:
+    """Plan batches.
+
+    Args:
+        inputs: N inputs.
+        batch_size: Of each batch, the last of them being smaller.
+        by_beginning: Put inputs with the same media or the same first words side by side, for a model that computes
+            shared beginnings once and nothing for padding; else inputs of like length.
+
+    Returns:
+        The plan.
+
+    Example:
+        >>> order = encoding_order(["a cat", "dogs", "a cat", "a bird"], 2, by_beginning=True)
+        >>> order.distinct.tolist(), order.index.tolist(), [batch.tolist() for batch in order.batches]
+        ([0, 1, 3], [0, 1, 0, 2], [[2, 0], [1]])
+    """
+    named = [named_image(item) for item in inputs]
+    first: dict[str, int] = {}
+    index = np.array([first.setdefault(fingerprint(item), len(first)) for item in named], dtype=np.int64)
+    distinct = np.unique(index, return_index=True)[1]
+    contents = [media_and_text(named[number]) for number in distinct]
+    sizes = [(_pixels(named[number]), len(text)) for number, (_, text) in zip(distinct, contents, strict=True)]
+    if by_beginning:
+        order = sorted(range(len(distinct)), key=lambda place: (bool(contents[place][0]), contents[place]))
+    else:
+        order = sorted(range(len(distinct)), key=lambda place: sizes[place])
+    batches = [np.array(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+    batches.sort(key=lambda batch: tuple(np.sum([sizes[place] for place in batch], axis=0)), reverse=True)
+    return EncodingOrder(distinct, index, batches)
+
+
+def _pixels(item: Any) -> int:
+    """Pixels of an input's images, from their headers; 1 for an image not at hand without decoding more."""
+    if isinstance(item, Image.Image):
+        return item.width * item.height
+    if not isinstance(item, dict):
+        return int(not isinstance(item, str))
+    images = item.get("image")
+    total = 0
+    for image in images if isinstance(images, list | tuple) else [images]:
+        if isinstance(image, Image.Image):
+            total += image.width * image.height
+        elif image is not None:
+            total += 1
+    return total
+
+
+def prepared(batches: Sequence[list[Any]], prepare: Any) -> Iterator[Any]:
+    """Prepare each batch in a thread while the one before is used.
+
+    Args:
+        batches: Lists of inputs.
+        prepare: From such a list to features.
+
+    Yields:
+        The features of each batch, in order; an error of ``prepare`` is raised at its batch.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="preprocess") as pool:
+        coming = None
+        for batch in batches:
+            following = pool.submit(prepare, batch)
+            if coming is not None:
+                yield coming.result()
+            coming = following
+        if coming is not None:
+            yield coming.result()

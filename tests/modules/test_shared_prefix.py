@@ -1,0 +1,194 @@
+"""Rows that begin alike: the same embeddings as one by one, from fewer tokens."""
+
+from functools import partial
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from tiny import FAMILIES, PLUGIN_FAMILIES, picture, tiny_encoder
+from unime_st.modules import build_encoder, export_encoder, shared_prefix
+from unime_st.modules.inference import encoding_order
+from unime_st.modules.shared_prefix import SharedPrefixes, language_model, shares_prefixes
+from unime_st.modules.token_tree import pack_tree
+
+PADDED = ("gemma3", "phi3_v")  # not causal alone, or positions that depend on the length
+
+
+def inputs():
+    """Three questions an image, images of several sizes, images alone, texts that begin alike or not, copies."""
+    images = [picture("red"), picture("green", (30, 60)), picture("yellow", (70, 20))]
+    questions = ["What colour is it?", "What colour is the left half?", "Is it " + "very " * 4 + "red?"]
+    items = [{"image": image, "text": text} for image, text in product(images, questions)]
+    items += [*images, "a cat", "a cat on a mat", "Find the image of a cat.", "Find the image of a dog.", "a cat"]
+    items += [{"image": [images[0], images[1]], "text": "Which?"}, {"image": [images[0], images[2]], "text": "Which?"}]
+    return items
+
+
+@pytest.fixture(autouse=True)
+def _as_a_large_model(monkeypatch):
+    """Attention costs a tiny model too much for long sequences to pay; plan as for one of usual width."""
+    plan = partial(pack_tree, hidden_size=4096)
+    monkeypatch.setattr(shared_prefix, "pack_tree", lambda keys, mask, hidden_size: plan(keys, mask))
+
+
+@pytest.fixture(params=FAMILIES + PLUGIN_FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def encoder(family, backbone):
+    return build_encoder(backbone(family), device="cpu")
+
+
+def one_by_one(model, items):
+    """Embeddings without sharing, batching or sorting."""
+    model.eval()
+    kept, model[0].share_prefixes = model[0].share_prefixes, False
+    with torch.inference_mode():
+        rows = [model(model.preprocess([item]))["sentence_embedding"] for item in items]
+    model[0].share_prefixes = kept
+    return torch.cat(rows).numpy()
+
+
+def test_encode_equals_rows_one_by_one(encoder, family):
+    items = inputs()
+    expected = one_by_one(encoder, items)
+    np.testing.assert_allclose(encoder.encode(items, batch_size=3), expected, atol=2e-6)
+    counted = encoder[0].prefixes = SharedPrefixes()
+    np.testing.assert_allclose(encoder.encode(items, batch_size=64), expected, atol=2e-6)
+    if family in PADDED:
+        assert counted.computed == 0
+        assert not shares_prefixes(encoder[0].model)
+    else:
+        assert 0 < counted.computed < 0.8 * counted.padded
+    distances = np.abs(expected[:, None] - expected[None]).max(axis=-1) + np.eye(len(items))
+    distances[[12, 16], [16, 12]] = 1  # the one pair of copies
+    assert distances.min() > 1e-4  # else equality of embeddings says nothing
+
+
+def test_a_shared_image_matters(encoder):
+    """Two rows differ in their image alone, or in the last word alone."""
+    items = [{"image": picture(color), "text": text} for color, text in product(("red", "green"), ("a b", "a c"))]
+    embeddings = encoder.encode(items)
+    np.testing.assert_allclose(embeddings, one_by_one(encoder, items), atol=2e-6)
+    distances = np.abs(embeddings[:, None] - embeddings[None]).max(axis=-1) + np.eye(4)
+    assert distances.min() > 1e-4
+
+
+def test_images_that_differ_in_one_pixel_are_two(encoder):
+    image = picture("red", (28, 28))
+    other = image.copy()
+    other.paste("white", (0, 0, 14, 14))
+    items = [{"image": image, "text": "x"}, {"image": other, "text": "x"}]
+    embeddings = encoder.encode(items)
+    assert np.abs(embeddings[0] - embeddings[1]).max() > 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_code_gives_the_same(family, backbone, tmp_path):
+    model = build_encoder(backbone(family), device="cpu")
+    export_encoder(model, tmp_path / "encoder")
+    stock = SentenceTransformer(str(tmp_path / "encoder"), device="cpu")
+    assert type(stock) is SentenceTransformer
+    items = [item for item in inputs() if isinstance(item, dict) and not isinstance(item["image"], list)]
+    np.testing.assert_allclose(model.encode(items), stock.encode(items), atol=1e-5)
+
+
+def test_every_token_has_its_state(backbone):
+    """Not only the last: what is handed back is a batch as any other."""
+    model = build_encoder(backbone("qwen2_vl"), device="cpu").eval()
+    items = inputs()[:9]
+    features = model.preprocess(items)
+    mask = features["attention_mask"].bool()
+    with torch.inference_mode():
+        shared = model[0](dict(features))["token_embeddings"]
+        del features["prefix_key"]
+        plain = model[0](dict(features))["token_embeddings"]
+    assert model[0].prefixes.computed < mask.sum()
+    torch.testing.assert_close(shared[mask], plain[mask], atol=1e-5, rtol=0)
+
+
+def test_training_and_gradients_stay_with_padded_rows(backbone):
+    model = build_encoder(backbone("llava_next"), device="cpu")
+    items = inputs()[:4]
+    model.train()
+    assert "prefix_key" not in model.preprocess(items)
+    model.eval()
+    model(model.preprocess(items))  # with gradients
+    assert model[0].prefixes.computed == 0
+    assert "forward" not in vars(language_model(model[0].model))
+
+
+def test_it_can_be_switched_off(tmp_path):
+    model = tiny_encoder("llava_onevision", tmp_path / "tiny")
+    expected = model.encode(inputs())
+    model[0].share_prefixes = False
+    before = model[0].prefixes.computed
+    np.testing.assert_allclose(model.encode(inputs()), expected, atol=2e-6)
+    assert model[0].prefixes.computed == before > 0
+
+
+def random_rows(rng):
+    """Rows grown from a random tree, padded on the left."""
+    rows = [[int(rng.integers(1, 4))]]
+    for _ in range(int(rng.integers(0, 20))):
+        parent = rows[rng.integers(len(rows))]
+        rows.append(parent[: rng.integers(1, len(parent) + 1)] + rng.integers(1, 4, rng.integers(0, 9)).tolist())
+    width = max(map(len, rows))
+    keys = np.array([[0] * (width - len(row)) + row for row in rows])
+    return keys, keys > 0
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_the_tree_against_a_plain_loop(seed):
+    keys, mask = random_rows(np.random.default_rng(seed))
+    tree = pack_tree(keys, mask, hidden_size=64)
+    if tree is None:
+        return
+    flat = keys.reshape(-1)
+    length = tree.source.shape[1]
+    for row in range(len(keys)):
+        own = keys[row, mask[row]].tolist()
+        places = tree.place[row, mask[row]]
+        assert len({place // length for place in places}) == 1  # one sequence a row
+        for depth, place in enumerate(places):
+            sequence, at = divmod(int(place), length)
+            assert tree.used[sequence, at]
+            assert tree.depth[sequence, at] == depth
+            assert flat[tree.source[sequence, at]] == own[depth]
+            seen = np.flatnonzero(tree.allowed[sequence, at])
+            assert seen.tolist() == [int(p) % length for p in places[: depth + 1]]
+    assert tree.allowed.any(axis=2).all()
+    assert tree.used.sum() <= mask.sum()
+
+
+def test_trees_are_found_where_there_are_any():
+    found = [pack_tree(*random_rows(np.random.default_rng(seed)), hidden_size=64) for seed in range(200)]
+    assert sum(tree is not None for tree in found) > 150
+    equal = np.arange(1, 33).reshape(4, 8)
+    assert pack_tree(equal, equal > 0, hidden_size=64) is None  # nothing shared, nothing padded
+
+
+def test_order_of_encoding():
+    image = picture("red")
+    items = [{"image": image, "text": "a"}, "x y", {"image": image, "text": "b"}, "x z", "x y"]
+    order = encoding_order(items, 2, by_beginning=True)
+    assert order.distinct.tolist() == [0, 1, 2, 3]
+    assert order.index.tolist() == [0, 1, 2, 3, 1]
+    assert sorted(sorted(batch.tolist()) for batch in order.batches) == [[0, 2], [1, 3]]
+
+
+def test_order_by_length_brings_the_largest_first():
+    texts = ["a" * length for length in (3, 50, 1, 20)]
+    order = encoding_order([*texts, picture("red", (9, 9))], 1, by_beginning=False)
+    assert [int(batch[0]) for batch in order.batches] == [4, 1, 3, 0, 2]
+
+
+def test_a_broken_input_is_named_and_the_next_call_works(encoder):
+    with pytest.raises(FileNotFoundError, match="no-such"):
+        encoder.encode(["a", {"image": "no-such-file.png"}, "b"], batch_size=1)
+    assert encoder.encode(["a"]).shape[0] == 1
