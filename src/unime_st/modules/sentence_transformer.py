@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
+from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import batch_to_device, truncate_embeddings
 from tqdm.auto import tqdm
 
@@ -83,7 +84,8 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         batches = [[inputs[order.distinct[place]] for place in batch] for batch in order.batches]
         parts = []
         bar = tqdm(total=len(order.distinct), desc="Encoding", unit="input", disable=not kwargs["show_progress_bar"])
-        with bar:
+        reads_last = len(self) > 1 and isinstance(self[1], Pooling) and self[1].pooling_mode == "lasttoken"
+        with bar, encoder.prefixes.reading_last_tokens(reads_last):
             prepare = partial(self.preprocess, prompt=kwargs["prompt"], **options)
             for batch, features in zip(batches, prepared(batches, prepare), strict=True):
                 embeddings = self(batch_to_device(features, device), **options)["sentence_embedding"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,15 +53,27 @@ class SharedPrefixes:
     """Lets the language model of a batch run over shared beginnings once; for inference.
 
     Attributes:
+        last_token_only: Whether only the state of each row's last token is read: the last layer then computes its
+            feed-forward part for those alone, and other states mean nothing.
         tokens: Of the rows seen, padding left out.
         padded: With padding.
         computed: Places the language model ran over in their stead, padding of its sequences included.
     """
 
     def __init__(self) -> None:
+        self.last_token_only = False
         self.tokens = 0
         self.padded = 0
         self.computed = 0
+
+    @contextmanager
+    def reading_last_tokens(self, only: bool) -> Iterator[None]:
+        """Within this context only the states of last tokens are promised, if `only`."""
+        before, self.last_token_only = self.last_token_only, only
+        try:
+            yield
+        finally:
+            self.last_token_only = before
 
     @contextmanager
     def serving(self, model: nn.Module, keys: Tensor | None, mask: Tensor) -> Iterator[None]:
@@ -89,13 +102,38 @@ class SharedPrefixes:
             embeddings = kwargs.get("inputs_embeds")
             if args or not isinstance(embeddings, Tensor) or embeddings.shape[:2] != tree.place.shape:
                 return plain(*args, **kwargs)
-            return _run(plain, tree, kwargs)
+            with _last_layer_at(decoder, tree.place[:, -1]) if self.last_token_only else nullcontext():
+                return _run(plain, tree, kwargs)
 
         decoder.forward = packed
         try:
             yield
         finally:
             del decoder.forward
+
+
+@contextmanager
+def _last_layer_at(decoder: Any, places: np.ndarray) -> Iterator[None]:
+    """Within this context the last layer mixes and feeds forward the tokens at some places alone, the rest staying."""
+    layer = decoder.layers[-1]
+    served = [part for part in (getattr(layer.self_attn, "o_proj", None), layer.mlp) if isinstance(part, nn.Module)]
+
+    def at_places(plain: Any) -> Any:
+        def forward(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # (P, L, D)
+            chosen = torch.from_numpy(places).to(states.device)
+            some = plain(states.flatten(0, 1)[chosen][None], *args, **kwargs)[0]
+            whole = some.new_zeros(states.shape[0] * states.shape[1], some.shape[-1])
+            return whole.index_copy_(0, chosen, some).view(*states.shape[:2], -1)
+
+        return forward
+
+    for part in served:
+        part.forward = at_places(part.forward)
+    try:
+        yield
+    finally:
+        for part in served:
+            del part.forward
 
 
 def _run(plain: Any, tree: PackedTree, kwargs: dict[str, Any]) -> Any:
