@@ -51,6 +51,23 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Collect a picklable object of each process, in rank order; every process must call this.
+
+    Returns:
+        ``W`` objects; the one given, on a single process.
+
+    Example:
+        >>> gather_objects({"a": 1})
+        [{'a': 1}]
+    """
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 class _GatherWithGrad(torch.autograd.Function):
     """All-gather whose backward returns to each process the gradient of its own part, summed over all processes."""
 

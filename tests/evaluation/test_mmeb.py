@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from evaluation_fakes import TableModel, cosines, numbered_picture
 
-from unime_st.evaluation import MMEBEvaluator
+from unime_st.evaluation import MMEBEvaluator, encoding
 from unime_st.evaluation.mmeb import IN_DISTRIBUTION, META_TASKS
 
 PLACEHOLDER = "<|image_1|>"
@@ -197,8 +197,10 @@ def test_broken_rows_name_task_and_row_and_are_never_right(tmp_path):
     evaluator = MMEBEvaluator(tmp_path, on_error="report")
     metrics = evaluator(TableModel(np.eye(4)))
     assert metrics["MMEB_VOC2007_precision@1"] == pytest.approx(2 / 3)
-    assert (metrics["MMEB_unreadable_rows"], metrics["MMEB_tasks"]) == (1, 1)
+    assert metrics["MMEB_CIRR_precision@1"] == pytest.approx(2 / 3)
+    assert (metrics["MMEB_unreadable_rows"], metrics["MMEB_tasks"]) == (2, 2)
     assert sorted(evaluator.errors) == ["CIRR", "NIGHTS", "VOC2007"]
+    assert "row 2" in evaluator.errors["CIRR"][0]
 
 
 def test_a_task_with_nothing_readable_scores_zero(tmp_path):
@@ -209,9 +211,11 @@ def test_a_task_with_nothing_readable_scores_zero(tmp_path):
     assert metrics["MMEB_unreadable_rows"] == 2
 
 
-def test_an_interrupted_run_goes_on(tmp_path):
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "_BATCHES_A_CHUNK", 1)
     write_task(tmp_path / "bench", "VOC2007", [(1, [1, 3]), (5, [5, 7])])
     write_task(tmp_path / "bench", "CIRR", [(9, [9, 11])])
+    arguments = {"cache_dir": tmp_path / "cache", "batch_size": 2}
 
     class Killed(TableModel):
         def encode(self, items, **kwargs):
@@ -219,11 +223,14 @@ def test_an_interrupted_run_goes_on(tmp_path):
                 raise KeyboardInterrupt
             return super().encode(items, **kwargs)
 
+    killed = Killed(np.eye(12))
     with pytest.raises(KeyboardInterrupt):
-        MMEBEvaluator(tmp_path / "bench", cache_dir=tmp_path / "cache")(Killed(np.eye(12)))
+        MMEBEvaluator(tmp_path / "bench", **arguments)(killed)
     model = TableModel(np.eye(12))
-    MMEBEvaluator(tmp_path / "bench", cache_dir=tmp_path / "cache")(model)
-    assert sorted(model.number(item) for item in model.encoded) == [9, 11]
+    MMEBEvaluator(tmp_path / "bench", **arguments)(model)
+    before, after = ([model.number(item) for item in kind.encoded] for kind in (killed, model))
+    assert len(before) == 4
+    assert sorted(before + after) == [1, 3, 5, 7, 9, 11]
 
 
 def test_refusals(tmp_path):

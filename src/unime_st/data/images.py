@@ -110,6 +110,12 @@ class ItemReader:
             item["text"] = cell["text"]
         return item
 
+    def read_absolute(self, item: Any) -> Any:
+        """Open and resize the images of an input given by absolute paths, which were checked before."""
+        if not isinstance(item, Mapping) or not isinstance(item.get("image"), str):
+            return item
+        return {**item, "image": self._open(item["image"])}
+
     def _value(self, value: Any) -> Any:
         if isinstance(value, Mapping):
             return self.read(value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +12,7 @@ from datasets import Dataset
 
 from unime_st.columns import ANCHOR, LABEL, POSITIVE, negative_column
 from unime_st.data.images import ItemReader, resolve_image
+from unime_st.data.mmeb_eval import EVAL_COLUMNS, OPTIONAL_EVAL_COLUMNS, check_row, eval_pairs, pair_up
 from unime_st.data.parquet import (
     Origin,
     Source,
@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 _TRAIN = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 _NEGATIVES = ("neg_text", "neg_image_path")
-_EVAL = ("qry_text", "qry_img_path", "tgt_text")
-_EVAL_OPTIONAL = ("tgt_img_path", "qry_inst", "tgt_inst")
 
 Item = tuple[str, str]  # text, image path; "" for none
 
@@ -133,7 +131,8 @@ def _read_train(source: Source, max_rows: int | None) -> tuple[list[Item], list[
                 anchors.append(anchor)
                 positives.append(positive)
                 where = f"{source.name}, row {number} of {file.name}"
-                negatives.append([item for item in _items(neg, neg_image, where) if any(item)])
+                own = [(clean_text(text), image or "") for text, image in pair_up(neg, neg_image, where)]
+                negatives.append([item for item in own if any(item)])
     if not anchors:
         raise ValueError(f"{source.name}: of {read} rows none has a query and a positive. Leave the subset out.")
     if read > len(anchors):
@@ -141,19 +140,6 @@ def _read_train(source: Source, max_rows: int | None) -> tuple[list[Item], list[
             "%s: skipped %d of %d rows with an empty query or positive", source.name, read - len(anchors), read
         )
     return anchors, positives, negatives
-
-
-def _items(texts: Any, images: Any, where: str, instruction: str | None = None) -> list[Item]:
-    """Pair texts with image paths; each a list, one value, or None when there is no such column or value."""
-    if not isinstance(texts, list) and not isinstance(images, list):
-        texts, images = [texts], [images]
-    lists = [[value] if isinstance(value, str) else value for value in (texts, images)]
-    lengths = {len(values) for values in lists if values is not None}
-    if len(lengths) > 1:
-        raise ValueError(f"{where} has {len(texts)} texts but {len(images)} image paths; they go in pairs.")
-    length = max(lengths, default=0)
-    pairs = zip(*(values or [None] * length for values in lists), strict=True)
-    return [(clean_text(text, instruction), image or "") for text, image in pairs]
 
 
 def _fill_negatives(
@@ -232,21 +218,13 @@ def load_mmeb_eval(
     queries: list[Item] = []
     candidates: list[Item] = []
     offsets, dropped = [0], 0
-    for file in source.files:
-        columns = read_columns(source, file, _EVAL, _EVAL_OPTIONAL)
-        empty = [None] * len(columns["qry_text"])
-        rows = zip(*(columns.get(name, empty) for name in (*_EVAL, *_EVAL_OPTIONAL)), strict=True)
-        for number, (text, image, targets, target_images, query_inst, target_inst) in enumerate(rows):
-            where = f"{task}, row {number} of {file.name}"
-            query = (clean_text(text, query_inst), image or "")
-            items = _items(targets, target_images, where, target_inst)
-            if not any(query) or not items or not any(items[0]):
-                raise ValueError(f"{where} has an empty query or an empty right answer. Mend or remove the row.")
-            kept = [item for item in items if any(item)]
-            dropped += len(items) - len(kept)
-            queries.append(query)
-            candidates += kept
-            offsets.append(len(candidates))
+    for where, query, items in eval_pairs(source):
+        check_row(where, query, items)
+        kept = [item for item in items if any(item)]
+        dropped += len(items) - len(kept)
+        queries.append(query)
+        candidates += kept
+        offsets.append(len(candidates))
     if dropped:
         logger.warning("%s: left out %d empty wrong candidates", task, dropped)
     lists = pa.ListArray.from_arrays(np.asarray(offsets, dtype=np.int32), _cells(candidates))
@@ -255,6 +233,6 @@ def load_mmeb_eval(
         open_images=max_pixels is not None or image_size is not None,
         max_pixels=max_pixels,
         image_size=image_size,
-        origin=Origin([source], [name for name in (*_EVAL, *_EVAL_OPTIONAL) if "img" in name]),
+        origin=Origin([source], [name for name in (*EVAL_COLUMNS, *OPTIONAL_EVAL_COLUMNS) if "img" in name]),
     )
     return Dataset(pa.table({"query": _cells(queries), "candidates": lists})).with_transform(reader)

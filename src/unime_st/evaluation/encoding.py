@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from unime_st.distributed import gather_objects, rank, world_size
 from unime_st.evaluation.cache import EmbeddingCache, MemorySection, Section
 from unime_st.fingerprint import fingerprint
 
@@ -20,8 +21,9 @@ logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "report"]
 
-_BATCHES_A_SHARD = 8
+_BATCHES_A_CHUNK = 8
 _LONGEST_SHOWN = 200
+_LETTERS_AN_IMAGE = 1000
 _ITEM_ERRORS = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)  # broken PNG: SyntaxError
 
 
@@ -68,6 +70,7 @@ def open_section(
     *,
     prompt: str | None = None,
     prompt_name: str | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Section:
     """The cache's section for a model in its present state under a prompt; in memory when there is no cache.
 
@@ -75,7 +78,7 @@ def open_section(
     """
     if cache is None:
         return MemorySection()
-    return cache.section(model, prompt=effective_prompt(model, prompt, prompt_name))
+    return cache.section(model, prompt=effective_prompt(model, prompt, prompt_name), settings=settings)
 
 
 def encode_distinct(
@@ -141,8 +144,13 @@ def encode_indexed(
     prompt_name: str | None = None,
     show_progress_bar: bool | None = None,
     on_error: OnError = "raise",
+    prepare: Callable[[Any], Any] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """Encode items as :func:`encode_distinct` does, without repeating equal rows.
+
+    What the cache lacks is one queue: items that begin alike (the same image) in one chunk, the most costly chunk
+    first. With several processes chunks are dealt out in turn and the embeddings exchanged, so that all end with the
+    same; every process must call this with the same items.
 
     Args:
         model: See :func:`encode_distinct`, as for all below.
@@ -153,6 +161,8 @@ def encode_indexed(
         prompt_name: Name of one of the model's prompts.
         show_progress_bar: Whether to show progress.
         on_error: "raise", or "report" to go on without the items that cannot be read.
+        prepare: Makes of an item what the model encodes, late: opens and resizes its image. What it does must be part
+            of the cache's settings.
 
     Returns:
         Embeddings of the distinct items, shape (U, D), float32, in the order of first appearance; the row of each item,
@@ -168,19 +178,45 @@ def encode_indexed(
         raise ValueError(f"`batch_size={batch_size}`, but a batch needs at least one item.")
     prompt = effective_prompt(model, prompt, prompt_name)
     section = _section(model, cache, prompt)
-    run = _Run(model, items, batch_size, prompt, on_error)
+    run = _Run(model, items, batch_size, prompt, on_error, prepare)
     keys = run.fingerprints()
     run.first = {key: row for row, key in reversed(list(enumerate(keys))) if key}
     distinct = [key for key in dict.fromkeys(keys) if key]
     found = {key: row for key, row in zip(distinct, section.get(distinct), strict=True) if row is not None}
-    missing = [key for key in distinct if key not in found]
-    missing.sort(key=lambda key: _size(items[run.first[key]]), reverse=True)  # alike ones into one batch
-    step = batch_size * _BATCHES_A_SHARD
-    for start in _progress(len(missing), step, show_progress_bar):
-        fresh = run.encode(missing[start : start + step])
-        if fresh:
-            section.add(list(fresh), np.stack(list(fresh.values())))
-        found.update(fresh)
+    missing = {key for key in distinct if key not in found}
+    alone = getattr(model, "_distributed_inference", None) is not None  # the Trainer shares out `encode` itself
+    share, of = (0, 1) if alone else (rank(), world_size())
+    if of > 1:  # all have looked before any writes; what one lacks, all take as missing
+        missing = set().union(*gather_objects(missing))
+    queue = sorted(missing, key=lambda key: (*_beginning(items[run.first[key]]), key))
+    step = batch_size * _BATCHES_A_CHUNK
+    chunks = [queue[start : start + step] for start in range(0, len(queue), step)]
+    chunks.sort(key=lambda chunk: -sum(_cost(items[run.first[key]]) for key in chunk))
+    fresh: dict[str, np.ndarray] = {}
+    failure: BrokenItemError | None = None
+    with _progress(len(queue), len(distinct), show_progress_bar) as bar:
+        for chunk in chunks[share::of]:
+            try:
+                made = run.encode(chunk)
+            except BrokenItemError as error:
+                if of == 1:
+                    raise
+                failure = error
+                break
+            if made:
+                section.add(list(made), np.stack(list(made.values())))
+            fresh.update(made)
+            bar.update(len(chunk) * of)
+    if of > 1:
+        shared = gather_objects((fresh, run.errors, failure and (failure.position, failure.reason)))
+        if failures := [failed for *_, failed in shared if failed]:
+            raise BrokenItemError(*min(failures))
+        for part, errors, _ in shared:
+            fresh.update(part)
+            run.errors.update(errors)
+    found.update(fresh)
+    logger.info("%d items, %d distinct: %d from the cache, %d encoded", len(items), len(distinct),
+                len(distinct) - len(queue), len(fresh))  # fmt: skip
     kept = [key for key in distinct if key in found]
     place = {key: row for row, key in enumerate(kept)}
     index = np.array([place.get(key, -1) for key in keys], dtype=np.int64)
@@ -196,23 +232,29 @@ def _section(model: Any, cache: Cache | None, prompt: str | None) -> Section:
     return cache
 
 
-def _progress(count: int, step: int, shown: bool | None) -> Iterator[int]:
+def _progress(count: int, distinct: int, shown: bool | None) -> Any:
     if shown is None:
         shown = logger.isEnabledFor(logging.INFO)
-    with tqdm(total=count, desc="Encoding", unit="item", disable=not shown or not count) as bar:
-        for start in range(0, count, step):
-            yield start
-            bar.update(min(step, count - start))
+    known = f" ({distinct - count} cached)" if count < distinct else ""
+    return tqdm(total=count, desc=f"Encoding{known}", unit="item", disable=not shown or not count)
 
 
-def _size(item: Any) -> tuple[int, int]:
-    """Brings like items into one batch: number of images, length of text."""
+def _beginning(item: Any) -> tuple[int, str, str]:
+    """Brings into one chunk what an encoder can share: number of images, which they are, the text."""
     if isinstance(item, str):
-        return 0, len(item)
-    if isinstance(item, dict):
-        images = item.get("image")
-        return len(images) if isinstance(images, list | tuple) else int(images is not None), len(item.get("text") or "")
-    return 1, 0
+        return 0, "", item
+    if not isinstance(item, dict):
+        return 1, "", ""
+    images = item.get("image")
+    several = images if isinstance(images, list | tuple) else [images]
+    named = [str(image) if isinstance(image, str | Path) else str(id(image)) for image in several if image is not None]
+    return len(named), "|".join(named), str(item.get("text") or "")
+
+
+def _cost(item: Any) -> int:
+    """Tokens, roughly: letters by four, and an image as a thousand letters."""
+    images, _, text = _beginning(item)
+    return images * _LETTERS_AN_IMAGE + len(text)
 
 
 @dataclass
@@ -229,6 +271,7 @@ class _Run:
     batch_size: int
     prompt: str | None
     on_error: OnError
+    prepare: Callable[[Any], Any] | None = None
     errors: dict[int, str] = field(default_factory=dict)
     first: dict[str, int] = field(default_factory=dict)
 
@@ -256,7 +299,7 @@ class _Run:
             return {}
         try:
             embeddings = self.model.encode(
-                [self.items[self.first[key]] for key in keys],
+                self._prepared([self.items[self.first[key]] for key in keys]),
                 batch_size=self.batch_size,
                 prompt=self.prompt,
                 show_progress_bar=False,
@@ -275,6 +318,9 @@ class _Run:
                 "have diverged; if not, try float32 or bfloat16 in place of float16."
             )
         return dict(zip(keys, embeddings, strict=True))
+
+    def _prepared(self, items: list[Any]) -> list[Any]:
+        return items if self.prepare is None else [self.prepare(item) for item in items]
 
     def _is_readable(self, row: int) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""MMEB: Precision@1 over each query's own candidates, by task and by meta-task."""
+"""MMEB: Precision@1 (or nDCG@5) by task, by meta-task and by modality."""
 
 from __future__ import annotations
 
@@ -10,15 +10,26 @@ from typing import Any
 
 import numpy as np
 
-from unime_st.data.mmeb import load_mmeb_eval
+from unime_st.data.images import ItemReader
+from unime_st.data.mmeb_eval import EvalTask
 from unime_st.evaluation.base import EmbeddingEvaluator, device_of
-from unime_st.evaluation.encoding import BrokenItemError, OnError, Section, encode_indexed
-from unime_st.evaluation.mmeb_tasks import IN_DISTRIBUTION, META_TASKS
+from unime_st.evaluation.encoding import BrokenItemError, OnError, encode_indexed
+from unime_st.evaluation.mmeb_tasks import (
+    IN_DISTRIBUTION,
+    META_TASKS,
+    Metric,
+    MMEBTask,
+    Parser,
+    found_tasks,
+    image_task,
+    tasks_from_yaml,
+)
 from unime_st.evaluation.scoring import score_candidates
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5  # best candidates kept of each row
+_METRIC_NAMES: dict[Metric, str] = {"hit@1": "precision@1", "ndcg@5": "ndcg@5"}
 
 
 @dataclass
@@ -30,8 +41,10 @@ class TaskResult:
         right: Whether each row is right; a row with something unreadable is not, shape (rows,).
         tied: Whether the right answer shares the best score with a candidate of other content, shape (rows,).
         rank: Rank of the right answer, from 1; 0 in a row with something unreadable, shape (rows,).
-        top: The best candidates' places in each row, best first, -1 past the last, shape (rows, k).
+        top: The best candidates' places in each row, or in the pool, best first, -1 past the last, shape (rows, k).
         errors: Row number -> what could not be read.
+        metric: What ``scores`` are.
+        scores: Of each row, in [0, 1]; 0 in a row with something unreadable, shape (rows,).
     """
 
     rows: np.ndarray
@@ -40,28 +53,39 @@ class TaskResult:
     rank: np.ndarray
     top: np.ndarray
     errors: dict[int, str] = field(default_factory=dict)
+    metric: Metric = "hit@1"
+    scores: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @property
     def precision(self) -> float:
         """Precision@1 in [0, 1]."""
         return float(self.right.mean())
 
+    @property
+    def score(self) -> float:
+        """The task's own metric in [0, 1]."""
+        return float(self.scores.mean())
+
 
 class MMEBEvaluator(EmbeddingEvaluator):
-    """Precision@1 on MMEB (36 image tasks), or on any tasks in its layout.
+    """MMEB (36 image tasks), or any tasks in its layout, or tasks of one's own.
 
     A query is right when, among its own candidates, the right one (the first) has the highest cosine. As published, the
     first of equal scores wins, so a tie counts as right; ties are counted, and a model that gives everything one
-    embedding is seen by them. Each distinct query and candidate is encoded once over all tasks.
+    embedding is seen by them. All tasks are read first; each distinct input is then encoded once over all of them, from
+    one queue, which several processes share.
 
     Args:
-        root: Folder of the benchmark: ``<root>/<Task>/test-*.parquet``.
-        tasks: Names of the tasks; None takes every task found below ``root``.
+        root: Folder of the benchmark: ``<root>/<Task>/test-*.parquet``. None if all ``tasks`` are :class:`MMEBTask`.
+        tasks: Names of tasks below ``root``, or tasks; None takes every task found there.
         meta_tasks: Task -> meta-task; None means the published ones (:data:`META_TASKS`). Tasks it does not name are in
             no meta-task.
         image_root: Where image paths lead; None means ``root/images`` if it is a folder, else ``root``.
-        on_error: "raise", or "report" to count rows with an unreadable image as wrong, to leave out missing tasks, and
-            to list both in ``errors``.
+        max_pixels: Images with more are made smaller, keeping their shape. Part of the cache's key.
+        image_size: Every image is brought to this side, or (width, height), by force, as the published evaluations do
+            (336 or 1344; MMEB V2: 128, 672 or 1344). Part of the cache's key.
+        on_error: "raise", or "report" to count broken rows (an unreadable image, no right answer) as wrong, to leave
+            out missing tasks, and to list both in ``errors``.
         limit: Rows of each task, drawn by ``seed`` and the same in every call; None takes all. For use within training.
         seed: Of that draw.
         name: Put before the metrics' names.
@@ -75,23 +99,27 @@ class MMEBEvaluator(EmbeddingEvaluator):
 
     Raises:
         FileNotFoundError: If ``root`` is no folder, or holds no task.
-        ValueError: If ``on_error`` or ``limit`` is something else.
+        ValueError: If ``on_error``, ``limit`` or the resolution is something else.
 
     Metrics:
-        ``<task>_precision@1`` and ``<task>_ties`` (rows) for each task; ``meta_<meta-task>_precision@1``, the mean of
-        its tasks; ``mean_precision@1`` over tasks; ``meta_mean_precision@1``, the mean of the meta-tasks (the UniME
-        paper's "Overall"); ``in_distribution_precision@1`` and ``out_of_distribution_precision@1`` over the published
-        tasks with and without a training set; ``tasks``, how many there are in the mean; with "report",
-        ``unreadable_rows``.
+        ``<task>_precision@1`` (``<task>_ndcg@5`` for tasks scored so) and ``<task>_ties`` (rows) for each task;
+        ``meta_<meta-task>_precision@1``, the mean of its tasks; ``mean_precision@1`` over tasks;
+        ``meta_mean_precision@1``, the mean of the meta-tasks (the UniME paper's "Overall");
+        ``in_distribution_precision@1`` and ``out_of_distribution_precision@1`` over the published tasks with and
+        without a training set; ``tasks``, how many there are in all; with more than one metric or modality among the
+        tasks, ``mean_ndcg@5``, ``<modality>_mean`` of each one's own metrics, and ``overall_mean``, as MMEB V2 prints
+        them; with "report", ``unreadable_rows``.
     """
 
     def __init__(
         self,
-        root: str | Path,
-        tasks: Sequence[str] | None = None,
+        root: str | Path | None,
+        tasks: Sequence[str | MMEBTask] | None = None,
         *,
         meta_tasks: Mapping[str, str] | None = None,
         image_root: str | Path | None = None,
+        max_pixels: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
         on_error: OnError = "raise",
         limit: int | None = None,
         seed: int = 0,
@@ -103,27 +131,47 @@ class MMEBEvaluator(EmbeddingEvaluator):
             raise ValueError(f"`on_error={on_error!r}`; choose 'raise' or 'report'.")
         if limit is not None and limit < 1:
             raise ValueError(f"`limit={limit}`, but each task needs at least one row.")
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"{self.root} is no folder. Give the one that holds <Task>/test-*.parquet.")
-        self.tasks = list(tasks) if tasks is not None else found_tasks(self.root)
-        if not self.tasks:
-            raise FileNotFoundError(
-                f"No task to evaluate: {self.root} holds no <Task>/test-*.parquet, or `tasks` is empty."
-            )
+        self._tasks = _as_tasks(root, tasks, image_root)
+        self.tasks = [task.name for task in self._tasks]
         self.meta_tasks = dict(META_TASKS if meta_tasks is None else meta_tasks)
-        self.image_root = image_root
+        self.max_pixels, self.image_size = max_pixels, image_size
+        self._reader = ItemReader("/", max_pixels=max_pixels, image_size=image_size)
         self.on_error: OnError = on_error
         self.limit = limit
         self.seed = seed
         self.primary_metric = "mean_precision@1"
+        if all(task.metric != "hit@1" for task in self._tasks):
+            self.primary_metric = "mean_ndcg@5"
         self.results: dict[str, TaskResult] = {}
         self.errors: dict[str, list[str]] = {}
+
+    @classmethod
+    def from_yaml(
+        cls, path: str | Path, root: str | Path, *, parsers: Mapping[str, Parser] | None = None, **arguments: Any
+    ) -> MMEBEvaluator:
+        """Evaluate the tasks of one of MMEB V2's YAML files.
+
+        Args:
+            path: The file.
+            root: Folder of the data: ``<root>/<dataset_name>/<split>-*.parquet``, and the entries' ``image_root``.
+            parsers: See :func:`~unime_st.evaluation.mmeb_tasks.tasks_from_yaml`: how other kinds of tasks are added.
+            **arguments: Arguments of the class.
+
+        Returns:
+            The evaluator.
+        """
+        return cls(None, tasks_from_yaml(path, root, parsers), **arguments)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings that decide the numbers, for the model card."""
         own = {"tasks": self.tasks, "limit": self.limit, "seed": self.seed if self.limit else None}
+        own |= self.encoding_settings()
         return {**super().get_config_dict(), **{key: value for key, value in own.items() if value is not None}}
+
+    def encoding_settings(self) -> dict[str, Any]:
+        """Return the resolution policy."""
+        own = {"max_pixels": self.max_pixels, "image_size": self.image_size}
+        return {key: value for key, value in own.items() if value is not None}
 
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
@@ -140,80 +188,95 @@ class MMEBEvaluator(EmbeddingEvaluator):
             The metrics, see the class.
         """
         self.results, self.errors = {}, {}
-        cache = self.open_cache(model)
-        for task in self.tasks:
-            try:
-                result = self._evaluate(model, task, cache)
-            except (OSError, ValueError) as error:
-                if self.on_error == "raise":
-                    raise
-                logger.warning("%s left out: %s", task, error)
-                self.errors[task] = [f"left out: {error}"]
-                continue
-            self.results[task] = result
-            if result.errors:
-                self.errors[task] = [f"row {row}: {message}" for row, message in result.errors.items()]
-            logger.info("%s: precision@1 %.4f, %d rows", task, result.precision, len(result.right))
+        read = self._read()
+        items, owner, places = _distinct(read)
+        if items:
+            embeddings, index, errors = self._encode(model, items, owner)
+        else:
+            embeddings, index, errors = np.zeros((0, 0), np.float32), np.zeros(0, np.int64), {}
+        for task in self._tasks:
+            if task.name in read:
+                own, rows = read[task.name]
+                result = self._score(model, task, own, rows, embeddings, index[places[task.name]])
+                _explain(result, own, rows, places[task.name], errors)
+                self.results[task.name] = result
+                if result.errors:
+                    self.errors[task.name] = [f"row {row}: {why}" for row, why in sorted(result.errors.items())]
+                logger.info("%s: %s %.4f, %d rows", task.name, task.metric, result.score, len(result.rows))
         if not self.results:
             raise ValueError(f"None of the tasks could be evaluated; the first: {next(iter(self.errors.values()))[0]}")
         return self.finish(model, self._metrics(), output_path, epoch, steps)
 
-    def _evaluate(self, model: Any, task: str, cache: Section) -> TaskResult:
-        rows = load_mmeb_eval(self.root, task, image_root=self.image_root)
-        if not len(rows):
-            raise ValueError(f"{task} has no rows.")
-        drawn = np.arange(len(rows))
-        if self.limit is not None and self.limit < len(rows):
-            drawn = np.sort(np.random.default_rng(self.seed).choice(len(rows), self.limit, replace=False))
-        items: list[Any] = []
-        row_of: list[int] = []  # place in `drawn` of each item
-        unreadable: dict[int, str] = {}
-        for place, number in enumerate(drawn.tolist()):
+    def _read(self) -> dict[str, tuple[EvalTask, np.ndarray]]:
+        """Read each task, and draw the rows that are evaluated."""
+        read = {}
+        for task in self._tasks:
             try:
-                row = rows[number]
+                own = task.load(on_error=self.on_error)
+                count = len(own.queries) + len(own.broken)
+                if not count:
+                    raise ValueError(f"{task.name} has no rows.")
             except (OSError, ValueError) as error:
                 if self.on_error == "raise":
                     raise
-                unreadable[place] = str(error)
+                logger.warning("%s left out: %s", task.name, error)
+                self.errors[task.name] = [f"left out: {error}"]
                 continue
-            items += [row["query"], *row["candidates"]]
-            row_of += [place] * (1 + len(row["candidates"]))
+            rows = np.arange(count)
+            if self.limit is not None and self.limit < count:
+                rows = np.sort(np.random.default_rng(self.seed).choice(count, self.limit, replace=False))
+            read[task.name] = own, rows
+        return read
+
+    def _encode(
+        self, model: Any, items: list[Any], owner: list[tuple[str, int]]
+    ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
         try:
-            embeddings, index, errors = encode_indexed(
+            return encode_indexed(
                 model,
                 items,
-                cache=cache,
+                cache=self.open_cache(model),
                 batch_size=self.batch_size,
                 prompt=self.prompt,
                 prompt_name=self.prompt_name,
                 show_progress_bar=self.show_progress_bar,
                 on_error=self.on_error,
+                prepare=self._reader.read_absolute if self.encoding_settings() else None,
             )
         except BrokenItemError as error:
-            raise ValueError(f"{task}, row {drawn[row_of[error.position]]}: {error.reason}") from error
-        for position, message in sorted(errors.items()):
-            unreadable.setdefault(row_of[position], message)
-        parts: dict[int, list[int]] = {}
-        for place, embedding in zip(row_of, index.tolist(), strict=True):
-            if place not in unreadable:
-                parts.setdefault(place, []).append(embedding)
-        return self._score(model, drawn, embeddings, parts, {int(drawn[at]): why for at, why in unreadable.items()})
+            task, row = owner[error.position]
+            raise ValueError(f"{task}, row {row}: {error.reason}") from error
 
     @staticmethod
     def _score(
-        model: Any, drawn: np.ndarray, embeddings: np.ndarray, parts: dict[int, list[int]], errors: dict[int, str]
+        model: Any, task: MMEBTask, own: EvalTask, rows: np.ndarray, embeddings: np.ndarray, index: np.ndarray
     ) -> TaskResult:
-        """Score the readable rows, given as place in `drawn` -> rows of `embeddings`, the query's first."""
-        count = len(drawn)
+        """Score the drawn rows; ``index`` tells the embedding of each of the task's items, -1 for an unreadable one."""
+        count = len(rows)
+        place_of_row = {int(row): place for place, row in enumerate(own.rows)}
+        pool = None if own.corpus is None else index[own.corpus]
+        readable, at = [], []
+        for number, row in enumerate(rows):
+            place = place_of_row.get(int(row))
+            if place is not None and index[own.queries[place]] >= 0 and (index[own.own(place)] >= 0).all():
+                readable.append(number)
+                at.append(place)
         right, tied, rank = np.zeros(count, bool), np.zeros(count, bool), np.zeros(count, np.int64)
-        top = np.full((count, _SHOWN), -1, dtype=np.int64)
-        if parts:
-            queries = [own[0] for own in parts.values()]
-            candidates = [np.array(own[1:]) for own in parts.values()]
-            scores = score_candidates(embeddings, queries, candidates, k=_SHOWN, device=device_of(model))
-            kept = list(parts)
-            right[kept], tied[kept], rank[kept], top[kept] = scores.right, scores.tied, scores.rank, scores.top
-        return TaskResult(drawn, right, tied, rank, top, errors)
+        top, scores = np.full((count, _SHOWN), -1, dtype=np.int64), np.zeros(count)
+        if at:
+            found = score_candidates(
+                embeddings,
+                index[own.queries[at]],
+                [index[own.own(place)] for place in at],
+                gains=None if own.gains is None else [own.gains_of(place) for place in at],
+                pool=None if pool is None else pool[pool >= 0],
+                k=_SHOWN,
+                device=device_of(model),
+            )
+            right[readable], tied[readable], rank[readable] = found.right, found.tied, found.rank
+            top[readable] = found.top if pool is None else _places(found.top, np.flatnonzero(pool >= 0))
+            scores[readable] = found.right if task.metric == "hit@1" else found.ndcg
+        return TaskResult(rows, right, tied, rank, top, {}, task.metric, scores)
 
     def top(self, task: str, k: int = _SHOWN, places: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Show what queries found in the last call, as entries of :meth:`~unime_st.evaluation.Report.add_gallery`.
@@ -232,22 +295,24 @@ class MMEBEvaluator(EmbeddingEvaluator):
         if task not in self.results:
             raise ValueError(f"Nothing is known of {task!r}: there are {list(self.results)}. Evaluate a model first.")
         result = self.results[task]
-        rows = load_mmeb_eval(self.root, task, image_root=self.image_root)
+        own = next(spec for spec in self._tasks if spec.name == task).load(on_error=self.on_error)
+        at = {int(row): place for place, row in enumerate(own.rows)}
         entries = []
         for place in np.flatnonzero(result.rank) if places is None else places:
-            row = rows[int(result.rows[place])]
-            own = row["candidates"]
-            best = [int(number) for number in result.top[place][:k] if number >= 0]
-            results = [{**own[number], "right": own[number] == own[0]} for number in best]
-            entries.append({"query": row["query"], "results": results, "rank": int(result.rank[place]) or None})
+            query = at[int(result.rows[place])]
+            shown, right = (own.own(query) if own.corpus is None else own.corpus), set(own.right_of(query))
+            best = [int(shown[number]) for number in result.top[place][:k] if number >= 0]
+            results = [{**_shown(own.items[item]), "right": item in right} for item in best]
+            rank = int(result.rank[place]) or None
+            entries.append({"query": _shown(own.items[own.queries[query]]), "results": results, "rank": rank})
         return entries
 
     def _metrics(self) -> dict[str, float]:
-        precision = {task: result.precision for task, result in self.results.items()}
         metrics: dict[str, float] = {}
         for task, result in self.results.items():
-            metrics[f"{task}_precision@1"] = precision[task]
+            metrics[f"{task}_{_METRIC_NAMES[result.metric]}"] = result.score
             metrics[f"{task}_ties"] = int(result.tied.sum())
+        precision = {task: result.score for task, result in self.results.items() if result.metric == "hit@1"}
         metas = dict.fromkeys(self.meta_tasks[task] for task in precision if task in self.meta_tasks)
         by_meta = [
             _mean(precision, (task for task in precision if self.meta_tasks.get(task) == meta)) for meta in metas
@@ -261,17 +326,97 @@ class MMEBEvaluator(EmbeddingEvaluator):
         for key, tasks in (("in_distribution", inside), ("out_of_distribution", outside)):
             if tasks:
                 metrics[f"{key}_precision@1"] = _mean(precision, tasks)
-        metrics["mean_precision@1"] = _mean(precision, precision)
-        metrics["tasks"] = len(precision)
+        if precision:
+            metrics["mean_precision@1"] = _mean(precision, precision)
+        metrics |= self._mixed_metrics()
+        metrics["tasks"] = len(self.results)
         if self.on_error == "report":
             metrics["unreadable_rows"] = sum(len(result.errors) for result in self.results.values())
         return metrics
 
+    def _mixed_metrics(self) -> dict[str, float]:
+        """MMEB V2's averages, where there is more than Precision@1 on images."""
+        scores = {task: result.score for task, result in self.results.items()}
+        modality = {task.name: task.modality for task in self._tasks if task.name in scores}
+        graded = [task for task, result in self.results.items() if result.metric == "ndcg@5"]
+        if not graded and set(modality.values()) <= {"image"}:
+            return {}
+        metrics = {"mean_ndcg@5": _mean(scores, graded)} if graded else {}
+        for kind in dict.fromkeys(modality.values()):
+            metrics[f"{kind}_mean"] = _mean(scores, [task for task in scores if modality[task] == kind])
+        return {**metrics, "overall_mean": _mean(scores, scores)}
 
-def found_tasks(root: Path) -> list[str]:
-    """Names of the tasks below a folder: published ones in the published order, then others by name."""
-    names = {path.parent.name for path in root.glob("*/test-*.parquet")}
-    return [task for task in META_TASKS if task in names] + sorted(names.difference(META_TASKS))
+
+def _as_tasks(
+    root: str | Path | None, tasks: Sequence[str | MMEBTask] | None, image_root: str | Path | None
+) -> list[MMEBTask]:
+    names = [task for task in tasks or [] if isinstance(task, str)]
+    if root is None and (tasks is None or names):
+        raise ValueError("`root=None`, but tasks are given by name or not at all. Give the folder that holds them.")
+    folder = Path(root) if root is not None else Path()
+    if root is not None and not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder. Give the one that holds <Task>/test-*.parquet.")
+    wanted = list(tasks) if tasks is not None else list(found_tasks(folder))
+    if not wanted:
+        raise FileNotFoundError(f"No task to evaluate: {root} holds no <Task>/test-*.parquet, or `tasks` is empty.")
+    entry = {} if image_root is None else {"image_root": Path(image_root).absolute()}
+    return [image_task(task, entry, folder) if isinstance(task, str) else task for task in wanted]
+
+
+def _distinct(
+    read: Mapping[str, tuple[EvalTask, np.ndarray]],
+) -> tuple[list[Any], list[tuple[str, int]], dict[str, np.ndarray]]:
+    """Inputs of the drawn rows, each once over all tasks where that is seen without reading it.
+
+    Returns:
+        The inputs; the task and row that has each first; for each task the place of each of its items among the
+        inputs, of those not needed the first.
+    """
+    items: list[Any] = []
+    owner: list[tuple[str, int]] = []
+    known: dict[Any, int] = {}
+    places: dict[str, np.ndarray] = {}
+    for task, (own, rows) in read.items():
+        place = places[task] = np.zeros(len(own.items), dtype=np.int64)
+        drawn = set(rows.tolist())
+        seen = np.zeros(len(own.items), dtype=bool)
+        for number, row in enumerate(own.rows.tolist()):
+            if row not in drawn:
+                continue
+            needed = own.own(number) if own.corpus is None else np.concatenate([own.own(number), own.corpus])
+            for item in (int(own.queries[number]), *needed[~seen[needed]].tolist()):
+                if not seen[item]:
+                    seen[item] = True
+                    content = own.items[item]
+                    name = tuple(content.items()) if isinstance(content, dict) else content
+                    hashable = all(isinstance(value, str) for value in content.values()) if isinstance(content, dict) else isinstance(content, str)  # fmt: skip
+                    key = name if hashable else (task, item)
+                    if key not in known:
+                        known[key] = len(items)
+                        items.append(content)
+                        owner.append((task, row))
+                    place[item] = known[key]
+    return items, owner, places
+
+
+def _explain(result: TaskResult, own: EvalTask, rows: np.ndarray, place: np.ndarray, errors: Mapping[int, str]) -> None:
+    """Note why rows could not be read."""
+    at = {int(row): number for number, row in enumerate(own.rows)}
+    for row in rows[result.rank == 0].tolist():
+        if row in own.broken:
+            result.errors[row] = own.broken[row]
+            continue
+        needed = [own.queries[at[row]], *own.own(at[row])]
+        result.errors[row] = next(errors[int(place[item])] for item in needed if int(place[item]) in errors)
+
+
+def _places(top: np.ndarray, readable: np.ndarray) -> np.ndarray:
+    """From places among the readable candidates of a pool to places in the pool."""
+    return np.where(top >= 0, readable[np.maximum(top, 0)], -1)
+
+
+def _shown(item: Any) -> dict[str, Any]:
+    return item if isinstance(item, dict) else {"text": item}
 
 
 def _mean(values: Mapping[str, float], keys: Iterable[str]) -> float:

@@ -5,12 +5,15 @@ Dimension letters: Q queries, C candidates of a query, U distinct embeddings, D 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_CUTOFF = 5  # of nDCG
 
 
 def unit_rows(embeddings: np.ndarray, device: torch.device | str = "cpu") -> tuple[Tensor, np.ndarray]:
@@ -40,19 +43,22 @@ def unit_rows(embeddings: np.ndarray, device: torch.device | str = "cpu") -> tup
 
 @dataclass(frozen=True)
 class CandidateScores:
-    """Outcome for queries that each have candidates of their own.
+    """Outcome for queries that choose among candidates.
 
     Attributes:
-        right: Whether the right answer has the best score, a tie counting as right, shape (Q,).
-        tied: Whether a candidate of other content shares that best score, shape (Q,).
-        rank: Rank of the right answer from 1, behind better scores only, shape (Q,).
-        top: The best candidates' places among the query's own, best first, -1 past the last, shape (Q, k).
+        right: Whether a right answer has the best score, a tie counting as right, shape (Q,).
+        tied: Whether a wrong candidate shares that best score, shape (Q,).
+        rank: Rank of the best right answer from 1, behind better scores only, shape (Q,).
+        ndcg: nDCG@5, the gain of a result being its relevance ("linear"), shape (Q,).
+        top: The best candidates' places among the query's own, or in the pool, best first and equal ones in their
+            order, -1 past the last, shape (Q, k).
         scores: Their cosines, -inf past the last, shape (Q, k).
     """
 
     right: np.ndarray
     tied: np.ndarray
     rank: np.ndarray
+    ndcg: np.ndarray
     top: np.ndarray
     scores: np.ndarray
 
@@ -62,19 +68,23 @@ def score_candidates(
     queries: Sequence[int] | np.ndarray,
     candidates: Sequence[np.ndarray],
     *,
+    gains: Sequence[np.ndarray] | None = None,
+    pool: np.ndarray | None = None,
     k: int = 5,
     chunk_size: int = 64,
     device: torch.device | str = "cpu",
 ) -> CandidateScores:
-    """Compare each query with its own candidates, of which the first is the right answer.
+    """Compare each query with its own candidates, or with a pool that all share.
 
-    As in the published evaluation, the first of the best candidates wins, so a tie counts as right; ``tied`` tells.
-    Copies of the right answer are the right answer, not a tie.
+    As in MMEB's published evaluation a tie counts as right; ``tied`` tells. Copies of a right answer are right, no tie.
 
     Args:
         embeddings: Distinct embeddings, shape (U, D).
         queries: Rows of ``embeddings``, Q of them.
-        candidates: For each query the rows of its candidates, at least one; uneven lengths allowed.
+        candidates: For each query the rows of its candidates, the right answer first; uneven lengths allowed. With a
+            ``pool``, of its relevant ones alone.
+        gains: Relevance of each of ``candidates``, 0 or more; None for 1 for the right ones.
+        pool: Rows of the candidates of every query, shape (C,); None for each query's own.
         k: How many of the best to keep.
         chunk_size: Queries a matrix product.
         device: Where to compute.
@@ -83,7 +93,8 @@ def score_candidates(
         The outcome of each query.
 
     Raises:
-        ValueError: If a query has no candidates.
+        ValueError: If a query has no candidates, none of its candidates is relevant, or a relevant one is not in the
+            pool.
 
     Example:
         >>> vectors = np.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
@@ -94,27 +105,86 @@ def score_candidates(
     if empty := [number for number, own in enumerate(candidates) if len(own) == 0]:
         raise ValueError(f"Query {empty[0]} has no candidates to choose from.")
     rows, same = unit_rows(embeddings, device)
-    right, tied = np.zeros(len(queries), dtype=bool), np.zeros(len(queries), dtype=bool)
-    rank, top = np.zeros(len(queries), dtype=np.int64), np.full((len(queries), k), -1, dtype=np.int64)
-    scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+    width = max(k, _CUTOFF)
+    parts = []
     for start in range(0, len(queries), chunk_size):
         part = slice(start, start + chunk_size)
-        own = candidates[part]
-        longest = max(len(ids) for ids in own)
-        ids = np.stack([np.pad(ids, (0, longest - len(ids)), constant_values=-1) for ids in own])  # (Q, C)
-        pool, place = np.unique(same[ids], return_inverse=True)  # padding points at some row; masked below
-        cosines = rows[torch.from_numpy(same[queries[part]])] @ rows[torch.from_numpy(pool)].T
+        graded = None if gains is None else gains[part]
+        ids, gain = (_own if pool is None else _shared(pool))(candidates[part], graded)
+        if (gain.max(axis=1) <= 0).any():
+            first = start + int((gain.max(axis=1) <= 0).argmax())
+            raise ValueError(f"Query {first} has no right answer among its candidates.")
+        distinct, place = np.unique(same[ids], return_inverse=True)  # padding points at some row; masked below
+        cosines = rows[torch.from_numpy(same[queries[part]])] @ rows[torch.from_numpy(distinct)].T
         cosine = np.take_along_axis(cosines.cpu().numpy(), place.reshape(ids.shape), axis=1)  # (Q, C)
         cosine[ids == -1] = -np.inf
-        best = cosine.max(axis=1, keepdims=True)
-        rank[part] = 1 + (cosine > cosine[:, :1]).sum(axis=1)
-        right[part] = rank[part] == 1
-        tied[part] = right[part] & ((cosine == best) & (ids != ids[:, :1])).any(axis=1)
-        order = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
-        kept = np.take_along_axis(cosine, order, axis=1)
-        top[part, : order.shape[1]] = np.where(np.isneginf(kept), -1, order)
-        scores[part, : order.shape[1]] = kept
-    return CandidateScores(right, tied, rank, top, scores)
+        best = np.where(gain > 0, cosine, -np.inf).max(axis=1, keepdims=True)
+        rank = 1 + (cosine > best).sum(axis=1)
+        tied = (rank == 1) & ((cosine == best) & (gain <= 0)).any(axis=1)
+        top, scores = best_first(cosine, width)
+        found = np.where(top >= 0, np.take_along_axis(gain, np.maximum(top, 0), axis=1), 0.0)
+        parts.append((rank == 1, tied, rank, _ndcg(found, gain), top[:, :k], scores[:, :k]))
+    return CandidateScores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _own(candidates: Sequence[np.ndarray], gains: Sequence[np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Pad each query's own candidates: their rows, -1 for none, and their gains, both (Q, C)."""
+    longest = max(len(own) for own in candidates)
+    ids = np.stack([np.pad(own, (0, longest - len(own)), constant_values=-1) for own in candidates])
+    if gains is None:
+        return ids, (ids == ids[:, :1]).astype(np.float64)
+    return ids, np.stack([np.pad(np.asarray(own, float), (0, longest - len(own))) for own in gains])
+
+
+def _shared(pool: np.ndarray) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    """As :func:`_own`, for a pool that all queries share; several places of one content are all relevant."""
+    order = np.argsort(pool, kind="stable")
+
+    def ids_and_gains(relevant: Sequence[np.ndarray], gains: Sequence[np.ndarray] | None) -> Any:
+        gain = np.zeros((len(relevant), len(pool)))
+        for row, own in enumerate(relevant):
+            first, last = (np.searchsorted(pool, own, side, sorter=order) for side in ("left", "right"))
+            if (first == last).any():
+                raise ValueError(f"A relevant candidate (row {own[first == last][0]}) is not in the pool.")
+            for number, (a, b) in enumerate(zip(first, last, strict=True)):
+                gain[row, order[a:b]] = 1.0 if gains is None else gains[row][number]
+        return np.broadcast_to(pool, gain.shape), gain
+
+    return ids_and_gains
+
+
+def best_first(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Find the k highest of each row without sorting the rest; equal ones in their order.
+
+    Args:
+        scores: Shape (Q, C); -inf is nothing.
+        k: How many.
+
+    Returns:
+        Places, -1 past the last, and scores, -inf past the last, both of shape (Q, k).
+
+    Example:
+        >>> best_first(np.array([[0.1, 0.5, 0.5, 0.2]]), 3)[0].tolist()
+        [[1, 2, 3]]
+    """
+    top = np.full((len(scores), k), -1, dtype=np.int64)
+    kept = np.full((len(scores), k), -np.inf, dtype=scores.dtype)
+    count = min(k, scores.shape[1])
+    least = np.partition(scores, scores.shape[1] - count, axis=1)[:, scores.shape[1] - count]
+    for row, values in enumerate(scores):
+        chosen = np.flatnonzero((values >= least[row]) & (values > -np.inf))
+        chosen = chosen[np.argsort(-values[chosen], kind="stable")][:count]
+        top[row, : len(chosen)] = chosen
+        kept[row, : len(chosen)] = values[chosen]
+    return top, kept
+
+
+def _ndcg(found: np.ndarray, gains: np.ndarray) -> np.ndarray:
+    """nDCG@5 of gains in the order found (Q, k), against the best order of all gains (Q, C)."""
+    discounts = 1 / np.log2(np.arange(2, _CUTOFF + 2))
+    ideal = best_first(gains, _CUTOFF)[1]
+    ideal[np.isneginf(ideal)] = 0.0
+    return (found[:, :_CUTOFF] * discounts).sum(axis=1) / (ideal * discounts).sum(axis=1)
 
 
 @dataclass(frozen=True)
@@ -186,7 +256,6 @@ def rank_pool(
         best = cosine.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
         ranks = ((cosine >= best) & ~is_right).sum(dim=1)
         tied = ((cosine == best) & ~is_right).any(dim=1)
-        top = cosine.argsort(dim=1, descending=True, stable=True)[:, :k]  # equal scores in the order of the pool
-        scores = cosine.gather(1, top)
-        parts.append([part.cpu().numpy() for part in (ranks, tied, top, scores)])
+        top, scores = best_first(cosine.cpu().numpy(), k)
+        parts.append([ranks.cpu().numpy(), tied.cpu().numpy(), top, scores])
     return Ranking(*(np.concatenate(column) for column in zip(*parts, strict=True)))

@@ -1,0 +1,168 @@
+"""A benchmark task as indices into its distinct inputs: a thousand candidates a row without a thousand copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from unime_st.data.images import resolve_image
+from unime_st.data.parquet import Source, clean_text, default_image_root, find_sources, read_columns
+
+EVAL_COLUMNS = ("qry_text", "qry_img_path", "tgt_text")
+OPTIONAL_EVAL_COLUMNS = ("tgt_img_path", "qry_inst", "tgt_inst")
+
+Pair = tuple[str, str]  # text, image path; "" for none
+
+
+@dataclass
+class EvalTask:
+    """Queries, and what each is to choose from.
+
+    With candidates of its own (a *local* pool), a query's slice of ``candidates`` holds them all, the right answer
+    first. With a ``corpus`` (a *global* pool), it holds the relevant ones alone and the rest of the corpus is wrong.
+
+    Attributes:
+        items: Distinct inputs, as ``encode`` takes them.
+        rows: Number of each query in the task, shape (Q,).
+        queries: Place of each query in ``items``, shape (Q,).
+        candidates: Places of candidates in ``items``, one query's after another's.
+        offsets: Where each query's begin, and the end, shape (Q + 1,).
+        gains: Relevance of each of ``candidates``, shape as theirs; None for 1 for the first and 0 for others.
+        corpus: Places in ``items`` of a pool that all queries share, None for local pools.
+        broken: Row -> why it cannot be read, for the rows that are no query therefore.
+    """
+
+    items: list[Any]
+    rows: np.ndarray
+    queries: np.ndarray
+    candidates: np.ndarray
+    offsets: np.ndarray
+    gains: np.ndarray | None = None
+    corpus: np.ndarray | None = None
+    broken: dict[int, str] = field(default_factory=dict)
+
+    def own(self, place: int) -> np.ndarray:
+        """Places in ``items`` of the candidates of the query at a place of ``queries``."""
+        return self.candidates[self.offsets[place] : self.offsets[place + 1]]
+
+    def gains_of(self, place: int) -> np.ndarray:
+        """Relevance of those candidates."""
+        own = self.own(place)
+        if self.gains is None:
+            return np.ones(len(own)) if self.corpus is not None else (np.arange(len(own)) == 0).astype(float)
+        return self.gains[self.offsets[place] : self.offsets[place + 1]]
+
+    def right_of(self, place: int) -> list[int]:
+        """Places in ``items`` of the right answers."""
+        return self.own(place)[self.gains_of(place) > 0].tolist()
+
+
+def eval_pairs(source: Source) -> Iterator[tuple[str, Pair, list[Pair]]]:
+    """Yield (where, query, candidates) of a task's rows as they are; instructions joined, placeholders removed."""
+    for file in source.files:
+        columns = read_columns(source, file, EVAL_COLUMNS, OPTIONAL_EVAL_COLUMNS)
+        empty = [None] * len(columns["qry_text"])
+        names = (*EVAL_COLUMNS, *OPTIONAL_EVAL_COLUMNS)
+        cleaned: dict[tuple[str | None, str | None], str] = {}
+        for number, row in enumerate(zip(*(columns.get(name, empty) for name in names), strict=True)):
+            text, image, texts, images, instruction, target_instruction = row
+            where = f"{source.name}, row {number} of {file.name}"
+            pairs = pair_up(texts, images, where)
+            candidates = []
+            for own, path in pairs:
+                if (own, target_instruction) not in cleaned:
+                    cleaned[own, target_instruction] = clean_text(own, target_instruction)
+                candidates.append((cleaned[own, target_instruction], path or ""))
+            yield where, (clean_text(text, instruction), image or ""), candidates
+
+
+def pair_up(texts: Any, images: Any, where: str) -> list[tuple[str | None, str | None]]:
+    """Pair texts with image paths; each a list, one value, or None when there is no such column or value."""
+    if not isinstance(texts, list) and not isinstance(images, list):
+        texts, images = [texts], [images]
+    lists = [[value] if isinstance(value, str) else value for value in (texts, images)]
+    lengths = {len(values) for values in lists if values is not None}
+    if len(lengths) > 1:
+        raise ValueError(f"{where} has {len(texts)} texts but {len(images)} image paths; they go in pairs.")
+    length = max(lengths, default=0)
+    return list(zip(*(values or [None] * length for values in lists), strict=True))
+
+
+def check_row(where: str, query: Pair, candidates: Sequence[Pair]) -> None:
+    """Refuse a row without a query or without a right answer.
+
+    Raises:
+        ValueError: with task, row and file.
+    """
+    if not any(query) or not candidates or not any(candidates[0]):
+        raise ValueError(f"{where} has an empty query or an empty right answer. Mend or remove the row.")
+
+
+def read_eval_task(
+    root: str | Path,
+    name: str,
+    *,
+    split: str = "test",
+    image_root: str | Path | None = None,
+    on_error: Literal["raise", "report"] = "raise",
+) -> EvalTask:
+    """Read a task in MMEB-eval's layout, see :func:`~unime_st.data.load_mmeb_eval`.
+
+    Args:
+        root: Folder of the tasks.
+        name: The task's.
+        split: Start of the files' names.
+        image_root: Folder of the images; None for ``root/images`` when that is a folder, else ``root``.
+        on_error: "report" to note rows that are broken in themselves (no right answer, a path that leaves the folder).
+
+    Returns:
+        The task, with local pools; images by absolute path, not looked for yet.
+
+    Raises:
+        FileNotFoundError: When the task is missing.
+        ValueError: When a file is damaged, its columns are not as they should be or, with "raise", a row is broken.
+    """
+    (source,) = find_sources(root, [name], split)
+    folder = default_image_root(root, image_root)
+    known: dict[Pair, int] = {}
+    items: list[Any] = []
+
+    def place(pair: Pair) -> int:
+        if pair not in known:
+            text, image = pair
+            item = {"image": str(resolve_image(folder, image, must_exist=False))} if image else {}
+            items.append({**item, "text": text} if text else item)
+            known[pair] = len(known)
+        return known[pair]
+
+    queries: list[int] = []
+    candidates: list[int] = []
+    numbers: list[int] = []
+    offsets, rows, broken = [0], 0, {}
+    for where, query, pairs in eval_pairs(source):
+        rows += 1
+        try:
+            check_row(where, query, pairs)
+            own = [place(query), *(place(pair) for pair in pairs if any(pair))]
+        except ValueError as error:
+            located = error if str(error).startswith(where) else ValueError(f"{where}: {error}")
+            if on_error == "raise":
+                raise located from error
+            broken[rows - 1] = str(located)
+            continue
+        numbers.append(rows - 1)
+        queries.append(own[0])
+        candidates += own[1:]
+        offsets.append(len(candidates))
+    return EvalTask(
+        items,
+        np.array(numbers, dtype=np.int64),
+        np.array(queries, dtype=np.int64),
+        np.array(candidates, dtype=np.int64),
+        np.array(offsets, dtype=np.int64),
+        broken=broken,
+    )
