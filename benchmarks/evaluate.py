@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=60, help="of each task (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="of each contender (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--published-batch-size", type=int, default=8, help="of the published-style loop")
+    parser.add_argument("--published-batch-size", type=int, default=16, help="of the published-style loop")
     parser.add_argument("--output", type=Path, default=RESULTS / "evaluate.json")
     given = parser.parse_args()
     images = given.benchmark / "images"

@@ -102,7 +102,8 @@ def test_every_token_has_its_state(backbone):
     """Not only the last: what is handed back is a batch as any other."""
     model = build_encoder(backbone("qwen2_vl"), device="cpu").eval()
     items = inputs()[:9]
-    features = model.preprocess(items)
+    with model[0].prefixes.encoding():
+        features = model.preprocess(items)
     mask = features["attention_mask"].bool()
     with torch.inference_mode():
         shared = model[0](dict(features))["token_embeddings"]
@@ -115,10 +116,10 @@ def test_every_token_has_its_state(backbone):
 def test_training_and_gradients_stay_with_padded_rows(backbone):
     model = build_encoder(backbone("llava_next"), device="cpu")
     items = inputs()[:4]
-    model.train()
-    assert "prefix_key" not in model.preprocess(items)
-    model.eval()
-    model(model.preprocess(items))  # with gradients
+    assert "prefix_key" not in model.preprocess(items)  # not even in evaluation mode, as GradCache's first batch may be
+    with model[0].prefixes.encoding():
+        features = model.preprocess(items)
+    model(features)  # with gradients
     assert model[0].prefixes.computed == 0
     assert "forward" not in vars(language_model(model[0].model))
 

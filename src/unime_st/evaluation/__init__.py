@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unime_st.evaluation.cache import EmbeddingCache
+    from unime_st.evaluation.comparison import compare
     from unime_st.evaluation.encoding import BrokenItemError, encode_distinct
     from unime_st.evaluation.mmeb import MMEBEvaluator
-    from unime_st.evaluation.published import published_results
+    from unime_st.evaluation.published import published_results, published_task_scores
     from unime_st.evaluation.report import Report
     from unime_st.evaluation.retrieval import ImageTextRetrievalEvaluator
     from unime_st.evaluation.sugarcrepe import SugarCrepeEvaluator
@@ -24,7 +25,9 @@ _EXPORTS = {
     "SugarCrepeEvaluator": "unime_st.evaluation.sugarcrepe",
     "encode_distinct": "unime_st.evaluation.encoding",
     "model_fingerprint": "unime_st.model_identity",
+    "compare": "unime_st.evaluation.comparison",
     "published_results": "unime_st.evaluation.published",
+    "published_task_scores": "unime_st.evaluation.published",
 }
 
 __all__ = [
@@ -34,9 +37,11 @@ __all__ = [
     "MMEBEvaluator",
     "Report",
     "SugarCrepeEvaluator",
+    "compare",
     "encode_distinct",
     "model_fingerprint",
     "published_results",
+    "published_task_scores",
 ]
 
 

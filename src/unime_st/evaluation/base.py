@@ -15,6 +15,7 @@ from sentence_transformers.sentence_transformer.evaluation import SentenceEvalua
 from unime_st.distributed import rank
 from unime_st.evaluation.cache import EmbeddingCache
 from unime_st.evaluation.encoding import OnError, Section, encode_indexed, open_section
+from unime_st.evaluation.outcomes import TaskOutcomes, write_outcomes
 from unime_st.files import write_atomically
 
 
@@ -29,7 +30,7 @@ class EmbeddingEvaluator(SentenceEvaluator):
         cache_dir: Folder of an :class:`~unime_st.evaluation.EmbeddingCache`, or such a cache; None encodes afresh.
         show_progress_bar: Whether to show progress.
         write_csv: Whether to write results when called with an ``output_path``: a row of ``<name>_results.csv`` for
-            each call, and the last call's ``<name>_results.json``.
+            each call, and the last call's ``<name>_results.json`` and ``<name>_results_rows.parquet``.
     """
 
     def __init__(
@@ -84,6 +85,10 @@ class EmbeddingEvaluator(SentenceEvaluator):
             on_error=on_error,
         )
 
+    def outcomes(self) -> dict[str, TaskOutcomes]:
+        """What each row contributed to the last call's metrics, by task; written beside them, to be compared."""
+        raise NotImplementedError
+
     def finish(
         self, model: Any, metrics: Mapping[str, float], output_path: str | None, epoch: float, steps: int
     ) -> dict[str, float]:
@@ -106,6 +111,7 @@ class EmbeddingEvaluator(SentenceEvaluator):
             stem = f"{self.name or type(self).__name__}_results".replace("/", "-")
             folder = Path(output_path)
             write_atomically(folder / f"{stem}.json", json.dumps(named, indent=2))
+            write_outcomes(folder / f"{stem}_rows.parquet", self.outcomes())
             append_row(folder / f"{stem}.csv", {"epoch": epoch, "steps": steps, **metrics})
         return named
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 from torch import nn
 
@@ -20,6 +24,9 @@ from unime_st.files import write_atomically
 from unime_st.model_identity import model_fingerprint
 
 logger = logging.getLogger(__name__)
+
+
+_MOST_SHARDS = 64  # of a section, before they are merged
 
 
 class Section(Protocol):
@@ -50,15 +57,41 @@ class MemorySection:
         self._rows.update(zip(fingerprints, embeddings, strict=True))
 
 
+@dataclass(frozen=True)
+class SectionInfo:
+    """What a section of a cache holds.
+
+    Attributes:
+        folder: Where it is.
+        model: Fingerprint of the model, 64 hexadecimal digits.
+        prompt: The prompt text, "" for none.
+        settings: What else decides the embeddings, e.g. the resolution.
+        items: How many embeddings, as far as its shards can be read.
+        num_bytes: On disk.
+        last_used: When it was last opened or written, in seconds since 1970.
+    """
+
+    folder: Path
+    model: str
+    prompt: str
+    settings: dict[str, Any]
+    items: int
+    num_bytes: int
+    last_used: float
+
+
 class EmbeddingCache:
     """A folder of embeddings, in one section for each model, prompt and set of further settings.
 
     A section is a folder of safetensors shards beside a ``section.json`` that says what it holds. Shards are written
     under a name of their own and renamed when complete: several processes may write into one cache, and what was
-    written before a kill is found again.
+    written before a kill is found again. ``python -m unime_st.evaluation cache info FOLDER`` shows a cache, ``cache
+    clear FOLDER`` empties it.
 
     Args:
         folder: Where the cache is, or will be at the first write.
+        max_bytes: Of all sections together; when a write exceeds it, the least recently used other sections are
+            deleted, and a section too large by itself is kept in memory only from there on. None for no bound.
 
     Example:
         >>> import tempfile, torch
@@ -69,8 +102,11 @@ class EmbeddingCache:
         [array([1., 1., 1.], dtype=float32), None]
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, max_bytes: int | None = None) -> None:
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError(f"`max_bytes={max_bytes}`, but a cache needs some room; None for no bound.")
         self.folder = Path(folder)
+        self.max_bytes = max_bytes
 
     def section(
         self, model: nn.Module, *, prompt: str | None = None, settings: Mapping[str, Any] | None = None
@@ -90,12 +126,77 @@ class EmbeddingCache:
         """
         description = {"model": model_fingerprint(model), "prompt": prompt or "", "settings": dict(settings or {})}
         name = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
-        return CacheSection(self.folder / name, description)
+        return CacheSection(self.folder / name, description, cache=self)
 
-    def clear(self) -> None:
-        """Delete every section. Other files in the folder stay."""
-        for marker in self.folder.glob("*/section.json"):
-            shutil.rmtree(marker.parent)
+    def info(self) -> list[SectionInfo]:
+        """What is there, the section used last first.
+
+        Example:
+            >>> import tempfile, torch
+            >>> cache = EmbeddingCache(tempfile.mkdtemp())
+            >>> cache.section(torch.nn.Linear(2, 2)).add(["00ff"], np.ones((1, 3), dtype=np.float32))
+            >>> [(section.items, section.prompt) for section in cache.info()]
+            [(1, '')]
+        """
+        found = [_info(marker) for marker in self.folder.glob("*/section.json")]
+        return sorted((info for info in found if info is not None), key=lambda info: -info.last_used)
+
+    def clear(self, *, model: str = "", unused_for: float = 0.0) -> int:
+        """Delete sections. Other files in the folder stay.
+
+        Args:
+            model: Beginning of the model's fingerprint; "" for every model.
+            unused_for: Only what was not used for so many seconds.
+
+        Returns:
+            Bytes freed.
+        """
+        now = time.time()
+        gone = [info for info in self.info() if info.model.startswith(model) and now - info.last_used >= unused_for]
+        for info in gone:
+            shutil.rmtree(info.folder, ignore_errors=True)
+        return sum(info.num_bytes for info in gone)
+
+    def make_room(self, section: Path, num_bytes: int) -> bool:
+        """Delete least recently used sections until a section can grow by so many bytes; whether it can."""
+        if self.max_bytes is None:
+            return True
+        sections = self.info()
+        used = sum(info.num_bytes for info in sections) + num_bytes
+        for info in reversed(sections):
+            if used <= self.max_bytes:
+                break
+            if info.folder != section:
+                logger.info("%s is deleted to make room in the cache.", info.folder)
+                shutil.rmtree(info.folder, ignore_errors=True)
+                used -= info.num_bytes
+        return used <= self.max_bytes
+
+
+def _info(marker: Path) -> SectionInfo | None:
+    """What is in a section, None when another process has just deleted it."""
+    try:
+        told = json.loads(marker.read_text(encoding="utf-8"))
+        shards = list(marker.parent.glob("*.safetensors"))
+        num_bytes = sum(path.stat().st_size for path in (marker, *shards))
+        last_used = marker.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError:
+        told, shards, num_bytes, last_used = {}, [], 0, 0.0
+    items = 0
+    for shard in shards:
+        with contextlib.suppress(SafetensorError, OSError), safe_open(shard, framework="np") as tensors:
+            items += tensors.get_slice("keys").get_shape()[0]
+    return SectionInfo(
+        marker.parent,
+        told.get("model", ""),
+        told.get("prompt", ""),
+        told.get("settings", {}),
+        items,
+        num_bytes,
+        last_used,
+    )
 
 
 class CacheSection:
@@ -104,14 +205,24 @@ class CacheSection:
     Args:
         folder: The section's folder.
         description: What decides the embeddings, written beside them.
+        cache: The cache it is part of, which knows how large it may grow.
     """
 
-    def __init__(self, folder: Path, description: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, description: Mapping[str, Any], cache: EmbeddingCache) -> None:
         self.folder = folder
         self.description = dict(description)
+        self.cache = cache
+        self._full = False
         self._rows: dict[str, np.ndarray] = {}
-        for shard in sorted(folder.glob("*.safetensors")):
-            self._read(shard)
+        shards: set[Path] = set()
+        while fresh := set(folder.glob("*.safetensors")) - shards:  # another process may merge them meanwhile
+            for shard in sorted(fresh):
+                self._read(shard)
+            shards |= fresh
+        if shards:
+            self._touch()
+        if len(shards) > _MOST_SHARDS:
+            self._merge(shards)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -147,19 +258,43 @@ class CacheSection:
             raise ValueError("An embedding holds NaN or infinity: it would be served again and again. Not stored.")
         if not len(fingerprints):
             return
+        self._rows.update(zip(fingerprints, embeddings, strict=True))
+        if not self._full:
+            self._write(fingerprints, embeddings)
+
+    def _write(self, fingerprints: Sequence[str], embeddings: np.ndarray) -> None:
         keys = np.frombuffer(bytes.fromhex("".join(fingerprints)), dtype=np.uint8).reshape(len(fingerprints), -1)
+        shard = save({"keys": keys, "embeddings": embeddings})
+        if not self.cache.make_room(self.folder, len(shard)):
+            logger.warning(
+                "%s alone would be larger than the cache's `max_bytes=%s`: what is encoded from here on is not kept.",
+                self.folder, self.cache.max_bytes)  # fmt: skip
+            self._full = True
+            return
         marker = self.folder / "section.json"
         if not marker.exists():
             write_atomically(marker, json.dumps(self.description, indent=2, sort_keys=True))
-        write_atomically(
-            self.folder / f"{uuid.uuid4().hex}.safetensors", save({"keys": keys, "embeddings": embeddings})
-        )
-        self._rows.update(zip(fingerprints, embeddings, strict=True))
+        write_atomically(self.folder / f"{uuid.uuid4().hex}.safetensors", shard)
+        self._touch()
+
+    def _touch(self) -> None:
+        """Note that the section was used now."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.folder / "section.json")
+
+    def _merge(self, shards: Iterable[Path]) -> None:
+        """Write all rows as one shard, then delete those they came from; a kill in between leaves copies only."""
+        if self.cache.make_room(self.folder, sum(row.nbytes for row in self._rows.values())):
+            self._write(list(self._rows), np.stack(list(self._rows.values())))
+            for shard in shards:
+                shard.unlink(missing_ok=True)
 
     def _read(self, shard: Path) -> None:
         try:
             tensors = load_file(shard)
             keys, embeddings = tensors["keys"], tensors["embeddings"]
+        except FileNotFoundError:
+            return  # merged into another by a process that works beside this one
         except (SafetensorError, KeyError, OSError) as error:
             logger.warning("%s cannot be read (%s): its embeddings are made again. Delete it.", shard, error)
             return

@@ -119,7 +119,7 @@ def encode_distinct(
         ...         print("encoding", items)
         ...         return np.array([[len(item)] for item in items])
         >>> encode_distinct(Lengths(), ["a", "bb", "a"]).tolist()
-        encoding ['bb', 'a']
+        encoding ['a', 'bb']
         [[1.0], [2.0], [1.0]]
     """
     embeddings, index, _ = encode_indexed(

@@ -24,6 +24,7 @@ from unime_st.evaluation.mmeb_tasks import (
     image_task,
     tasks_from_yaml,
 )
+from unime_st.evaluation.outcomes import TaskOutcomes
 from unime_st.evaluation.scoring import score_candidates
 
 logger = logging.getLogger(__name__)
@@ -215,7 +216,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
                 own = task.load(on_error=self.on_error)
                 count = len(own.queries) + len(own.broken)
                 if not count:
-                    raise ValueError(f"{task.name} has no rows.")
+                    raise ValueError(f"{task.name} has no rows.")  # noqa: TRY301 (handled as what reading raises)
             except (OSError, ValueError) as error:
                 if self.on_error == "raise":
                     raise
@@ -248,7 +249,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
             raise ValueError(f"{task}, row {row}: {error.reason}") from error
 
     @staticmethod
-    def _score(
+    def _score(  # noqa: PLR0917
         model: Any, task: MMEBTask, own: EvalTask, rows: np.ndarray, embeddings: np.ndarray, index: np.ndarray
     ) -> TaskResult:
         """Score the drawn rows; ``index`` tells the embedding of each of the task's items, -1 for an unreadable one."""
@@ -306,6 +307,10 @@ class MMEBEvaluator(EmbeddingEvaluator):
             rank = int(result.rank[place]) or None
             entries.append({"query": _shown(own.items[own.queries[query]]), "results": results, "rank": rank})
         return entries
+
+    def outcomes(self) -> dict[str, TaskOutcomes]:
+        """Each row's share of its task's metric, of the last call."""
+        return {task: TaskOutcomes(result.rows, result.scores, result.tied) for task, result in self.results.items()}
 
     def _metrics(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
@@ -388,15 +393,22 @@ def _distinct(
                 if not seen[item]:
                     seen[item] = True
                     content = own.items[item]
-                    name = tuple(content.items()) if isinstance(content, dict) else content
-                    hashable = all(isinstance(value, str) for value in content.values()) if isinstance(content, dict) else isinstance(content, str)  # fmt: skip
-                    key = name if hashable else (task, item)
+                    key = _name(content) or (task, item)
                     if key not in known:
                         known[key] = len(items)
                         items.append(content)
                         owner.append((task, row))
                     place[item] = known[key]
     return items, owner, places
+
+
+def _name(item: Any) -> Any:
+    """Something hashable that tells an input without reading files, None where there is nothing."""
+    if isinstance(item, str):
+        return item
+    if isinstance(item, dict) and all(isinstance(value, str) for value in item.values()):
+        return tuple(sorted(item.items()))
+    return None
 
 
 def _explain(result: TaskResult, own: EvalTask, rows: np.ndarray, place: np.ndarray, errors: Mapping[int, str]) -> None:

@@ -123,8 +123,8 @@ def tasks_from_yaml(path: str | Path, root: str | Path, parsers: Mapping[str, Pa
         parser = entry.get("dataset_parser")
         if parser not in known:
             raise ValueError(
-                f"{path}, task {name!r}: there is no parser {parser!r}; there are {', '.join(sorted(known))}. Leave the "
-                "task out, or give a parser of your own in `parsers`."
+                f"{path}, task {name!r}: there is no parser {parser!r}; there are {', '.join(sorted(known))}. Leave "
+                "the task out, or give a parser of your own in `parsers`."
             )
         if known[parser] is image_task and entry.get("eval_type", "local") != "local":
             raise ValueError(f"{path}, task {name!r}: {parser!r} has candidates for each row, eval_type 'local'.")

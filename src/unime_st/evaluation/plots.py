@@ -81,27 +81,53 @@ def bar_plot(
     return _finish(figure, axes, "", ylabel, theme, legend=bool(series))
 
 
+def heat_map(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, theme: str = "light") -> bytes:
+    """Draw values (rows, columns) as shades with the numbers in them, each column shaded by its own range."""
+    figure, axes = _figure(theme, width=max(7.0, 0.9 * len(columns) + 2.5), height=max(2.0, 0.36 * len(rows) + 1.2))
+    low, high = (reduce(values, axis=0) for reduce in (np.nanmin, np.nanmax))
+    shade = np.where(high > low, (values - low) / np.where(high > low, high - low, 1.0), 0.5)
+    axes.imshow(np.ma.masked_invalid(shade), cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for row in range(len(rows)):
+        for column in range(len(columns)):
+            value = values[row, column]
+            dark = not np.isnan(value) and shade[row, column] < 0.5
+            colour = _INK[theme] if np.isnan(value) else "#ffffff" if dark else "#000000"
+            axes.text(
+                column,
+                row,
+                "–" if np.isnan(value) else f"{value:.1f}",
+                ha="center",
+                va="center",
+                color=colour,
+                fontsize=8,
+            )
+    axes.set_xticks(range(len(columns)), [_plain(name) for name in columns], rotation=30, ha="right")
+    axes.set_yticks(range(len(rows)), [_plain(name) for name in rows])
+    return _finish(figure, axes, "", "", theme, legend=False, grid=False)
+
+
 def _plain(text: str) -> str:
     """Text that matplotlib takes as it is: no formulas, no label hidden for its leading underscore."""
     return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
-def _figure(theme: str, width: float = 7.0) -> tuple[Any, Any]:
+def _figure(theme: str, width: float = 7.0, height: float = 3.6) -> tuple[Any, Any]:
     require_matplotlib()
     from matplotlib.figure import Figure  # without pyplot: no global state, no window, any thread
 
-    figure = Figure(figsize=(width, 3.6), dpi=130, layout="constrained", facecolor=_PAPER[theme])
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor=_PAPER[theme])
     axes = figure.add_subplot()
     axes.set_facecolor(_PAPER[theme])
     return figure, axes
 
 
-def _finish(figure: Any, axes: Any, xlabel: str, ylabel: str, theme: str, *, legend: bool) -> bytes:
+def _finish(figure: Any, axes: Any, xlabel: str, ylabel: str, theme: str, *, legend: bool, grid: bool = True) -> bytes:
     ink = _INK[theme]
     axes.set_xlabel(_plain(xlabel), color=ink)
     axes.set_ylabel(_plain(ylabel), color=ink)
     axes.tick_params(colors=ink)
-    axes.grid(visible=True, axis="y", color=ink, alpha=0.15)
+    if grid:
+        axes.grid(visible=True, axis="y", color=ink, alpha=0.15)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side in {"left", "bottom"})

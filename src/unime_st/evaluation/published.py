@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from importlib.resources import files
 from typing import Any, Literal
@@ -29,3 +30,34 @@ def published_results(benchmark: Benchmark) -> list[dict[str, Any]]:
     """
     text = files("unime_st.evaluation").joinpath("published.json").read_text(encoding="utf-8")
     return json.loads(text)[benchmark]
+
+
+def published_task_scores(model: str | None = None) -> dict[str, dict[str, float]]:
+    """Read published scores by task, over MMEB V2's 36 image, 19 video and 24 document rows.
+
+    They are those of the scores published with VLM2Vec 2.0.1: hit@1 of images and videos, linear nDCG@5 of documents,
+    in [0, 1]. The plain mean of the 36 image rows is the published image score.
+
+    Args:
+        model: ``"VLM2Vec-V2.0-Qwen2VL-2B"`` or another of the models; None for all.
+
+    Returns:
+        Model -> task -> score.
+
+    Raises:
+        KeyError: If there is no such model.
+
+    Example:
+        >>> published_task_scores("VLM2Vec-V2.0-Qwen2VL-2B")["VLM2Vec-V2.0-Qwen2VL-2B"]["VOC2007"]
+        0.849
+    """
+    text = files("unime_st.evaluation").joinpath("published_v2.csv").read_text(encoding="utf-8")
+    scores: dict[str, dict[str, float]] = {}
+    for row in csv.DictReader(text.splitlines()):
+        metric = "ndcg_linear@5" if row["modality"] == "visdoc" else "hit@1"
+        scores.setdefault(row["model"], {})[row["task"]] = float(row[metric])
+    if model is None:
+        return scores
+    if model not in scores:
+        raise KeyError(f"No scores by task are known of {model!r}; there are {', '.join(scores)}.")
+    return {model: scores[model]}

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from unime_st.evaluation.plots import Series, bar_plot, line_plot, require_matplotlib
+from unime_st.evaluation.plots import Series, bar_plot, heat_map, line_plot, require_matplotlib
 from unime_st.files import write_atomically
 
 THUMBNAIL = 128  # pixels of the longer side
@@ -174,6 +174,34 @@ class Report:
         data = {"groups": list(groups), "series": {name: list(values) for name, values in series.items()}}
         whiskers = {name: list(values) for name, values in (errors or {}).items()}
         self._add_plot(title, {**data, "errors": whiskers, "ylabel": ylabel, "note": note}, drawn)
+
+    def add_heat_map(
+        self, title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]],
+        *, note: str = "",
+    ) -> None:  # fmt: skip
+        """Add a table of shades: darkest the lowest of a column, brightest its highest, with the numbers in them.
+
+        Args:
+            title: its heading.
+            rows: names of the rows.
+            columns: names of the columns.
+            values: one list a row; None where there is no value.
+            note: text below the plot.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: there are not as many values as rows and columns, or a column has none.
+        """
+        require_matplotlib()
+        table = np.array([[np.nan if cell is None else float(cell) for cell in row] for row in values], dtype=float)
+        if table.shape != (len(rows), len(columns)) or np.isnan(table).all(axis=0).any():
+            raise ValueError(
+                f"Heat map {title!r} has values of shape {table.shape} for {len(rows)} rows and {len(columns)} "
+                "columns, or a column without any."
+            )
+        drawn = {theme: heat_map(rows, columns, table, theme) for theme in ("light", "dark")}
+        data = {"rows": list(rows), "columns": list(columns), "values": table.tolist(), "note": note}
+        self._add_plot(title, data, drawn)
 
     def _add_plot(self, title: str, data: dict[str, Any], drawn: dict[str, bytes]) -> None:
         number = sum(section.kind == "plot" for section in self.sections) + 1

@@ -12,6 +12,7 @@ import numpy as np
 
 from unime_st.data.mmeb import resolve_image
 from unime_st.evaluation.base import EmbeddingEvaluator, device_of, image_item
+from unime_st.evaluation.outcomes import TaskOutcomes
 from unime_st.evaluation.scoring import Ranking, rank_pool
 
 Direction = Literal["text_to_image", "image_to_text"]
@@ -221,6 +222,13 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
             source = sources[query] if kind == "image" else {"image": sources[query]}
             entries.append({"query": source, "results": results, "rank": int(ranking.ranks[query]) + 1})
         return entries
+
+    def outcomes(self) -> dict[str, TaskOutcomes]:
+        """Recall at the smallest k of each query, by direction, of the last call."""
+        return {
+            direction: TaskOutcomes(np.arange(len(ranking.ranks)), ranking.ranks < self.ks[0], ranking.tied)
+            for direction, ranking in self.rankings.items()
+        }
 
     def _metrics(self) -> dict[str, float]:
         metrics: dict[str, float] = {}

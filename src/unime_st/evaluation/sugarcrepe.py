@@ -12,6 +12,7 @@ import numpy as np
 
 from unime_st.data.mmeb import resolve_image
 from unime_st.evaluation.base import EmbeddingEvaluator, image_item
+from unime_st.evaluation.outcomes import TaskOutcomes
 from unime_st.evaluation.scoring import unit_rows
 
 SUGARCREPE_GROUPS: dict[str, tuple[str, ...]] = {
@@ -177,6 +178,13 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
             self.scores[set_name] = PreferenceScores(positive, negative)
             start += len(rows)
         return self.finish(model, self._metrics(), output_path, epoch, steps)
+
+    def outcomes(self) -> dict[str, TaskOutcomes]:
+        """Whether each row is right, by set, of the last call."""
+        return {
+            name: TaskOutcomes(np.arange(len(scores.right)), scores.right, scores.tied)
+            for name, scores in self.scores.items()
+        }
 
     def _metrics(self) -> dict[str, float]:
         by_set = {name: float(scores.right.mean()) for name, scores in self.scores.items()}

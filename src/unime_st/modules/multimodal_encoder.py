@@ -189,7 +189,7 @@ class MultimodalEncoder(Transformer):
             features["batch_num_images"] = features["num_images_per_sample"]
         named = [named_image(item) for item in inputs]
         features[_CONTENT_KEY] = torch.tensor([content_id(item) for item in named], dtype=torch.long)
-        if self.share_prefixes and not self.training and shares_prefixes(self.model):
+        if self.share_prefixes and self.prefixes.active and shares_prefixes(self.model):
             features[_PREFIX_KEY] = self._prefix_keys(features["input_ids"], named)
         return features
 

@@ -85,9 +85,10 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         parts = []
         bar = tqdm(total=len(order.distinct), desc="Encoding", unit="input", disable=not kwargs["show_progress_bar"])
         reads_last = len(self) > 1 and isinstance(self[1], Pooling) and self[1].pooling_mode == "lasttoken"
-        with bar, encoder.prefixes.reading_last_tokens(reads_last):
+        with bar, encoder.prefixes.encoding(last_token_only=reads_last):
             prepare = partial(self.preprocess, prompt=kwargs["prompt"], **options)
-            for batch, features in zip(batches, prepared(batches, prepare), strict=True):
+            coming = prepared(batches, prepare, ahead=device.type != "cpu")
+            for batch, features in zip(batches, coming, strict=True):
                 embeddings = self(batch_to_device(features, device), **options)["sentence_embedding"]
                 if kwargs["truncate_dim"] is not None:
                     embeddings = truncate_embeddings(embeddings, kwargs["truncate_dim"])

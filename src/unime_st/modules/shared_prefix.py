@@ -53,6 +53,7 @@ class SharedPrefixes:
     """Lets the language model of a batch run over shared beginnings once; for inference.
 
     Attributes:
+        active: Whether inputs are being encoded, see :meth:`encoding`.
         last_token_only: Whether only the state of each row's last token is read: the last layer then computes its
             feed-forward part for those alone, and other states mean nothing.
         tokens: Of the rows seen, padding left out.
@@ -61,19 +62,23 @@ class SharedPrefixes:
     """
 
     def __init__(self) -> None:
+        self.active = False
         self.last_token_only = False
         self.tokens = 0
         self.padded = 0
         self.computed = 0
 
     @contextmanager
-    def reading_last_tokens(self, only: bool) -> Iterator[None]:
-        """Within this context only the states of last tokens are promised, if `only`."""
-        before, self.last_token_only = self.last_token_only, only
+    def encoding(self, *, last_token_only: bool = False) -> Iterator[None]:
+        """Within this context inputs are encoded, not trained on: beginnings may be shared.
+
+        Outside of it nothing is, for a training step's passes over a batch must round alike.
+        """
+        self.active, self.last_token_only = True, last_token_only
         try:
             yield
         finally:
-            self.last_token_only = before
+            self.active = self.last_token_only = False
 
     @contextmanager
     def serving(self, model: nn.Module, keys: Tensor | None, mask: Tensor) -> Iterator[None]:

@@ -1,0 +1,202 @@
+"""Two evaluations of the same rows: what changed, and whether chance explains it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from unime_st.evaluation.outcomes import TaskOutcomes, read_outcomes
+from unime_st.evaluation.report import Report
+
+_ROWS_AT_ONCE = 1 << 22  # numbers drawn at a time, so that memory stays bounded
+_FLIPS_SHOWN = 20
+OVERALL = "mean of tasks"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """After minus before, of one task or of their mean.
+
+    Attributes:
+        before: Score in [0, 1].
+        after: Score in [0, 1].
+        low: Lower end of the paired bootstrap interval of the difference.
+        high: Upper end.
+        gained: Rows that score higher after, by number.
+        lost: Rows that score lower after, by number.
+    """
+
+    before: float
+    after: float
+    low: float
+    high: float
+    gained: tuple[int, ...] = ()
+    lost: tuple[int, ...] = ()
+
+    @property
+    def difference(self) -> float:
+        """After minus before."""
+        return self.after - self.before
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two evaluations.
+
+    Attributes:
+        tasks: Task -> difference.
+        overall: Of the mean over tasks.
+        confidence: Of the intervals.
+    """
+
+    tasks: dict[str, Difference]
+    overall: Difference
+    confidence: float
+
+    def add_to(self, report: Report) -> None:
+        """Add tables and a plot to a report."""
+        named = {**self.tasks, OVERALL: self.overall}
+        level = f"{100 * self.confidence:.0f} %"
+        rows = [
+            [name, d.before, d.after, d.difference, d.low, d.high, "yes" if d.is_clear else "no",
+             len(d.gained) if d is not self.overall else None, len(d.lost) if d is not self.overall else None]
+            for name, d in named.items()
+        ]  # fmt: skip
+        columns = ["task", "before", "after", "difference", "from", "to", "beyond chance", "rows gained", "rows lost"]
+        note = f"From and to: paired bootstrap interval ({level}) of the difference, rows drawn within each task."
+        report.add_table("Differences", columns, rows, percent=True, note=note)
+        half = [max(d.high - d.difference, d.difference - d.low) for d in named.values()]
+        report.add_bar_plot(
+            "Differences by task",
+            list(named),
+            {"after - before": [100 * d.difference for d in named.values()]},
+            "points",
+            errors={"after - before": [100 * value for value in half]},
+            note=f"Whiskers: the longer side of the {level} interval.",
+        )
+        flips = [
+            [
+                task,
+                word,
+                len(own),
+                ", ".join(map(str, own[:_FLIPS_SHOWN])) + (", ..." if len(own) > _FLIPS_SHOWN else ""),
+            ]
+            for task, d in self.tasks.items()
+            for word, own in (("gained", d.gained), ("lost", d.lost))
+            if own
+        ]
+        if flips:
+            report.add_table("Rows that changed", ["task", "", "rows", "their numbers"], flips)
+
+
+def compare(
+    before: str | Path,
+    after: str | Path,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    intersection: bool = False,
+) -> Comparison:
+    """Compare two evaluations of the same rows with a paired bootstrap.
+
+    Rows are drawn with replacement within each task, the same ones for both sides, so that what is hard for both does
+    not widen the interval (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 13 and 15).
+
+    Args:
+        before: Folder with one or more ``*_rows.parquet``, or one such file.
+        after: The other.
+        resamples: Draws.
+        seed: Of the draws.
+        confidence: Of the intervals, in (0, 1).
+        intersection: Compare the tasks and rows that both have, when they are not the same.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        FileNotFoundError: If a folder holds no results by row.
+        ValueError: If the tasks or rows differ, or an argument is out of range.
+    """
+    if resamples < 1 or not 0 < confidence < 1:
+        raise ValueError(f"`resamples={resamples}`, `confidence={confidence}`: give at least 1, and less than 1.")
+    pairs = _paired(_outcomes(Path(before)), _outcomes(Path(after)), intersection=intersection)
+    rng = np.random.default_rng(seed)
+    tails = (100 * (1 - confidence) / 2, 100 * (1 + confidence) / 2)
+    tasks: dict[str, Difference] = {}
+    total = np.zeros(resamples)
+    for task, (rows, a, b) in pairs.items():
+        drawn = _resampled_means(b - a, resamples, rng)
+        total += drawn / len(pairs)
+        low, high = np.percentile(drawn, tails)
+        tasks[task] = Difference(
+            float(a.mean()),
+            float(b.mean()),
+            float(low),
+            float(high),
+            tuple(rows[b > a].tolist()),
+            tuple(rows[b < a].tolist()),
+        )
+    low, high = np.percentile(total, tails)
+    mean_before, mean_after = (
+        float(np.mean([getattr(d, side) for d in tasks.values()])) for side in ("before", "after")
+    )
+    return Comparison(tasks, Difference(mean_before, mean_after, float(low), float(high)), confidence)
+
+
+def _resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Means of resamples of the values, shape (resamples,)."""
+    step = max(1, _ROWS_AT_ONCE // len(values))
+    parts = [
+        values[rng.integers(len(values), size=(min(step, resamples - start), len(values)))].mean(axis=1)
+        for start in range(0, resamples, step)
+    ]
+    return np.concatenate(parts)
+
+
+def _outcomes(path: Path) -> dict[str, TaskOutcomes]:
+    """Results of a folder's files; tasks of several files are told apart by the file's name."""
+    files = [path] if path.is_file() else sorted(path.glob("*_rows.parquet"))
+    if not files:
+        raise FileNotFoundError(
+            f"{path} holds no *_rows.parquet. Give a folder that an evaluator wrote its results to."
+        )
+    if len(files) == 1:
+        return read_outcomes(files[0])
+    found: dict[str, TaskOutcomes] = {}
+    for file in files:
+        stem = file.name.removesuffix("_rows.parquet").removesuffix("_results")
+        found |= {f"{stem}: {task}": own for task, own in read_outcomes(file).items()}
+    return found
+
+
+def _paired(
+    before: Mapping[str, TaskOutcomes], after: Mapping[str, TaskOutcomes], *, intersection: bool
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Task -> row numbers and the two scores of each."""
+    if set(before) != set(after) and not intersection:
+        only = {"before": sorted(set(before) - set(after)), "after": sorted(set(after) - set(before))}
+        told = "; ".join(f"only {side}: {', '.join(names)}" for side, names in only.items() if names)
+        raise ValueError(f"The tasks differ ({told}). Evaluate the same, or compare what both have: intersection=True.")
+    pairs = {}
+    for task in (name for name in before if name in after):
+        a, b = before[task], after[task]
+        rows, at, other = np.intersect1d(a.rows, b.rows, return_indices=True)
+        if len(rows) < max(len(a.rows), len(b.rows)) and not intersection:
+            raise ValueError(
+                f"{task}: {len(a.rows)} rows before and {len(b.rows)} after, {len(rows)} of them the same. Evaluate "
+                "with the same `limit` and `seed`, or compare what both have: intersection=True."
+            )
+        if len(rows):
+            pairs[task] = rows, a.scores[at], b.scores[other]
+    if not pairs:
+        raise ValueError("The two have no row in common.")
+    return pairs

@@ -1,0 +1,243 @@
+"""Encoders of this package in mteb: a wrapper that applies a task's instruction, a ``ModelMeta``, results as metadata.
+
+A stock ``SentenceTransformer`` goes through ``mteb.evaluate`` too, but mteb has one way to tell it a task's
+instruction, ``prompt``, and that replaces UniME's own ("Summary above image in one word: "). The wrapper here puts
+the instruction before the content, as MMEB's rows do, and keeps UniME's at the end. Needs the extra ``eval``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from huggingface_hub import EvalResult
+
+try:
+    from mteb.models.abs_encoder import AbsEncoder
+    from mteb.models.model_implementations import MODEL_REGISTRY
+    from mteb.models.model_meta import ModelMeta, ScoringFunction
+    from mteb.types import PromptType
+except ImportError as missing:
+    raise ImportError("This needs mteb, which is not installed: `pip install 'unime_st[eval]'`.") from missing
+
+from sentence_transformers import SentenceTransformer
+
+from unime_st.model_identity import model_fingerprint
+from unime_st.modules import load_encoder
+
+if TYPE_CHECKING:
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+_BATCHES_AT_ONCE = 16
+
+
+class MTEBEncoder(AbsEncoder):
+    """Wraps an encoder for mteb: texts, images and both, with the task's instruction before the content.
+
+    Args:
+        model_name: What to load: a folder or a Hub name; or a ``SentenceTransformer``.
+        revision: Of the model on the Hub; folders have none.
+        device: Where to run.
+        checkpoint: Folder to load in place of ``model_name``, under whose name results are filed.
+        embed_dim: Dimensions to keep.
+        use_task_instructions: False gives every task the bare content.
+        **kwargs: Arguments of :func:`unime_st.load_encoder`.
+    """
+
+    def __init__(
+        self,
+        model_name: str | SentenceTransformer,
+        revision: str | None = None,
+        device: str | None = None,
+        *,
+        checkpoint: str | Path | None = None,
+        embed_dim: int | None = None,
+        use_task_instructions: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(model_name, SentenceTransformer):
+            self.model = model_name
+        elif checkpoint is not None:
+            self.model = load_encoder(str(checkpoint), device=device, **kwargs)
+        else:
+            kwargs = kwargs if revision is None or Path(model_name).is_dir() else {"revision": revision, **kwargs}
+            self.model = load_encoder(model_name, device=device, **kwargs)
+        self.embed_dim = embed_dim
+        self.use_task_instructions = use_task_instructions
+
+    def instruction(self, task_metadata: TaskMetadata, prompt_type: PromptType | None) -> str:
+        """Say what a task asks for, for its queries or its documents; "" for nothing.
+
+        A task's prompt is a text, meant for queries and for tasks without them, or a mapping from kind to text.
+        """
+        prompt = task_metadata.prompt
+        if not self.use_task_instructions or prompt is None:
+            return ""
+        if isinstance(prompt, Mapping):
+            kind = prompt_type.value if prompt_type is not None else PromptType.query.value
+            return str(prompt.get(kind) or "").strip()
+        return "" if prompt_type == PromptType.document else str(prompt).strip()
+
+    def encode(
+        self,
+        inputs: Any,
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,  # noqa: ARG002 (mteb's interface, as below)
+        hf_subset: str,  # noqa: ARG002
+        prompt_type: PromptType | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """Encode what a data loader yields.
+
+        Args:
+            inputs: Yields batches of columns: ``text``, ``image`` or both.
+            task_metadata: Of the task.
+            hf_split: Not used.
+            hf_subset: Not used.
+            prompt_type: Query or document.
+            **kwargs: ``batch_size`` and ``show_progress_bar`` are used.
+
+        Returns:
+            Embeddings, shape (N, D), float32.
+        """
+        instruction = self.instruction(task_metadata, prompt_type)
+        batch_size = int(kwargs.get("batch_size", 32))
+        parts: list[np.ndarray] = []
+        waiting: list[Any] = []
+
+        def flush() -> None:
+            parts.append(
+                self.model.encode(
+                    waiting,
+                    batch_size=batch_size,
+                    show_progress_bar=kwargs.get("show_progress_bar", False),
+                    truncate_dim=self.embed_dim,
+                    normalize_embeddings=True,
+                )
+            )
+            waiting.clear()
+
+        for batch in inputs:
+            waiting.extend(_items(batch, instruction))
+            if len(waiting) >= _BATCHES_AT_ONCE * batch_size:
+                flush()
+        if waiting:
+            flush()
+        return np.concatenate(parts)
+
+
+def _items(batch: Mapping[str, Any], instruction: str) -> Iterator[dict[str, Any]]:
+    """Inputs of a batch of columns, the instruction before the text."""
+    texts, images = batch.get("text"), batch.get("image")
+    count = len(texts if texts is not None else images if images is not None else [])
+    if not count:
+        raise ValueError(f"A batch has the columns {', '.join(batch)}; this model encodes `text` and `image`.")
+    for row in range(count):
+        text = "\n".join(part for part in (instruction, texts[row] if texts is not None else "") if part)
+        item: dict[str, Any] = {} if images is None or images[row] is None else {"image": images[row]}
+        yield {**item, "text": text} if text or not item else item
+
+
+def mteb_model_meta(
+    checkpoint: str | Path | SentenceTransformer, name: str, *, register: bool = True, **fields: Any
+) -> ModelMeta:
+    """Describe an encoder to mteb, so that results are filed under its name and the state of its weights.
+
+    Args:
+        checkpoint: A saved encoder, or one in memory.
+        name: ``organisation/model``.
+        register: Make ``mteb.get_model_meta(name)`` find it, in this process.
+        **fields: Of ``ModelMeta``, e.g. ``license``, ``reference``, ``training_datasets``, ``release_date``.
+
+    Returns:
+        What ``mteb.evaluate`` takes in place of a model. Its ``revision`` is the beginning of the fingerprint of the
+        weights unless given, so results of other weights are never taken for these.
+
+    Raises:
+        ImportError: If mteb is not installed.
+        ValueError: If ``name`` is not of that form.
+    """
+    if name.count("/") != 1:
+        raise ValueError(f"`name={name!r}`, but mteb files results under 'organisation/model'.")
+    model = checkpoint if isinstance(checkpoint, SentenceTransformer) else load_encoder(str(checkpoint), device="cpu")
+    in_memory = isinstance(checkpoint, SentenceTransformer)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    meta = ModelMeta(**{
+        "loader": _loader(model) if in_memory else MTEBEncoder,
+        "loader_kwargs": {} if in_memory else {"checkpoint": str(checkpoint)},
+        "name": name,
+        "revision": model_fingerprint(model)[:40],
+        "release_date": None,
+        "languages": None,
+        "n_parameters": parameters,
+        "memory_usage_mb": size / 2**20,
+        "max_tokens": model.max_seq_length,
+        "embed_dim": model.get_embedding_dimension(),
+        "license": None,
+        "open_weights": None,
+        "public_training_code": None,
+        "public_training_data": None,
+        "framework": ["Sentence Transformers", "PyTorch", "Transformers", "safetensors"],
+        "similarity_fn_name": ScoringFunction.COSINE,
+        "use_instructions": True,
+        "training_datasets": None,
+        "modalities": ["text", "image"],
+        **fields,
+    })  # fmt: skip
+    if register:
+        MODEL_REGISTRY[name] = meta
+    return meta
+
+
+def _loader(model: SentenceTransformer) -> Any:
+    def load(_: str, **kwargs: Any) -> MTEBEncoder:
+        return MTEBEncoder(model, **kwargs)
+
+    return load
+
+
+def eval_results(results: Iterable[Any], tasks: Iterable[Any]) -> list[EvalResult]:
+    """Turn mteb's results into the Hub's metadata of a model card, one entry a task, split and subset.
+
+    Args:
+        results: ``mteb.evaluate(...).task_results``.
+        tasks: What was evaluated.
+
+    Returns:
+        What ``huggingface_hub.ModelCardData(eval_results=...)`` takes; main scores in percent.
+
+    Raises:
+        ValueError: If a result is of none of the tasks.
+    """
+    metadata = {task.metadata.name: task.metadata for task in tasks}
+    entries = []
+    for result in results:
+        if result.task_name not in metadata:
+            raise ValueError(f"There is a result of {result.task_name!r}, but that is none of the tasks given.")
+        task = metadata[result.task_name]
+        entries += [
+            EvalResult(
+                task_type=_slug(task.type),
+                task_name=task.type,
+                dataset_type=task.dataset["path"],
+                dataset_name=f"MTEB {task.name}",
+                dataset_config=scores["hf_subset"],
+                dataset_split=split,
+                dataset_revision=result.dataset_revision,
+                metric_type=task.main_score,
+                metric_value=round(100 * scores["main_score"], 4),
+            )
+            for split, subsets in result.scores.items()
+            for scores in subsets
+        ]
+    return entries
+
+
+def _slug(name: str) -> str:
+    """From mteb's "Any2AnyRetrieval" to the Hub's "any2any-retrieval"."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()
