@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-short test test-fast check format clean
+.PHONY: help demo demo-short eval-demo test test-fast check format clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ demo: $(STAMP) ## run the whole recipe on a miniature: real weights, real images
 
 demo-short: $(STAMP) ## the same in a few steps, to see that it runs; its numbers mean nothing
 	$(BIN)/python -m unime_st.demo --short --output demo_output_short
+
+eval-demo: $(STAMP) ## evaluate the miniature on the whole emoji benchmark; again from the cache, in seconds
+	$(BIN)/python -m unime_st.demo --evaluate
 
 test: $(STAMP) ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

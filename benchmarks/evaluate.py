@@ -144,10 +144,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("demo_output/unime-emoji-miniature"))
     parser.add_argument("--benchmark", type=Path, default=Path(".demo_cache/benchmark"))
-    parser.add_argument("--rows", type=int, default=60, help="of each task (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, help="of each contender (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=160, help="of each task (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=2, help="of each contender (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--published-batch-size", type=int, default=16, help="of the published-style loop")
+    parser.add_argument("--published-batch-size", type=int, default=4, help="of the published-style loop")
     parser.add_argument("--output", type=Path, default=RESULTS / "evaluate.json")
     given = parser.parse_args()
     images = given.benchmark / "images"

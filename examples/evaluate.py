@@ -22,7 +22,7 @@ from unime_st.evaluation.summary import add_mmeb, add_retrieval, add_sugarcrepe
 def main(arguments: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a saved encoder: a folder or a Hub name")
-    parser.add_argument("--mmeb", type=Path, help="folder in MMEB-eval's layout")
+    parser.add_argument("--mmeb", help="folder in MMEB-eval's layout, or its name on the Hub")
     parser.add_argument("--mmeb-images", type=Path, help="its images; `images` in that folder by default")
     parser.add_argument("--tasks", nargs="+", help="of MMEB; all that are there by default")
     parser.add_argument("--task-list", type=Path, help="YAML file of MMEB V2's image tasks, in place of --tasks")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mteb
-from huggingface_hub import metadata_save
+from huggingface_hub import metadata_load, metadata_save
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from mteb.cache import ResultCache
 
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None, tasks: Sequence[Any] | None = N
     index = eval_results_to_model_index(given.name, eval_results(evaluated.task_results, tasks))
     metadata_save(given.output / "card_metadata.yaml", {"model-index": index})
     if given.card:
-        metadata_save(given.card, {"model-index": index})
+        metadata_save(given.card, {**(metadata_load(given.card) or {}), "model-index": index})
     print(f"wrote {report.write(given.output)}")
     return given.output
 

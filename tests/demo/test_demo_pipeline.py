@@ -11,9 +11,11 @@ from sentence_transformers import SentenceTransformer
 from tiny_data import tiny_teacher
 from unime_st.demo import measure, pipeline, training
 from unime_st.demo.emoji import build_benchmark
+from unime_st.demo.evaluation import evaluate_demo
 from unime_st.demo.measure import VENDOR_OF
 from unime_st.demo.pipeline import Demo
 from unime_st.demo.settings import DemoSettings, StageSettings
+from unime_st.evaluation import encoding
 
 SETTINGS = DemoSettings(
     layers=(0, 1),
@@ -96,3 +98,32 @@ def test_an_output_of_other_settings_is_refused(demo):
     demo._claim_output()
     with pytest.raises(FileExistsError, match="other settings"):
         Demo(demo.cache, demo.output, replace(SETTINGS, seed=1), demo.lines.append).run()
+
+
+def test_the_evaluation_goes_on_after_a_kill_and_comes_from_the_cache_then(demo, monkeypatch):
+    encoded = []
+    plain = encoding._Run.encode
+
+    def counting(run, keys):
+        if len(encoded) == 2 and not killed:
+            killed.append(True)
+            raise KeyboardInterrupt
+        encoded.append(keys)
+        return plain(run, keys)
+
+    killed = []
+    monkeypatch.setattr(encoding, "_BATCHES_A_CHUNK", 1)
+    monkeypatch.setattr(encoding._Run, "encode", counting)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_demo(demo)
+    page = evaluate_demo(demo)
+    assert killed
+    keys = [key for chunk in encoded for key in chunk]
+    assert len(keys) == len(set(keys)) > 64  # what the killed run had done is not done again
+    first = json.loads((page.parent / "emoji_results.json").read_text())
+    assert evaluate_demo(demo) == page
+    assert sum(map(len, encoded)) == len(keys)  # nothing the third time
+    assert json.loads((page.parent / "emoji_results.json").read_text()) == first
+    assert first["emoji_tasks"] == 12
+    assert "the worst mistakes" in page.read_text()
+    assert any("rows of 12 tasks evaluated in" in line for line in demo.lines)

@@ -1,3 +1,7 @@
+import multiprocessing
+import os
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from unime_st.evaluation import BrokenItemError, EmbeddingCache, encode_distinct, model_fingerprint
+from unime_st.evaluation import cache as cache_module
 from unime_st.evaluation.encoding import encode_indexed
 
 ITEMS = [f"text {number % 40}" for number in range(100)]
@@ -182,3 +187,131 @@ def test_fingerprint_of_a_model():
     model(torch.ones(2, 3, dtype=torch.bfloat16))  # running statistics are part of the model
     assert before != model_fingerprint(model)
     assert model_fingerprint(nn.Linear(1, 1, bias=False).float()) != model_fingerprint(nn.Linear(1, 1).half())
+
+
+def filled(cache, prompt, count=50, dim=64):
+    """A section of so many embeddings."""
+    section = cache.section(HashModel(), prompt=prompt)
+    rng = np.random.default_rng(0)
+    section.add([f"{number:032x}" for number in range(count)], rng.normal(size=(count, dim)).astype(np.float32))
+    return section
+
+
+def test_info_and_clear(tmp_path):
+    cache = EmbeddingCache(tmp_path)
+    filled(cache, "one")
+    other = cache.section(torch.nn.Linear(2, 2), settings={"image_size": 336})
+    other.add(["00ff"], np.ones((1, 3), np.float32))
+    os.utime(other.folder / "section.json", (1000, 1000))
+    first, second = cache.info()
+    assert (first.prompt, first.items, first.settings) == ("one", 50, {})
+    assert (second.items, second.settings, second.last_used) == (1, {"image_size": 336}, 1000)
+    assert first.num_bytes == sum(path.stat().st_size for path in first.folder.iterdir()) > 50 * 64 * 4
+    assert cache.clear(model="nothing") == 0
+    assert cache.clear(unused_for=3600) == second.num_bytes
+    assert [info.prompt for info in cache.info()] == ["one"]
+    assert cache.clear(model=first.model[:10]) == first.num_bytes
+    assert not cache.info()
+
+
+def test_the_commands(tmp_path, capsys):
+    from unime_st.evaluation.__main__ import main
+
+    filled(EmbeddingCache(tmp_path), "find: ")
+    main(["cache", "info", str(tmp_path)])
+    told = capsys.readouterr().out
+    assert "50 embeddings" in told
+    assert "prompt 'find: '" in told
+    assert "1 sections" in told
+    main(["cache", "clear", str(tmp_path), "--unused-for", "1"])
+    assert len(EmbeddingCache(tmp_path).info()) == 1
+    main(["cache", "clear", str(tmp_path)])
+    assert "freed 0.0 MB" in capsys.readouterr().out
+    assert not EmbeddingCache(tmp_path).info()
+    with pytest.raises(SystemExit):
+        main(["cache", "info", str(tmp_path / "none")])
+
+
+def test_a_bound_drops_what_was_used_least_recently(tmp_path, caplog):
+    size = EmbeddingCache(tmp_path / "measure")
+    filled(size, "a")
+    one = size.info()[0].num_bytes
+    cache = EmbeddingCache(tmp_path / "cache", max_bytes=int(2.5 * one))
+    for age, prompt in ((300, "a"), (200, "b")):
+        section = filled(cache, prompt)
+        stamp = time.time() - age
+        os.utime(section.folder / "section.json", (stamp, stamp))
+    cache.section(HashModel(), prompt="a")  # used again: now "b" is the older
+    filled(cache, "c")
+    assert sorted(info.prompt for info in cache.info()) == ["a", "c"]
+    small = EmbeddingCache(tmp_path / "small", max_bytes=one // 2)
+    section = filled(small, "a")
+    assert not small.info()
+    assert "not kept" in caplog.text
+    assert section.get(["0" * 32])[0] is not None  # in memory still
+    with pytest.raises(ValueError, match="max_bytes=0"):
+        EmbeddingCache(tmp_path, max_bytes=0)
+
+
+def test_many_shards_become_one(tmp_path):
+    cache = EmbeddingCache(tmp_path)
+    section = cache.section(HashModel())
+    rows = np.random.default_rng(0).normal(size=(80, 4)).astype(np.float32)
+    for number, row in enumerate(rows):
+        section.add([f"{number:032x}"], row[None])
+    assert len(list(section.folder.glob("*.safetensors"))) == 80
+    again = cache.section(HashModel())
+    assert len(list(section.folder.glob("*.safetensors"))) == 1
+    for opened in (again, cache.section(HashModel())):
+        np.testing.assert_array_equal(np.stack(opened.get([f"{number:032x}" for number in range(80)])), rows)
+
+
+def test_a_reader_beside_a_merging_process_misses_nothing(tmp_path, monkeypatch):
+    """The shards it has listed are merged before it opens them."""
+    cache = EmbeddingCache(tmp_path)
+    section = cache.section(HashModel())
+    for number in range(70):
+        section.add([f"{number:032x}"], np.full((1, 2), number, np.float32))
+    plain, merged = cache_module.load_file, []
+
+    def merging_first(path):
+        if not merged:
+            merged.append(True)
+            cache.section(HashModel())  # the other process
+        return plain(path)
+
+    monkeypatch.setattr(cache_module, "load_file", merging_first)
+    assert len(cache.section(HashModel())) == 70
+
+
+def write_many(folder, which, count):
+    """In a process of its own."""
+    section = EmbeddingCache(folder).section(HashModel())
+    for number in range(count):
+        section.add([f"{which:02x}{number:030x}"], np.full((1, 3), number, np.float32))
+
+
+def test_several_processes_write_and_nothing_is_lost(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=write_many, args=(tmp_path, which, 40)) for which in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    section = EmbeddingCache(tmp_path).section(HashModel())
+    assert len(section) == 80
+    assert section.get([f"01{39:030x}"])[0].tolist() == [39, 39, 39]
+
+
+def test_a_killed_writer_loses_at_most_what_it_was_writing(tmp_path):
+    writer = multiprocessing.get_context("spawn").Process(target=write_many, args=(tmp_path, 0, 100_000))
+    writer.start()
+    while len(list(tmp_path.glob("*/*.safetensors"))) < 20:
+        time.sleep(0.01)
+    writer.kill()
+    writer.join()
+    before = len(list(tmp_path.glob("*/*.safetensors")))
+    section = EmbeddingCache(tmp_path).section(HashModel())
+    assert len(section) == before >= 20
+    assert [row[0] for row in section.get([f"00{number:030x}" for number in range(before)])] == list(range(before))

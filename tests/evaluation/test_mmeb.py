@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from evaluation_fakes import TableModel, cosines, numbered_picture
 
-from unime_st.evaluation import MMEBEvaluator, encoding
+from unime_st.evaluation import MMEBEvaluator, encoding, mmeb_inputs
 from unime_st.evaluation.mmeb import IN_DISTRIBUTION, META_TASKS
 
 PLACEHOLDER = "<|image_1|>"
@@ -231,6 +231,23 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     before, after = ([model.number(item) for item in kind.encoded] for kind in (killed, model))
     assert len(before) == 4
     assert sorted(before + after) == [1, 3, 5, 7, 9, 11]
+
+
+def test_from_the_hub(tmp_path, monkeypatch):
+    write_task(tmp_path / "fetched", "VOC2007", [(1, [1, 2])])
+    (tmp_path / "fetched" / "images").rename(tmp_path / "unpacked")
+    asked = []
+
+    def fetch(name, **options):
+        asked.append((name, options["repo_type"], options["allow_patterns"]))
+        return str(tmp_path / "fetched")
+
+    monkeypatch.setattr(mmeb_inputs, "snapshot_download", fetch)
+    with pytest.raises(ValueError, match="give the folder as `image_root`"):
+        MMEBEvaluator("TIGER-Lab/MMEB-eval")
+    evaluator = MMEBEvaluator("TIGER-Lab/MMEB-eval", image_root=tmp_path / "unpacked")
+    assert asked == [("TIGER-Lab/MMEB-eval", "dataset", "*/test-*.parquet")]
+    assert evaluator(TableModel(np.eye(4)))["MMEB_tasks"] == 1
 
 
 def test_refusals(tmp_path):

@@ -124,6 +124,14 @@ def test_training_and_gradients_stay_with_padded_rows(backbone):
     assert "forward" not in vars(language_model(model[0].model))
 
 
+def test_positions_that_do_not_fit_fall_back_to_padded_rows(backbone, monkeypatch):
+    model = build_encoder(backbone("qwen2_vl"), device="cpu")
+    items = inputs()
+    expected = one_by_one(model, items)
+    monkeypatch.setattr(shared_prefix, "_positions", lambda *_: None)
+    np.testing.assert_allclose(model.encode(items), expected, atol=2e-6)
+
+
 def test_it_can_be_switched_off(tmp_path):
     model = tiny_encoder("llava_onevision", tmp_path / "tiny")
     expected = model.encode(inputs())

@@ -14,10 +14,17 @@ def main() -> None:
     parser.add_argument("--cache", default=".demo_cache", help="packages, benchmark, features (default: %(default)s)")
     parser.add_argument("--output", default="demo_output", help="checkpoints and report (default: %(default)s)")
     parser.add_argument("--short", action="store_true", help="a few steps of everything; the numbers mean nothing")
+    parser.add_argument("--evaluate", action="store_true", help="only evaluate what is there, by the MMEB evaluator")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+    if arguments.evaluate:
+        from unime_st.demo.evaluation import main as evaluate
+
+        evaluate(arguments.cache, arguments.output, short=arguments.short)
+        return
 
     from unime_st.demo.pipeline import Demo
     from unime_st.demo.settings import SHORT, DemoSettings

@@ -61,11 +61,7 @@ class Demo:
 
     def run(self) -> Path:
         """Do everything that is not yet done; returns the report's path."""
-        self._claim_output()
-        with self._timed("packages"):
-            fetched = fetch(self.cache, self.say)
-        with self._timed("benchmark"):
-            benchmark = build_benchmark(fetched, self.cache / "benchmark", seed=self.settings.seed, report=self.say)
+        fetched, benchmark = self.benchmark()
         with self._timed("ridge baseline"):
             ridge = ridge_baseline(
                 fetched, benchmark, self.cache / "features", image_size=self.settings.image_size, report=self.say
@@ -89,6 +85,15 @@ class Demo:
         taken = time.monotonic() - self._started
         self.say(f"done in {taken:.0f} s, at most {peak:.1f} GB; checkpoint: {final}; report: {report}")
         return report
+
+    def benchmark(self) -> tuple[Fetched, EmojiBenchmark]:
+        """Fetch the packages and build the benchmark, or find both made; claims the output for these settings."""
+        self._claim_output()
+        with self._timed("packages"):
+            fetched = fetch(self.cache, self.say)
+        with self._timed("benchmark"):
+            benchmark = build_benchmark(fetched, self.cache / "benchmark", seed=self.settings.seed, report=self.say)
+        return fetched, benchmark
 
     def checkpoints(self, fetched: Fetched, benchmark: EmojiBenchmark) -> dict[str, Path]:
         """Make the checkpoints, or find them made."""

@@ -14,16 +14,8 @@ from unime_st.data.images import ItemReader
 from unime_st.data.mmeb_eval import EvalTask
 from unime_st.evaluation.base import EmbeddingEvaluator, device_of
 from unime_st.evaluation.encoding import BrokenItemError, OnError, encode_indexed
-from unime_st.evaluation.mmeb_tasks import (
-    IN_DISTRIBUTION,
-    META_TASKS,
-    Metric,
-    MMEBTask,
-    Parser,
-    found_tasks,
-    image_task,
-    tasks_from_yaml,
-)
+from unime_st.evaluation.mmeb_inputs import as_tasks, distinct_inputs
+from unime_st.evaluation.mmeb_tasks import IN_DISTRIBUTION, META_TASKS, Metric, MMEBTask, Parser, tasks_from_yaml
 from unime_st.evaluation.outcomes import TaskOutcomes
 from unime_st.evaluation.scoring import score_candidates
 
@@ -77,7 +69,9 @@ class MMEBEvaluator(EmbeddingEvaluator):
     one queue, which several processes share.
 
     Args:
-        root: Folder of the benchmark: ``<root>/<Task>/test-*.parquet``. None if all ``tasks`` are :class:`MMEBTask`.
+        root: Folder of the benchmark: ``<root>/<Task>/test-*.parquet``; or its name on the Hub
+            (``"TIGER-Lab/MMEB-eval"``), from which the rows are fetched but not the images, so that ``image_root`` must
+            be given. None if all ``tasks`` are :class:`MMEBTask`.
         tasks: Names of tasks below ``root``, or tasks; None takes every task found there.
         meta_tasks: Task -> meta-task; None means the published ones (:data:`META_TASKS`). Tasks it does not name are in
             no meta-task.
@@ -132,7 +126,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
             raise ValueError(f"`on_error={on_error!r}`; choose 'raise' or 'report'.")
         if limit is not None and limit < 1:
             raise ValueError(f"`limit={limit}`, but each task needs at least one row.")
-        self._tasks = _as_tasks(root, tasks, image_root)
+        self._tasks = as_tasks(root, tasks, image_root)
         self.tasks = [task.name for task in self._tasks]
         self.meta_tasks = dict(META_TASKS if meta_tasks is None else meta_tasks)
         self.max_pixels, self.image_size = max_pixels, image_size
@@ -190,7 +184,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
         """
         self.results, self.errors = {}, {}
         read = self._read()
-        items, owner, places = _distinct(read)
+        items, owner, places = distinct_inputs(read)
         if items:
             embeddings, index, errors = self._encode(model, items, owner)
         else:
@@ -350,65 +344,6 @@ class MMEBEvaluator(EmbeddingEvaluator):
         for kind in dict.fromkeys(modality.values()):
             metrics[f"{kind}_mean"] = _mean(scores, [task for task in scores if modality[task] == kind])
         return {**metrics, "overall_mean": _mean(scores, scores)}
-
-
-def _as_tasks(
-    root: str | Path | None, tasks: Sequence[str | MMEBTask] | None, image_root: str | Path | None
-) -> list[MMEBTask]:
-    names = [task for task in tasks or [] if isinstance(task, str)]
-    if root is None and (tasks is None or names):
-        raise ValueError("`root=None`, but tasks are given by name or not at all. Give the folder that holds them.")
-    folder = Path(root) if root is not None else Path()
-    if root is not None and not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder. Give the one that holds <Task>/test-*.parquet.")
-    wanted = list(tasks) if tasks is not None else list(found_tasks(folder))
-    if not wanted:
-        raise FileNotFoundError(f"No task to evaluate: {root} holds no <Task>/test-*.parquet, or `tasks` is empty.")
-    entry = {} if image_root is None else {"image_root": Path(image_root).absolute()}
-    return [image_task(task, entry, folder) if isinstance(task, str) else task for task in wanted]
-
-
-def _distinct(
-    read: Mapping[str, tuple[EvalTask, np.ndarray]],
-) -> tuple[list[Any], list[tuple[str, int]], dict[str, np.ndarray]]:
-    """Inputs of the drawn rows, each once over all tasks where that is seen without reading it.
-
-    Returns:
-        The inputs; the task and row that has each first; for each task the place of each of its items among the
-        inputs, of those not needed the first.
-    """
-    items: list[Any] = []
-    owner: list[tuple[str, int]] = []
-    known: dict[Any, int] = {}
-    places: dict[str, np.ndarray] = {}
-    for task, (own, rows) in read.items():
-        place = places[task] = np.zeros(len(own.items), dtype=np.int64)
-        drawn = set(rows.tolist())
-        seen = np.zeros(len(own.items), dtype=bool)
-        for number, row in enumerate(own.rows.tolist()):
-            if row not in drawn:
-                continue
-            needed = own.own(number) if own.corpus is None else np.concatenate([own.own(number), own.corpus])
-            for item in (int(own.queries[number]), *needed[~seen[needed]].tolist()):
-                if not seen[item]:
-                    seen[item] = True
-                    content = own.items[item]
-                    key = _name(content) or (task, item)
-                    if key not in known:
-                        known[key] = len(items)
-                        items.append(content)
-                        owner.append((task, row))
-                    place[item] = known[key]
-    return items, owner, places
-
-
-def _name(item: Any) -> Any:
-    """Something hashable that tells an input without reading files, None where there is nothing."""
-    if isinstance(item, str):
-        return item
-    if isinstance(item, dict) and all(isinstance(value, str) for value in item.values()):
-        return tuple(sorted(item.items()))
-    return None
 
 
 def _explain(result: TaskResult, own: EvalTask, rows: np.ndarray, place: np.ndarray, errors: Mapping[int, str]) -> None:

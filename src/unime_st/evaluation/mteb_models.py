@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
 
 _BATCHES_AT_ONCE = 16
+_MODALITIES = ("text", "image")
 
 
 class MTEBEncoder(AbsEncoder):
@@ -65,6 +66,10 @@ class MTEBEncoder(AbsEncoder):
         else:
             kwargs = kwargs if revision is None or Path(model_name).is_dir() else {"revision": revision, **kwargs}
             self.model = load_encoder(model_name, device=device, **kwargs)
+        named = {"name": f"unime_st/{Path(str(model_name)).name}"} if isinstance(model_name, str) else {}
+        self.mteb_model_meta = ModelMeta.create_empty(
+            {**named, "modalities": list(_MODALITIES)}
+        )  # until mteb sets its own
         self.embed_dim = embed_dim
         self.use_task_instructions = use_task_instructions
 
@@ -186,7 +191,7 @@ def mteb_model_meta(
         "similarity_fn_name": ScoringFunction.COSINE,
         "use_instructions": True,
         "training_datasets": None,
-        "modalities": ["text", "image"],
+        "modalities": list(_MODALITIES),
         **fields,
     })  # fmt: skip
     if register:

@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
+from datasets import Dataset
 
-from unime_st.data.mmeb import resolve_image
+from unime_st.data.caption_sets import read_caption_dataset, read_karpathy_split, read_paired_folders
+from unime_st.data.images import resolve_image
 from unime_st.evaluation.base import EmbeddingEvaluator, device_of, image_item
 from unime_st.evaluation.outcomes import TaskOutcomes
 from unime_st.evaluation.scoring import Ranking, rank_pool
@@ -130,6 +132,40 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
                     ) from error
                 captions.setdefault(path, []).extend([text] if isinstance(text, str) else text)
         return cls(list(captions), list(captions.values()), **{"name": folder.name, **arguments})
+
+    @classmethod
+    def from_karpathy_split(
+        cls, path: str | Path, image_root: str | Path, **arguments: Any
+    ) -> ImageTextRetrievalEvaluator:
+        """Read Flickr30K or COCO, see :func:`~unime_st.data.caption_sets.read_karpathy_split`.
+
+        Args:
+            path: ``dataset_flickr30k.json`` or ``dataset_coco.json``.
+            image_root: Folder of the images.
+            **arguments: ``split`` and ``captions_per_image`` of the reader, and arguments of the class.
+        """
+        reading = {name: arguments.pop(name) for name in ("split", "captions_per_image") if name in arguments}
+        return cls(*read_karpathy_split(path, image_root, **reading), **arguments)
+
+    @classmethod
+    def from_paired_folders(
+        cls, images: str | Path, captions: str | Path, **arguments: Any
+    ) -> ImageTextRetrievalEvaluator:
+        """Read Urban1K's layout, see :func:`~unime_st.data.caption_sets.read_paired_folders`."""
+        return cls(*read_paired_folders(images, captions), **arguments)
+
+    @classmethod
+    def from_dataset(cls, dataset: Dataset | str, **arguments: Any) -> Self:
+        """Read a data set or one of the Hub, see :func:`~unime_st.data.caption_sets.read_caption_dataset`.
+
+        Args:
+            dataset: Rows, or a name on the Hub.
+            **arguments: ``split``, ``image_column``, ``caption_columns`` and ``captions_per_image`` of the reader, and
+                arguments of the class.
+        """
+        names = ("split", "image_column", "caption_columns", "captions_per_image")
+        reading = {name: arguments.pop(name) for name in names if name in arguments}
+        return cls(*read_caption_dataset(dataset, **reading), **arguments)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings that decide the numbers, for the model card."""

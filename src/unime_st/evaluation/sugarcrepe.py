@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset, load_dataset
+from datasets import Image as ImageFeature
 
-from unime_st.data.mmeb import resolve_image
+from unime_st.data.caption_sets import require_columns
+from unime_st.data.images import resolve_image
 from unime_st.evaluation.base import EmbeddingEvaluator, image_item
 from unime_st.evaluation.outcomes import TaskOutcomes
 from unime_st.evaluation.scoring import unit_rows
@@ -144,6 +147,44 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
         if not names:
             raise FileNotFoundError(f"{folder} holds no <set>.json to evaluate.")
         return cls({name: list(_read_set(folder / f"{name}.json", Path(image_root))) for name in names}, **arguments)
+
+    @classmethod
+    def from_datasets(
+        cls,
+        sets: Mapping[str, Dataset | str],
+        *,
+        split: str = "test",
+        columns: Sequence[str] = ("image", "caption", "negative_caption"),
+        **arguments: Any,
+    ) -> SugarCrepeEvaluator:
+        """Read data sets, or some of the Hub, with an image, a right and a wrong caption in each row.
+
+        Args:
+            sets: Set name -> rows, or the name of a data set on the Hub (``"owner/name"`` or ``"owner/name:config"``).
+            split: Of data sets on the Hub.
+            columns: Names of image, caption and negative caption.
+            **arguments: Arguments of the class.
+
+        Returns:
+            The evaluator.
+
+        Raises:
+            ValueError: If a column is missing.
+        """
+        read = {}
+        for name, given in sets.items():
+            rows: Any = given
+            if isinstance(given, str):
+                path, _, config = given.partition(":")
+                rows = load_dataset(path, config or None, split=split)
+            require_columns(rows, columns)
+            if isinstance(rows.features[columns[0]], ImageFeature):
+                rows = rows.cast_column(columns[0], ImageFeature(decode=False))
+            read[name] = [
+                ({"image": image}, right, wrong)
+                for image, right, wrong in zip(*(rows[c] for c in columns), strict=True)
+            ]
+        return cls(read, **arguments)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings that decide the numbers, for the model card."""

@@ -47,7 +47,7 @@ def encoding_order(inputs: Sequence[Any], batch_size: int, *, by_beginning: bool
         >>> order.distinct.tolist(), order.index.tolist(), [batch.tolist() for batch in order.batches]
         ([0, 1, 3], [0, 1, 0, 2], [[2, 0], [1]])
     """
-    named = [named_image(item) for item in inputs]
+    named = [named_image(item, row) for row, item in enumerate(inputs)]
     first: dict[str, int] = {}
     index = np.array([first.setdefault(fingerprint(item), len(first)) for item in named], dtype=np.int64)
     distinct = np.unique(index, return_index=True)[1]

@@ -176,9 +176,9 @@ def names_an_image(text: str, row: int) -> bool:
     )
 
 
-def named_image(item: Any) -> Any:
+def named_image(item: Any, row: int) -> Any:
     """The input itself; a bare string that names an image becomes that image, as stock code takes it."""
-    return {"image": item} if isinstance(item, str) and names_an_image(item, 0) else item
+    return {"image": item} if isinstance(item, str) and names_an_image(item, row) else item
 
 
 def refuse_placeholders(messages: list[Message], row: int, placeholders: Collection[str]) -> None:

@@ -187,7 +187,7 @@ class MultimodalEncoder(Transformer):
             features = super().preprocess(messages, prompt=prompt, processing_kwargs=processing, **kwargs)
         if "num_images_per_sample" in features and "batch_num_images" in self._declared_forward_params:
             features["batch_num_images"] = features["num_images_per_sample"]
-        named = [named_image(item) for item in inputs]
+        named = [named_image(item, row) for row, item in enumerate(inputs)]
         features[_CONTENT_KEY] = torch.tensor([content_id(item) for item in named], dtype=torch.long)
         if self.share_prefixes and self.prefixes.active and shares_prefixes(self.model):
             features[_PREFIX_KEY] = self._prefix_keys(features["input_ids"], named)

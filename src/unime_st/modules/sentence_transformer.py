@@ -73,8 +73,9 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         Stock code gives this method resolved arguments, in every process of a pool too. It takes over where anything
         but embeddings is asked for; results are the same to rounding.
         """
-        encoder = self[0]
-        if not isinstance(encoder, MultimodalEncoder) or kwargs["output_value"] != "sentence_embedding" or not inputs:
+        encoder: Any = self[0]
+        plain = not isinstance(encoder, MultimodalEncoder) or kwargs["output_value"] != "sentence_embedding"
+        if plain or not inputs or self.device.type == "hpu":
             return super()._inference(inputs, **kwargs)
         options = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
         device = self._resolve_inference_device(kwargs.get("device"))

@@ -107,8 +107,7 @@ class SharedPrefixes:
             embeddings = kwargs.get("inputs_embeds")
             if args or not isinstance(embeddings, Tensor) or embeddings.shape[:2] != tree.place.shape:
                 return plain(*args, **kwargs)
-            with _last_layer_at(decoder, tree.place[:, -1]) if self.last_token_only else nullcontext():
-                return _run(plain, tree, kwargs)
+            return _run(decoder, plain, tree, kwargs, last_token_only=self.last_token_only)
 
         decoder.forward = packed
         try:
@@ -121,7 +120,8 @@ class SharedPrefixes:
 def _last_layer_at(decoder: Any, places: np.ndarray) -> Iterator[None]:
     """Within this context the last layer mixes and feeds forward the tokens at some places alone, the rest staying."""
     layer = decoder.layers[-1]
-    served = [part for part in (getattr(layer.self_attn, "o_proj", None), layer.mlp) if isinstance(part, nn.Module)]
+    parts = (getattr(layer.self_attn, "o_proj", None), layer.mlp)
+    served = [part for part in parts if isinstance(part, nn.Module) and "forward" not in vars(part)]
 
     def at_places(plain: Any) -> Any:
         def forward(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # (P, L, D)
@@ -141,7 +141,7 @@ def _last_layer_at(decoder: Any, places: np.ndarray) -> Iterator[None]:
             del part.forward
 
 
-def _run(plain: Any, tree: PackedTree, kwargs: dict[str, Any]) -> Any:
+def _run(decoder: Any, plain: Any, tree: PackedTree, kwargs: dict[str, Any], *, last_token_only: bool) -> Any:
     """The language model's output for the rows, made from its output for the sequences."""
     embeddings: Tensor = kwargs["inputs_embeds"]  # (B, T, D)
     device = embeddings.device
@@ -156,7 +156,10 @@ def _run(plain: Any, tree: PackedTree, kwargs: dict[str, Any]) -> Any:
     closed = ~torch.from_numpy(tree.allowed).to(device)[:, None]
     mask = embeddings.new_zeros(closed.shape).masked_fill_(closed, torch.finfo(embeddings.dtype).min)
     packed = embeddings.flatten(0, 1)[source]  # (P, L, D)
-    output = plain(**{**carried, "use_cache": False}, inputs_embeds=packed, attention_mask=mask, position_ids=positions)
+    with _last_layer_at(decoder, tree.place[:, -1]) if last_token_only else nullcontext():
+        output = plain(
+            **{**carried, "use_cache": False}, inputs_embeds=packed, attention_mask=mask, position_ids=positions
+        )
     output["last_hidden_state"] = output["last_hidden_state"].flatten(0, 1)[place]  # (B, T, D)
     return output
 

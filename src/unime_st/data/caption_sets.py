@@ -1,0 +1,140 @@
+"""Images with captions, for retrieval, from the layouts the usual sets are published in.
+
+Each reader returns images, opened late, and for each image its captions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from datasets import Image as ImageFeature
+
+from unime_st.data.images import resolve_image
+from unime_st.fingerprint import fingerprint
+
+_IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+
+Captioned = tuple[list[Any], list[list[str]]]
+
+
+def read_karpathy_split(
+    path: str | Path, image_root: str | Path, *, split: str = "test", captions_per_image: int | None = 5
+) -> Captioned:
+    """Read Flickr30K or COCO as split by Karpathy: ``dataset_flickr30k.json``, ``dataset_coco.json``.
+
+    Args:
+        path: The JSON file: ``{"images": [{"filename", "split", "sentences": [{"raw"}, ...]}, ...]}``, in COCO with
+            ``filepath`` too.
+        image_root: Where the file names lead.
+        split: Images of it; UniME's protocol is ``test``.
+        captions_per_image: The first so many captions of each image (UniME's protocol: five); None for all.
+
+    Returns:
+        Paths of images, and captions.
+
+    Raises:
+        FileNotFoundError: If the file or an image is missing.
+        ValueError: If the file is something else, a path leaves ``image_root``, or no image is of that split.
+    """
+    file = Path(path)
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))["images"]
+        chosen = [entry for entry in entries if entry["split"] == split]
+        images = [
+            resolve_image(
+                image_root, f"{entry['filepath']}/{entry['filename']}" if entry.get("filepath") else entry["filename"]
+            )
+            for entry in chosen
+        ]
+        captions = [[sentence["raw"].strip() for sentence in entry["sentences"]] for entry in chosen]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f'{file}: {error!r}. Expected {{"images": [{{"filename", "split", "sentences"}}]}}.'
+        ) from error
+    if not images:
+        splits = sorted({entry["split"] for entry in entries})
+        raise ValueError(f"{file} has no image of split {split!r}; there are {', '.join(splits) or 'none'}.")
+    return list(images), [own[:captions_per_image] for own in captions]
+
+
+def read_paired_folders(images: str | Path, captions: str | Path) -> Captioned:
+    """Read a folder of images and one of texts with the same names, as Urban1K is published (``image``, ``caption``).
+
+    Args:
+        images: Holds ``1.jpg`` ...
+        captions: Holds ``1.txt`` ..., one caption each.
+
+    Returns:
+        Paths of images, and captions.
+
+    Raises:
+        FileNotFoundError: If there are no images, or an image or a text has no partner; says which.
+    """
+    pictures = {path.stem: path for path in sorted(Path(images).iterdir()) if path.suffix.lower() in _IMAGE_SUFFIXES}
+    texts = {path.stem: path for path in Path(captions).glob("*.txt")}
+    if not pictures:
+        raise FileNotFoundError(f"{images} holds no images.")
+    if alone := sorted(set(pictures) ^ set(texts)):
+        raise FileNotFoundError(
+            f"{len(alone)} names are in only one of {images} and {captions}: {', '.join(alone[:5])}. Each image needs "
+            "a text of its name."
+        )
+    return list(pictures.values()), [[texts[name].read_text(encoding="utf-8").strip()] for name in pictures]
+
+
+def read_caption_dataset(
+    dataset: Dataset | str,
+    *,
+    split: str = "test",
+    image_column: str = "image",
+    caption_columns: Sequence[str] = ("caption",),
+    captions_per_image: int | None = None,
+) -> Captioned:
+    """Read a data set, or one of the Hub, with an image and its captions in each row; rows of one image add up.
+
+    Args:
+        dataset: Rows, or the name of a data set on the Hub, which is then fetched.
+        split: Of a data set on the Hub.
+        image_column: Holds images, which stay encoded until they are used.
+        caption_columns: Each holds a caption or a list of them.
+        captions_per_image: The first so many captions of each image; None for all.
+
+    Returns:
+        Images as ``{"bytes", "path"}``, and captions.
+
+    Raises:
+        ValueError: If a column is missing, or an image has no caption.
+    """
+    rows = load_dataset(dataset, split=split) if isinstance(dataset, str) else dataset
+    require_columns(rows, [image_column, *caption_columns])
+    if isinstance(rows.features[image_column], ImageFeature):
+        rows = rows.cast_column(image_column, ImageFeature(decode=False))
+    images: dict[str, Any] = {}
+    captions: dict[str, list[str]] = {}
+    for number, row in enumerate(rows):
+        image = row[image_column]
+        key = fingerprint({"image": image})
+        images.setdefault(key, {"image": image})
+        own = [text for column in caption_columns for text in _texts(row[column])]
+        if not own:
+            raise ValueError(f"Row {number} has no caption in {', '.join(caption_columns)}.")
+        captions.setdefault(key, []).extend(own)
+    return list(images.values()), [own[:captions_per_image] for own in captions.values()]
+
+
+def require_columns(rows: Dataset, names: Iterable[str]) -> None:
+    """Refuse a data set without a column.
+
+    Raises:
+        ValueError: with its name and those that are there.
+    """
+    if missing := [name for name in names if name not in rows.column_names]:
+        raise ValueError(f"The data set has no column {', '.join(missing)}; it has {', '.join(rows.column_names)}.")
+
+
+def _texts(value: Any) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)

@@ -1,0 +1,80 @@
+"""`make eval-demo`: the miniature on the whole emoji benchmark, by the evaluator and the report a user runs on MMEB."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+from unime_st.demo.emoji import EmojiBenchmark
+from unime_st.demo.pipeline import Demo
+from unime_st.evaluation import MMEBEvaluator, Report
+from unime_st.evaluation.mmeb_tasks import MMEBTask, image_task
+from unime_st.evaluation.summary import add_mmeb
+from unime_st.files import write_atomically
+from unime_st.modules import load_encoder
+
+KINDS = {"trained": "", "heldout": ", held-out vendor"}
+"""Folder of the benchmark -> what is added to its tasks' names."""
+
+
+def emoji_tasks(benchmark: EmojiBenchmark, split: str = "test") -> tuple[list[MMEBTask], dict[str, str]]:
+    """All tasks of a split, over drawings of trained and held-out vendors, and their meta-tasks."""
+    tasks, metas = [], {}
+    for kind, addition in KINDS.items():
+        for task, meta in benchmark.meta_tasks.items():
+            entry = {"dataset_name": task, "image_root": benchmark.image_root.absolute()}
+            tasks.append(image_task(f"{task}{addition}", entry, benchmark.eval_root(split, kind)))
+            metas[f"{task}{addition}"] = meta
+    return tasks, metas
+
+
+def evaluate_demo(demo: Demo, *, limit: int | None = None) -> Path:
+    """Evaluate the demo's last checkpoint, or the aligned miniature if nothing was trained yet.
+
+    What a run has encoded, the next finds in the cache; killed, it goes on where it was.
+
+    Args:
+        demo: Whose cache, output and settings are used.
+        limit: Rows of each task.
+
+    Returns:
+        Path of the report.
+    """
+    fetched, benchmark = demo.benchmark()
+    trained = demo.output / "unime-emoji-miniature"
+    checkpoint = trained if (trained / "modules.json").is_file() else demo.aligned(fetched, benchmark)
+    tasks, metas = emoji_tasks(benchmark)
+    model = load_encoder(str(checkpoint), device="cpu")
+    evaluator = MMEBEvaluator(
+        None,
+        tasks,
+        meta_tasks=metas,
+        limit=limit,
+        name="emoji",
+        cache_dir=demo.cache / "embeddings",
+        show_progress_bar=True,
+    )
+    folder = demo.output / "evaluation"
+    started = time.monotonic()
+    metrics = evaluator(model, output_path=str(folder))
+    seconds = time.monotonic() - started
+    rows = sum(len(result.rows) for result in evaluator.results.values())
+    demo.say(f"{rows} rows of {len(tasks)} tasks evaluated in {seconds:.1f} s")
+    report = Report(f"Emoji benchmark: {checkpoint.name}")
+    report.add_text(
+        "The tasks of the emoji benchmark, in MMEB's layout, on concepts never trained on; chance is about a tenth."
+    )
+    add_mmeb(report, evaluator, metrics, model=checkpoint.name)
+    report.add_settings({"checkpoint": checkpoint.name, **evaluator.get_config_dict()})
+    write_atomically(folder / "seconds.json", json.dumps({"evaluation": round(seconds, 2), "rows": rows}) + "\n")
+    return report.write(folder)
+
+
+def main(cache: str, output: str, *, short: bool) -> None:
+    """Run it and say where the report is."""
+    from unime_st.demo.settings import SHORT, DemoSettings
+
+    demo = Demo(cache, output, SHORT if short else DemoSettings(), partial(print, flush=True))
+    demo.say(f"report: {evaluate_demo(demo, limit=SHORT.eval_limit if short else None)}")

@@ -1,0 +1,119 @@
+import numpy as np
+import pytest
+
+from unime_st.evaluation import Report, compare
+from unime_st.evaluation.__main__ import main
+from unime_st.evaluation.outcomes import TaskOutcomes, read_outcomes, write_outcomes
+
+
+def outcomes(**scores):
+    return {
+        task: TaskOutcomes(np.arange(len(own)), np.asarray(own, float), np.zeros(len(own), bool))
+        for task, own in scores.items()
+    }
+
+
+def written(folder, **scores):
+    folder.mkdir()
+    write_outcomes(folder / "MMEB_results_rows.parquet", outcomes(**scores))
+    return folder
+
+
+def test_outcomes_come_back(tmp_path):
+    made = {"a": TaskOutcomes(np.array([4, 1]), np.array([0.5, 1.0]), np.array([True, False])),
+            "b": TaskOutcomes(np.array([7]), np.array([True]), np.array([False]))}  # fmt: skip
+    write_outcomes(tmp_path / "rows.parquet", made)
+    found = read_outcomes(tmp_path / "rows.parquet")
+    assert list(found) == ["a", "b"]
+    assert found["a"].rows.tolist() == [4, 1]
+    assert found["a"].scores.tolist() == [0.5, 1.0]
+    assert found["a"].tied.tolist() == [True, False]
+    assert found["b"].scores.tolist() == [1.0]
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(ValueError, match=r"torn\.parquet holds no results by row"):
+        read_outcomes(tmp_path / "torn.parquet")
+
+
+def test_the_interval_against_a_plain_loop(tmp_path):
+    rng = np.random.default_rng(5)
+    a = {task: rng.integers(0, 2, size).astype(float) for task, size in (("one", 60), ("two", 25))}
+    b = {task: np.clip(own + rng.integers(-1, 2, len(own)), 0, 1) for task, own in a.items()}
+    found = compare(written(tmp_path / "a", **a), written(tmp_path / "b", **b), resamples=4000, seed=1)
+    loop = np.random.default_rng(99)
+    means = {task: [] for task in (*a, "mean")}
+    for _ in range(4000):
+        one = {}
+        for task, own in a.items():
+            drawn = loop.integers(len(own), size=len(own)).tolist()
+            one[task] = sum(b[task][row] - own[row] for row in drawn) / len(drawn)
+            means[task].append(one[task])
+        means["mean"].append(sum(one.values()) / len(one))
+    for task, difference in (*found.tasks.items(), ("mean", found.overall)):
+        low, high = np.percentile(means[task], [2.5, 97.5])
+        assert difference.low == pytest.approx(low, abs=0.041)
+        assert difference.high == pytest.approx(high, abs=0.041)
+    for task, difference in found.tasks.items():
+        assert difference.difference == pytest.approx(b[task].mean() - a[task].mean())
+        assert list(difference.gained) == [row for row in range(len(a[task])) if b[task][row] > a[task][row]]
+        assert list(difference.lost) == [row for row in range(len(a[task])) if b[task][row] < a[task][row]]
+    assert found.overall.difference == pytest.approx(np.mean([b[t].mean() - a[t].mean() for t in a]))
+
+
+def test_equal_results_differ_by_nothing(tmp_path):
+    rows = np.random.default_rng(0).integers(0, 2, 50)
+    found = compare(written(tmp_path / "a", t=rows), written(tmp_path / "b", t=rows))
+    assert (found.overall.difference, found.overall.low, found.overall.high) == (0, 0, 0)
+    assert not found.overall.is_clear
+
+
+def test_pairing_sees_what_two_separate_intervals_would_not(tmp_path):
+    """Most rows agree, a few are gained: clear when paired, though each score alone is uncertain by more."""
+    rng = np.random.default_rng(3)
+    a = rng.integers(0, 2, 400).astype(float)
+    b = a.copy()
+    b[np.flatnonzero(a == 0)[:12]] = 1
+    found = compare(written(tmp_path / "a", t=a), written(tmp_path / "b", t=b))
+    assert found.tasks["t"].is_clear
+    alone = 1.96 * a.std() / 20
+    assert alone > found.tasks["t"].difference > found.tasks["t"].low > 0
+
+
+def test_the_interval_covers_the_truth(tmp_path):
+    rng = np.random.default_rng(11)
+    covered = 0
+    for trial in range(120):
+        a = (rng.random(150) < 0.5).astype(float)
+        b = np.where(rng.random(150) < 0.2, (rng.random(150) < 0.8).astype(float), a)  # truth: 0.2 * (0.8 - 0.5)
+        folders = [written(tmp_path / f"{trial}{side}", t=own) for side, own in (("a", a), ("b", b))]
+        found = compare(*folders, resamples=400, seed=trial).tasks["t"]
+        covered += found.low <= 0.06 <= found.high
+    assert 0.88 <= covered / 120 <= 0.99
+
+
+def test_other_rows_are_refused(tmp_path):
+    a = written(tmp_path / "a", t=[1, 0, 1], u=[1])
+    b = written(tmp_path / "b", t=[1, 0])
+    with pytest.raises(ValueError, match=r"only before: u.*intersection=True"):
+        compare(a, b)
+    c = written(tmp_path / "c", t=[1, 0], u=[0])
+    with pytest.raises(ValueError, match=r"t: 3 rows before and 2 after.*`limit` and `seed`"):
+        compare(a, c)
+    assert compare(a, c, intersection=True).tasks["t"].before == 0.5
+    with pytest.raises(FileNotFoundError, match=r"no \*_rows\.parquet"):
+        compare(a, tmp_path)
+    with pytest.raises(ValueError, match="resamples=0"):
+        compare(a, a, resamples=0)
+
+
+def test_the_report_and_the_command(tmp_path, capsys):
+    a, b = written(tmp_path / "a", t=[1, 0, 0, 1], u=[1, 0]), written(tmp_path / "b", t=[1, 1, 0, 0], u=[1, 1])
+    report = Report("x")
+    compare(a, b).add_to(report)
+    differences, drawn, flips = report.sections
+    assert [row[0] for row in differences.data["rows"]] == ["t", "u", "mean of tasks"]
+    assert differences.data["rows"][1][3] == 0.5
+    assert drawn.kind == "plot"
+    assert flips.data["rows"] == [["t", "gained", 1, "1"], ["t", "lost", 1, "3"], ["u", "gained", 1, "1"]]
+    main(["compare", str(a), str(b), "--output", str(tmp_path / "out"), "--resamples", "50"])
+    assert f"wrote {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
+    assert (tmp_path / "out" / "report.html").is_file()

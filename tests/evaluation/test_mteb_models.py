@@ -1,0 +1,207 @@
+"""Encoders in mteb: stock and by our wrapper, on tasks made in memory, nothing downloaded."""
+
+import json
+
+import mteb
+import numpy as np
+import pytest
+import torch
+import yaml
+from mteb.mocks import mock_tasks
+from mteb.models import SentenceTransformerEncoderWrapper
+from mteb.models.model_implementations.unime_v2_models import UniMEV2Wrapper
+from mteb.types import PromptType
+from sentence_transformers import SentenceTransformer
+
+from tiny import picture
+from unime_st import build_encoder, export_encoder, load_encoder
+from unime_st.evaluation.mteb_models import MTEBEncoder, eval_results, mteb_model_meta
+
+TASKS = (
+    "MockSTSTask",
+    "MockRetrievalTask",
+    "MockClassificationTask",
+    "MockAny2AnyRetrievalT2ITask",
+    "MockAny2AnyRetrievalI2TTask",
+    "MockImageTextPairClassificationTask",
+    "MockImageClassificationTask",
+)
+NAME = "someone/tiny-unime"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(backbone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mteb") / "encoder"
+    return export_encoder(build_encoder(backbone("llava_onevision"), device="cpu"), folder)
+
+
+def task(name):
+    return getattr(mock_tasks, name)()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_an_exported_checkpoint_runs_unchanged(name, checkpoint):
+    """Stock class, stock wrapper; and ours gives the same scores where no instruction is applied."""
+    model = SentenceTransformer(str(checkpoint), device="cpu")
+    if "image" in task(name).modalities:  # of a model in memory mteb takes texts for all it can do, unless told
+        model = SentenceTransformerEncoderWrapper(model)
+        model.mteb_model_meta = mteb_model_meta(checkpoint, NAME, register=False)
+    stock = mteb.evaluate(model, task(name), cache=None)
+    ours = mteb.evaluate(MTEBEncoder(load_encoder(str(checkpoint), device="cpu"), use_task_instructions=False),
+                         task(name), cache=None)  # fmt: skip
+    (one,), (two,) = stock.task_results, ours.task_results
+    assert one.get_score() == pytest.approx(two.get_score(), abs=1e-3)
+    assert np.isfinite(one.get_score())
+
+
+def test_mteb_sees_the_modalities_of_a_checkpoint_on_the_hub(checkpoint):
+    settings = json.loads((checkpoint / "sentence_bert_config.json").read_text())
+    assert {"image", "text"} <= set(mteb.models.ModelMeta._detect_modalities_from_sbert_config(settings))
+
+
+class Recording(SentenceTransformer):
+    """Keeps what it is asked to encode."""
+
+    seen = None
+
+    def encode(self, items, **kwargs):
+        self.seen = [*(self.seen or []), *items]
+        return np.random.default_rng(0).normal(size=(len(items), 8)).astype(np.float32)
+
+
+def test_the_tasks_instruction_reaches_the_model():
+    model = Recording(modules=[torch.nn.Identity()])
+    retrieval = task("MockRetrievalTask")
+    retrieval.metadata = retrieval.metadata.model_copy(
+        update={"prompt": {"query": "Find the answer.", "document": "Read."}}
+    )
+    mteb.evaluate(MTEBEncoder(model), retrieval, cache=None)
+    starts = {item["text"].partition("\n")[0] for item in model.seen}
+    assert starts == {"Find the answer.", "Read."}
+    images = task("MockAny2AnyRetrievalI2TTask")
+    images.metadata = images.metadata.model_copy(update={"prompt": "Describe."})
+    model.seen = None
+    mteb.evaluate(MTEBEncoder(model), images, cache=None)
+    queries = [item for item in model.seen if "image" in item]
+    assert queries
+    assert all(item["text"].startswith("Describe.") for item in queries)
+    assert not any("Describe." in item["text"] for item in model.seen if "image" not in item)  # documents
+    model.seen = None
+    mteb.evaluate(MTEBEncoder(model, use_task_instructions=False), images, cache=None)
+    assert not any("Describe." in item.get("text", "") for item in model.seen)
+
+
+def test_the_instruction_changes_the_embedding_and_keeps_the_models_own(checkpoint):
+    encoder = MTEBEncoder(load_encoder(str(checkpoint), device="cpu"))
+    metadata = task("MockSTSTask").metadata.model_copy(update={"prompt": "Compare."})
+    batch = [{"text": ["a cat", "a dog"]}]
+    arguments = {"hf_split": "test", "hf_subset": "default", "prompt_type": PromptType.query}
+    told = encoder.encode(batch, task_metadata=metadata, **arguments)
+    bare = encoder.encode(batch, task_metadata=metadata.model_copy(update={"prompt": None}), **arguments)
+    assert np.abs(told - bare).max() > 1e-3
+    np.testing.assert_allclose(told, encoder.model.encode(["Compare.\na cat", "Compare.\na dog"]), atol=1e-5)
+    rendered = encoder.model.tokenizer.decode(encoder.model.preprocess([{"text": "Compare.\na cat"}])["input_ids"][0])
+    assert rendered.index("Compare.") < rendered.index("a cat") < rendered.index("Summary above sentence in one word:")
+
+
+def test_meta_registers_and_files_results(checkpoint, tmp_path):
+    meta = mteb_model_meta(checkpoint, NAME, license="apache-2.0")
+    assert mteb.get_model_meta(NAME) == meta
+    assert (meta.embed_dim, meta.modalities, meta.use_instructions) == (32, ["text", "image"], True)
+    other = build_encoder_with_other_weights(checkpoint)
+    assert mteb_model_meta(other, NAME, register=False).revision != meta.revision
+    cache = mteb.ResultCache(tmp_path) if hasattr(mteb, "ResultCache") else mteb.cache.ResultCache(tmp_path)
+    mteb.evaluate(meta, task("MockSTSTask"), cache=cache)
+    (file,) = tmp_path.rglob("MockSTSTask.json")
+    assert meta.revision in file.parts
+    assert "someone__tiny-unime" in file.parts
+    with pytest.raises(ValueError, match="organisation/model"):
+        mteb_model_meta(checkpoint, "no-slash")
+
+
+def build_encoder_with_other_weights(checkpoint):
+    model = load_encoder(str(checkpoint), device="cpu")
+    next(model.parameters()).data.add_(0.01)
+    return model
+
+
+def test_results_as_card_metadata(checkpoint):
+    tasks = [task("MockSTSTask"), task("MockImageClassificationTask")]
+    found = mteb.evaluate(MTEBEncoder(load_encoder(str(checkpoint), device="cpu")), tasks, cache=None).task_results
+    entries = eval_results(found, tasks)
+    assert [entry.dataset_name for entry in entries] == [f"MTEB {one.metadata.name}" for one in tasks]
+    assert [entry.metric_value for entry in entries] == [
+        pytest.approx(100 * result.get_score(), abs=1e-3) for result in found
+    ]
+    assert entries[1].task_type == "image-classification"
+    with pytest.raises(ValueError, match="none of the tasks"):
+        eval_results(found, tasks[:1])
+
+
+def test_the_example_writes_report_and_metadata(checkpoint, tmp_path, capsys, monkeypatch):
+    import importlib
+    import sys
+    from pathlib import Path
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    sys.modules.pop("evaluate_mteb", None)
+    main = importlib.import_module("evaluate_mteb").main
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\n---\n# mine\n")
+    arguments = [str(checkpoint), "--name", NAME, "--output", str(tmp_path / "out"), "--card", str(card)]
+    main(arguments, [task("MockSTSTask"), task("MockAny2AnyRetrievalT2ITask")])
+    assert f"wrote {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    by_task = report["sections"][0]
+    assert [row[0] for row in by_task["rows"]] == ["MockSTSTask", "MockAny2AnyRetrievalT2I"]
+    metadata = yaml.safe_load(card.read_text().split("---")[1])
+    assert metadata["license"] == "mit"
+    assert metadata["model-index"][0]["name"] == NAME
+    assert len(metadata["model-index"][0]["results"]) == 2
+    with pytest.raises(SystemExit):
+        main(arguments)
+
+
+def test_agreement_with_mtebs_own_wrapper(backbone, monkeypatch):
+    """The same prompt and resolution: the wrapper's conversation, images forced to its square, given to our encoder."""
+    folder = backbone("llava_onevision")
+    monkeypatch.setattr("mteb.models.model_implementations.unime_v2_models._IMAGE_SIZE", (56, 56))
+    theirs = UniMEV2Wrapper(str(folder), device="cpu", dtype=torch.float32)
+    theirs.processor.chat_template = TEMPLATE
+    ours = build_encoder(folder, device="cpu", prompt_template=TEMPLATE)
+    images = [picture("red", (80, 30)), picture("green", (30, 90)), picture("yellow")]
+    texts = ["What is it?", "a much longer question about the picture", "x"]
+    columns = {"text": texts, "image": images}
+    metadata = task("MockSTSTask").metadata.model_copy(update={"prompt": "Find it."})
+    for kind in ({"text"}, {"image"}, {"text", "image"}):
+        batch = {name: columns[name] for name in kind}
+
+        class Loader(list):
+            class dataset:
+                features = kind
+
+        arguments = {"task_metadata": metadata, "hf_split": "test", "hf_subset": "x", "prompt_type": PromptType.query}
+        expected = theirs.encode(Loader([batch]), show_progress_bar=False, **arguments).numpy()
+        conversations = [
+            theirs._build_conversation(
+                text=texts[row] if "text" in kind else None,
+                image=images[row] if "image" in kind else None,
+                video=None,
+                instruction="Find it.",
+            )
+            for row in range(3)
+        ]
+        sizes = {part["image"].size for talk in conversations for part in talk[0]["content"] if part["type"] == "image"}
+        assert sizes <= {(56, 56)}
+        np.testing.assert_allclose(ours.encode(conversations), expected, atol=1e-5)
+        distances = np.abs(expected[:, None] - expected[None]).max(-1)[np.triu_indices(3, 1)]
+        assert distances.min() > 1e-4
+
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }} "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}\n{{ part['text'] }}{% endif %}{% endfor %}"
+    "<|im_end|>{% endfor %}<|im_start|>assistant\n"
+)
+"""Stands for the published chat template, which a tiny processor has not; used by both."""
