@@ -8,9 +8,11 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.sentence_transformer.evaluation import SequentialEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
+from tiny_data import tiny_world
 from unime_st import build_encoder
 from unime_st.evaluation import (
     ImageTextRetrievalEvaluator,
+    MMEBEvaluator,
     SugarCrepeEvaluator,
     encode_distinct,
     model_fingerprint,
@@ -79,6 +81,7 @@ def test_inside_the_trainer(backbone, pictures, tmp_path):
     texts = [f"caption {number}" for number in range(5)]
     retrieval = ImageTextRetrievalEvaluator(pictures, [[text] for text in texts], name="dev", cache_dir=tmp_path / "c")
     swaps = SugarCrepeEvaluator({"swap_att": [(path, "one", "two") for path in pictures]})
+    mmeb = MMEBEvaluator(tiny_world(tmp_path / "world") / "eval", image_root=tmp_path / "world" / "images", limit=3)
     trainer = SentenceTransformerTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(
@@ -95,13 +98,14 @@ def test_inside_the_trainer(backbone, pictures, tmp_path):
         ),
         train_dataset=Dataset.from_dict({"anchor": texts[:4], "positive": texts[1:]}),
         loss=MultipleNegativesRankingLoss(model),
-        evaluator=SequentialEvaluator([retrieval, swaps]),
+        evaluator=SequentialEvaluator([retrieval, swaps, mmeb]),
     )
     trainer.train()
     logs = [log for log in trainer.state.log_history if "eval_dev_mean_recall@1" in log]
     assert len(logs) == 2
-    assert all("eval_sugarcrepe_Swap_accuracy" in log for log in logs)
+    assert all("eval_sugarcrepe_Swap_accuracy" in log and "eval_MMEB_mean_precision@1" in log for log in logs)
+    assert mmeb.results["MSCOCO_t2i"].rows.tolist() == np.sort(np.random.default_rng(0).choice(8, 3, False)).tolist()
     files = {path.name for path in (tmp_path / "run").rglob("*_results.csv")}
-    assert files == {"dev_results.csv", "sugarcrepe_results.csv"}
+    assert files == {"dev_results.csv", "sugarcrepe_results.csv", "MMEB_results.csv"}
     sections = [path.parent.name for path in (tmp_path / "c").rglob("section.json")]
     assert len(sections) == 2  # the weights had changed: nothing was taken from the first step
