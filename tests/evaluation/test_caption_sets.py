@@ -7,7 +7,8 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 from evaluation_fakes import TableModel, numbered_picture
 
-from unime_st.evaluation import ImageTextRetrievalEvaluator, SugarCrepeEvaluator, sugarcrepe
+from unime_st.evaluation import ImageTextRetrievalEvaluator, Report, SugarCrepeEvaluator, sugarcrepe
+from unime_st.evaluation.summary import add_retrieval
 
 
 class CellModel(TableModel):
@@ -77,6 +78,10 @@ def test_data_sets_and_the_hub(tmp_path, monkeypatch):
     assert len(evaluator.images) == 2  # rows of one image add up
     assert evaluator.texts == ["#1", "also #1", "#3", "more #3"]
     assert set(scores(evaluator).values()) == {1.0}
+    report = Report("x")
+    wrong = ImageTextRetrievalEvaluator.from_dataset(rows, **given)
+    add_retrieval(report, wrong, wrong(CellModel(np.eye(8)[:, ::-1][:, :6] * np.arange(6))))
+    assert any(section.kind == "gallery" and section.pictures for section in report.sections)
     asked = []
     monkeypatch.setattr("unime_st.data.caption_sets.load_dataset", lambda *a, **k: asked.append((a, k)) or rows)
     hub = ImageTextRetrievalEvaluator.from_dataset("owner/flickr", split="test", captions_per_image=1, **given)

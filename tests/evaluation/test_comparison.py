@@ -48,22 +48,23 @@ def test_the_interval_against_a_plain_loop(tmp_path):
             one[task] = sum(b[task][row] - own[row] for row in drawn) / len(drawn)
             means[task].append(one[task])
         means["mean"].append(sum(one.values()) / len(one))
-    for task, difference in (*found.tasks.items(), ("mean", found.overall)):
+    by_task = {name.removeprefix("MMEB: "): difference for name, difference in found.tasks.items()}
+    for task, difference in (*by_task.items(), ("mean", found.means["MMEB"])):
         low, high = np.percentile(means[task], [2.5, 97.5])
         assert difference.low == pytest.approx(low, abs=0.041)
         assert difference.high == pytest.approx(high, abs=0.041)
-    for task, difference in found.tasks.items():
+    for task, difference in by_task.items():
         assert difference.difference == pytest.approx(b[task].mean() - a[task].mean())
         assert list(difference.gained) == [row for row in range(len(a[task])) if b[task][row] > a[task][row]]
         assert list(difference.lost) == [row for row in range(len(a[task])) if b[task][row] < a[task][row]]
-    assert found.overall.difference == pytest.approx(np.mean([b[t].mean() - a[t].mean() for t in a]))
+    assert found.means["MMEB"].difference == pytest.approx(np.mean([b[t].mean() - a[t].mean() for t in a]))
 
 
 def test_equal_results_differ_by_nothing(tmp_path):
     rows = np.random.default_rng(0).integers(0, 2, 50)
     found = compare(written(tmp_path / "a", t=rows), written(tmp_path / "b", t=rows))
-    assert (found.overall.difference, found.overall.low, found.overall.high) == (0, 0, 0)
-    assert not found.overall.is_clear
+    assert (found.means["MMEB"].difference, found.means["MMEB"].low, found.means["MMEB"].high) == (0, 0, 0)
+    assert not found.means["MMEB"].is_clear
 
 
 def test_pairing_sees_what_two_separate_intervals_would_not(tmp_path):
@@ -73,9 +74,9 @@ def test_pairing_sees_what_two_separate_intervals_would_not(tmp_path):
     b = a.copy()
     b[np.flatnonzero(a == 0)[:12]] = 1
     found = compare(written(tmp_path / "a", t=a), written(tmp_path / "b", t=b))
-    assert found.tasks["t"].is_clear
+    assert found.tasks["MMEB: t"].is_clear
     alone = 1.96 * a.std() / 20
-    assert alone > found.tasks["t"].difference > found.tasks["t"].low > 0
+    assert alone > found.tasks["MMEB: t"].difference > found.tasks["MMEB: t"].low > 0
 
 
 def test_the_interval_covers_the_truth(tmp_path):
@@ -85,7 +86,7 @@ def test_the_interval_covers_the_truth(tmp_path):
         a = (rng.random(150) < 0.5).astype(float)
         b = np.where(rng.random(150) < 0.2, (rng.random(150) < 0.8).astype(float), a)  # truth: 0.2 * (0.8 - 0.5)
         folders = [written(tmp_path / f"{trial}{side}", t=own) for side, own in (("a", a), ("b", b))]
-        found = compare(*folders, resamples=400, seed=trial).tasks["t"]
+        found = compare(*folders, resamples=400, seed=trial).tasks["MMEB: t"]
         covered += found.low <= 0.06 <= found.high
     assert 0.88 <= covered / 120 <= 0.99
 
@@ -93,12 +94,12 @@ def test_the_interval_covers_the_truth(tmp_path):
 def test_other_rows_are_refused(tmp_path):
     a = written(tmp_path / "a", t=[1, 0, 1], u=[1])
     b = written(tmp_path / "b", t=[1, 0])
-    with pytest.raises(ValueError, match=r"only before: u.*intersection=True"):
+    with pytest.raises(ValueError, match=r"only before: MMEB: u.*intersection=True"):
         compare(a, b)
     c = written(tmp_path / "c", t=[1, 0], u=[0])
     with pytest.raises(ValueError, match=r"t: 3 rows before and 2 after.*`limit` and `seed`"):
         compare(a, c)
-    assert compare(a, c, intersection=True).tasks["t"].before == 0.5
+    assert compare(a, c, intersection=True).tasks["MMEB: t"].before == 0.5
     with pytest.raises(FileNotFoundError, match=r"no \*_rows\.parquet"):
         compare(a, tmp_path)
     with pytest.raises(ValueError, match="resamples=0"):
@@ -110,10 +111,37 @@ def test_the_report_and_the_command(tmp_path, capsys):
     report = Report("x")
     compare(a, b).add_to(report)
     differences, drawn, flips = report.sections
-    assert [row[0] for row in differences.data["rows"]] == ["t", "u", "mean of tasks"]
+    assert [row[0] for row in differences.data["rows"]] == ["MMEB: t", "MMEB: u", "MMEB: mean of tasks"]
     assert differences.data["rows"][1][3] == 0.5
     assert drawn.kind == "plot"
-    assert flips.data["rows"] == [["t", "gained", 1, "1"], ["t", "lost", 1, "3"], ["u", "gained", 1, "1"]]
+    assert flips.data["rows"] == [
+        ["MMEB: t", "gained", 1, "1"],
+        ["MMEB: t", "lost", 1, "3"],
+        ["MMEB: u", "gained", 1, "1"],
+    ]
     main(["compare", str(a), str(b), "--output", str(tmp_path / "out"), "--resamples", "50"])
     assert f"wrote {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_several_evaluators_are_not_mixed_and_may_be_more_on_one_side(tmp_path):
+    a, b = written(tmp_path / "a", t=[1, 0]), written(tmp_path / "b", t=[1, 1])
+    write_outcomes(b / "sugarcrepe_results_rows.parquet", outcomes(swap=[0, 0, 0]))
+    with pytest.raises(ValueError, match=r"only after: sugarcrepe: swap"):
+        compare(a, b)
+    found = compare(a, b, intersection=True)
+    assert list(found.tasks) == ["MMEB: t"]
+    write_outcomes(a / "sugarcrepe_results_rows.parquet", outcomes(swap=[1, 0, 0]))
+    found = compare(a, b)
+    assert {name: difference.difference for name, difference in found.means.items()} == {
+        "MMEB": 0.5,
+        "sugarcrepe": pytest.approx(-1 / 3),
+    }
+    alone = compare(a / "MMEB_results_rows.parquet", b / "MMEB_results_rows.parquet")
+    assert alone.tasks["MMEB: t"] == found.tasks["MMEB: t"]  # whatever else is compared
+
+
+def test_the_command_says_what_is_wrong(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path), str(tmp_path)])
+    assert "holds no *_rows.parquet" in capsys.readouterr().err

@@ -24,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     comparing.add_argument("after", type=Path)
     comparing.add_argument("--output", type=Path, default=Path("comparison"), help="folder (default: %(default)s)")
     comparing.add_argument("--resamples", type=int, default=10_000)
+    comparing.add_argument("--seed", type=int, default=0)
+    comparing.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default: %(default)s)")
+    comparing.add_argument("--intersection", action="store_true", help="compare the tasks and rows that both have")
     cache = commands.add_parser("cache", help="embeddings kept on disk").add_subparsers(dest="action", required=True)
     shown = cache.add_parser("info", help="what a cache holds")
     clearing = cache.add_parser("clear", help="delete embeddings")
@@ -33,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     clearing.add_argument("--unused-for", type=float, default=0.0, help="days; all by default")
     given = parser.parse_args(arguments)
     if given.command == "compare":
-        comparison = compare(given.before, given.after, resamples=given.resamples)
+        options = {name: getattr(given, name) for name in ("resamples", "seed", "confidence", "intersection")}
+        try:
+            comparison = compare(given.before, given.after, **options)
+        except (FileNotFoundError, ValueError) as error:
+            parser.error(str(error))
         report = Report(f"{given.before.name} → {given.after.name}")
         comparison.add_to(report)
         sys.stdout.write(f"wrote {report.write(given.output)}\n")

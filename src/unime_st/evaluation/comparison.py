@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ from unime_st.evaluation.report import Report
 
 _ROWS_AT_ONCE = 1 << 22  # numbers drawn at a time, so that memory stays bounded
 _FLIPS_SHOWN = 20
-OVERALL = "mean of tasks"
+MEAN = "mean of tasks"
+
+Key = tuple[str, str]  # evaluator, task
 
 
 @dataclass(frozen=True)
@@ -52,22 +55,23 @@ class Comparison:
     """Two evaluations.
 
     Attributes:
-        tasks: Task -> difference.
-        overall: Of the mean over tasks.
+        tasks: ``<evaluator>: <task>`` -> difference.
+        means: Evaluator -> difference of the mean over its tasks; those of several do not mix.
         confidence: Of the intervals.
     """
 
     tasks: dict[str, Difference]
-    overall: Difference
+    means: dict[str, Difference]
     confidence: float
 
     def add_to(self, report: Report) -> None:
         """Add tables and a plot to a report."""
-        named = {**self.tasks, OVERALL: self.overall}
+        means = {f"{name}: {MEAN}": difference for name, difference in self.means.items()}
+        named = {**self.tasks, **means}
         level = f"{100 * self.confidence:.0f} %"
         rows = [
             [name, d.before, d.after, d.difference, d.low, d.high, "yes" if d.is_clear else "no",
-             len(d.gained) if d is not self.overall else None, len(d.lost) if d is not self.overall else None]
+             None if name in means else len(d.gained), None if name in means else len(d.lost)]
             for name, d in named.items()
         ]  # fmt: skip
         columns = ["task", "before", "after", "difference", "from", "to", "beyond chance", "rows gained", "rows lost"]
@@ -129,27 +133,30 @@ def compare(
     if resamples < 1 or not 0 < confidence < 1:
         raise ValueError(f"`resamples={resamples}`, `confidence={confidence}`: give at least 1, and less than 1.")
     pairs = _paired(_outcomes(Path(before)), _outcomes(Path(after)), intersection=intersection)
-    rng = np.random.default_rng(seed)
     tails = (100 * (1 - confidence) / 2, 100 * (1 + confidence) / 2)
     tasks: dict[str, Difference] = {}
-    total = np.zeros(resamples)
-    for task, (rows, a, b) in pairs.items():
+    by_evaluator: dict[str, list[tuple[Difference, np.ndarray]]] = {}
+    for (evaluator, task), (rows, a, b) in pairs.items():
+        rng = np.random.default_rng([seed, zlib.crc32(task.encode())])  # whatever tasks come before
         drawn = _resampled_means(b - a, resamples, rng)
-        total += drawn / len(pairs)
-        low, high = np.percentile(drawn, tails)
-        tasks[task] = Difference(
-            float(a.mean()),
-            float(b.mean()),
-            float(low),
-            float(high),
-            tuple(rows[b > a].tolist()),
-            tuple(rows[b < a].tolist()),
+        gained, lost = (tuple(rows[changed].tolist()) for changed in (b > a, b < a))
+        own = Difference(float(a.mean()), float(b.mean()), *_interval(drawn, tails), gained, lost)
+        tasks[f"{evaluator}: {task}"] = own
+        by_evaluator.setdefault(evaluator, []).append((own, drawn))
+    means = {
+        evaluator: Difference(
+            float(np.mean([difference.before for difference, _ in parts])),
+            float(np.mean([difference.after for difference, _ in parts])),
+            *_interval(np.mean([drawn for _, drawn in parts], axis=0), tails),
         )
-    low, high = np.percentile(total, tails)
-    mean_before, mean_after = (
-        float(np.mean([getattr(d, side) for d in tasks.values()])) for side in ("before", "after")
-    )
-    return Comparison(tasks, Difference(mean_before, mean_after, float(low), float(high)), confidence)
+        for evaluator, parts in by_evaluator.items()
+    }
+    return Comparison(tasks, means, confidence)
+
+
+def _interval(drawn: np.ndarray, tails: tuple[float, float]) -> tuple[float, float]:
+    low, high = np.percentile(drawn, tails)
+    return float(low), float(high)
 
 
 def _resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
@@ -162,29 +169,27 @@ def _resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generato
     return np.concatenate(parts)
 
 
-def _outcomes(path: Path) -> dict[str, TaskOutcomes]:
-    """Results of a folder's files; tasks of several files are told apart by the file's name."""
+def _outcomes(path: Path) -> dict[Key, TaskOutcomes]:
+    """Results of a folder's files, tasks after the name of their evaluator."""
     files = [path] if path.is_file() else sorted(path.glob("*_rows.parquet"))
     if not files:
         raise FileNotFoundError(
             f"{path} holds no *_rows.parquet. Give a folder that an evaluator wrote its results to."
         )
-    if len(files) == 1:
-        return read_outcomes(files[0])
-    found: dict[str, TaskOutcomes] = {}
+    found: dict[Key, TaskOutcomes] = {}
     for file in files:
         stem = file.name.removesuffix("_rows.parquet").removesuffix("_results")
-        found |= {f"{stem}: {task}": own for task, own in read_outcomes(file).items()}
+        found |= {(stem, task): own for task, own in read_outcomes(file).items()}
     return found
 
 
 def _paired(
-    before: Mapping[str, TaskOutcomes], after: Mapping[str, TaskOutcomes], *, intersection: bool
-) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Task -> row numbers and the two scores of each."""
+    before: Mapping[Key, TaskOutcomes], after: Mapping[Key, TaskOutcomes], *, intersection: bool
+) -> dict[Key, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Evaluator and task -> row numbers and the two scores of each."""
     if set(before) != set(after) and not intersection:
         only = {"before": sorted(set(before) - set(after)), "after": sorted(set(after) - set(before))}
-        told = "; ".join(f"only {side}: {', '.join(names)}" for side, names in only.items() if names)
+        told = "; ".join(f"only {side}: {', '.join(map(': '.join, names))}" for side, names in only.items() if names)
         raise ValueError(f"The tasks differ ({told}). Evaluate the same, or compare what both have: intersection=True.")
     pairs = {}
     for task in (name for name in before if name in after):
@@ -192,8 +197,8 @@ def _paired(
         rows, at, other = np.intersect1d(a.rows, b.rows, return_indices=True)
         if len(rows) < max(len(a.rows), len(b.rows)) and not intersection:
             raise ValueError(
-                f"{task}: {len(a.rows)} rows before and {len(b.rows)} after, {len(rows)} of them the same. Evaluate "
-                "with the same `limit` and `seed`, or compare what both have: intersection=True."
+                f"{': '.join(task)}: {len(a.rows)} rows before and {len(b.rows)} after, {len(rows)} of them the same. "
+                "Evaluate with the same `limit` and `seed`, or compare what both have: intersection=True."
             )
         if len(rows):
             pairs[task] = rows, a.scores[at], b.scores[other]

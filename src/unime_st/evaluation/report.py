@@ -319,6 +319,10 @@ def _is_image_file(text: str) -> bool:
 
 def _add(image: Any, pictures: dict[str, bytes]) -> str:
     """Add an image's thumbnail on white to the pictures; returns its file name, equal for equal thumbnails."""
+    if isinstance(image, Mapping):  # as data sets store images
+        image = image["path"] if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
             image = ImageOps.exif_transpose(opened).copy()

@@ -249,7 +249,8 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
                 f"Nothing is known of {direction!r}: there are {list(self.rankings)}. Evaluate a model first."
             )
         ranking, right = self.rankings[direction], self._right[direction]
-        sources, targets = (self.texts, self.images)[:: 1 if direction == "text_to_image" else -1]
+        images = [image["image"] if isinstance(image, dict) and "image" in image else image for image in self.images]
+        sources, targets = (self.texts, images)[:: 1 if direction == "text_to_image" else -1]
         kind = "image" if direction == "text_to_image" else "text"
         entries = []
         for query in range(len(right)) if queries is None else queries:
