@@ -273,13 +273,16 @@ class MMEBEvaluator(EmbeddingEvaluator):
             scores[readable] = found.right if task.metric == "hit@1" else found.ndcg
         return TaskResult(rows, right, tied, rank, top, {}, task.metric, scores)
 
-    def top(self, task: str, k: int = _SHOWN, places: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    def top(
+        self, task: str, k: int = _SHOWN, places: Sequence[int] | None = None, *, with_right: bool = False
+    ) -> list[dict[str, Any]]:
         """Show what queries found in the last call, as entries of :meth:`~unime_st.evaluation.Report.add_gallery`.
 
         Args:
             task: Its name.
             k: Results a query, at most five.
             places: Which of the evaluated rows, as in ``results[task].right``; None takes all that were readable.
+            with_right: Whether a right answer comes last where none is among the results.
 
         Returns:
             For each row `query`, `results` (each with `image`, `text` or both, and whether it is `right`) and `rank`.
@@ -295,8 +298,10 @@ class MMEBEvaluator(EmbeddingEvaluator):
         entries = []
         for place in np.flatnonzero(result.rank) if places is None else places:
             query = at[int(result.rows[place])]
-            shown, right = (own.own(query) if own.corpus is None else own.corpus), set(own.right_of(query))
+            shown, right = (own.own(query) if own.corpus is None else own.corpus), own.right_of(query)
             best = [int(shown[number]) for number in result.top[place][:k] if number >= 0]
+            if with_right and not set(best) & set(right):
+                best.append(right[0])
             results = [{**_shown(own.items[item]), "right": item in right} for item in best]
             rank = int(result.rank[place]) or None
             entries.append({"query": _shown(own.items[own.queries[query]]), "results": results, "rank": rank})

@@ -55,16 +55,17 @@ def add_mmeb(
     own = {name.removeprefix(prefix): value for name, value in metrics.items()}
     theirs = published_task_scores(published)[published]
     results = evaluator.results
+    known = any(task in theirs for task in results)
     rows = [
-        [task, evaluator.meta_tasks.get(task, "–"), len(result.rows), result.metric, result.score, theirs.get(task),
-         int(result.tied.sum()), len(result.errors)]
+        [task, evaluator.meta_tasks.get(task, "–"), len(result.rows), result.metric, result.score,
+         *([theirs.get(task)] if known else []), int(result.tied.sum()), len(result.errors)]
         for task, result in results.items()
     ]  # fmt: skip
-    columns = ["task", "meta-task", "rows", "metric", model, published, "ties", "unreadable"]
+    columns = ["task", "meta-task", "rows", "metric", model, *([published] if known else []), "ties", "unreadable"]
     note = "A tie counts as right, as published; many ties mean embeddings that do not tell inputs apart."
     report.add_table("MMEB: by task", columns, rows, percent=True, note=note)
     series = {model: [100 * result.score for result in results.values()]}
-    if any(task in theirs for task in results):
+    if known:
         series[published] = [100 * theirs.get(task, float("nan")) for task in results]
     report.add_bar_plot("MMEB: by task, drawn", list(results), series, "percent")
     _add_averages(report, evaluator, own, model)
@@ -73,7 +74,11 @@ def add_mmeb(
         report.add_table("MMEB: counted as wrong or left out", ["task", "why"], lost)
     mistakes = worst_mistakes(evaluator)
     if mistakes:
-        report.add_gallery("MMEB: the worst mistakes", mistakes, note="Right answers that rank lowest, by task.")
+        report.add_gallery(
+            "MMEB: the worst mistakes",
+            mistakes,
+            note="Those whose right answer ranks lowest, by task; the right answer is the last one shown.",
+        )
 
 
 def _add_averages(report: Report, evaluator: MMEBEvaluator, own: Mapping[str, float], model: str) -> None:
@@ -92,7 +97,7 @@ def _add_averages(report: Report, evaluator: MMEBEvaluator, own: Mapping[str, fl
         "compare. Published rows are shown when all 36 tasks were evaluated whole."
     )
     report.add_table("MMEB: averages", ["model", *known], averages, digits=1, note=note)
-    if len(known) > 1:
+    if len(averages) > 1:
         rows = [[cell if isinstance(cell, float) else None for cell in row[1:]] for row in averages]
         report.add_heat_map("MMEB: averages, drawn", [row[0] for row in averages], list(known), rows)
 
@@ -110,7 +115,7 @@ def worst_mistakes(evaluator: MMEBEvaluator, most: int = _MISTAKES) -> list[dict
             if place is None:
                 del by_task[task]
             elif len(entries) < most:
-                entries += evaluator.top(task, places=[place])
+                entries += evaluator.top(task, 4, places=[place], with_right=True)
     return entries
 
 
