@@ -14,6 +14,7 @@ LAYERS = {
     "published": 0,
     "functional": 1,
     "distributed": 1,
+    "features": 1,
     "fingerprint": 1,
     "files": 1,
     "model_identity": 1,

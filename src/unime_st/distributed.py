@@ -51,6 +51,41 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def sum_over_processes(table: Tensor, share: int) -> Tensor:
+    """Sum a table over all processes, of which each takes its own share.
+
+    Args:
+        table: ``(W * share, ...)``, on every process.
+        share: Rows a process.
+
+    Returns:
+        ``(share, ...)``: this process's rows of the sum; the table's first rows on a single process.
+    """
+    if not is_distributed():
+        return table[:share]
+    table = table.contiguous()
+    if dist.get_backend() == dist.Backend.NCCL:
+        own = torch.empty_like(table[:share])
+        dist.reduce_scatter_tensor(own, table)
+        return own
+    # Gloo has no reduce-scatter in every supported torch; summing everything and keeping one part is the same.
+    table = table.clone()
+    dist.all_reduce(table)
+    return table[rank() * share : (rank() + 1) * share]
+
+
+def max_over_processes(value: int, device: torch.device) -> int:
+    """Return the largest of the processes' integers; every process must call this.
+
+    Example:
+        >>> max_over_processes(3, torch.device("cpu"))
+        3
+    """
+    if not is_distributed():
+        return value
+    return int(gather(torch.tensor([value], device=device)).max())
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Collect a picklable object of each process, in rank order; every process must call this.
 
@@ -78,15 +113,7 @@ class _GatherWithGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        gradient = gradient.contiguous()
-        if dist.get_backend() == dist.Backend.NCCL:
-            own = torch.empty_like(gradient[: ctx.rows])
-            dist.reduce_scatter_tensor(own, gradient)
-            return own
-        # Gloo has no reduce-scatter in every supported torch; summing everything and keeping one part is the same.
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+        return sum_over_processes(gradient, ctx.rows)
 
 
 def gather_columns(columns: Sequence[Tensor]) -> list[Tensor]:

@@ -18,11 +18,13 @@ tensor of gathered negatives is never made.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 KLDirection = Literal["teacher_student", "student_teacher", "symmetric"]
 KL_DIRECTIONS: tuple[KLDirection, ...] = ("teacher_student", "student_teacher", "symmetric")
@@ -41,6 +43,34 @@ class HardNegatives(NamedTuple):
     scores: Tensor
     filtered_by_identity: Tensor
     filtered_by_margin: Tensor
+
+
+def by_rows(
+    compute: Callable[..., tuple[Tensor, ...]], rows: Sequence[Tensor], chunk: int | None
+) -> tuple[Tensor, ...]:
+    """Compute something row by row in chunks, whose intermediate tensors are made anew in the backward pass.
+
+    A ``(Q, C)`` matrix of scores, its masks and their gradients then never exist as a whole.
+
+    Args:
+        compute: From some rows of each of ``rows`` to tensors of as many rows.
+        rows: Tensors of ``Q`` rows each.
+        chunk: Rows at a time; None for all at once.
+
+    Returns:
+        What ``compute`` returns for all rows.
+
+    Example:
+        >>> by_rows(lambda x: (x.sum(dim=1), x[:, 0]), [torch.arange(6.0).view(3, 2)], chunk=2)
+        (tensor([1., 5., 9.]), tensor([0., 2., 4.]))
+    """
+    if chunk is None or len(rows[0]) <= chunk:
+        return compute(*rows)
+    parts = [
+        checkpoint(compute, *some, use_reentrant=False, preserve_rng_state=False)
+        for some in zip(*(tensor.split(chunk) for tensor in rows), strict=True)
+    ]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def cosine_scores(queries: Tensor, candidates: Tensor) -> Tensor:

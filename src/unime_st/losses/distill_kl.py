@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 _ALL_SELF = 0.99  # mean self-probability of the teacher above which there is next to nothing to learn
 _HALF_SELF = 0.5
 
+QUERY_CHUNK: int | None = 1024
+"""Texts whose similarities to all texts exist at a time."""
+
 
 class DistillKLLoss(InBatchLoss):
     """KL divergence between the teacher's and the student's softmax over the similarities within the batch.
@@ -42,8 +45,8 @@ class DistillKLLoss(InBatchLoss):
             then puts all of its probability there and the gradient vanishes: the first batch is measured, and a warning
             says so.
         gather_across_devices: Compare with the texts of all processes.
-        mini_batch_size: Rows embedded at a time (GradCache); None embeds each column at once.
-        mini_batch_num_tokens: Tokens embedded at a time, in place of a number of rows.
+        mini_batch_size: Distinct texts embedded at a time (GradCache); None embeds each column at once.
+        mini_batch_num_tokens: Tokens embedded at a time, padding included, in place of a number of texts.
 
     Attributes:
         last_metrics: Of the last batch, as scalars on the device: ``teacher_self_probability`` and
@@ -154,49 +157,54 @@ class DistillKLLoss(InBatchLoss):
             rows, total = rows + distributed.rank() * batch, batch * distributed.world_size()
             students, teachers = distributed.gather_columns(students), distributed.gather_columns(teachers)
         diagonal = torch.cat([rows + column * total for column in range(columns)])  # (Q,)
-        student_scores = functional.cosine_scores(student, torch.cat(students))  # (Q, C), C = n * N
-        teacher_scores = functional.cosine_scores(teacher, torch.cat(teachers)).to(student_scores.dtype)
-        self.record_metrics(self._metrics(student_scores, teacher_scores, diagonal))
-        return functional.in_batch_kl(
-            student_scores,
-            teacher_scores,
-            student_temperature=self.student_temperature or self.temperature,
-            teacher_temperature=self.teacher_temperature or self.temperature,
-            direction=self.direction,
-            diagonal=None if self.include_diagonal else diagonal,
-        ).mean()
+        all_students, all_teachers = torch.cat(students), torch.cat(teachers)  # (C, D), (C, Dt), C = n * N
+        self._warn_when_saturated(teacher, all_teachers, diagonal)
+
+        def by_row(some_students: Tensor, some_teachers: Tensor, own: Tensor) -> tuple[Tensor, ...]:
+            student_scores = functional.cosine_scores(some_students, all_students)  # (q, C)
+            teacher_scores = functional.cosine_scores(some_teachers, all_teachers).to(student_scores.dtype)
+            loss = functional.in_batch_kl(
+                student_scores,
+                teacher_scores,
+                student_temperature=self.student_temperature or self.temperature,
+                teacher_temperature=self.teacher_temperature or self.temperature,
+                direction=self.direction,
+                diagonal=None if self.include_diagonal else own,
+            )
+            return loss, *self._told(student_scores, teacher_scores, own[:, None])
+
+        loss, *told = functional.by_rows(by_row, [student, teacher, diagonal], QUERY_CHUNK)
+        self.record_metrics({name: values.mean() for name, values in zip(self.metric_names, told, strict=True)})
+        return loss.mean()
 
     @torch.no_grad()
-    def _metrics(self, student_scores: Tensor, teacher_scores: Tensor, diagonal: Tensor) -> dict[str, Tensor]:
-        own = diagonal[:, None]  # (Q, 1)
-        teacher_temperature = self.teacher_temperature or self.temperature
+    def _told(self, student_scores: Tensor, teacher_scores: Tensor, own: Tensor) -> tuple[Tensor, ...]:
+        """Of each row, in the order of ``metric_names``."""
         if self.include_diagonal:
+            teacher_self = _self_probability(teacher_scores, own, self.teacher_temperature or self.temperature)
             student_self = _self_probability(student_scores, own, self.student_temperature or self.temperature)
-            teacher_self = _self_probability(teacher_scores, own, teacher_temperature)
-            self._warn_when_saturated(teacher_scores, own, teacher_self, teacher_temperature)
         else:
-            student_self = teacher_self = student_scores.new_zeros(())
+            teacher_self = student_self = student_scores.new_zeros(len(own))
         nearest = [scores.scatter(1, own, -torch.inf).argmax(dim=1) for scores in (student_scores, teacher_scores)]
-        return {
-            "teacher_self_probability": teacher_self,
-            "student_self_probability": student_self,
-            "nearest_neighbor_agreement": (nearest[0] == nearest[1]).float().mean(),
-        }
+        return teacher_self, student_self, (nearest[0] == nearest[1]).float()
 
-    def _warn_when_saturated(
-        self, teacher_scores: Tensor, own: Tensor, self_probability: Tensor, temperature: float
-    ) -> None:
+    @torch.no_grad()
+    def _warn_when_saturated(self, teacher: Tensor, all_teachers: Tensor, diagonal: Tensor) -> None:
         """Measure the first batch: a teacher that sees only the text itself has nothing to teach."""
-        if self._checked_first_batch or teacher_scores.shape[1] < 2:
+        if not self.include_diagonal or self._checked_first_batch or len(all_teachers) < 2:
             return
         self._checked_first_batch = True
-        measured = self_probability.item()
+        temperature = self.teacher_temperature or self.temperature
+        some = slice(None, QUERY_CHUNK)
+        scores, own = functional.cosine_scores(teacher[some], all_teachers), diagonal[some, None]  # (q, C), (q, 1)
+        measured = _self_probability(scores, own, temperature).mean().item()
         if measured <= _ALL_SELF:
             return
         low, high = temperature, temperature * 1e4
         for _ in range(40):  # bisection: self-probability falls as the temperature rises
             middle = (low * high) ** 0.5
-            low, high = (middle, high) if _self_probability(teacher_scores, own, middle) > _HALF_SELF else (low, middle)
+            share = _self_probability(scores, own, middle).mean()
+            low, high = (middle, high) if share > _HALF_SELF else (low, middle)
         logger.warning(
             "At teacher_temperature=%g the teacher gives %.4f of its probability to the text itself and %.2g to all %d "
             "others together, so the loss and its gradient all but vanish. Set `include_diagonal=False`, or raise "
@@ -204,7 +212,7 @@ class DistillKLLoss(InBatchLoss):
             temperature,
             measured,
             1 - measured,
-            teacher_scores.shape[1] - 1,
+            len(all_teachers) - 1,
             high,
         )
 
@@ -221,8 +229,8 @@ class DistillKLLoss(InBatchLoss):
 
 
 def _self_probability(scores: Tensor, own: Tensor, temperature: float) -> Tensor:
-    """Mean probability a row gives to itself."""
-    return (scores / temperature).softmax(dim=1).gather(1, own).mean()
+    """Probability each row gives to itself, ``(q,)``."""
+    return (scores / temperature).softmax(dim=1).gather(1, own).squeeze(1)
 
 
 def _check_teacher(labels: Tensor | None, columns: int) -> None:

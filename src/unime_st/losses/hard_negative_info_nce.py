@@ -16,6 +16,9 @@ from unime_st.losses.in_batch import InBatchLoss, check_temperature
 
 logger = logging.getLogger(__name__)
 
+QUERY_CHUNK: int | None = 1024
+"""Queries whose scores against all candidates exist at a time."""
+
 
 class HardNegativeInfoNCELoss(InBatchLoss):
     """InfoNCE over the positive and the ``k`` hardest in-batch negatives, after false negatives are dropped.
@@ -46,8 +49,8 @@ class HardNegativeInfoNCELoss(InBatchLoss):
             which pays when they are certain and close, such as captions with one attribute swapped: those that the
             model confuses most are otherwise the ones it never learns from.
         gather_across_devices: Take candidates from all processes.
-        mini_batch_size: Rows embedded at a time (GradCache); None embeds each column at once.
-        mini_batch_num_tokens: Tokens embedded at a time, in place of a number of rows.
+        mini_batch_size: Distinct inputs embedded at a time (GradCache); None embeds each column at once.
+        mini_batch_num_tokens: Tokens embedded at a time, padding included, in place of a number of inputs.
 
     Attributes:
         last_metrics: Of the last batch, as scalars on the device: ``positive_similarity`` and
@@ -186,28 +189,30 @@ class HardNegativeInfoNCELoss(InBatchLoss):
                 ids = equal_to_nothing(batch, len(embeddings), queries.device)
             labels, ids = (None if known is None else distributed.gather(known) for known in (labels, ids))
         rows = torch.arange(batch, device=queries.device) + first_row  # (Q,) also the columns of the positives
-        scores = functional.cosine_scores(queries, torch.cat(documents))  # (Q, C)
-        self._check_number_of_candidates(scores.shape[1])
-        negatives = functional.hardest_valid_negatives(
-            scores,
-            rows,
-            self.num_hard_negatives,
-            self.margin,
-            candidate_ids=None if ids is None else ids[:, 1:].T.flatten(),
-            query_ids=None if ids is None else ids[:, 0],
-            labels=labels,
-            trusted=None if self.filter_explicit_negatives else _own_explicit_negatives(rows, documents),
-            priority=self._priority(rows, scores.shape[1]),
-        )
-        positive = scores.gather(1, rows[:, None]).squeeze(1)  # (Q,)
-        self.record_metrics(_metrics(positive, negatives))
-        return functional.info_nce(positive, negatives.scores, self.temperature).mean()
+        candidates = torch.cat(documents)  # (C, D)
+        self._check_number_of_candidates(len(candidates))
+        seed = None if self.negative_selection == "hardest" else distributed.shared_seed(rows.device)
 
-    def _priority(self, rows: Tensor, num_candidates: int) -> Tensor | None:
-        if self.negative_selection == "hardest":
-            return None
-        seed = distributed.shared_seed(rows.device)
-        return functional.shuffled_priority(seed, rows, num_candidates)
+        def by_row(some_queries: Tensor, some_rows: Tensor) -> tuple[Tensor, ...]:
+            scores = functional.cosine_scores(some_queries, candidates)  # (q, C)
+            negatives = functional.hardest_valid_negatives(
+                scores,
+                some_rows,
+                self.num_hard_negatives,
+                self.margin,
+                candidate_ids=None if ids is None else ids[:, 1:].T.flatten(),
+                query_ids=None if ids is None else ids[:, 0],
+                labels=labels,
+                trusted=None if self.filter_explicit_negatives else _own_explicit_negatives(some_rows, documents),
+                priority=None if seed is None else functional.shuffled_priority(seed, some_rows, len(candidates)),
+            )
+            positive = scores.gather(1, some_rows[:, None]).squeeze(1)  # (q,)
+            loss = functional.info_nce(positive, negatives.scores, self.temperature)
+            return loss, positive.detach(), *_summed(negatives)
+
+        loss, *told = functional.by_rows(by_row, [queries, rows], QUERY_CHUNK)
+        self.record_metrics(_metrics(*told))
+        return loss.mean()
 
     def _check_number_of_candidates(self, num_candidates: int) -> None:
         """Refuse a `num_hard_negatives` the first training batch cannot meet; by shapes alone, so no sync."""
@@ -244,17 +249,25 @@ def _own_explicit_negatives(rows: Tensor, documents: Sequence[Tensor]) -> Tensor
 
 
 @torch.no_grad()
-def _metrics(positive: Tensor, negatives: functional.HardNegatives) -> dict[str, Tensor]:
-    kept = negatives.scores > -torch.inf  # (Q, K)
-    by_margin = negatives.filtered_by_margin.float().mean()
-    by_identity = negatives.filtered_by_identity.float().mean()
+def _summed(negatives: functional.HardNegatives) -> tuple[Tensor, ...]:
+    """Of each row: the negatives' similarities summed, how many were kept, dropped by margin and by identity."""
+    kept = negatives.scores > -torch.inf  # (q, K)
+    total = negatives.scores.masked_fill(~kept, 0.0).sum(dim=1)
+    return total, kept.sum(dim=1), negatives.filtered_by_margin, negatives.filtered_by_identity
+
+
+@torch.no_grad()
+def _metrics(
+    positive: Tensor, total: Tensor, kept: Tensor, by_margin: Tensor, by_identity: Tensor
+) -> dict[str, Tensor]:
+    margin, identity = by_margin.float().mean(), by_identity.float().mean()
     return {
         "positive_similarity": positive.mean(),
-        "hard_negative_similarity": negatives.scores.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1),
-        "false_negatives_filtered": by_margin + by_identity,
-        "false_negatives_by_margin": by_margin,
-        "false_negatives_by_identity": by_identity,
-        "rows_without_negatives": (~kept.any(dim=1)).sum().float(),
+        "hard_negative_similarity": total.sum() / kept.sum().clamp(min=1),
+        "false_negatives_filtered": margin + identity,
+        "false_negatives_by_margin": margin,
+        "false_negatives_by_identity": identity,
+        "rows_without_negatives": (kept == 0).sum().float(),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,12 +11,18 @@ import torch
 from torch import Tensor
 
 from unime_st import distributed
+from unime_st.features import num_rows
 from unime_st.functional import mix64
 
 logger = logging.getLogger(__name__)
 
 CONTENT_KEY = "content_id"
 _MEDIA_KEYS = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
+_TOLD_BY_CONTENT = {  # tensors that follow from the tokens and the content
+    *("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "content_id", "prefix_key"),
+    *("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "image_position_ids"),
+    *("num_images_per_sample", "batch_num_images", "aspect_ratio_ids"),
+}
 
 
 def hash_tokens(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -76,6 +83,43 @@ def batch_identities(columns: Sequence[Mapping[str, Any]]) -> tuple[Tensor | Non
     nothing = equal_to_nothing(len(example), len(columns), example.device)
     filled = [nothing[:, index] if ids is None else ids.long() for index, ids in enumerate(known)]
     return torch.stack(filled, dim=1), unknown
+
+
+def input_keys(columns: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Integer identity of each input as the model gets it, its instruction included.
+
+    Equal numbers are the same to the model, so they need embedding only once. A column whose inputs cannot be told
+    (images without ``content_id``, or tensors that are not known) gets numbers below 0 that occur nowhere else.
+
+    Args:
+        columns: One feature dict a column, of ``B`` rows each.
+
+    Returns:
+        ``(n_columns, B)`` int64.
+
+    Example:
+        >>> words = {"input_ids": torch.tensor([[7], [8], [7]]), "attention_mask": torch.ones(3, 1)}
+        >>> first, second, third = input_keys([words])[0].tolist()
+        >>> first == third, first == second
+        (True, False)
+    """
+    known = [_input_keys(features) for features in columns]
+    example = next((keys for keys in known if keys is not None), None)
+    batch = num_rows(columns[0])
+    device = next(value.device for value in columns[0].values() if isinstance(value, Tensor))
+    nothing = equal_to_nothing(batch, len(columns), device if example is None else example.device)
+    return torch.stack([nothing[:, index] if keys is None else keys for index, keys in enumerate(known)])
+
+
+def _input_keys(features: Mapping[str, Any]) -> Tensor | None:
+    content = content_ids(features)
+    tokens, mask = features.get("input_ids"), features.get("attention_mask")
+    unknown = any(isinstance(value, Tensor) and key not in _TOLD_BY_CONTENT for key, value in features.items())
+    if content is None or unknown or not (isinstance(tokens, Tensor) and isinstance(mask, Tensor)):
+        return None
+    settings = sorted((key, repr(value)) for key, value in features.items() if not isinstance(value, Tensor))
+    salt = int.from_bytes(hashlib.blake2b(repr(settings).encode(), digest_size=7).digest(), "big")
+    return mix64(mix64(content.long() + salt) + hash_tokens(tokens, mask)) & (2**63 - 1)
 
 
 def equal_to_nothing(batch: int, columns: int, device: torch.device) -> Tensor:

@@ -1,17 +1,22 @@
-"""What both losses share: plain or GradCache embedding, gathering, and the numbers of a step."""
+"""What both losses share: embedding each distinct input once, plain or with GradCache, and the numbers of a step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
 from sentence_transformers import SentenceTransformer
-
-# The one use of sentence-transformers beyond its documented names (exported by `sentence_transformers.base.losses`, and
-# what its own cached losses are made of).
-from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input
+from sentence_transformers.base.losses import has_static_embedding_input
 from torch import Tensor, nn
+
+from unime_st import distributed
+from unime_st.features import num_rows, select_rows, token_counts
+from unime_st.losses.finite import refuse_non_finite
+from unime_st.losses.grad_cache import BatchEmbedder, cached_backward, holding_vision
+from unime_st.losses.identity import input_keys
+from unime_st.losses.mini_batches import MiniBatchPlan, plan_mini_batches
 
 UNIME_CITATION = """
 @article{gu2025unime,
@@ -24,24 +29,30 @@ UNIME_CITATION = """
 """
 
 
-class InBatchLoss(CachedLossMixin, nn.Module):
+class InBatchLoss(nn.Module):
     """Base of the losses that compare a whole batch with itself; plain and GradCache in one class.
 
-    A subclass implements :meth:`compute_loss`. With ``mini_batch_size`` or ``mini_batch_num_tokens`` given, the batch
-    is embedded in mini-batches, twice (GradCache, https://huggingface.co/papers/2101.06983), so that memory no longer
-    grows with the batch; loss and gradients are the same. The comparison itself runs once, on the whole batch.
+    A subclass implements :meth:`compute_loss`. Inputs that are equal, in whatever row, column or (with GradCache and
+    ``gather_across_devices``) process, are embedded once, and their gradients summed. With ``mini_batch_size`` or
+    ``mini_batch_num_tokens`` given, they are embedded in mini-batches of like length, each twice (GradCache,
+    https://huggingface.co/papers/2101.06983) but for the last, so that memory no longer grows with the batch; a frozen
+    vision tower runs the first time only. Loss and gradients are the same. The comparison itself runs once, on the
+    whole batch.
 
     Args:
         model: The model to train; None when only ``compute_loss_from_embeddings`` is used.
         gather_across_devices: Compare with the rows of all processes.
-        mini_batch_size: Rows embedded at a time, >= 1; None embeds each column at once.
-        mini_batch_num_tokens: Tokens embedded at a time, >= 1, in place of a number of rows.
+        mini_batch_size: Inputs embedded at a time, >= 1; None embeds each column at once.
+        mini_batch_num_tokens: Tokens embedded at a time, >= 1, padding included, in place of a number of inputs; a
+            longer input is alone.
 
     Attributes:
         metric_names: What every step of a subclass records, so that processes agree on it.
+        last_plan: What the last step embedded; ``distinct`` of it counts inputs.
 
     Raises:
         ValueError: On a mini-batch below 1, or when the model's inputs cannot be split into mini-batches.
+        FloatingPointError: In training, when the loss is not finite; says which rows.
     """
 
     metric_names: ClassVar[tuple[str, ...]] = ()
@@ -60,7 +71,7 @@ class InBatchLoss(CachedLossMixin, nn.Module):
                 raise ValueError(f"`{name}={value}`, but at least 1 is needed; None embeds the batch at once.")
         self.model = model
         self.gather_across_devices = gather_across_devices
-        self.mini_batch_size = mini_batch_size  # type: ignore[assignment]  # None where the mixin is not used
+        self.mini_batch_size = mini_batch_size
         self.mini_batch_num_tokens = mini_batch_num_tokens
         # sentence-transformers asks each instance, e.g. in MatryoshkaLoss.
         self.uses_gradient_cache = mini_batch_size is not None or mini_batch_num_tokens is not None
@@ -70,6 +81,7 @@ class InBatchLoss(CachedLossMixin, nn.Module):
                 f"{type(self).__name__} cannot split the inputs of a StaticEmbedding into mini-batches. "
                 "Leave `mini_batch_size` and `mini_batch_num_tokens` at None."
             )
+        self.last_plan: MiniBatchPlan | None = None
         self.last_metrics: dict[str, Tensor] = {}
         self._metric_sums: dict[str, Tensor] = {}
         self._metric_steps = 0
@@ -85,19 +97,92 @@ class InBatchLoss(CachedLossMixin, nn.Module):
                 f"{type(self).__name__} was made with `model=None`, so it cannot embed. "
                 "Call `compute_loss_from_embeddings`, or give it a model."
             )
+        features = list(columns)
         if self.uses_gradient_cache:
-            return self.forward_cached(columns, targets)
-        return self.compute_loss([self.model(features)["sentence_embedding"] for features in columns], targets)
+            return self._cached_step(features, targets)
+        return self._plain_step(features, targets)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """Compute the loss from mini-batches of embeddings: the hook of the GradCache mixin, with a single backward."""
-        loss = self.compute_loss([torch.cat(mini_batches) for mini_batches in reps], labels)
+        """Compute the loss from embeddings and, if asked to, their gradients: what ``MatryoshkaLoss`` hooks into."""
+        loss = self.compute_loss([torch.cat(parts) for parts in reps], labels)
         if with_backward:
             loss.backward()
             loss = loss.detach()
         return loss
+
+    def _plain_step(self, columns: list[dict[str, Any]], targets: Tensor | None) -> Tensor:
+        """Embed each column's distinct inputs at once, and keep all activations."""
+        batch = num_rows(columns[0])
+        keys = input_keys(columns)[:, :batch].flatten().cpu()
+        tokens = torch.ones_like(keys)
+        # A data-parallel wrapper wants as many passes of each process, so as many as there are columns.
+        plan = plan_mini_batches(keys.numpy()[None], tokens.numpy()[None], batch, least=len(columns))
+        self.last_plan = plan
+        parts = []
+        for column, rows in plan.mini_batches:
+            features = columns[column]
+            whole = len(rows) == batch
+            parts.append(
+                self.model(features if whole else select_rows(features, rows.tolist()))["sentence_embedding"]  # type: ignore[misc]
+            )
+        table = torch.cat(parts)
+        place = torch.from_numpy(plan.place).to(table.device)
+        embeddings = list(table[place].unbind()) if plan.distinct < keys.numel() else parts
+        loss = self.compute_loss(embeddings, targets)
+        self._check_finite(loss, columns, embeddings)
+        return loss
+
+    def _cached_step(self, columns: list[dict[str, Any]], targets: Tensor | None) -> Tensor:
+        """Embed in mini-batches without keeping activations, and again in the backward pass."""
+        training = torch.is_grad_enabled()
+        plan = self.last_plan = self._plan(columns, training=training)
+        with ExitStack() as step:
+            step.enter_context(holding_vision(self.model))
+            embedder = BatchEmbedder(self.model, columns, plan, exchange=self.gather_across_devices)
+            embeddings = embedder.embed()
+            loss = self.calculate_loss([[column] for column in embeddings], targets, with_backward=training)
+            if not training:
+                return loss
+            self._check_finite(loss, columns, embeddings)
+            return cached_backward(loss, embedder, embedder.gradients(embeddings), step.pop_all().close)
+
+    def _plan(self, columns: Sequence[dict[str, Any]], *, training: bool) -> MiniBatchPlan:
+        """Decide who embeds what, the same on every process."""
+        batch = num_rows(columns[0])
+        keys = input_keys(columns).flatten()
+        counts = [token_counts(features) for features in columns]
+        if self.mini_batch_num_tokens is not None and any(count is None for count in counts):
+            raise ValueError(
+                "`mini_batch_num_tokens` needs an attention mask to count tokens by, but these features have none. Use "
+                "`mini_batch_size`."
+            )
+        tokens = torch.cat([keys.new_ones(batch) if count is None else count.to(keys) for count in counts])
+        spans = self.gather_across_devices and distributed.is_distributed()
+        told = torch.stack([keys, tokens])[None]
+        table = (distributed.gather(told) if spans else told).cpu().numpy()  # (W, 2, n * B)
+
+        def planned(least: int) -> MiniBatchPlan:
+            return plan_mini_batches(
+                table[:, 0],
+                table[:, 1],
+                batch,
+                rank=distributed.rank() if spans else 0,
+                size=self.mini_batch_size,
+                num_tokens=self.mini_batch_num_tokens,
+                least=least,
+            )
+
+        plan = planned(1)
+        if training and not spans:  # sharded weights are gathered by all processes, as often on each
+            least = distributed.max_over_processes(len(plan.mini_batches), keys.device)
+            plan = plan if least == len(plan.mini_batches) else planned(least)
+        return plan
+
+    def _check_finite(self, loss: Tensor, columns: Sequence[dict[str, Any]], embeddings: Sequence[Tensor]) -> None:
+        if self.training and torch.is_grad_enabled():
+            refuse_non_finite(loss, self.model, columns, embeddings)
 
     def record_metrics(self, metrics: dict[str, Tensor]) -> None:
         """Keep the numbers of a step, and add them to the running means when it is a training step.

@@ -91,6 +91,9 @@ class MultimodalEncoder(Transformer):
         if prompt_template is not None:
             self._set_template(prompt_template)
 
+    relative_positions = True
+    """Padding before a row changes nothing, so a mini-batch may leave it out."""
+
     def _set_template(self, template: str) -> None:
         self.processor.chat_template = template if "{" in template else chat_template(template)
         self.input_formatter.message_format = "structured"

@@ -2,26 +2,31 @@
 
 GradCache runs every row twice, and a batch often shows one image in several rows. While the tower is frozen, or runs
 without gradients in evaluation mode, its output depends on the pixels alone, so it is remembered by a hash of them (and
-of which state of the weights it was), up to a number of bytes, the least recently used going first.
+of which state of the weights it was). Within a training step all of it is kept; between steps up to a number of bytes,
+the least recently used going first.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
+
+from unime_st.functional import mix64
 
 VISION_TOWER_NAMES = ("vision_tower", "visual", "vision_model", "vision_encoder", "img_processor")
 """What multimodal models call their vision tower: transformers', and Phi-3-Vision."""
 
 _IMAGES_A_CALL = 4  # of a convolutional tower: its activations stay in the processor's cache
 _PATCH_CONVOLUTIONS = 2
+_HASHED_AT_ONCE = 2**22  # numbers
 
 
 def vision_tower(model: nn.Module) -> nn.Module | None:
@@ -45,11 +50,12 @@ def is_frozen(module: nn.Module) -> bool:
 class VisionCache:
     """Remembers what a frozen vision tower made of each image.
 
-    Only towers whose first input has one row an image, and whose outputs have too, are served (LLaVA, Idefics3,
-    SmolVLM, Gemma3, FastVLM); others (Qwen-VL) run as they are.
+    Towers are served whose first input has one row an image, and whose outputs have too (LLaVA, Idefics3, SmolVLM,
+    Gemma3, FastVLM), and those that take the patches of all images one after the other, with ``grid_thw`` (Qwen-VL).
+    Of the states of all layers, which LLaVA's towers return, those of the layers it reads are kept.
 
     Attributes:
-        max_bytes: kept at the most; 0 switches the cache off.
+        max_bytes: kept at the most, but for :meth:`holding`; 0 switches the cache off.
         hits: images answered from the cache.
         misses: images computed.
         images_a_call: to the tower, at the most; 0 for no limit.
@@ -64,12 +70,23 @@ class VisionCache:
         self.images_a_call = 0
         self.memory_format = torch.contiguous_format
         self._bytes = 0
-        self._rows: OrderedDict[bytes, tuple[type[ModelOutput], dict[str, Any], int]] = OrderedDict()
+        self._held = False
+        self._rows: OrderedDict[Key, _Kept] = OrderedDict()
 
     def clear(self) -> None:
         """Forget everything."""
         self._rows.clear()
         self._bytes = 0
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Within this context, a training step, nothing is forgotten: its second pass needs what the first computed."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            self._trim()
 
     @contextmanager
     def serving(self, model: nn.Module) -> Iterator[None]:
@@ -82,16 +99,19 @@ class VisionCache:
             yield
             return
         plain = tower.forward
+        version = _version(tower)
+        layers = _layers_read(model)
 
         def remembered(pixels: Any = None, *args: Any, **kwargs: Any) -> Any:
             pixels = kwargs.pop("pixel_values") if pixels is None and "pixel_values" in kwargs else pixels
-            is_batch = isinstance(pixels, Tensor) and pixels.ndim == 4 and not args
-            if not is_batch or not _have_row_an_image(kwargs, len(pixels)):
+            images = None if args or not isinstance(pixels, Tensor) else _Images.of(pixels, kwargs)
+            if images is None:
                 return plain(pixels, *args, **kwargs)
             convolves = pixels.device.type == "cpu" and is_convolutional(tower)
             self.images_a_call = _IMAGES_A_CALL if convolves else 0
             self.memory_format = torch.channels_last if convolves else torch.contiguous_format
-            return self._answer(plain, pixels, kwargs, _version(tower))
+            answer = self._answer(plain, images, version, layers)
+            return plain(pixels, **kwargs) if answer is None else answer
 
         tower.forward = remembered  # type: ignore[method-assign]
         try:
@@ -99,43 +119,45 @@ class VisionCache:
         finally:
             del tower.forward
 
-    def _answer(self, plain: Any, pixels: Tensor, kwargs: dict[str, Any], weights: int) -> Any:
-        by_row = {name: value for name, value in sorted(kwargs.items()) if isinstance(value, Tensor)}
-        others = {name: value for name, value in sorted(kwargs.items()) if name not in by_row}
-        tensors = [pixels, *by_row.values()]
-        shapes = [(value.dtype, value.shape[1:]) for value in tensors]
-        salt = repr((others, shapes, _autocast_dtype(pixels.device.type), pixels.device, weights)).encode()
-        keys = [_digest(row, salt) for row in zip(*(value.detach().cpu() for value in tensors), strict=True)]
-        new = {key: index for index, key in enumerate(keys) if key not in self._rows}
+    def _answer(self, plain: Callable[..., Any], images: _Images, weights: int, layers: Collection[int] | None) -> Any:
+        """The tower's output for the images; None when it is not one that can be cut into images."""
+        keys = images.keys(weights)
+        new = {key: number for number, key in enumerate(keys) if key not in self._rows}
         rows = {key: self._rows[key] for key in keys if key in self._rows}
         if new:
-            places = list(new.values())
-            step = self.images_a_call or len(places)
-            for start in range(0, len(places), step):
-                part = places[start : start + step]
-                own = {name: value[part] for name, value in by_row.items()}
+            numbers = list(new.values())
+            step = self.images_a_call or len(numbers)
+            for start in range(0, len(numbers), step):
+                part = numbers[start : start + step]
+                pixels, arguments = images.some(part)
+                if pixels.ndim == 4:
+                    pixels = pixels.contiguous(memory_format=self.memory_format)
                 with torch.no_grad():
-                    output = plain(pixels[part].contiguous(memory_format=self.memory_format), **others, **own)
-                if not _has_row_an_image(output, len(part)):
-                    return plain(pixels, **kwargs)
-                for place, key in enumerate(list(new)[start : start + step]):
-                    rows[key] = _row(output, place)
-                    self._keep(key, rows[key])
+                    output = plain(pixels, **arguments)
+                kept = _cut(output, [images.sizes[number] for number in part], layers, packed=images.packed)
+                if kept is None:
+                    return None
+                for key, row in zip(list(new)[start : start + step], kept, strict=True):
+                    rows[key] = row
+                    self._keep(key, row)
         self.hits += len(keys) - len(new)
         self.misses += len(new)
         for key in keys:
             if key in self._rows:
                 self._rows.move_to_end(key)
-        kind = rows[keys[0]][0]
-        return kind(**{name: _stacked([rows[key][1][name] for key in keys]) for name in rows[keys[0]][1]})
+        kind = rows[keys[0]].kind
+        return kind(**{name: _joined([rows[key].values[name] for key in keys]) for name in rows[keys[0]].values})
 
-    def _keep(self, key: bytes, row: tuple[type[ModelOutput], dict[str, Any], int]) -> None:
-        if row[2] > self.max_bytes // 4:
+    def _keep(self, key: Key, row: _Kept) -> None:
+        if row.nbytes > self.max_bytes // 4 and not self._held:
             return
         self._rows[key] = row
-        self._bytes += row[2]
-        while self._bytes > self.max_bytes:
-            self._bytes -= self._rows.popitem(last=False)[1][2]
+        self._bytes += row.nbytes
+        self._trim()
+
+    def _trim(self) -> None:
+        while self._bytes > self.max_bytes and not self._held:
+            self._bytes -= self._rows.popitem(last=False)[1].nbytes
 
 
 def _is_fixed(tower: nn.Module) -> bool:
@@ -153,44 +175,142 @@ def _version(tower: nn.Module) -> int:
     return hash(tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
 
 
-def _digest(row: tuple[Tensor, ...], salt: bytes) -> bytes:
-    total = hashlib.blake2b(salt, digest_size=16)
-    for value in row:
-        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.digest()
+Key = tuple[Any, ...]
 
 
-def _have_row_an_image(kwargs: dict[str, Any], rows: int) -> bool:
-    """Whether every tensor among the arguments tells one thing an image, as a mask does."""
-    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
-    return all(value.ndim > 1 and value.shape[0] == rows for value in tensors)
+class _Kept(NamedTuple):
+    """A tower's output for one image."""
+
+    kind: type[ModelOutput]
+    values: dict[str, Any]
+    nbytes: int
 
 
-def _has_row_an_image(output: Any, rows: int) -> bool:
-    def fits(value: Any) -> bool:
-        if isinstance(value, tuple):
-            return all(fits(element) for element in value)
-        return value is None or (isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows)
+@dataclass(frozen=True)
+class _Images:
+    """What a tower is called with, image by image.
 
-    return isinstance(output, ModelOutput) and all(fits(value) for value in output.values())
+    Attributes:
+        pixels: One row an image, or the patches of all.
+        by_image: Further tensors with a row an image.
+        others: Further arguments, the same for all.
+        sizes: Rows of `pixels` of each image.
+        packed: Whether these are patches.
+    """
+
+    pixels: Tensor
+    by_image: dict[str, Tensor]
+    others: dict[str, Any]
+    sizes: list[int]
+    packed: bool
+
+    @classmethod
+    def of(cls, pixels: Tensor, arguments: dict[str, Any]) -> _Images | None:
+        """Take a call apart; None for one whose tensors do not each tell one thing an image."""
+        tensors = {name: value for name, value in sorted(arguments.items()) if isinstance(value, Tensor)}
+        others = {name: value for name, value in sorted(arguments.items()) if name not in tensors}
+        grid = tensors.get("grid_thw")
+        if pixels.ndim == 2 and grid is not None and len(tensors) == 1:
+            sizes = grid.prod(dim=1).tolist()
+            return cls(pixels, tensors, others, sizes, packed=True) if sum(sizes) == len(pixels) and sizes else None
+        fits = all(value.ndim > 1 and len(value) == len(pixels) for value in tensors.values())
+        if pixels.ndim != 4 or not fits or not len(pixels):
+            return None
+        return cls(pixels, tensors, others, [1] * len(pixels), packed=False)
+
+    def keys(self, weights: int) -> list[Key]:
+        """What tells images apart: two 64-bit hashes of each tensor, computed where it is, and all else."""
+        rows = _hashes(self.pixels)
+        order = torch.arange(len(rows), device=rows.device)
+        if self.packed:  # places count from the image's first patch
+            sizes = torch.tensor(self.sizes, device=rows.device)
+            owner = torch.repeat_interleave(torch.arange(len(sizes), device=rows.device), sizes)
+            places = order - (sizes.cumsum(0) - sizes)[owner]
+            mixed = mix64(rows + mix64(places + 1)[:, None])
+            rows = rows.new_zeros(len(sizes), 2).index_add_(0, owner, mixed)
+        hashes = torch.cat([rows, *(_hashes(value) for value in self.by_image.values())], dim=1).tolist()
+        shapes = [(value.dtype, value.shape[1:]) for value in (self.pixels, *self.by_image.values())]
+        autocast = _autocast_dtype(self.pixels.device.type)
+        common = (repr((self.others, shapes, autocast, self.pixels.device)), weights)
+        return [(*row, size, *common) for row, size in zip(hashes, self.sizes, strict=True)]
+
+    def some(self, numbers: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
+        """Pixels and arguments of some images."""
+        ends = np.cumsum(self.sizes)
+        rows = np.concatenate([np.arange(ends[number] - self.sizes[number], ends[number]) for number in numbers])
+        chosen = torch.as_tensor(list(numbers), device=self.pixels.device)
+        own = {name: value[chosen.to(value.device)] for name, value in self.by_image.items()}
+        return self.pixels[torch.from_numpy(rows).to(self.pixels.device)], {**self.others, **own}
 
 
-def _row(output: ModelOutput, place: int) -> tuple[type[ModelOutput], dict[str, Any], int]:
-    def cut(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(cut(element) for element in value)
-        return None if value is None else value[place].clone()
-
-    def size(value: Any) -> int:
-        if isinstance(value, tuple):
-            return sum(size(element) for element in value)
-        return 0 if value is None else value.nbytes
-
-    row = {name: cut(value) for name, value in output.items()}
-    return type(output), row, sum(size(value) for value in row.values())
+def _hashes(rows: Tensor) -> Tensor:
+    """Two 64-bit hashes of each row's bits, ``(N, 2)``: sums with odd weights that look random."""
+    rows = rows.detach().contiguous().flatten(1)
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = rows.view(kinds[rows.element_size()])
+    places = torch.arange(bits.shape[1], device=bits.device)
+    weights = [mix64(places + start) | 1 for start in (1, 2**40)]
+    step = max(1, _HASHED_AT_ONCE // max(1, bits.shape[1]))
+    # A few rows at a time: as 64-bit numbers they take twice the memory or more.
+    return torch.cat([_weighted(part.long(), weights) for part in bits.split(step)])
 
 
-def _stacked(values: list[Any]) -> Any:
-    if isinstance(values[0], tuple):
-        return tuple(_stacked(list(column)) for column in zip(*values, strict=True))
-    return None if values[0] is None else torch.stack(values)
+def _weighted(bits: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(bits * weight).sum(dim=1) for weight in weights], dim=1)
+
+
+def _layers_read(model: nn.Module) -> list[int] | None:
+    """Layers of the tower whose states a LLaVA-like model reads; None when it does not say."""
+    layers = getattr(getattr(model, "config", None), "vision_feature_layer", None)
+    return None if layers is None else [layers] if isinstance(layers, int) else list(layers)
+
+
+def _cut(output: Any, sizes: Sequence[int], layers: Collection[int] | None, *, packed: bool) -> list[_Kept] | None:
+    """A tower's output image by image; None when it cannot be cut."""
+    if not isinstance(output, ModelOutput):
+        return None
+    values = dict(output.items())
+    if packed:
+        values["last_hidden_state"] = None  # of every patch, while models read what is merged of them
+    states = values.get("hidden_states")
+    if layers is not None and isinstance(states, tuple):
+        read = {layer % len(states) for layer in layers}
+        values["hidden_states"] = tuple(state if number in read else None for number, state in enumerate(states))
+    total, ends = sum(sizes), np.cumsum(sizes).tolist()
+    if not all(_fits(value, total, packed) for value in values.values()):
+        return None
+    kept = []
+    for size, end in zip(sizes, ends, strict=True):
+        own = {name: _piece(value, total, end - size, end) for name, value in values.items()}
+        kept.append(_Kept(type(output), own, sum(_nbytes(value) for value in own.values())))
+    return kept
+
+
+def _fits(value: Any, total: int, packed: bool) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_fits(element, total, packed) for element in value)
+    if not isinstance(value, Tensor):
+        return value is None
+    return value.ndim > 0 and (len(value) == total or (packed and len(value) > 0 and total % len(value) == 0))
+
+
+def _piece(value: Any, total: int, start: int, end: int) -> Any:
+    """The part of an output that belongs to rows of the input; packed outputs may have merged several rows into one."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_piece(element, total, start, end) for element in value)
+    if value is None:
+        return None
+    merged = total // len(value)
+    return value[start // merged : end // merged].clone()
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, (tuple, list)):
+        return sum(_nbytes(element) for element in value)
+    return 0 if value is None else value.nbytes
+
+
+def _joined(values: list[Any]) -> Any:
+    if isinstance(values[0], (tuple, list)):
+        return type(values[0])(_joined(list(column)) for column in zip(*values, strict=True))
+    return None if values[0] is None else torch.cat(values)

@@ -1,0 +1,125 @@
+"""Rows of preprocessed features: which there are, and some of them without the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_GRIDS = (  # families that put the patches of all media one after the other, with a grid each (Qwen-VL)
+    ("image_grid_thw", "pixel_values", "num_images_per_sample"),
+    ("video_grid_thw", "pixel_values_videos", "num_videos_per_sample"),
+)
+_BY_IMAGE = ("pixel_values", "image_sizes", "image_position_ids")
+_BY_ROW_OF_IMAGES = ("pixel_attention_mask", "aspect_ratio_ids")  # families that pad the images of each row (Idefics3)
+
+
+def num_rows(features: Mapping[str, Any]) -> int:
+    """Rows of a column of features, ``B``."""
+    if isinstance(features.get("cu_seq_lens_q"), Tensor):  # packed into one sequence
+        return len(features["cu_seq_lens_q"]) - 1
+    for key in ("input_ids", "attention_mask"):
+        if isinstance(features.get(key), Tensor):
+            return len(features[key])
+    return next(len(value) for value in features.values() if isinstance(value, Tensor) and value.ndim > 0)
+
+
+def token_counts(features: Mapping[str, Any]) -> Tensor | None:
+    """Tokens of each row, padding left out, ``(B,)``; None where the features have no attention mask."""
+    mask = features.get("attention_mask")
+    return mask.sum(dim=1) if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def select_rows(features: Mapping[str, Any], rows: Sequence[int], *, trim_leading: bool = False) -> dict[str, Any]:
+    """Take some rows, with the media that are theirs, and without the padding that they do not need.
+
+    Args:
+        features: Of ``B`` rows: tensors of a row an entry, of an image an entry, or of all patches one after the other.
+        rows: Their numbers, at least one, in any order.
+        trim_leading: Whether padding before the rows goes too, which moves absolute positions. Padding behind them
+            always goes.
+
+    Returns:
+        The features of those rows; values that are no tensors as they are.
+
+    Raises:
+        ValueError: When the rows are packed into one sequence, as stock modules do under flash attention.
+
+    Example:
+        >>> features = {"input_ids": torch.tensor([[0, 7], [8, 9]]), "attention_mask": torch.tensor([[0, 1], [1, 1]])}
+        >>> select_rows(features, [0], trim_leading=True)
+        {'input_ids': tensor([[7]]), 'attention_mask': tensor([[1]])}
+    """
+    if "cu_seq_lens_q" in features:
+        raise ValueError(
+            "These features are packed into one sequence without padding, which cannot be cut into rows. Load the "
+            "model with `unime_st.load_encoder`, or set `unpad_inputs=False` on its Transformer."
+        )
+    total = num_rows(features)
+    chosen = torch.as_tensor(rows, dtype=torch.long)
+    entries = _media_entries(features, chosen, total)
+    start, end, width = _kept_columns(features, chosen, trim_leading)
+    selected: dict[str, Any] = {}
+    for key, value in features.items():
+        if not isinstance(value, Tensor):
+            selected[key] = value
+            continue
+        index = entries.get(key, chosen)
+        if len(index) == 0:
+            continue  # no media in these rows
+        is_medium = key in entries or key in _BY_IMAGE or key in _BY_ROW_OF_IMAGES
+        by_token = not is_medium and value.ndim >= 2 and value.shape[1] == width
+        needed = value[:, start:end] if by_token else value
+        selected[key] = needed.index_select(0, index.to(value.device))
+    return selected
+
+
+def _kept_columns(features: Mapping[str, Any], rows: Tensor, trim_leading: bool) -> tuple[int, int, int]:
+    """First and last column that the rows need, and the columns there are; (0, 0, -1) without an attention mask."""
+    mask = features.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return 0, 0, -1
+    width = mask.shape[1]
+    needed = mask.index_select(0, rows.to(mask.device)).bool()
+    expansion = features.get("query_expansion_positions")  # of late-interaction models: masked, but scored
+    if isinstance(expansion, Tensor):
+        needed |= expansion.index_select(0, rows.to(mask.device)).bool()
+    columns = needed.any(dim=0).nonzero().flatten()
+    if len(columns) == 0:
+        return 0, width, width
+    first, last = torch.stack([columns[0], columns[-1]]).tolist()
+    return first if trim_leading else 0, last + 1, width
+
+
+def _media_entries(features: Mapping[str, Any], rows: Tensor, total: int) -> dict[str, Tensor]:
+    """For each tensor that is not by row: the entries that belong to the rows."""
+    entries: dict[str, Tensor] = {}
+    for grid_key, pixel_key, count_key in _GRIDS:
+        grid, counts = features.get(grid_key), features.get(count_key)
+        if not isinstance(grid, Tensor) or not isinstance(features.get(pixel_key), Tensor):
+            continue
+        if not isinstance(counts, Tensor):
+            counts = torch.ones(total, dtype=torch.long)
+        media = _ranges(counts.cpu(), rows)
+        entries[grid_key] = media
+        entries[pixel_key] = _ranges(grid.cpu().prod(dim=1), media)
+    counts, pixels = features.get("num_images_per_sample"), features.get("pixel_values")
+    by_row = any(key in features for key in _BY_ROW_OF_IMAGES)
+    if isinstance(counts, Tensor) and isinstance(pixels, Tensor) and "pixel_values" not in entries and not by_row:
+        images = int(counts.sum())
+        media = _ranges(counts.cpu(), rows)
+        entries |= {key: media for key in _BY_IMAGE if key in features and len(features[key]) == images}
+    return entries
+
+
+def _ranges(sizes: Tensor, chosen: Tensor) -> Tensor:
+    """Entries of the chosen groups, when group ``i`` has ``sizes[i]`` entries and they stand one after the other.
+
+    >>> _ranges(torch.tensor([2, 0, 3]), torch.tensor([2, 0]))
+    tensor([2, 3, 4, 0, 1])
+    """
+    ends = sizes.cumsum(0)
+    pieces = [torch.arange(int(ends[group] - sizes[group]), int(ends[group])) for group in chosen.tolist()]
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long)

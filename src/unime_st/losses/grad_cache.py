@@ -1,0 +1,203 @@
+"""Embedding a batch: each distinct input once, in mini-batches whose activations do not add up (GradCache)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+# Beside `has_static_embedding_input` the one use of sentence-transformers beyond its documented names.
+from sentence_transformers.base.losses import RandContext
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from unime_st import distributed
+from unime_st.features import select_rows
+from unime_st.losses.mini_batches import MiniBatchPlan
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside what accelerate and torch.compile put around it."""
+    while hasattr(model, "_orig_mod") or isinstance(getattr(model, "module", None), nn.Module):
+        model = getattr(model, "_orig_mod", None) or model.module
+    return model
+
+
+def encoder_of(model: Any) -> Any:
+    """The module that turns inputs into states, the first of a SentenceTransformer; None where there are no modules."""
+    inner = unwrapped(model)
+    return inner[0] if isinstance(inner, nn.Sequential) and len(inner) else None
+
+
+@contextmanager
+def holding_vision(model: Any) -> Iterator[None]:
+    """Within this context the features of a frozen vision tower are kept, where the encoder knows how to."""
+    cache = getattr(encoder_of(model), "vision_cache", None)
+    with cache.holding() if cache is not None else nullcontext():
+        yield
+
+
+class BatchEmbedder:
+    """Embeds the inputs of one step by a plan, without keeping their activations; then sends gradients back.
+
+    The passes are GradCache's (https://huggingface.co/papers/2101.06983): all mini-batches are embedded without
+    gradients, the loss is computed from all embeddings, and each mini-batch is embedded again with gradients. The last
+    mini-batch keeps its activations from the first pass, so a batch of one mini-batch takes one pass. A frozen vision
+    tower runs in the first pass only.
+
+    Args:
+        model: The model, as the Trainer has wrapped it.
+        columns: Features, one dict a column.
+        plan: What to embed.
+        exchange: Whether the plan spans all processes, so that embeddings and gradients are exchanged.
+    """
+
+    def __init__(
+        self, model: Any, columns: Sequence[dict[str, Any]], plan: MiniBatchPlan, *, exchange: bool = False
+    ) -> None:
+        self.model = model
+        self.columns = columns
+        self.plan = plan
+        self.exchange = exchange and distributed.is_distributed()
+        self._trims = bool(getattr(encoder_of(model), "relative_positions", False))
+        self._states: list[RandContext | None] = []
+        self._kept: Tensor | None = None
+        self._sizes = [len(rows) for _, rows in plan.mini_batches]
+
+    def embed(self) -> list[Tensor]:
+        """Embed; returns a leaf ``(B, D)`` a column, whose gradient :meth:`backward` takes up."""
+        training = torch.is_grad_enabled()
+        last = len(self.plan.mini_batches) - 1
+        parts = []
+        for number in range(last + 1):
+            keep = training and number == last
+            with nullcontext() if keep else torch.no_grad(), self._unsynchronised(keep and last > 0):
+                features = self._features(number)
+                self._states.append(RandContext(*features.values()) if training and not keep else None)
+                embeddings = self.model(features)["sentence_embedding"]
+            self._kept = embeddings if keep else None
+            parts.append(embeddings.detach())
+        table = torch.cat(parts)
+        if self.exchange:
+            table = distributed.gather(_padded(table, self.plan.share))
+        place = torch.from_numpy(self.plan.place).to(table.device)
+        return [table[rows].requires_grad_(training) for rows in place]
+
+    def gradients(self, embeddings: Sequence[Tensor]) -> list[Tensor]:
+        """Collect the columns' gradients into one for each mini-batch, summed over processes and repetitions."""
+        share = self.plan.share
+        rows = share * (distributed.world_size() if self.exchange else 1)
+        dtype = torch.promote_types(embeddings[0].dtype, torch.float32)
+        total = torch.zeros(rows, embeddings[0].shape[1], dtype=dtype, device=embeddings[0].device)
+        for place, column in zip(self.plan.place, embeddings, strict=True):
+            if column.grad is not None:
+                total.index_add_(0, torch.from_numpy(place).to(total.device), column.grad.to(dtype))
+        if self.exchange:
+            total = distributed.sum_over_processes(total, share)
+        return list(total[: sum(self._sizes)].split(self._sizes))
+
+    def backward(self, gradients: Sequence[Tensor], scale: Tensor) -> None:
+        """Embed each mini-batch again with gradients and send its own back, times ``scale``.
+
+        A data-parallel wrapper synchronises once, at the last.
+        """
+        collected = _Collected(self.model) if _reduces_every_backward(self.model) else None
+        last = len(gradients) - 1
+        again: int | None = None
+        synchronised = False
+        # The one with activations first: they are what takes memory.
+        for number in (last, *range(last)):
+            final = number == max(last - 1, 0)
+            with torch.enable_grad(), self._unsynchronised(not final):
+                embeddings = self._embedded_again(number)
+                if embeddings.requires_grad:
+                    again = number
+                    self._send(embeddings, gradients[number] * scale, collected)
+                    synchronised = final
+        if again is not None and not synchronised and isinstance(self.model, DistributedDataParallel):
+            # Nothing is trained in the final mini-batch (texts, while the vision tower alone is trained).
+            with torch.enable_grad():
+                embeddings = self._embedded_again(again)
+                self._send(embeddings, torch.zeros_like(embeddings), collected)
+        if collected is not None:
+            collected.backward()
+
+    def _features(self, number: int) -> dict[str, Any]:
+        column, rows = self.plan.mini_batches[number]
+        return select_rows(self.columns[column], rows.tolist(), trim_leading=self._trims)
+
+    def _embedded_again(self, number: int) -> Tensor:
+        if number == len(self._sizes) - 1 and self._kept is not None:
+            kept, self._kept = self._kept, None
+            return kept
+        state = self._states[number]
+        with state if state is not None else nullcontext():
+            return self.model(self._features(number))["sentence_embedding"]
+
+    def _unsynchronised(self, wanted: bool) -> AbstractContextManager[Any]:
+        ddp = isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync() if ddp and wanted else nullcontext()
+
+    @staticmethod
+    def _send(embeddings: Tensor, gradient: Tensor, collected: _Collected | None) -> None:
+        gradient = gradient.to(embeddings.dtype)
+        if collected is None:
+            embeddings.backward(gradient)
+        else:
+            collected.add(embeddings, gradient)
+
+
+class _Collected:
+    """Gradients of several backward passes, handed to the parameters in one: DeepSpeed reduces each once a step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.sums: list[Tensor | None] = [None] * len(self.parameters)
+
+    def add(self, embeddings: Tensor, gradient: Tensor) -> None:
+        found = torch.autograd.grad(embeddings, self.parameters, gradient, allow_unused=True)
+        for number, new in enumerate(found):
+            if new is not None:
+                old = self.sums[number]
+                self.sums[number] = new if old is None else old + new
+
+    def backward(self) -> None:
+        pairs = [pair for pair in zip(self.parameters, self.sums, strict=True) if pair[1] is not None]
+        torch.autograd.backward([parameter for parameter, _ in pairs], [total for _, total in pairs])
+
+
+def _reduces_every_backward(model: Any) -> bool:
+    """Whether a wrapper sends a parameter's gradient off as soon as a backward pass has made it (DeepSpeed ZeRO)."""
+    return type(model).__module__.startswith("deepspeed.")
+
+
+def _padded(table: Tensor, rows: int) -> Tensor:
+    """The table with rows of zeros behind it, so that all processes send as much."""
+    if len(table) == rows:
+        return table
+    return torch.cat([table, table.new_zeros(rows - len(table), table.shape[1])])
+
+
+def cached_backward(
+    loss: Tensor, embedder: BatchEmbedder, gradients: Sequence[Tensor], finish: Callable[[], None]
+) -> Tensor:
+    """A loss whose backward pass sends the embeddings' gradients on to the model.
+
+    Args:
+        loss: Its value.
+        embedder: Of the step.
+        gradients: See :meth:`BatchEmbedder.gradients`.
+        finish: Called when the backward pass is over, or failed.
+    """
+
+    def send(scale: Tensor) -> None:
+        try:
+            embedder.backward(gradients, scale)
+        finally:
+            finish()
+
+    loss = loss.detach().requires_grad_()
+    loss.register_hook(send)
+    return loss
