@@ -145,3 +145,21 @@ def test_mix64_has_no_collisions_among_near_numbers_and_spreads_every_bit():
     assert mixed.unique().numel() == 100_000
     for bit in range(64):
         assert 0.48 < ((mixed >> bit) & 1).float().mean() < 0.52
+
+
+def test_by_rows_in_chunks_gives_the_same_values_and_gradients():
+    queries, candidates = (torch.randn(rows, 5, dtype=torch.float64, requires_grad=True) for rows in (7, 11))
+
+    def compute(some, numbers):
+        scores = some @ candidates.T
+        return scores.logsumexp(dim=1), scores.gather(1, numbers[:, None]).squeeze(1).detach()
+
+    results = []
+    for chunk in (None, 3):
+        queries.grad = candidates.grad = None
+        loss, picked = F.by_rows(compute, [queries, torch.arange(7)], chunk)
+        loss.mean().backward()
+        results.append((loss.detach(), picked, queries.grad, candidates.grad))
+    assert results[0][3].abs().min() > 0
+    for whole, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(whole, chunked, rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Running a function in two gloo processes, and getting what each returned."""
+"""Running a function in several gloo processes, and getting what each returned."""
 
 import datetime as dt
 import os
@@ -15,22 +15,27 @@ WORLD = 2
 
 
 def run_two(job, folder, *arguments):
-    """What `job(rank, *arguments)` returns on each rank; both are spawned, for a fork may deadlock after OpenMP ran."""
+    """What `job(rank, *arguments)` returns on each of two ranks."""
+    return run_ranks(WORLD, job, folder, *arguments)
+
+
+def run_ranks(world, job, folder, *arguments):
+    """What `job(rank, *arguments)` returns on each rank; all are spawned, for a fork may deadlock after OpenMP ran."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     try:
-        mp.start_processes(_worker, args=(port, str(folder), job, arguments), nprocs=WORLD, start_method="spawn")
+        mp.start_processes(_worker, args=(world, port, str(folder), job, arguments), nprocs=world, start_method="spawn")
     except mp.ProcessExitedException:
         pytest.fail("\n".join(path.read_text() for path in sorted(folder.glob("*.txt"))))
     # These hold the tests' own dictionaries of tensors, written a moment ago.
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
-def _worker(rank, port, folder, job, arguments):
+def _worker(rank, world, port, folder, job, arguments):
     try:
         torch.set_num_threads(1)
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_PORT": port}
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in ranks.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")  # for the Trainer
         dist.init_process_group("gloo", timeout=dt.timedelta(seconds=60))

@@ -1,0 +1,254 @@
+"""A training step with GradCache against sentence-transformers' own: seconds, memory, forward calls, results.
+
+    python benchmarks/train_step.py
+
+The step is stage 2's: 64 pairs of a drawing with a question and a text, LoRA on the language model, vision tower
+frozen, forward and backward pass of the loss, on the demo's miniature (24 layers, images of 160 pixels, its projector
+not aligned). `HardNegativeInfoNCELoss` is set to what
+`CachedMultipleNegativesRankingLoss` computes (all negatives, no margin), with the same mini-batch size. Without repeats
+losses and gradients are equal; with repeats the stock loss takes copies of an answer for wrong ones, so there they are
+compared with our own plain loss, which embeds everything at once.
+
+Both losses run in one process, alternating. Memory is read in a process of its own for each, as the growth of its peak
+over what it was before the first step. Writes `benchmarks/results/train_step.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from PIL import Image, ImageDraw
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize, Transformer
+from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import nn
+
+from unime_st import build_encoder, export_encoder, load_encoder
+from unime_st.demo.miniature import build_miniature
+from unime_st.demo.packages import fetch
+from unime_st.demo.settings import DemoSettings
+from unime_st.files import write_atomically
+from unime_st.losses import HardNegativeInfoNCELoss
+from unime_st.modules import default_lora_config
+
+RESULTS = Path(__file__).parent / "results" / "train_step.json"
+BATCH, MINI_BATCH, TEMPERATURE = 64, 8, 0.05
+CASES = {"a quarter of the targets repeated": 0.25, "no repeats": 0.0}
+KINDS = ("unime_st", "stock")
+
+
+def encoder(kind: str, path: Path) -> SentenceTransformer:
+    """The miniature with LoRA, on our module or the stock one; the same weights."""
+    if kind == "stock":
+        transformer = Transformer(str(path), processor_kwargs={"padding_side": "left"})
+        pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
+        model = SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu")
+    else:
+        model = load_encoder(path, device="cpu")
+    model.float()
+    model.add_adapter(default_lora_config(rank=16))
+    torch.manual_seed(0)
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return model.train()
+
+
+def pairs(repeated: float) -> tuple[list[Any], list[str]]:
+    """Drawings with a question, and texts of 3 to 30 words, some of them repeated."""
+    shapes, colours = ("circle", "square", "triangle", "cross"), ("red", "green", "blue", "orange", "purple", "black")
+    anchors, targets = [], []
+    distinct = int(BATCH * (1 - repeated))
+    for row in range(BATCH):
+        image = Image.new("RGB", (160, 160), "white")
+        pen = ImageDraw.Draw(image)
+        corner = 10 + 7 * (row % 9), 10 + 7 * (row // 9)
+        pen.rectangle((*corner, corner[0] + 40 + row % 5, corner[1] + 60), fill=colours[row % 6])
+        anchors.append({"image": image, "text": "What is drawn here, where, and in which colour?"})
+        number = row if row < distinct else (row - distinct) * 2
+        words = f"number {number}: a {colours[number % 6]} {shapes[number % 4]}"
+        targets.append(words + " and then some more words" * (number % 6))
+    return anchors, targets
+
+
+def loss_of(kind: str, model: SentenceTransformer) -> nn.Module:
+    if kind == "stock":
+        return CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE, mini_batch_size=MINI_BATCH)
+    options: dict[str, Any] = {"temperature": TEMPERATURE, "margin": None, "num_hard_negatives": None}
+    return HardNegativeInfoNCELoss(model, **options, mini_batch_size=None if kind == "plain" else MINI_BATCH)
+
+
+def step(loss: nn.Module, model: SentenceTransformer, columns: list[dict[str, Any]]) -> tuple[float, float]:
+    """Seconds and loss of a forward and backward pass; features are made before, as the data loader's workers do."""
+    model.zero_grad(set_to_none=True)
+    start = time.perf_counter()
+    value = loss([dict(column) for column in columns], None)
+    value.backward()
+    return time.perf_counter() - start, value.item()
+
+
+def gradients(model: SentenceTransformer) -> dict[str, torch.Tensor]:
+    named = ((name.replace("_orig_mod.", ""), parameter.grad) for name, parameter in model.named_parameters())
+    return {name: gradient.clone() for name, gradient in named if gradient is not None}
+
+
+def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """Largest difference of a gradient, over the largest gradient."""
+    assert first.keys() == second.keys()
+    assert first
+    largest = max(float(gradient.abs().max()) for gradient in first.values())
+    return max(float((first[name] - second[name]).abs().max()) for name in first) / largest
+
+
+class Calls:
+    """Counts forward calls, and rows and tokens that the language model runs over."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self.language_model = self.tower = self.rows = self.tokens = 0
+        inner = model[0].model
+        inner.language_model.register_forward_hook(self._text, with_kwargs=True)
+        tower = inner.vision_tower
+        first = next(module for module in tower.modules() if not list(module.children()))
+        first.register_forward_hook(self._vision)
+
+    def _text(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+        embeddings = kwargs["inputs_embeds"]
+        self.language_model += 1
+        self.rows += embeddings.shape[0]
+        self.tokens += embeddings.shape[0] * embeddings.shape[1]
+
+    def _vision(self, _module: nn.Module, args: Any, _output: Any) -> None:
+        self.tower += len(args[0])
+
+    def read(self) -> dict[str, int]:
+        return {
+            "language_model_calls": self.language_model,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "images_through_the_tower": self.tower,
+        }
+
+
+def compare(path: Path, repeated: float, runs: int) -> dict[str, Any]:
+    """Time both, alternating; compare losses and gradients."""
+    models = {kind: encoder(kind, path) for kind in KINDS}
+    losses = {kind: loss_of(kind, model).train() for kind, model in models.items()}
+    columns = {kind: [models[kind].preprocess(list(column)) for column in pairs(repeated)] for kind in KINDS}
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    values, counts = {}, {}
+    for kind in KINDS:  # the first step also warms up
+        models[kind][0].vision_cache.clear() if kind == "unime_st" else None
+        calls = Calls(models[kind])
+        values[kind] = step(losses[kind], models[kind], columns[kind])[1]
+        counts[kind] = calls.read()
+    found = {kind: gradients(model) for kind, model in models.items()}
+    if repeated:
+        plain = loss_of("plain", models["unime_st"]).train()
+        values["reference"] = step(plain, models["unime_st"], columns["unime_st"])[1]
+        reference = gradients(models["unime_st"])
+    else:
+        values["reference"], reference = values["stock"], found["stock"]
+    for number in range(runs):
+        for kind in KINDS if number % 2 else reversed(KINDS):
+            if kind == "unime_st":
+                models[kind][0].vision_cache.clear()  # each step shows new images
+            seconds[kind].append(step(losses[kind], models[kind], columns[kind])[0])
+            print(f"  {kind:9} {seconds[kind][-1]:.2f} s", flush=True)
+    ratios = [theirs / ours for theirs, ours in zip(seconds["stock"], seconds["unime_st"], strict=True)]
+    medians = {kind: statistics.median(times) for kind, times in seconds.items()}
+    return {
+        "distinct_inputs": losses["unime_st"].last_plan.distinct,
+        "inputs": 2 * BATCH,
+        "seconds": {kind: round(value, 3) for kind, value in medians.items()},
+        "times_as_fast": round(medians["stock"] / medians["unime_st"], 3),
+        "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+        "counts": counts,
+        "compared_with": "our plain loss" if repeated else "the stock loss",
+        "difference_of_loss": abs(values["unime_st"] - values["reference"]),
+        "difference_of_gradients": difference(found["unime_st"], reference),
+    }
+
+
+def peak(kind: str, path: Path, repeated: float) -> int:
+    """Bytes by which three steps raise the peak of this process."""
+    model = encoder(kind, path)
+    loss = loss_of(kind, model).train()
+    columns = [model.preprocess(list(column)) for column in pairs(repeated)]
+    before = resident()
+    highest = 0
+    stop = False
+
+    def watch() -> None:
+        nonlocal highest
+        while not stop:
+            highest = max(highest, resident())
+            time.sleep(0.005)
+
+    import threading
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(3):
+        step(loss, model, columns)
+    stop = True
+    watcher.join()
+    return max(highest, resident()) - before
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * resource.getpagesize()
+
+
+def miniature(cache: Path) -> Path:
+    """The demo's model as an encoder, from the packages in its cache."""
+    folder = cache / "train_step"
+    if not (folder / "encoder" / "modules.json").is_file():
+        layers = DemoSettings().layers
+        backbone = build_miniature(fetch(cache, print), folder / "backbone", layers=layers)
+        export_encoder(build_encoder(backbone, device="cpu"), folder / "encoder")
+    return folder / "encoder"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a saved encoder in place of the miniature")
+    parser.add_argument("--cache", type=Path, default=Path(".demo_cache"), help="folder of the demo's packages")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--peak", nargs=2, metavar=("KIND", "SHARE"), help="print the memory of one, for this script")
+    given = parser.parse_args()
+    path = given.model or miniature(given.cache)
+    if given.peak:
+        print(peak(given.peak[0], path, float(given.peak[1])))
+        return
+    results: dict[str, Any] = {"command": "python benchmarks/train_step.py", "batch": BATCH, "mini_batch": MINI_BATCH}
+    for name, repeated in CASES.items():
+        print(name)
+        result = compare(path, repeated, given.runs)
+        memory = {}
+        for kind in KINDS:
+            command = [sys.executable, __file__, "--model", str(path), "--peak", kind, str(repeated)]
+            memory[kind] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        result["peak_megabytes"] = {kind: round(value / 2**20) for kind, value in memory.items()}
+        results[name] = result
+        print(json.dumps(result, indent=1))
+    write_atomically(RESULTS, json.dumps(results, indent=1) + "\n")
+    print(f"wrote {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
