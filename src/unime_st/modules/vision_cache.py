@@ -71,6 +71,7 @@ class VisionCache:
         self.memory_format = torch.contiguous_format
         self._bytes = 0
         self._held = False
+        self._step_version: int | None = None  # sharded weights lie elsewhere in each pass, and do not change in a step
         self._rows: OrderedDict[Key, _Kept] = OrderedDict()
 
     def clear(self) -> None:
@@ -81,7 +82,7 @@ class VisionCache:
     @contextmanager
     def holding(self) -> Iterator[None]:
         """Within this context, a training step, nothing is forgotten: its second pass needs what the first computed."""
-        self._held = True
+        self._held, self._step_version = True, None
         try:
             yield
         finally:
@@ -99,7 +100,9 @@ class VisionCache:
             yield
             return
         plain = tower.forward
-        version = _version(tower)
+        if not self._held or self._step_version is None:
+            self._step_version = _version(tower)
+        version = self._step_version
         layers = _layers_read(model)
 
         def remembered(pixels: Any = None, *args: Any, **kwargs: Any) -> Any:
