@@ -1,11 +1,13 @@
 """Training and evaluation data: MMEB's layout, and a teacher's embeddings."""
 
+from unime_st.data.bad_images import bad_image_report
 from unime_st.data.images import ItemReader, resolve_image
 from unime_st.data.mmeb import load_mmeb_eval, load_mmeb_train
 from unime_st.data.teacher import teacher_embeddings, with_teacher_labels
 
 __all__ = [
     "ItemReader",
+    "bad_image_report",
     "load_mmeb_eval",
     "load_mmeb_train",
     "resolve_image",
