@@ -3,6 +3,7 @@
 from unime_st.data.bad_images import bad_image_report
 from unime_st.data.images import ItemReader, resolve_image
 from unime_st.data.mmeb import load_mmeb_eval, load_mmeb_train
+from unime_st.data.nli import load_nli
 from unime_st.data.teacher import teacher_embeddings, with_teacher_labels
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "bad_image_report",
     "load_mmeb_eval",
     "load_mmeb_train",
+    "load_nli",
     "resolve_image",
     "teacher_embeddings",
     "with_teacher_labels",
