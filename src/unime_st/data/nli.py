@@ -30,7 +30,7 @@ TEXT_COLUMNS = (
     ("sentence",),
     ("text",),
 )
-"""Names of text columns that are known, first match first: all-nli, SNLI and MNLI on the Hub, SimCSE's set and others."""
+"""Names of text columns that are known, first match first: all-nli, SNLI and MNLI on the Hub, SimCSE's set, others."""
 
 _SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"} | {
     "dev": "validation"
