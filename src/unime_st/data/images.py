@@ -225,11 +225,13 @@ class ItemReader:
         return None
 
     def _resolve(self, relative: str, *, must_exist: bool = True) -> str:
-        if relative not in self._known:
+        path = self._known.get(relative)
+        if path is None:
+            path = str(resolve_image(self.image_root, relative, must_exist=must_exist))
             if len(self._known) >= _KNOWN_PATHS:  # else every worker would come to hold every path of a large set
                 self._known.clear()
-            self._known[relative] = str(resolve_image(self.image_root, relative, must_exist=must_exist))
-        return self._known[relative]
+            self._known[relative] = path
+        return path
 
     def _image(self, image: Any) -> Any:
         if not isinstance(image, str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -127,9 +128,12 @@ class Contents:
 
     def _keys(self, name: str) -> Iterator[bytes]:
         column = self.table.column(name)
-        for start in range(0, len(column), _READ_ROWS):
-            for cell in column.slice(start, _READ_ROWS).to_pylist():
-                yield bytes.fromhex(fingerprint(self._located(cell), read_files=self._hash_images))
+        with ThreadPoolExecutor() as pool:  # waits for files
+            for start in range(0, len(column), _READ_ROWS):
+                yield from pool.map(self._key, column.slice(start, _READ_ROWS).to_pylist(), chunksize=64)
+
+    def _key(self, cell: Any) -> bytes:
+        return bytes.fromhex(fingerprint(self._located(cell), read_files=self._hash_images))
 
     def _located(self, cell: Any) -> Any:
         """Cell with its image's path as it can be read; an image that is missing is content of its own."""
