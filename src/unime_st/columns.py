@@ -27,6 +27,10 @@ LABEL_COLUMNS = ("label", "labels", "score", "scores")
 DATASET_NAME = "dataset_name"
 """Added by the Trainer when it trains on several data sets; never content."""
 
+SUBSET = "subset"
+"""The data set a row comes from; read by the batch sampler from the stored table, dropped before rows reach the model.
+"""
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -73,7 +77,7 @@ def training_columns(names: Iterable[str], label_columns: Iterable[str] | None =
     """
     given = list(names)
     label = next((name for name in (label_columns or LABEL_COLUMNS) if name in given), None)
-    inputs = [name for name in given if name not in (label, DATASET_NAME)]
+    inputs = [name for name in given if name not in (label, DATASET_NAME, SUBSET)]
     if not inputs:
         raise ValueError(f"A training set needs a column of inputs beside its label, got the columns {given}.")
     return Columns(inputs[0], inputs[1] if len(inputs) > 1 else None, tuple(inputs[2:]), label)

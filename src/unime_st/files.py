@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import uuid
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ def write_atomically(path: Path, content: bytes | str | np.ndarray) -> None:
         ('whole', 1)
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.{os.getpid()}{_PARTIAL}")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.{_machine()}-{os.getpid()}{_PARTIAL}")
     try:
         with partial.open("wb") as file:
             if isinstance(content, np.ndarray):
@@ -41,11 +43,21 @@ def write_atomically(path: Path, content: bytes | str | np.ndarray) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes of this machine that were killed have left half-written in a folder."""
+    """Remove what processes of this machine that were killed have left half-written in a folder.
+
+    Those of other machines that share the folder are left alone: whether they live cannot be told from here.
+    """
     for partial in folder.glob(f".*{_PARTIAL}"):
+        machine, _, process = partial.name.split(".")[-2].partition("-")
+        if machine != _machine():
+            continue
         try:
-            os.kill(int(partial.name.split(".")[-2]), 0)  # signal 0 only asks whether the process lives
+            os.kill(int(process), 0)  # signal 0 only asks whether the process lives
         except ProcessLookupError:
             partial.unlink(missing_ok=True)
         except (PermissionError, ValueError):
             continue
+
+
+def _machine() -> str:
+    return f"{zlib.crc32(platform.node().encode()):08x}"

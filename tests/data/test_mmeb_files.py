@@ -176,6 +176,41 @@ def test_resolution_policy(root):
             load_mmeb_train(root, **wrong)
 
 
+def test_rows_may_be_drawn_from_all_of_a_subset(tmp_path):
+    for number in range(3):
+        rows = [train_row(f"q{number}{row}", "", "", f"{row}.png", neg_text="n", neg_image_path="") for row in range(7)]
+        write(tmp_path, "Own", rows, number=number, of=3)
+    write(tmp_path, "Other", [train_row(f"o{row}", "", "p") for row in range(3)])
+
+    def texts(subsets=None, **options):
+        return [cell["text"] for cell in load_mmeb_train(tmp_path, subsets, **options).with_format(None)["anchor"]]
+
+    whole = texts(["Own"])
+    assert len(whole) == 21
+    assert texts(["Own"], max_rows=9) == whole[:9]
+    assert texts(["Own"], max_rows=99, shuffle_seed=3) == whole
+    drawn = texts(["Own"], max_rows=9, shuffle_seed=3)
+    assert len(set(drawn)) == 9
+    assert drawn == sorted(drawn)
+    assert drawn != whole[:9]
+    assert drawn == texts(["Own"], max_rows=9, shuffle_seed=3) != texts(["Own"], max_rows=9, shuffle_seed=4)
+    assert texts(max_rows=9, shuffle_seed=3) == ["o0", "o1", "o2", *drawn]
+    write(tmp_path, "Own", [train_row("q", "", "p", neg_text=["a", "b"], neg_image_path=["c"])], number=2, of=3)
+    with pytest.raises(ValueError, match=r"Own, row 0 of original-00002"):
+        load_mmeb_train(tmp_path, ["Own"], max_rows=14 + 1, shuffle_seed=0)
+
+
+def test_borrowed_positives_agree_with_a_plain_search(tmp_path):
+    positives = [f"p{number}" for number in np.random.default_rng(0).integers(0, 3, 40)]
+    for name, targets in (("Own", positives), ("Ends", ["a", "b", "a"]), ("Same", ["a", "a"])):
+        write(tmp_path, name, [train_row(f"q{row}", "", target) for row, target in enumerate(targets)])
+        dataset = load_mmeb_train(tmp_path, [name], num_negatives=2).with_format(None)
+        for row, target in enumerate(targets):
+            circle = [*targets[row + 1 :], *targets[:row]]
+            expected = next((other for other in circle if other != target), target)
+            assert [dataset[row][f"negative_{k}"]["text"] for k in (1, 2)] == [expected] * 2
+
+
 def test_clean_text():
     assert clean_text(f"{TAG}\nRepresent the image.\n") == "Represent the image."
     assert clean_text(f"before {TAG}\nafter") == "before\nafter"

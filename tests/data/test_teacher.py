@@ -1,10 +1,4 @@
-import os
 import pickle
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 
 import numpy as np
 import pytest
@@ -19,7 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch.utils.data import DataLoader
 
 from unime_st.data import teacher_embeddings, with_teacher_labels
-from unime_st.data.embedding_store import EmbeddingStore
+from unime_st.data.embedding_store import EmbeddingStore, key_array
 
 
 class Counting:
@@ -105,44 +99,6 @@ def test_a_teacher_is_known_by_its_settings_too(tmp_path):
         np.testing.assert_allclose(teacher_embeddings(teacher, ["a"], tmp_path), teacher.encode(["a"]), atol=1e-6)
 
 
-WORKER = """
-    import sys, time
-    import numpy as np
-    from unime_st.data import teacher_embeddings
-
-    class Slow:
-        def encode(self, sentences, **options):
-            with open(sys.argv[2], "a") as log:
-                log.writelines(text + "\\n" for text in sentences)
-            if "t20" in sentences:
-                time.sleep(60)
-            return np.array([[float(text[1:]), 1.0, -1.0] for text in sentences])
-
-    texts = [f"t{number}" for number in range(40)]
-    teacher_embeddings(Slow(), texts, sys.argv[1], teacher_name="counting", shard_size=4)
-"""
-
-
-def test_a_killed_run_goes_on_where_it_was(tmp_path):
-    log = tmp_path / "log"
-    command = [sys.executable, "-c", textwrap.dedent(WORKER), str(tmp_path / "cache"), str(log)]
-    process = subprocess.Popen(command)
-    for _ in range(600):
-        time.sleep(0.1)
-        if log.exists() and len(log.read_text().split()) > 20:
-            break
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert log.read_text().split() == texts_of(*range(24))
-    leftover = next((tmp_path / "cache").iterdir()) / f".embeddings-000009-ab.npy.{process.pid}.partial"
-    leftover.write_bytes(b"half")  # as if it had been killed while writing
-    teacher = Counting()
-    found = embed(teacher, texts_of(*range(40)), tmp_path / "cache")
-    assert found[:, 0].tolist() == list(range(40))
-    assert teacher.asked == texts_of(*range(20, 40))  # the file in hand, and what had not begun
-    assert not leftover.exists()
-
-
 class Broken(Counting):
     def encode(self, sentences, **options):
         found = super().encode(sentences).astype(np.float32)
@@ -170,14 +126,14 @@ def test_wrong_rows_are_refused(tmp_path):
         embed(Counting(), ["t1", None], tmp_path)
     with pytest.raises(ValueError, match="no texts"):
         embed(Counting(), [], tmp_path)
-    with pytest.raises(ValueError, match="at least one text"):
+    with pytest.raises(ValueError, match="at least one embedding"):
         embed(Counting(), ["t1"], tmp_path, shard_size=0)
     embed(Counting(), ["t1"], tmp_path)
     with pytest.raises(ValueError, match=r"expected \(1, 3\).*another `teacher_name`"):
         embed(Counting(dimension=2), ["t2"], tmp_path)
-    shard = next(tmp_path.rglob("embeddings-*.npy"))
+    shard = next(tmp_path.rglob("shard-*.npy"))
     shard.write_bytes(shard.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=r"embeddings-.*is damaged.*Delete it"):
+    with pytest.raises(ValueError, match=r"shard-.*is damaged.*Delete it"):
         embed(Counting(), ["t1"], tmp_path)
 
 
@@ -219,8 +175,35 @@ def test_embeddings_may_be_given(tmp_path):
 
 def test_two_writers_share_a_folder(tmp_path):
     first, second = EmbeddingStore(tmp_path), EmbeddingStore(tmp_path)
-    keys = [bytes([number]) * 16 for number in range(3)]
+    keys = key_array(bytes([number]) * 16 for number in range(4))  # one of them all zeros
     first.add(keys[:2], np.array([[1.0], [2.0]]))
-    second.add(keys[1:], np.array([[2.0], [3.0]]))
+    assert second.find(keys).tolist() == [-1] * 4
+    second.add(keys[1:3], np.array([[2.0], [3.0]]))
     store = EmbeddingStore(tmp_path)
-    assert store.rows([store.numbers[key] for key in keys]).tolist() == [[1], [2], [3]]
+    assert store.rows(store.find(keys[:3])).tolist() == [[1], [2], [3]]
+    assert store.find(keys[3:]).tolist() == [-1]
+    assert first.refresh()
+    assert not first.refresh()
+    assert len(first) == len(store) == 4
+    assert first.rows(first.find(keys[:3])).tolist() == [[1], [2], [3]]
+
+
+def test_lookups_agree_with_a_dictionary_and_many_files_stay_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr("unime_st.data.embedding_store._OPEN_FILES", 3)
+    monkeypatch.setattr("unime_st.data.embedding_store._FILE_BYTES", 100)  # 4 rows a file
+    generator = np.random.default_rng(0)
+    every = [generator.bytes(15) + bytes([number % 2]) for number in range(200)]
+    expected = {key: generator.normal(size=2).astype(np.float32) for key in every[:150]}
+    store = EmbeddingStore(tmp_path)
+    for start in range(0, 150, 30):
+        chunk = every[start : start + 30]
+        store.add(key_array(chunk), np.array([expected[key] for key in chunk]))
+    assert len(list(tmp_path.glob("*.npy"))) == 5 * 8
+    asked = [every[place] for place in generator.integers(0, 200, 500)]
+    numbers = store.find(key_array(asked))
+    assert ((numbers >= 0) == [key in expected for key in asked]).all()
+    there = [key for key in asked if key in expected]
+    assert len(there) > 100
+    assert np.array_equal(store.rows(numbers[numbers >= 0]), [expected[key] for key in there])
+    assert len(store._open) == 3
+    assert store.rows(np.empty(0, dtype=np.int64)).shape == (0, 2)

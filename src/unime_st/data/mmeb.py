@@ -5,31 +5,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from unime_st.columns import ANCHOR, LABEL, POSITIVE, negative_column
 from unime_st.data.images import ItemReader, resolve_image
-from unime_st.data.mmeb_eval import EVAL_COLUMNS, OPTIONAL_EVAL_COLUMNS, check_row, eval_pairs, pair_up
+from unime_st.data.mmeb_eval import EVAL_COLUMNS, OPTIONAL_EVAL_COLUMNS, check_row, eval_pairs
+from unime_st.data.mmeb_train import NEGATIVE_COLUMNS, TRAIN_COLUMNS, read_train
+from unime_st.data.mmeb_train import check_images as _check_images
 from unime_st.data.parquet import (
     Origin,
-    Source,
     cells,
-    clean_text,
     default_image_root,
     find_sources,
-    read_columns,
 )
-from unime_st.fingerprint import content_id
 
 __all__ = ["load_mmeb_eval", "load_mmeb_train", "resolve_image"]
 
 logger = logging.getLogger(__name__)
-
-_TRAIN = ("qry", "qry_image_path", "pos_text", "pos_image_path")
-_NEGATIVES = ("neg_text", "neg_image_path")
 
 Item = tuple[str, str]  # text, image path; "" for none
 
@@ -42,10 +37,14 @@ def load_mmeb_train(
     image_root: str | Path | None = None,
     num_negatives: int | None = None,
     label: bool = False,
+    subset_column: bool = False,
     max_rows: int | None = None,
+    shuffle_seed: int | None = None,
     max_pixels: int | None = None,
     image_size: int | tuple[int, int] | None = None,
-    check_images: bool = False,
+    check_images: bool | Literal["open"] = False,
+    max_bad_images: int = 0,
+    bad_images_log: str | Path | None = None,
 ) -> Dataset:
     r"""Load training pairs in MMEB-train's layout.
 
@@ -68,17 +67,28 @@ def load_mmeb_train(
         image_root: Folder of the images; None for ``root/images`` when that is a folder, else ``root``.
         num_negatives: Explicit negatives a row; None for as many as any row has, 0 to leave them out.
         label: Add an integer identity of the target.
-        max_rows: Rows a subset, from its start.
+        subset_column: Add the column ``subset`` with the name of each row's data set, which
+            :class:`~unime_st.samplers.FalseNegativeAwareBatchSampler` reads for batches of one data set. It is stored
+            only: rows that are drawn do not have it.
+        max_rows: Rows a subset, at most: from its start or, with ``shuffle_seed``, drawn from all of it.
+        shuffle_seed: Draws ``max_rows`` at random, the same for a subset whichever others are loaded.
         max_pixels: See :class:`~unime_st.data.ItemReader`.
         image_size: See :class:`~unime_st.data.ItemReader`.
-        check_images: Look now whether every image is there.
+        check_images: Look now whether every image is there; with ``"open"``, whether it can be opened, which reads all
+            of them once.
+        max_bad_images: Different images that may be missing or damaged, over all workers, processes and resumed runs;
+            their rows are replaced by others of their batch, see :class:`~unime_st.data.ItemReader`. 0 makes the first
+            one an error.
+        bad_images_log: File that names them, needed with ``max_bad_images``;
+            :func:`~unime_st.data.bad_image_report` counts by data set.
 
     Returns:
         Rows of all subsets, one subset after the other.
 
     Raises:
         FileNotFoundError: When a subset, or with ``check_images`` an image, is missing.
-        ValueError: When a file is damaged, its columns are not as above, or nothing is left of a subset.
+        ValueError: When a file is damaged, its columns are not as above, or nothing is left of a subset; with
+            ``check_images`` also when an image is damaged, or more than ``max_bad_images`` are.
 
     Example:
         >>> import pyarrow.parquet as pq, tempfile
@@ -92,94 +102,25 @@ def load_mmeb_train(
     if num_negatives is not None and num_negatives < 0:
         raise ValueError(f"`num_negatives={num_negatives}`, but it must be 0 or more; None takes all there are.")
     sources = find_sources(root, subsets, split)
-    folder = default_image_root(root, image_root)
-    loaded = [_read_train(source, max_rows) for source in sources]
-    width = max((len(items) for _, _, negatives in loaded for items in negatives), default=0)
-    width = width if num_negatives is None else num_negatives
-    tables = []
-    for source, (anchors, positives, negatives) in zip(sources, loaded, strict=True):
-        columns = {ANCHOR: _cells(anchors), POSITIVE: _cells(positives)}
-        filled = _fill_negatives(source.name, positives, negatives, width)
-        columns |= {negative_column(k + 1): _cells([items[k] for items in filled]) for k in range(width)}
-        if label:
-            ids = [content_id({"image": image or None, "text": text}, read_files=False) for text, image in positives]
-            columns[LABEL] = pa.array(ids, pa.int64())
-        tables.append(pa.table(columns))
-    origin = Origin(sources, [name for name in (*_TRAIN, *_NEGATIVES) if "image" in name])
-    reader = ItemReader(folder, max_pixels=max_pixels, image_size=image_size, origin=origin)
+    origin = Origin(sources, [name for name in (*TRAIN_COLUMNS, *NEGATIVE_COLUMNS) if "image" in name])
+    reader = ItemReader(
+        default_image_root(root, image_root),
+        max_pixels=max_pixels,
+        image_size=image_size,
+        origin=origin,
+        max_bad_images=max_bad_images,
+        bad_images_log=bad_images_log,
+    )
+    loaded = [read_train(source, max_rows, shuffle_seed, negatives=num_negatives != 0) for source in sources]
+    width = max(int(rows.counts.max()) for rows in loaded) if num_negatives is None else num_negatives
+    tables = [rows.table(width, label=label, subset=subset_column) for rows in loaded]
     if check_images:
-        _check_images(tables, reader)
+        _check_images(tables, [source.name for source in sources], reader, by_opening=check_images == "open")
     return Dataset(pa.concat_tables(tables)).with_transform(reader)
-
-
-def _read_train(source: Source, max_rows: int | None) -> tuple[list[Item], list[Item], list[list[Item]]]:
-    """Queries, positives and explicit negatives of a subset's rows that have the first two."""
-    anchors: list[Item] = []
-    positives: list[Item] = []
-    negatives: list[list[Item]] = []
-    read = 0
-    for file in source.files:
-        columns = read_columns(source, file, _TRAIN, _NEGATIVES)
-        empty = [None] * len(columns["qry"])
-        rows = zip(*(columns.get(name, empty) for name in (*_TRAIN, *_NEGATIVES)), strict=True)
-        for number, (qry, qry_image, pos, pos_image, neg, neg_image) in enumerate(rows):
-            if max_rows is not None and read == max_rows:
-                break
-            read += 1
-            anchor, positive = (clean_text(qry), qry_image or ""), (clean_text(pos), pos_image or "")
-            if any(anchor) and any(positive):
-                anchors.append(anchor)
-                positives.append(positive)
-                where = f"{source.name}, row {number} of {file.name}"
-                own = [(clean_text(text), image or "") for text, image in pair_up(neg, neg_image, where)]
-                negatives.append([item for item in own if any(item)])
-    if not anchors:
-        raise ValueError(f"{source.name}: of {read} rows none has a query and a positive. Leave the subset out.")
-    if read > len(anchors):
-        logger.warning(
-            "%s: skipped %d of %d rows with an empty query or positive", source.name, read - len(anchors), read
-        )
-    return anchors, positives, negatives
-
-
-def _fill_negatives(
-    name: str, positives: Sequence[Item], negatives: Sequence[Sequence[Item]], width: int
-) -> list[list[Item]]:
-    """Give every row ``width`` negatives, see :func:`load_mmeb_train`."""
-    if width == 0:
-        return [[] for _ in positives]
-    filled, borrowed = [], 0
-    for row, own in enumerate(negatives):
-        given = list(own)
-        if not given:
-            borrowed += 1
-            others = (positives[(row + step) % len(positives)] for step in range(1, len(positives)))
-            given = [next((other for other in others if other != positives[row]), positives[row])]
-        filled.append([given[k % len(given)] for k in range(width)])
-    if borrowed:
-        logger.warning(
-            "%s: %d of %d rows have no explicit negative and borrow another row's positive. `num_negatives=0` leaves "
-            "the negatives out and saves their embedding.",
-            name,
-            borrowed,
-            len(positives),
-        )
-    return filled
 
 
 def _cells(items: Sequence[Item]) -> pa.StructArray:
     return cells([text for text, _ in items], [image for _, image in items])
-
-
-def _check_images(tables: Sequence[pa.Table], reader: ItemReader) -> None:
-    """Resolve every distinct image path, raising on the first that is missing or leaves the folder."""
-    paths: set[str] = set()
-    for table in tables:
-        for column in table.columns:
-            if pa.types.is_struct(column.type):
-                paths.update(path for path in column.combine_chunks().field("image").to_pylist() if path)
-    for path in sorted(paths):
-        reader.path(path)
 
 
 def load_mmeb_eval(

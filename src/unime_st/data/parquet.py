@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from unime_st.data.bad_images import Place
 
 _PLACEHOLDER = re.compile(r"<\|image_\d+\|>")
 
@@ -38,15 +43,59 @@ class Origin:
     def __init__(self, sources: Sequence[Source], columns: Iterable[str]) -> None:
         self.sources, self.columns = tuple(sources), frozenset(columns)
 
-    def __call__(self, image: str) -> str:
-        """Name data set, row and file of the first row that has the image; the data sets when none has."""
+    def __call__(self, image: str) -> Place:
+        """Find data set, row and file of the first row that has the image; the data sets alone when none has."""
         for source in self.sources:
             for file in source.files:
                 names = [name for name in pq.read_schema(file).names if name in self.columns]
-                for number, row in enumerate(pq.read_table(file, columns=names).to_pylist()):
-                    if any(image == value or (isinstance(value, list) and image in value) for value in row.values()):
-                        return f"{source.name}, row {number} of {file.name}"
-        return ", ".join(source.name for source in self.sources)
+                table = pq.read_table(file, columns=names)
+                rows = [row for row in (_first_row(table[name], image) for name in names) if row is not None]
+                if rows:
+                    return Place(source.name, min(rows), file.name)
+        return Place(", ".join(source.name for source in self.sources))
+
+
+def _first_row(column: pa.ChunkedArray, value: str) -> int | None:
+    """First row of a column that is, or has in its list, a value."""
+    values = column.combine_chunks()
+    lists = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
+    if pa.types.is_null(values.type.value_type if lists else values.type):
+        return None
+    found = pc.index(pc.list_flatten(values) if lists else values, value).as_py()
+    if found < 0:
+        return None
+    return pc.list_parent_indices(values)[found].as_py() if lists else found
+
+
+def choose_rows(source: Source, max_rows: int | None, seed: int | None) -> list[np.ndarray | None]:
+    """Choose rows of a data set: the first ones or, with a seed, some at random, in order.
+
+    Returns:
+        Numbers of the chosen rows of each file; None for all of them.
+
+    Raises:
+        ValueError: When a file is damaged.
+    """
+    if max_rows is None:
+        return [None] * len(source.files)
+    sizes = []
+    for file in source.files:
+        try:
+            sizes.append(pq.read_metadata(file).num_rows)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise _damaged(source, file, error) from error
+    chosen = np.arange(min(max_rows, sum(sizes)))
+    if seed is not None:  # by name, so that a data set's rows do not depend on the others
+        generator = np.random.default_rng([seed, zlib.crc32(source.name.encode())])
+        chosen = np.sort(generator.choice(sum(sizes), len(chosen), replace=False))
+    ends = np.cumsum(sizes)
+    return [
+        part - start for part, start in zip(np.split(chosen, np.searchsorted(chosen, ends)), [0, *ends], strict=True)
+    ][:-1]
+
+
+def _damaged(source: Source, file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{source.name}: {file} is damaged or no parquet file ({error}). Download it again.")
 
 
 def find_sources(root: str | Path, names: Iterable[str] | None, split: str) -> list[Source]:
@@ -84,9 +133,13 @@ def default_image_root(root: str | Path, image_root: str | Path | None) -> Path:
 
 
 def read_columns(
-    source: Source, file: Path, required: Sequence[str], optional: Sequence[str] = ()
+    source: Source,
+    file: Path,
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    rows: np.ndarray | None = None,
 ) -> dict[str, list[Any]]:
-    """Read a file's columns as Python values; optional columns that are absent are left out.
+    """Read a file's columns as Python values, of some rows or all; optional columns that are absent are left out.
 
     Other columns are ignored, unless they begin as one of these does (``neg_txt``, ``tgt_image``): what they hold would
     be lost without a word.
@@ -121,9 +174,9 @@ def read_columns(
                 )
         table = pq.read_table(file, columns=names)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(
-            f"{source.name}: {file} is damaged or no parquet file ({error}). Download it again."
-        ) from error
+        raise _damaged(source, file, error) from error
+    if rows is not None:
+        table = table.take(rows)
     return {name: table.column(name).to_pylist() for name in names}
 
 

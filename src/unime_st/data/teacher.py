@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
-from datasets import Dataset, Features, List, Value, concatenate_datasets
-from tqdm.auto import tqdm
+from datasets import Dataset, concatenate_datasets
 
 from unime_st.columns import LABEL, LABEL_COLUMNS
-from unime_st.data.embedding_store import EmbeddingStore
+from unime_st.data.embed_once import embed_missing
+from unime_st.data.embedding_store import EmbeddingStore, key_array
 from unime_st.files import write_atomically
 from unime_st.fingerprint import fingerprint
 from unime_st.model_identity import model_fingerprint
 
-logger = logging.getLogger(__name__)
+_CHUNK_NUMBERS = 1 << 28
 
 
 class Teacher(Protocol):
     """What is needed of a teacher: a ``SentenceTransformer`` has it."""
 
     def encode(self, texts: list[str], /, *, batch_size: int, show_progress_bar: bool) -> Any:
-        """Embed texts into an array ``(N, D)``; takes ``prompt`` too when one is asked for."""
+        """Embed texts into an array ``(N, D)``; takes ``prompt`` or ``prompt_name`` too when one is asked for."""
         ...
 
 
@@ -37,36 +38,42 @@ def teacher_embeddings(
     cache_dir: str | Path,
     *,
     prompt: str | None = None,
+    prompt_name: str | None = None,
     teacher_name: str | None = None,
     batch_size: int = 32,
-    shard_size: int = 2048,
+    shard_size: int = 4096,
     show_progress_bar: bool = False,
 ) -> np.ndarray:
     """Embed texts with a teacher, each distinct text once ever.
 
     Embeddings are kept below ``cache_dir`` by teacher, prompt and text, ``shard_size`` of them a file. A file appears
-    whole or not at all, so a run that was killed goes on where its last file ended, and several processes may share a
-    folder (they may then compute a text twice, never read half of one).
+    whole or not at all, so a run that was killed goes on where its last file ended.
+
+    Several processes, as torchrun or accelerate start them, share the work: each embeds its part of what is missing,
+    and waits for the files of the others. The folder must be one that all of them see, and all must make this call.
 
     Args:
-        teacher: A ``SentenceTransformer``, or anything whose ``encode`` takes texts, ``batch_size``, ``prompt`` and
-            ``show_progress_bar``.
+        teacher: A ``SentenceTransformer``, or anything whose ``encode`` takes texts, ``batch_size``,
+            ``show_progress_bar`` and, when asked for, ``prompt`` or ``prompt_name``.
         texts: ``N`` texts; repetitions cost nothing.
         cache_dir: Folder of the cache; made when missing.
-        prompt: Put before each text by the teacher.
+        prompt: Put before each text by the teacher. None is the teacher's default, ``""`` none at all.
+        prompt_name: Name of one of the teacher's own prompts, in place of ``prompt``.
         teacher_name: Identity of the teacher. None derives it from its weights and settings, which a teacher that is
             not a ``torch.nn.Module`` does not have.
         batch_size: Texts embedded at a time.
-        shard_size: Texts a file: what a kill can cost.
-        show_progress_bar: Show how many texts are done.
+        shard_size: Texts a file: what a kill can cost each process. Texts are sorted by length before, so large files
+            are no faster than small ones.
+        show_progress_bar: Show how many of this process's texts are done.
 
     Returns:
         ``(N, D)`` float32, rows in the order of ``texts``.
 
     Raises:
         TypeError: When a text is not a string, naming its row.
-        ValueError: When the teacher gives a wrong number of rows or a number that is not finite, naming the row;
-            nothing of that file is kept. Or when there are no texts, or the cache holds a damaged file.
+        ValueError: When both prompts are given, or the teacher has none of that name; when the teacher gives a wrong
+            number of rows or a number that is not finite, naming the row, and nothing of that file is kept; when there
+            are no texts, or the cache holds a damaged file.
 
     Example:
         >>> import tempfile
@@ -82,6 +89,7 @@ def teacher_embeddings(
         texts,
         cache_dir,
         prompt=prompt,
+        prompt_name=prompt_name,
         teacher_name=teacher_name,
         batch_size=batch_size,
         shard_size=shard_size,
@@ -146,11 +154,22 @@ def with_teacher_labels(
 
 
 def _with_label(dataset: Dataset, label: np.ndarray) -> Dataset:
-    feature: Any = Value(str(label.dtype))
-    for _ in label.shape[1:]:
-        feature = List(feature)
-    column = Dataset.from_dict({LABEL: list(label)}, features=Features({LABEL: feature}))
-    return concatenate_datasets([dataset, column], axis=1)
+    return concatenate_datasets([dataset, Dataset(pa.table({LABEL: _nested(label)}))], axis=1)
+
+
+def _nested(array: np.ndarray) -> pa.ChunkedArray:
+    """Rows of an array as Arrow lists, without a Python object a number; in chunks that 32-bit offsets can count."""
+    rows = max(1, _CHUNK_NUMBERS // max(1, math.prod(array.shape[1:])))
+    chunks = []
+    for start in range(0, len(array), rows):
+        part = np.ascontiguousarray(array[start : start + rows])
+        values: Any = pa.array(part.reshape(-1))
+        for axis in range(part.ndim - 1, 0, -1):
+            length = part.shape[axis]
+            offsets = np.arange(0, len(values) + 1, length, dtype=np.int32)
+            values = pa.ListArray.from_arrays(offsets, values)
+        chunks.append(values)
+    return pa.chunked_array(chunks)
 
 
 def _fill_store(
@@ -159,40 +178,71 @@ def _fill_store(
     cache_dir: str | Path,
     *,
     prompt: str | None = None,
+    prompt_name: str | None = None,
     teacher_name: str | None = None,
     batch_size: int = 32,
-    shard_size: int = 2048,
+    shard_size: int = 4096,
     show_progress_bar: bool = False,
 ) -> tuple[EmbeddingStore, np.ndarray]:
     """Compute what is missing; return the store and the number in it of each text."""
     if not len(texts):
         raise ValueError("There are no texts to embed.")
-    if shard_size < 1:
-        raise ValueError(f"`shard_size={shard_size}`, but a file holds at least one text.")
-    first_row: dict[str, int] = {}
+    by_row = key_array(_text_keys(texts))
+    first_rows = np.sort(np.unique(by_row, return_index=True)[1])  # of each distinct text
+    options = _prompt_options(teacher, prompt, prompt_name)
+    default = (_own_prompts(teacher) or {}).get(getattr(teacher, "default_prompt_name", None) or "")
+    identity = {"teacher": teacher_name or _teacher_identity(teacher), "prompt": default or ""} | options
+    store = EmbeddingStore(_folder(Path(cache_dir), identity))
+
+    def embed(places: np.ndarray) -> np.ndarray:
+        chunk = [texts[row] for row in first_rows[places].tolist()]
+        found = teacher.encode(chunk, batch_size=batch_size, show_progress_bar=False, **options)
+        embeddings = np.asarray(found, dtype=np.float32)
+        _check(embeddings, chunk, first_rows[places], store.dimension)
+        return embeddings
+
+    embed_missing(
+        store,
+        by_row[first_rows],
+        np.array([len(texts[row]) for row in first_rows.tolist()]),
+        embed,
+        shard_size=shard_size,
+        description="Teacher",
+        show_progress_bar=show_progress_bar,
+    )
+    return store, store.find(by_row)
+
+
+def _text_keys(texts: Sequence[str]) -> Iterator[bytes]:
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"Row {row} is a {type(text).__name__}, but a text teacher embeds texts only: {text!r:.80}")
-        first_row.setdefault(text, row)
-    identity = {"teacher": teacher_name or _teacher_identity(teacher), "prompt": prompt or ""}
-    store = EmbeddingStore(_folder(Path(cache_dir), identity))
-    keys = {text: bytes.fromhex(fingerprint(text)) for text in first_row}
-    missing = [text for text, key in keys.items() if key not in store.numbers]
-    logger.info("Teacher: %d of %d distinct texts are in %s", len(keys) - len(missing), len(keys), store.folder)
-    options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": False} | (
-        {"prompt": prompt} if prompt else {}
-    )
-    with tqdm(total=len(missing), desc="Teacher", unit="text", disable=not show_progress_bar) as bar:
-        for start in range(0, len(missing), shard_size):
-            chunk = missing[start : start + shard_size]
-            embeddings = np.asarray(teacher.encode(chunk, **options), dtype=np.float32)
-            _check(embeddings, chunk, first_row, store.dimension)
-            store.add([keys[text] for text in chunk], embeddings)
-            bar.update(len(chunk))
-    return store, np.array([store.numbers[keys[text]] for text in texts])
+        yield bytes.fromhex(fingerprint(text))
 
 
-def _check(embeddings: np.ndarray, texts: Sequence[str], first_row: dict[str, int], dimension: int | None) -> None:
+def _prompt_options(teacher: Teacher, prompt: str | None, prompt_name: str | None) -> dict[str, str]:
+    """What ``encode`` is told of the prompt: its text where that can be known, so that one prompt has one cache."""
+    if prompt_name is None:
+        return {} if prompt is None else {"prompt": prompt}
+    if prompt is not None:
+        raise ValueError(f"Give `prompt={prompt!r}` or `prompt_name={prompt_name!r}`, not both.")
+    prompts = _own_prompts(teacher)
+    if prompts is None:
+        return {"prompt_name": prompt_name}
+    if prompt_name not in prompts:
+        raise ValueError(
+            f"The teacher has no prompt named {prompt_name!r}; it has {', '.join(sorted(prompts)) or 'none'}. Give its "
+            "text as `prompt`."
+        )
+    return {"prompt": prompts[prompt_name]}
+
+
+def _own_prompts(teacher: Teacher) -> Mapping[str, str] | None:
+    prompts = getattr(teacher, "prompts", None)
+    return prompts if isinstance(prompts, Mapping) else None
+
+
+def _check(embeddings: np.ndarray, texts: Sequence[str], rows: np.ndarray, dimension: int | None) -> None:
     if (
         embeddings.ndim != 2
         or len(embeddings) != len(texts)
@@ -205,9 +255,8 @@ def _check(embeddings: np.ndarray, texts: Sequence[str], first_row: dict[str, in
         )
     broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
     if len(broken):
-        text = texts[broken[0]]
         raise ValueError(
-            f"The teacher's embedding of row {first_row[text]} ({text!r:.80}) is not finite, as are "
+            f"The teacher's embedding of row {rows[broken[0]]} ({texts[broken[0]]!r:.80}) is not finite, as are "
             f"{len(broken) - 1} more of {len(texts)}. Half precision overflows in some teachers: load it in bfloat16 "
             "or float32, or remove the row."
         )
