@@ -135,6 +135,32 @@ def evaluate_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def stage1_sweep_table(summary: dict[str, Any]) -> str:
+    """Stage 1's temperature, direction and diagonal, and how sure the teacher is of the text itself."""
+    criterion = summary["criterion"]
+    cells: dict[float, dict[str, str]] = {}
+    for row in summary["table"].values():
+        spread = "" if row[criterion]["std"] is None else f" ± {100 * row[criterion]['std']:.1f}"
+        column = f"{row['direction']}, {'in' if row['include_diagonal'] else 'out'}"
+        cells.setdefault(row["temperature"], {})[column] = f"{100 * row[criterion]['mean']:.1f}{spread}"
+    columns = sorted(next(iter(cells.values())), key=lambda column: column.endswith("in"))
+    own = summary["teacher_self_probability"]
+    heads = [*columns, *(f"teacher's self-probability, {size} texts" for size in own)]
+    lines = [f"| temperature | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for temperature, row in cells.items():
+        values = [row[column] for column in columns] + [f"{size[f'{temperature:g}']:.3f}" for size in own.values()]
+        lines.append(f"| {temperature:g} | {' | '.join(values)} |")
+    base, teacher = (100 * summary["anchors"][name][criterion] for name in ("base", "teacher"))
+    stage, pairs = summary["settings"]["stage1"], summary["settings"]["held_out_pairs"]
+    text = (
+        f"Mean reciprocal rank in percent on {pairs['term_to_gloss']} WordNet terms (the right gloss is sought) and "
+        f"{pairs['label_to_keywords']} emoji labels (their keywords), never trained on, after {stage['steps']} steps "
+        f"of {stage['batch_size']} texts; {base:.1f} before training, the teacher {teacher:.1f}. Where ± is given: "
+        "mean and standard deviation over seeds; elsewhere one seed."
+    )
+    return "\n".join([*lines, "", text])
+
+
 def filled(text: str) -> str:
     """README with its tables written from the kept results.
 
