@@ -47,7 +47,8 @@ class Contents:
         self.columns: Columns = training_columns(dataset.column_names)
         if self.columns.positive is None or not len(dataset):
             raise ValueError(
-                f"Mining needs the columns (anchor, positive) and rows, got {dataset.column_names} of {len(dataset)} rows."
+                "Mining needs the columns (anchor, positive) and rows, "
+                f"got {dataset.column_names} of {len(dataset)} rows."
             )
         transform = dataset.format["format_kwargs"].get("transform") if dataset.format["type"] == "custom" else None
         if transform is not None and not isinstance(transform, ItemReader):
