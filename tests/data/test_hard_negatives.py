@@ -192,7 +192,7 @@ def test_errors(tmp_path):
     ):
         with pytest.raises(ValueError, match=advice):
             mine_hard_negatives(dataset, model, tmp_path / str(options), **options)
-    with pytest.raises(ValueError, match=r"needs the columns \(anchor, positive\)"):
+    with pytest.raises(ValueError, match=r"needs the columns \(anchor, positive\) and rows"):
         mine_hard_negatives(dataset.select_columns(["anchor"]), model, tmp_path)
     with pytest.raises(ValueError, match="made by a transform"):
         mine_hard_negatives(dataset.with_transform(dict), model, tmp_path)

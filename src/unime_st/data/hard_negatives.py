@@ -102,7 +102,7 @@ def mine_hard_negatives(
             negative, or ``output_dir`` holds the result of another set, model or other options.
 
     Example:
-        >>> import tempfile, torch
+        >>> import numpy as np, tempfile, torch
         >>> class Letters(torch.nn.Module):
         ...     def encode(self, texts, **options):
         ...         return np.array([[text.count(letter) for letter in "abc"] for text in texts], dtype=np.float32)

@@ -45,8 +45,11 @@ class Contents:
 
     def __init__(self, dataset: Dataset, *, by_subset: bool, hash_images: bool) -> None:
         self.columns: Columns = training_columns(dataset.column_names)
-        if self.columns.positive is None:
-            raise ValueError(f"Mining needs the columns (anchor, positive), got {dataset.column_names}.")
+        if self.columns.positive is None or not len(dataset):
+            raise ValueError(
+                "Mining needs the columns (anchor, positive) and rows, "
+                f"got {dataset.column_names} of {len(dataset)} rows."
+            )
         transform = dataset.format["format_kwargs"].get("transform") if dataset.format["type"] == "custom" else None
         if transform is not None and not isinstance(transform, ItemReader):
             raise ValueError(
@@ -57,7 +60,7 @@ class Contents:
         self.features = dataset.features
         self._hash_images = hash_images
         names = [self.columns.anchor, self.columns.positive, *self.columns.negatives]
-        self.table: pa.Table = dataset.with_format("arrow")[:] if len(dataset) else pa.table({})
+        self.table: pa.Table = dataset.with_format("arrow")[:]
         rows = len(dataset)
         keys = [key_array(self._keys(name)) for name in names]
         self.query_keys, self._query_rows, self.queries = np.unique(keys[0], return_index=True, return_inverse=True)
