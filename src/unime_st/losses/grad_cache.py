@@ -198,6 +198,6 @@ def cached_backward(
         finally:
             finish()
 
-    loss = loss.detach().requires_grad_()
+    loss = loss.detach().requires_grad_().clone()  # DeepSpeed takes a leaf for no loss
     loss.register_hook(send)
     return loss
