@@ -140,9 +140,8 @@ def stage1_sweep_table(summary: dict[str, Any]) -> str:
     criterion = summary["criterion"]
     cells: dict[float, dict[str, str]] = {}
     for row in summary["table"].values():
-        spread = "" if row[criterion]["std"] is None else f" ± {100 * row[criterion]['std']:.1f}"
         column = f"{row['direction']}, {'in' if row['include_diagonal'] else 'out'}"
-        cells.setdefault(row["temperature"], {})[column] = f"{100 * row[criterion]['mean']:.1f}{spread}"
+        cells.setdefault(row["temperature"], {})[column] = f"{100 * row[criterion]['values'][0]:.1f}"
     columns = sorted(next(iter(cells.values())), key=lambda column: column.endswith("in"))
     own = summary["teacher_self_probability"]
     heads = [*columns, *(f"teacher's self-probability, {size} texts" for size in own)]
@@ -152,11 +151,16 @@ def stage1_sweep_table(summary: dict[str, Any]) -> str:
         lines.append(f"| {temperature:g} | {' | '.join(values)} |")
     base, teacher = (100 * summary["anchors"][name][criterion] for name in ("base", "teacher"))
     stage, pairs = summary["settings"]["stage1"], summary["settings"]["held_out_pairs"]
+    lines += ["", "| three seeds | mean reciprocal rank | behind the first, seed by seed |", "|---|---|---|"]
+    for name, row in summary["finalists"].items():
+        both = (summary["table"][name][criterion], row["behind_best"])
+        cells_of = [f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}" for value in both]
+        lines.append(f"| {name} | {' | '.join(cells_of)} |")
     text = (
         f"Mean reciprocal rank in percent on {pairs['term_to_gloss']} WordNet terms (the right gloss is sought) and "
         f"{pairs['label_to_keywords']} emoji labels (their keywords), never trained on, after {stage['steps']} steps "
-        f"of {stage['batch_size']} texts; {base:.1f} before training, the teacher {teacher:.1f}. Where ± is given: "
-        "mean and standard deviation over seeds; elsewhere one seed."
+        f"of {stage['batch_size']} texts; {base:.1f} before training, the teacher {teacher:.1f}. The upper "
+        "table is of one seed; the lower is mean ± standard deviation over seeds."
     )
     return "\n".join([*lines, "", text])
 
