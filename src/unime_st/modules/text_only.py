@@ -69,7 +69,7 @@ def load_text_model(source: str, config: PretrainedConfig, **kwargs: Any) -> tup
             dropped.append(name)
 
     # The same name and module: transformers looks up a class's conversions and attention by them.
-    lean = type(whole.__name__, (whole,), {"__init__": build, "__module__": whole.__module__})
+    lean: Any = type(whole.__name__, (whole,), {"__init__": build, "__module__": whole.__module__})
     model, report = lean.from_pretrained(source, config=config, output_loading_info=True, **kwargs)
     if not dropped:
         raise ValueError(
