@@ -9,9 +9,9 @@ from datasets import Dataset, load_dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from torch import nn
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from unime_st import build_encoder, export_encoder, load_encoder
+from unime_st.checkpoints import CheckpointCallback, checkpoints, explained_write_errors, last_complete_checkpoint
 from unime_st.data import with_teacher_labels
 from unime_st.losses import HardNegativeInfoNCELoss, LossMetricsCallback
 from unime_st.modules import default_lora_config
@@ -100,19 +100,25 @@ def count_negatives(loss: nn.Module, arguments: SentenceTransformerTrainingArgum
 
 
 def train(recipe: "Recipe", arguments: SentenceTransformerTrainingArguments, rows: Dataset, loss: nn.Module) -> Path:
-    """Train, from the last checkpoint if there is one, and export the encoder with its adapters merged."""
+    """Train, from the last whole checkpoint if there is one, and export the encoder with its adapters merged."""
     model = loss.model
+    callbacks = [SamplerEpochCallback(), CheckpointCallback()]
     trainer = SentenceTransformerTrainer(
-        model=model, args=arguments, train_dataset=rows, loss=loss, callbacks=[SamplerEpochCallback()]
+        model=model, args=arguments, train_dataset=rows, loss=loss, callbacks=callbacks
     )
     LossMetricsCallback.attach(trainer)
-    folder = Path(arguments.output_dir)
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if checkpoint and trainer.is_world_process_zero():
-        print(f"going on from {checkpoint}; give another output= to start anew")
-    trainer.train(resume_from_checkpoint=checkpoint)
-    encoder = Path(recipe.output) / "encoder"
+    folder, encoder = Path(arguments.output_dir), Path(recipe.output) / "encoder"
+    checkpoint = last_complete_checkpoint(folder)
     if trainer.is_world_process_zero():
-        print(f"wrote {export_encoder(model, encoder)}")
+        for path in checkpoints(folder):
+            if checkpoint is None or int(path.name.rpartition("-")[2]) > int(checkpoint.name.rpartition("-")[2]):
+                print(f"WARNING: {path} is half-written and passed over")
+        if checkpoint:
+            print(f"going on from {checkpoint}; give another output= to start anew")
+    trainer.accelerator.wait_for_everyone()  # all have looked before one writes
+    with explained_write_errors(folder):
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if trainer.is_world_process_zero():
+            print(f"wrote {export_encoder(model, encoder)}")
     trainer.accelerator.wait_for_everyone()
     return encoder

@@ -18,6 +18,7 @@ LAYERS = {
     "fingerprint": 1,
     "files": 1,
     "model_identity": 1,
+    "checkpoints": 2,
     "modules": 2,
     "losses": 2,
     "samplers": 2,

@@ -45,6 +45,7 @@ def build_encoder(
     prompts: Mapping[str, str] | None = None,
     allow_remote_images: bool = False,
     vision_cache_bytes: int = 2**28,
+    text_only: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
     processor_kwargs: Mapping[str, Any] | None = None,
 ) -> SentenceTransformer:
@@ -67,6 +68,8 @@ def build_encoder(
         allow_remote_images: open images at ``http(s)`` addresses.
         vision_cache_bytes: memory, where the model is, for features of a frozen vision tower; enough for the images of
             one step saves GradCache's second pass. 0 keeps none.
+        text_only: leave the vision tower and projector out of memory, for training on texts alone; what is exported is
+            complete all the same, the missing weights being read from the backbone's files.
         model_kwargs: more arguments of ``from_pretrained``. With ``quantization_config``, as QLoRA has it, the frozen
             weights are prepared as peft asks; that takes bitsandbytes and a GPU, on which it has not been run. Merging
             adapters into 4-bit weights rounds them: save those alone, and merge into the backbone at full precision.
@@ -88,6 +91,7 @@ def build_encoder(
         prompt_template=template,
         allow_remote_images=allow_remote_images,
         vision_cache_bytes=vision_cache_bytes,
+        text_only=text_only,
         model_kwargs=weights,
         processor_kwargs=dict(processor_kwargs or {}),
         max_seq_length=max_seq_length,
@@ -119,6 +123,7 @@ def load_encoder(
     attn_implementation: str | None = None,
     device: str | None = None,
     allow_remote_images: bool = False,
+    text_only: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
     processor_kwargs: Mapping[str, Any] | None = None,
 ) -> SentenceTransformer:
@@ -132,6 +137,7 @@ def load_encoder(
         attn_implementation: of transformers.
         device: where to put the model; None chooses.
         allow_remote_images: open images at ``http(s)`` addresses.
+        text_only: as in :func:`build_encoder`.
         model_kwargs: more arguments of ``from_pretrained``.
         processor_kwargs: more arguments of the processor.
 
@@ -155,6 +161,7 @@ def load_encoder(
             attn_implementation=attn_implementation,
             device=device,
             allow_remote_images=allow_remote_images,
+            text_only=text_only,
             model_kwargs=model_kwargs,
             processor_kwargs=processor_kwargs,
         )
@@ -174,7 +181,7 @@ def load_encoder(
                 source,
                 model_kwargs=weights,
                 processor_kwargs=dict(processor_kwargs or {}),
-                init_defaults={"allow_remote_images": allow_remote_images},
+                init_defaults={"allow_remote_images": allow_remote_images, "text_only": text_only},
             )
             modules.append(encoder)
         else:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +24,7 @@ from unime_st.modules.capture_hooks import enable_capture, remove_capture_hooks
 from unime_st.modules.checks import check_adapter, check_loaded, check_processor
 from unime_st.modules.inputs import Message, as_messages, named_image, refuse_placeholders
 from unime_st.modules.shared_prefix import SharedPrefixes, shares_prefixes
+from unime_st.modules.text_only import absent_parts, load_text_model, no_images, whole_model
 from unime_st.modules.vision_cache import VisionCache, is_frozen, vision_tower
 from unime_st.prompts import TURN_FORMATS, chat_template
 
@@ -34,6 +36,7 @@ SETTINGS_FILE = "unime_st_config.json"
 _CONTENT_KEY = "content_id"
 _PREFIX_KEY = "prefix_key"
 _IMAGE_KEYS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images", "image_grid_thw")
+_TEXT_ONLY = "text_only"
 _NO_LIMIT = 10**9  # tokenizers say 10^30 when they have none
 
 
@@ -60,6 +63,8 @@ class MultimodalEncoder(Transformer):
             template of a checkpoint saved by this package, and gives a backbone its family's.
         allow_remote_images: open images at ``http(s)`` addresses.
         vision_cache_bytes: memory for features of a frozen vision tower; 0 keeps none.
+        text_only: leave the vision tower and projector out of memory; images are refused, and saving the whole model
+            reads them from the backbone's files again.
         share_prefixes: let rows of a batch that begin alike (one image, one instruction) compute their beginning once,
             and run without padding; for inference, in families where that is exact.
         **kwargs: of the stock module.
@@ -76,9 +81,12 @@ class MultimodalEncoder(Transformer):
         allow_remote_images: bool = False,
         vision_cache_bytes: int = 2**28,
         share_prefixes: bool = True,
+        text_only: bool = False,
         **kwargs: Any,
     ) -> None:
         processor_kwargs = {"padding_side": "left", **(kwargs.pop("processor_kwargs", None) or {})}
+        if text_only:  # read by `_load_model`, which the stock module calls
+            kwargs["model_kwargs"] = {**(kwargs.get("model_kwargs") or {}), _TEXT_ONLY: True}
         super().__init__(model_name_or_path, processor_kwargs=processor_kwargs, **kwargs)
         check_processor(self.model, self.processor, model_name_or_path)
         self.allow_remote_images = allow_remote_images
@@ -130,7 +138,9 @@ class MultimodalEncoder(Transformer):
         if backend is not None:
             backend.no_truncation()
             backend.no_padding()
-        super().save(output_path, *args, **kwargs)
+        adapters_alone = bool(getattr(self.model, "_hf_peft_config_loaded", False))
+        with nullcontext() if adapters_alone else whole_model(self.model, self._source):
+            super().save(output_path, *args, **kwargs)
         settings = {"format": 1, "vision_cache_bytes": self.vision_cache.max_bytes}
         write_atomically(Path(output_path) / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
 
@@ -181,6 +191,8 @@ class MultimodalEncoder(Transformer):
         placeholders = self._placeholders()
         for row, message in enumerate(messages):
             refuse_placeholders(message, row, placeholders)
+            if absent_parts(self.model) and any(part["type"] != "text" for turn in message for part in turn["content"]):
+                raise ValueError(f"Row {row} has an image or video. {no_images()}")
         asked = kwargs.pop("max_length", None)
         limit = min(asked or _NO_LIMIT, self.max_seq_length or _NO_LIMIT)
         processing: Any = {**(processing_kwargs or {})}
@@ -285,7 +297,11 @@ class MultimodalEncoder(Transformer):
             if not adapter.is_dir():
                 adapter = Path(snapshot_download(model_name_or_path, allow_patterns="adapter_*"))
             source = str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
-        model, report = AutoModel.from_pretrained(source, config=config, output_loading_info=True, **model_kwargs)
+        self._source = source
+        if model_kwargs.pop(_TEXT_ONLY, False):
+            model, report = load_text_model(source, config, **model_kwargs)
+        else:
+            model, report = AutoModel.from_pretrained(source, config=config, output_loading_info=True, **model_kwargs)
         check_loaded(source, report)
         if is_peft_model:
             attach_adapter(model, adapter)

@@ -1,0 +1,197 @@
+"""Checkpoints known to be whole: after a kill or a full disk, a run goes on from the last of them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from unime_st import distributed
+from unime_st.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+MARKER = "complete.json"
+"""In a checkpoint that is whole: its step, and the size in bytes of every file."""
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_TORCH_WRITER = ("PytorchStreamWriter failed", "inline_container", "iostream error")  # RuntimeErrors without a number
+
+
+def mark_complete(checkpoint: Path, step: int) -> None:
+    """Write the marker of a checkpoint all of whose files are written, after bringing them to the disk.
+
+    Args:
+        checkpoint: Its folder.
+        step: Of the optimizer.
+
+    Raises:
+        OSError: When the disk refuses what it had seemed to take.
+    """
+    sizes = {}
+    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+        sizes[file.relative_to(checkpoint).as_posix()] = file.stat().st_size
+    write_atomically(checkpoint / MARKER, json.dumps({"step": step, "files": sizes}, indent=1))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint has its marker, and every file the marker names at its size.
+
+    Example:
+        >>> import tempfile
+        >>> checkpoint = Path(tempfile.mkdtemp()) / "checkpoint-2"
+        >>> write_atomically(checkpoint / "model.safetensors", b"weights")
+        >>> before = is_complete(checkpoint)
+        >>> mark_complete(checkpoint, step=2)
+        >>> before, is_complete(checkpoint), last_complete_checkpoint(checkpoint.parent) == checkpoint
+        (False, True, True)
+    """
+    try:
+        files = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
+        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """All checkpoints in a Trainer's output folder, whole or not, in the order of their steps; [] for no folder."""
+    root = Path(folder)
+    steps = [(int(found[1]), path) for path in root.glob("*") if (found := _CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(steps) if path.is_dir()]
+
+
+def last_complete_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint to go on from: that of the latest step among the whole ones.
+
+    Unlike ``transformers.trainer_utils.get_last_checkpoint`` it passes over one that a kill or a full disk has left
+    half-written, which would not load, or would load with parts of it missing.
+
+    Args:
+        folder: ``output_dir`` of the training arguments, of a run with :class:`CheckpointCallback`.
+
+    Returns:
+        The checkpoint for ``train(resume_from_checkpoint=...)``; None when there is none to go on from.
+    """
+    return next((path for path in reversed(checkpoints(folder)) if is_complete(path)), None)
+
+
+class CheckpointCallback(TrainerCallback):
+    """Marks each checkpoint when it is whole, on all processes, and only then deletes older ones.
+
+    The Trainer's own rotation runs before anybody knows that the new checkpoint is whole; so this callback takes
+    ``save_total_limit`` over for the time of training. The best checkpoint and the last complete one stay.
+
+    Example:
+        >>> callbacks = [CheckpointCallback()]  # of SentenceTransformerTrainer(callbacks=...)
+    """
+
+    def __init__(self) -> None:
+        self._limit: int | None = None
+
+    def on_train_begin(  # type: ignore[override]
+        self, args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **_: Any
+    ) -> None:
+        """Take the rotation over, and say when logged means would not survive a resumption."""
+        self._limit, args.save_total_limit = args.save_total_limit, None
+        by_steps = args.save_strategy == args.logging_strategy == "steps"
+        if by_steps and args.save_steps % max(1, args.logging_steps):
+            logger.warning(
+                "`save_steps=%g` is no multiple of `logging_steps=%g`: a resumed run would log the means over the "
+                "steps since its checkpoint only. Weights are not affected.",
+                args.save_steps,
+                args.logging_steps,
+            )
+
+    def on_train_end(  # type: ignore[override]
+        self, args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **_: Any
+    ) -> None:
+        """Give the rotation back."""
+        args.save_total_limit = self._limit
+
+    def on_step_end(  # type: ignore[override]
+        self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any
+    ) -> None:
+        """Unmark an earlier run's checkpoint of this step, which is about to be written over."""
+        if state.is_world_process_zero:
+            _folder(args, state).joinpath(MARKER).unlink(missing_ok=True)
+
+    def on_save(  # type: ignore[override]
+        self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any
+    ) -> None:
+        """Mark the checkpoint once every process has written its part, then delete what is beyond the limit."""
+        distributed.gather_objects(None)  # every process writes the state of its random numbers
+        if state.is_world_process_zero:
+            checkpoint = _folder(args, state)
+            mark_complete(checkpoint, state.global_step)
+            self._rotate(checkpoint, state.best_model_checkpoint)
+        distributed.gather_objects(None)  # nobody goes on, to fail perhaps, before the marker is there
+
+    def _rotate(self, newest: Path, best: str | None) -> None:
+        if not self._limit or self._limit < 0:
+            return
+        kept = [newest, *([Path(best)] if best else [])]
+        others = [path for path in _before(newest) if path not in kept]
+        whole = [path for path in others if is_complete(path)]
+        room = max(0, self._limit - len(set(kept)))
+        for path in others:
+            if path in whole[len(whole) - room :]:
+                continue
+            (path / MARKER).unlink(missing_ok=True)  # first: half of it must not pass for whole
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _before(newest: Path) -> list[Path]:
+    found = checkpoints(newest.parent)
+    return found[: found.index(newest)]
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+
+
+@contextmanager
+def explained_write_errors(folder: str | Path) -> Iterator[None]:
+    """Within this context an error for want of disk space says what is whole and what to do.
+
+    Args:
+        folder: Where checkpoints are written.
+
+    Raises:
+        OSError: In place of what Python, safetensors and torch each raise when a disk is full.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _for_want_of_space(error):
+            raise
+        last = last_complete_checkpoint(folder)
+        broken = [path.name for path in checkpoints(folder) if not is_complete(path)]
+        rest = f"; {', '.join(broken)} is half-written and will be passed over" if broken else ""
+        go_on = f"{last.name} is whole, and the same command goes on from it" if last else "no checkpoint is whole yet"
+        raise OSError(
+            errno.ENOSPC,
+            f"The disk of {folder} is full, so training stopped ({error}). {go_on}{rest}. Free some space, or lower "
+            "`save_total_limit`, and start again.",
+        ) from error
+
+
+def _for_want_of_space(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    text = str(error)
+    if isinstance(error, SafetensorError):
+        return any(f"os error {number}" in text for number in _FULL)
+    return any(mark in text for mark in _TORCH_WRITER)
