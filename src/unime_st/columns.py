@@ -6,8 +6,9 @@ positive and the rest are explicit negatives. The names below are what this pack
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 ANCHOR = "anchor"
 """The query: text, an image, ``{"image", "text"}`` or chat messages."""
@@ -26,6 +27,9 @@ LABEL_COLUMNS = ("label", "labels", "score", "scores")
 
 DATASET_NAME = "dataset_name"
 """Added by the Trainer when it trains on several data sets; never content."""
+
+SUBSET = "subset"
+"""The data set a row comes from; read by the batch sampler from the stored table, dropped before rows reach the model."""  # noqa: E501
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,16 @@ def negative_column(number: int) -> str:
     return f"{NEGATIVE_PREFIX}{number}"
 
 
+def without_subset(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop :data:`SUBSET` from rows: the transform (``with_transform``) of a plain data set that holds the column.
+
+    Example:
+        >>> without_subset({"anchor": ["a"], "positive": ["b"], "subset": ["VQA"]})
+        {'anchor': ['a'], 'positive': ['b']}
+    """
+    return {name: values for name, values in rows.items() if name != SUBSET}
+
+
 def training_columns(names: Iterable[str], label_columns: Iterable[str] | None = None) -> Columns:
     """Tell the parts of a training set's columns by position, as the Trainer does.
 
@@ -73,7 +87,7 @@ def training_columns(names: Iterable[str], label_columns: Iterable[str] | None =
     """
     given = list(names)
     label = next((name for name in (label_columns or LABEL_COLUMNS) if name in given), None)
-    inputs = [name for name in given if name not in (label, DATASET_NAME)]
+    inputs = [name for name in given if name not in (label, DATASET_NAME, SUBSET)]
     if not inputs:
         raise ValueError(f"A training set needs a column of inputs beside its label, got the columns {given}.")
     return Columns(inputs[0], inputs[1] if len(inputs) > 1 else None, tuple(inputs[2:]), label)
