@@ -11,12 +11,14 @@ a call, where one call a step is enough, and warns on a single process, where do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -101,6 +103,37 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def from_rank_zero(make: Callable[[], T]) -> T:
+    """Make something on rank 0 and hand it to all; every process must call this.
+
+    For what takes long, or what different processes might compute differently in the last bit.
+
+    Args:
+        make: Called on rank 0 only; what it returns must be picklable. An error it raises is raised on every process,
+            so that none waits for what will never come.
+
+    Example:
+        >>> from_rank_zero(lambda: [1, 2])
+        [1, 2]
+    """
+    if not is_distributed():
+        return make()
+    outcome: list[Any] = [None, None]
+    failure: Exception | None = None
+    if rank() == 0:
+        try:
+            outcome[0] = make()
+        except Exception as error:  # noqa: BLE001 whatever it is, the others wait to hear of it
+            failure = error
+            outcome[1] = f"{type(error).__name__}: {error}"
+    dist.broadcast_object_list(outcome, src=0)
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        raise RuntimeError(f"Rank 0 failed, so this process stops too: {outcome[1]}")
+    return cast("T", outcome[0])
 
 
 class _GatherWithGrad(torch.autograd.Function):

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from unime_st.samplers.conflicts import find_conflicts, guide_pairs
+from unime_st.samplers.conflicts import find_conflicts
 from unime_st.samplers.packing import compatible, pack
-from unime_st.samplers.together import draw_together, hardest_rows
+from unime_st.samplers.together import draw_together
 
 
 def clash(identities, pairs, rows):
@@ -62,29 +62,6 @@ def test_degrees_count_the_rows_in_the_way():
     assert conflicts.neighbours_of(3).tolist() == [0]
 
 
-@pytest.mark.parametrize("margin", [-0.2, 0.0, 0.1, 0.5])
-@pytest.mark.parametrize("chunk", [1, 7, 1024])
-def test_guide_pairs_against_a_loop(margin, chunk):
-    rng = np.random.default_rng(0)
-    queries, targets = rng.normal(size=(40, 5)), rng.normal(size=(40, 5)) * 3
-    cosine = (queries / np.linalg.norm(queries, axis=1, keepdims=True)) @ (
-        targets / np.linalg.norm(targets, axis=1, keepdims=True)
-    ).T
-    expected = {(i, j) for i in range(40) for j in range(40) if i != j and cosine[i, j] > cosine[i, i] + margin}
-    assert len(expected) > 20
-    assert set(map(tuple, guide_pairs(queries, targets, margin, chunk).tolist())) == expected
-
-
-def test_a_guide_that_is_no_use_is_refused(monkeypatch):
-    monkeypatch.setattr("unime_st.samplers.conflicts._MAX_MEAN_NEIGHBOURS", 5)
-    with pytest.raises(ValueError, match="Raise the margin"):
-        guide_pairs(np.eye(20), np.eye(20), margin=-2.0)
-    queries = np.eye(3)
-    queries[1, 2] = np.nan
-    with pytest.raises(ValueError, match="`guide_queries` holds a number that is not finite, first in row 1"):
-        guide_pairs(queries, np.eye(3), margin=0.1)
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_exchanges_keep_a_packing_valid(seed):
     rng = np.random.default_rng(seed)
@@ -105,18 +82,3 @@ def test_exchanges_keep_a_packing_valid(seed):
         )
 
     assert met(moved) > met(bins)
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 1024])
-def test_hardest_rows_against_a_loop(chunk):
-    rng = np.random.default_rng(0)
-    queries, targets = rng.normal(size=(2, 15, 4))
-    cosine = (queries / np.linalg.norm(queries, axis=1)[:, None]) @ (
-        targets / np.linalg.norm(targets, axis=1)[:, None]
-    ).T
-    found = hardest_rows(queries, targets, 0.1, 6, chunk)
-    assert (found < 0).any()
-    for row in range(15):
-        allowed = [other for other in range(15) if other != row and cosine[row, other] <= cosine[row, row] + 0.1]
-        expected = sorted(allowed, key=lambda other: -cosine[row, other])[:6]
-        assert found[row].tolist() == expected + [-1] * (6 - len(expected))

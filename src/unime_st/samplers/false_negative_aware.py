@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,15 @@ from datasets import Dataset
 from sentence_transformers.base.sampler import DefaultBatchSampler
 
 from unime_st import distributed
-from unime_st.samplers.conflicts import Conflicts, find_conflicts, guide_pairs, row_identities
-from unime_st.samplers.packing import compatible, pack
-from unime_st.samplers.together import draw_together, hardest_rows
+from unime_st.columns import SUBSET
+from unime_st.samplers.conflicts import Conflicts, find_conflicts
+from unime_st.samplers.guide import GuideEmbeddings
+from unime_st.samplers.identities import row_identities, subset_numbers
+from unime_st.samplers.neighbor_store import NeighborStore
+from unime_st.samplers.neighbors import Neighbors, find_neighbors
+from unime_st.samplers.planning import HardRows, Plan, Planner
 
 logger = logging.getLogger(__name__)
-
-_EPOCH_TRIES = 3
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """One epoch.
-
-    Attributes:
-        full: ``(bins, W * B)`` rows of each global batch.
-        tail: Rows of the last, smaller one; empty with ``drop_last``.
-    """
-
-    full: np.ndarray
-    tail: np.ndarray
 
 
 class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
@@ -48,11 +36,20 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
     Every row is drawn at most once an epoch. Rows that conflict with too many others to be placed are left out of the
     epoch, others each time, counted in the log and listed in :attr:`unplaced`.
 
+    With ``homogeneous=True`` all rows of a global batch come from one data set, told by the stored column ``subset``,
+    and the batches of the sets follow each other at random, so in proportion to their size. What is left of each set
+    after its full global batches is left out of the epoch, other rows each time; without ``drop_last`` the last,
+    smaller global batch comes from the one set with most rows left, always the same one, so that the length stays.
+
     Give the class to ``batch_sampler=`` of the training arguments, or :meth:`configured` with options.
 
     Contents are compared as stored: a path by its name, bytes by their content, and through any ``with_transform``, so
     nothing is decoded. The first use reads the whole table once. Explicit negatives are not compared: the loss
     recognises those that equal a right answer.
+
+    The guide's embeddings are compared when the sampler is made: on rank 0, which hands the result to the others, so
+    with several processes make it on all of them, as the Trainer does. All else is the same function of the seed, the
+    epoch and the rows on every process.
 
     Args:
         dataset: The training set; the first column is the query, the second the target.
@@ -72,11 +69,22 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
             :class:`~unime_st.losses.HardNegativeInfoNCELoss`.
         hard_negatives_together: How many of each row's hardest rows by the guide, false ones left out, to draw into its
             global batch where they fit; 0 leaves batches to chance.
+        homogeneous: One data set a global batch. The rows must have the stored column ``subset``, which
+            ``load_mmeb_train(subset_column=True)`` adds and which must not reach the model: see
+            :func:`~unime_st.columns.without_subset`. Rows of different sets are then not compared by the guide.
+        max_rows_per_dataset: At most so many rows of each data set in an epoch, others each time; needs ``subset`` too.
+        exact_neighbors: Compare every query with every target of the guide (True), or find candidates by an approximate
+            index (False), which needs faiss (``pip install "unime_st[ann]"``) and misses a few: see :attr:`recall`.
+            None compares everything up to 20,000 rows (of a set, with ``homogeneous``). Equal contents and labels are
+            always kept apart exactly.
+        plan_dir: Folder to keep what the guide told in, so that a restarted run does not compare again. It is found
+            again by the embeddings' content and the settings. Only rank 0 needs to see it.
 
     Raises:
         TypeError: When the data set is not a ``datasets.Dataset``.
-        ValueError: When the guide's embeddings do not fit, or the rows conflict so much that they fill not one global
-            batch.
+        ImportError: When an approximate index is needed and faiss is missing.
+        ValueError: When the guide's embeddings do not fit, the rows conflict so much that they fill not one global
+            batch, or ``subset`` is needed and missing.
 
     Relations:
         ``NoDuplicatesBatchSampler`` looks at one process's batch only, at texts in any column, and may draw rows twice;
@@ -103,6 +111,10 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
         guide_targets: np.ndarray | torch.Tensor | str | Path | None = None,
         margin: float = 0.1,
         hard_negatives_together: int = 0,
+        homogeneous: bool = False,
+        max_rows_per_dataset: int | None = None,
+        exact_neighbors: bool | None = None,
+        plan_dir: str | Path | None = None,
     ) -> None:
         if not isinstance(dataset, Dataset):
             raise TypeError(f"{type(self).__name__} needs a datasets.Dataset of known length, got {type(dataset)}.")
@@ -118,18 +130,28 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
                 f"`hard_negatives_together={hard_negatives_together}` must be 0, or a number above with "
                 "`guide_queries` and `guide_targets` to tell what is hard."
             )
+        if max_rows_per_dataset is not None and max_rows_per_dataset < 1:
+            raise ValueError(f"`max_rows_per_dataset={max_rows_per_dataset}` would leave no rows; None is no limit.")
         self.margin = margin
         self.hard_negatives_together = hard_negatives_together
-        self._guide = (guide_queries, guide_targets)
-        self._epoch_plan: tuple[int, _Plan] | None = None
+        self.homogeneous, self.max_rows_per_dataset = homogeneous, max_rows_per_dataset
+        self._subsets: np.ndarray | None = None
+        self.subset_names: list[str] = []
+        if homogeneous or max_rows_per_dataset is not None:
+            self._subsets, self.subset_names = subset_numbers(dataset)
+            _check_hidden(dataset)
+        self._neighbors: Neighbors | None = None
+        if guide_queries is not None:
+            find = functools.partial(self._find_neighbors, guide_queries, guide_targets, exact_neighbors, plan_dir)
+            self._neighbors = distributed.from_rank_zero(find)
+        self._epoch_plan: tuple[int, Plan] | None = None
 
     @classmethod
     def configured(cls, **options: Any) -> Callable[..., FalseNegativeAwareBatchSampler]:
         """Bind options, for ``batch_sampler=`` of the training arguments.
 
         Args:
-            options: Of the constructor: ``world_size``, ``guide_queries``, ``guide_targets``, ``margin``,
-                ``hard_negatives_together``.
+            options: Of the constructor: ``world_size`` and what follows it.
 
         Example:
             >>> batch_sampler = FalseNegativeAwareBatchSampler.configured(world_size=4)
@@ -147,61 +169,68 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
 
     def __len__(self) -> int:
         """Return the number of batches, the same in every epoch."""
-        plan = self._base_plan
-        return len(plan.full) * self.world_size + -(-len(plan.tail) // self.batch_size)
+        planner = self._planner
+        return planner.num_full * self.world_size + -(-planner.num_tail // self.batch_size)
 
     @property
     def unplaced(self) -> np.ndarray:
-        """Rows in no batch of the current epoch, in ascending order: for conflicts, or left over by ``drop_last``."""
+        """Rows in no batch of the current epoch, in ascending order: for conflicts, over the cap, or left over."""
         plan = self._plan()
         return np.setdiff1d(np.arange(len(self.dataset)), np.concatenate([plan.full.ravel(), plan.tail]))
+
+    @property
+    def recall(self) -> dict[str, float]:
+        """Share of the guide's ``conflicts`` and ``hardest`` rows found, by a sample; empty when all were compared."""
+        return {} if self._neighbors is None else self._neighbors.recall
 
     @functools.cached_property
     def conflicts(self) -> Conflicts:
         """What is known of the rows; found on first use."""
         identities = row_identities(self.dataset, self.valid_label_columns)
-        guide = self._load_guide()
-        pairs = None if guide is None else guide_pairs(guide[0], guide[1], self.margin)
+        pairs = None if self._neighbors is None else self._neighbors.pairs
         return find_conflicts(identities, pairs, len(self.dataset))
 
-    @functools.cached_property
-    def _hardest(self) -> np.ndarray | None:
-        guide = self._load_guide() if self.hard_negatives_together else None
-        return None if guide is None else hardest_rows(guide[0], guide[1], self.margin, self.hard_negatives_together)
-
-    def _load_guide(self) -> list[Any] | None:
-        embeddings = []
-        for name, given in zip(("guide_queries", "guide_targets"), self._guide, strict=True):
-            if given is None:
-                return None
-            loaded = np.load(given, mmap_mode="r") if isinstance(given, (str, Path)) else given
-            if loaded.ndim != 2 or len(loaded) != len(self.dataset):
-                raise ValueError(
-                    f"`{name}` has shape {tuple(loaded.shape)}, but one embedding a row is needed: "
-                    f"({len(self.dataset)}, D), in the data set's order."
-                )
-            embeddings.append(loaded)
-        return embeddings
+    def _find_neighbors(self, queries: Any, targets: Any, exact: bool | None, plan_dir: str | Path | None) -> Neighbors:
+        guides = (("guide_queries", queries), ("guide_targets", targets))
+        sides = [GuideEmbeddings(name, given, len(self.dataset)) for name, given in guides]
+        find = find_neighbors if plan_dir is None else NeighborStore(Path(plan_dir)).load_or_find
+        return find(
+            *sides,
+            margin=self.margin,
+            num_hardest=self.hard_negatives_together,
+            groups=self._subsets if self.homogeneous else None,
+            exact=exact,
+        )
 
     @functools.cached_property
-    def _base_plan(self) -> _Plan:
-        """A plan found once, whose size every epoch keeps."""
-        rows, size = len(self.dataset), self._global_batch_size
-        num_bins = rows // size
-        attempt = 0
-        plan, placed = self._draw(num_bins, np.random.default_rng([self.seed, attempt]))
-        while plan is None:  # ends: no rows always fill no bins
-            attempt += 1
-            num_bins = max(0, placed // size - attempt // 20)  # in larger steps when small ones do not help
-            plan, placed = self._draw(num_bins, np.random.default_rng([self.seed, attempt]))
-        if len(plan.full) == 0 and rows >= size:
+    def _planner(self) -> Planner:
+        """Holds a plan found once, whose size every epoch keeps."""
+        size, neighbors = self.batch_size * self.world_size, self._neighbors
+        together = neighbors is not None and self.hard_negatives_together > 0
+        planner = Planner(
+            self.conflicts,
+            size,
+            self.drop_last,
+            self.seed,
+            subsets=self._subsets,
+            homogeneous=self.homogeneous,
+            max_rows=self.max_rows_per_dataset,
+            hard_rows=HardRows(neighbors.hardest, neighbors.twins) if together and neighbors is not None else None,
+        )
+        self._report(planner, size)
+        return planner
+
+    def _report(self, planner: Planner, size: int) -> None:
+        """Refuse a plan without a full batch, and tell of rows and data sets that are left out."""
+        rows = planner.num_drawn
+        if planner.num_full == 0 and rows >= size:
             raise ValueError(
-                f"Not one global batch of {size} rows ({self.world_size} x {self.batch_size}) without false negatives "
-                f"can be made of {rows} rows. Lower the batch size, or see whether the target, query or label column "
-                "holds few distinct values."
+                f"Not one global batch of {size} rows ({self.world_size} x {self.batch_size}) "
+                f"{'from one data set and ' if self.homogeneous else ''}without false negatives can be made of {rows} "
+                "rows. Lower the batch size, or see whether the target, query or label column holds few distinct "
+                "values."
             )
-        left = rows - plan.full.size - len(plan.tail)
-        conflicting = left - rows % size if self.drop_last else left
+        conflicting = planner.conflicting()
         if conflicting > 0:
             logger.warning(
                 "%d of %d rows (%.1f %%) are left out of each epoch, others every time: they are false negatives of "
@@ -211,39 +240,30 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
                 100 * conflicting / rows,
                 size,
             )
-        return plan
+        if self.homogeneous:
+            batches = dict(zip(self.subset_names, (len(plan.full) for plan in planner.base), strict=True))
+            logger.info("Global batches of %d rows an epoch, by data set: %s.", size, batches)
+            never = [name for name, count in batches.items() if count == 0]
+            if never:
+                logger.warning(
+                    "The data sets %s do not fill one global batch of %d rows each, so are never drawn (but for a last "
+                    "batch). Lower the batch size, or leave `homogeneous` off.",
+                    never,
+                    size,
+                )
 
-    @property
-    def _global_batch_size(self) -> int:
-        return self.batch_size * self.world_size
-
-    def _draw(self, num_bins: int, rng: np.random.Generator) -> tuple[_Plan | None, int]:
-        """Draw a plan with this many full global batches, or None when it fails; and how many rows found a place."""
-        size = self._global_batch_size
-        bins = pack(self.conflicts, num_bins, size, rng)
-        placed = int((bins >= 0).sum())
-        if placed < num_bins * size:
-            return None, placed
-        if self._hardest is not None:
-            bins = draw_together(self.conflicts, bins, self._hardest, rng)
-        order = rng.permutation(len(bins))
-        order = order[np.argsort(bins[order], kind="stable")]  # unplaced rows first, then bin after bin
-        left, full = np.split(order, [len(bins) - placed])
-        tail = left[:0] if self.drop_last else compatible(self.conflicts, left, size)
-        return _Plan(rng.permutation(full.reshape(num_bins, size)), tail), placed
-
-    def _plan(self) -> _Plan:
+    def _plan(self) -> Plan:
         """The current epoch's plan, a function of the seed and the epoch only."""
         if self._epoch_plan is None or self._epoch_plan[0] != self.epoch:
-            self._epoch_plan = (self.epoch, self._draw_epoch())
+            self._epoch_plan = (self.epoch, self._planner.epoch(self.epoch))
         return self._epoch_plan[1]
 
-    def _draw_epoch(self) -> _Plan:
-        base = self._base_plan
-        for attempt in range(_EPOCH_TRIES):
-            plan, _ = self._draw(len(base.full), np.random.default_rng([self.seed, self.epoch, attempt]))
-            if plan is not None and len(plan.tail) >= len(base.tail):
-                return _Plan(plan.full, plan.tail[: len(base.tail)])
-        logger.info("Epoch %d repeats the first plan's batches in another order: no other was found.", self.epoch)
-        rng = np.random.default_rng([self.seed, self.epoch, _EPOCH_TRIES])
-        return _Plan(rng.permuted(rng.permutation(base.full), axis=1), base.tail)
+
+def _check_hidden(dataset: Dataset) -> None:
+    """Refuse a data set whose rows show the Trainer the column of names, which it would take for a negative."""
+    if dataset.format["type"] != "custom" and SUBSET in dataset.format["columns"]:
+        raise ValueError(
+            f"The rows have {SUBSET!r} among their columns, so the Trainer would embed the data sets' names as "
+            "explicit negatives. Hide it: `dataset.with_transform(unime_st.columns.without_subset)`, or load the "
+            "rows with `load_mmeb_train(..., subset_column=True)`, whose transform leaves it out."
+        )

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Set as AbstractSet
+
 import numpy as np
 
 from unime_st.samplers.conflicts import Conflicts
+
+_BLOCK = 4096
+_LOOKS = 32
+_NONE: frozenset[int] = frozenset()
 
 
 def pack(conflicts: Conflicts, num_bins: int, capacity: int, rng: np.random.Generator) -> np.ndarray:
@@ -55,31 +62,82 @@ def _place_bound(
     rng: np.random.Generator,
 ) -> None:
     """Place the rows that conflict with some other; writes ``bins`` and ``fill``."""
-    sizes = conflicts.key_sizes()
-    first = np.concatenate([[0], np.cumsum(sizes)])  # where the list of bins that hold a key begins
-    held = np.empty(int(first[-1]), dtype=np.int64)
-    end = first[:-1].copy()
-    noise = rng.random(len(bound))
-    priority = rng.random(len(fill))  # rows in the bin, and less than one of chance; inf when full
-    row_keys = [row[row >= 0].tolist() for row in conflicts.keys[bound]]
-    for position, row in enumerate(bound.tolist()):
-        taken = [held[first[key] : end[key]] for key in row_keys[position]]
-        neighbours = bins[conflicts.neighbours_of(row)]
-        taken.append(neighbours[neighbours >= 0])
-        blocked = np.concatenate(taken)
-        kept = priority[blocked]
-        priority[blocked] = np.inf
-        best = int(priority.argmin())
-        found = priority[best] < np.inf
-        priority[blocked] = kept
-        if not found:
-            continue
-        bins[row] = best
-        fill[best] += 1
-        priority[best] = fill[best] + noise[position] if fill[best] < capacity else np.inf
-        for key in row_keys[position]:
-            held[end[key]] = best
-            end[key] += 1
+    open_bins = _OpenBins(conflicts, fill, capacity, rng)
+    noise = rng.random(len(bound)).tolist()
+    near = (conflicts.starts[bound + 1] > conflicts.starts[bound]).tolist()
+    position = 0
+    for start in range(0, len(bound), _BLOCK):
+        block = bound[start : start + _BLOCK]
+        for row, row_keys in zip(block.tolist(), conflicts.keys[block].tolist(), strict=True):
+            keys = [key for key in row_keys if key >= 0]
+            best = open_bins.emptiest(
+                keys, set(bins[conflicts.neighbours_of(row)].tolist()) if near[position] else _NONE
+            )
+            if best >= 0:
+                bins[row] = best
+                open_bins.put(best, keys, noise[position])
+            position += 1
+
+
+class _OpenBins:
+    """The bins that are not full, the emptiest first, and the keys in them."""
+
+    def __init__(self, conflicts: Conflicts, fill: np.ndarray, capacity: int, rng: np.random.Generator) -> None:
+        self.num_bins, self.fill, self.capacity = len(fill), fill, capacity
+        self.priority = rng.random(len(fill))  # rows in the bin, and less than one of chance; inf when full
+        self.heap = list(zip(self.priority.tolist(), range(len(fill)), strict=True))
+        heapq.heapify(self.heap)
+        first = np.concatenate([[0], np.cumsum(conflicts.key_sizes())])
+        self.held = np.empty(int(first[-1]), dtype=np.int32)  # the bins that hold a key: from `first` up to `end`
+        self.first: list[int] = first.tolist()
+        self.end = self.first[:-1]
+        self.keys: list[set[int]] = [set() for _ in range(len(fill))]
+
+    def emptiest(self, keys: list[int], closed: AbstractSet[int]) -> int:
+        """The emptiest open bin without these keys that is not closed; -1 when there is none."""
+        for key in keys:
+            if self.end[key] - self.first[key] == self.num_bins:
+                return -1
+        passed: list[tuple[float, int]] = []
+        best = -1
+        while self.heap and len(passed) < _LOOKS:
+            priority, number = self.heap[0]
+            if priority != self.priority[number]:  # left over from before a row was put there
+                heapq.heappop(self.heap)
+            elif number in closed or not self.keys[number].isdisjoint(keys):
+                passed.append(heapq.heappop(self.heap))
+            else:
+                best = number
+                break
+        if best < 0 and self.heap:
+            best = self._emptiest_of_all(keys, closed)
+        for entry in passed:
+            heapq.heappush(self.heap, entry)
+        return best
+
+    def _emptiest_of_all(self, keys: list[int], closed: AbstractSet[int]) -> int:
+        """The same by one look at every bin, where many have to be passed over."""
+        blocked = np.concatenate(
+            [np.fromiter(closed - {-1}, dtype=np.int64), *(self.held[self.first[key] : self.end[key]] for key in keys)]
+        )
+        kept = self.priority[blocked]
+        self.priority[blocked] = np.inf
+        best = int(self.priority.argmin())
+        found = self.priority[best] < np.inf
+        self.priority[blocked] = kept
+        return best if found else -1
+
+    def put(self, number: int, keys: list[int], noise: float) -> None:
+        """Count a row in."""
+        self.fill[number] += 1
+        full = self.fill[number] == self.capacity
+        self.priority[number] = priority = np.inf if full else float(self.fill[number]) + noise
+        if not full:
+            heapq.heappush(self.heap, (priority, number))
+        self.keys[number].update(keys)
+        for key in keys:
+            self.held[self.end[key]] = number
+            self.end[key] += 1
 
 
 def compatible(conflicts: Conflicts, rows: np.ndarray, limit: int) -> np.ndarray:

@@ -2,46 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import torch
 
-from unime_st.samplers.conflicts import Conflicts, unit_rows
+from unime_st.samplers.conflicts import Conflicts
 
+_BLOCK = 4096
 _VICTIMS = 4
-
-
-def hardest_rows(queries: Any, targets: Any, margin: float, k: int, chunk: int = 1024) -> np.ndarray:
-    """For each row, the rows whose targets are most similar to its query without being false negatives.
-
-    Args:
-        queries: ``(N, D)`` embeddings of the rows' queries.
-        targets: ``(N, D)`` embeddings of their targets.
-        margin: A target more similar than the row's own by over this is false, see
-            :func:`~unime_st.samplers.conflicts.guide_pairs`.
-        k: How many; fewer when there are not so many rows.
-        chunk: Queries compared at a time.
-
-    Returns:
-        ``(N, k)`` rows, the hardest first; -1 where there are no more.
-
-    Example:
-        >>> corner = np.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-        >>> hardest_rows(corner, corner, margin=0.1, k=1).tolist()
-        [[1], [0], [1]]
-    """
-    unit_queries, unit_targets = unit_rows("guide_queries", queries), unit_rows("guide_targets", targets)
-    found = []
-    for start in range(0, len(unit_queries), chunk):
-        scores = unit_queries[start : start + chunk] @ unit_targets.T  # (chunk, N)
-        rows = torch.arange(len(scores))
-        own = scores[rows, rows + start]
-        scores[scores > (own + margin)[:, None]] = -torch.inf
-        scores[rows, rows + start] = -torch.inf
-        best = scores.topk(min(k, scores.shape[1]), dim=1)
-        found.append(torch.where(best.values > -torch.inf, best.indices, -1).numpy())
-    return np.concatenate(found) if found else np.empty((0, k), dtype=np.int64)
 
 
 def draw_together(conflicts: Conflicts, bins: np.ndarray, hardest: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -54,67 +20,88 @@ def draw_together(conflicts: Conflicts, bins: np.ndarray, hardest: np.ndarray, r
     Args:
         conflicts: Of ``N`` rows.
         bins: ``(N,)`` the bin of each row, -1 for none.
-        hardest: ``(N, k)`` see :func:`hardest_rows`.
+        hardest: ``(N, k)`` rows that each should meet, -1 for none; see
+            :class:`~unime_st.samplers.neighbors.Neighbors`.
         rng: All choices are drawn from it.
 
     Returns:
         ``(N,)`` the new bins.
+
+    Example:
+        >>> from unime_st.samplers.conflicts import find_conflicts
+        >>> free, each_other = find_conflicts([], None, 4), np.array([[1], [0], [3], [2]])
+        >>> moved = draw_together(free, np.array([0, 1, 0, 1]), each_other, np.random.default_rng(0))
+        >>> bool(moved[0] == moved[1]), bool(moved[2] == moved[3])
+        (True, True)
     """
     table = _Table(conflicts, bins)
-    wanted = np.zeros(len(bins), dtype=bool)
+    wanted = bytearray(len(bins))
     order = rng.permutation(len(bins))
-    picks = rng.random((len(bins), hardest.shape[1], _VICTIMS))
-    for row in order.tolist():
-        if table.bins[row] < 0:
+    for start in range(0, len(order), _BLOCK):
+        block = order[start : start + _BLOCK]
+        picks = rng.random((len(block), hardest.shape[1], _VICTIMS)).tolist()
+        for row, others, row_picks in zip(block.tolist(), hardest[block].tolist(), picks, strict=True):
+            if table.bins[row] >= 0:
+                wanted[row] = 1
+                _fetch(table, row, others, row_picks, wanted)
+    return np.asarray(table.bins, dtype=bins.dtype)
+
+
+def _fetch(table: _Table, row: int, others: list[int], picks: list[list[float]], wanted: bytearray) -> None:
+    """Bring a row's hard negatives to it, where nobody wants them elsewhere."""
+    home = table.bins[row]
+    members = table.members[home]
+    for other, other_picks in zip(others, picks, strict=True):
+        if other < 0 or wanted[other] or table.bins[other] < 0:
             continue
-        wanted[row] = True
-        for place, other in enumerate(hardest[row].tolist()):
-            if other < 0 or wanted[other] or table.bins[other] < 0:
-                continue
-            if table.bins[other] == table.bins[row]:
-                wanted[other] = True
-                continue
-            members = table.members[table.bins[row]]
-            for pick in picks[row, place].tolist():
-                victim = members[int(pick * len(members))]
-                if not wanted[victim] and table.exchange(other, victim):
-                    wanted[other] = True
-                    break
-    return table.bins
+        if table.bins[other] == home:
+            wanted[other] = 1
+            continue
+        for pick in other_picks:
+            victim = members[int(pick * len(members))]
+            if not wanted[victim] and table.exchange(other, victim):
+                wanted[other] = 1
+                break
 
 
 class _Table:
-    """Who is in which bin, and which keys are taken there."""
+    """Who is in which bin, and which keys are taken there; in plain lists, which are faster one element at a time."""
 
     def __init__(self, conflicts: Conflicts, bins: np.ndarray) -> None:
-        self.conflicts = conflicts
-        self.bins = bins.copy()
+        self.neighbours, self.starts = conflicts.neighbours, conflicts.starts.tolist()
+        self.bins: list[int] = bins.tolist()
         self.keys = [[key for key in row if key >= 0] for row in conflicts.keys.tolist()]
         count = int(bins.max(initial=-1)) + 1
         self.members: list[list[int]] = [[] for _ in range(count)]
-        self.holder: list[dict[int, int]] = [{} for _ in range(count)]
-        for row, number in enumerate(bins.tolist()):
+        self.taken: list[set[int]] = [set() for _ in range(count)]
+        self.place = [0] * len(self.bins)  # of each row among its bin's members
+        for row, number in enumerate(self.bins):
             if number >= 0:
+                self.place[row] = len(self.members[number])
                 self.members[number].append(row)
-                self.holder[number].update(dict.fromkeys(self.keys[row], row))
+                self.taken[number].update(self.keys[row])
 
     def exchange(self, first: int, second: int) -> bool:
         """Exchange the bins of two rows unless one would meet a row it conflicts with; whether it was done."""
-        home, away = int(self.bins[first]), int(self.bins[second])
+        home, away = self.bins[first], self.bins[second]
         if not (self._fits(first, away, second) and self._fits(second, home, first)):
             return False
-        for row, source in ((first, home), (second, away)):
-            for key in self.keys[row]:
-                del self.holder[source][key]
-        for row, other, target in ((first, second, away), (second, first, home)):
-            self.members[target][self.members[target].index(other)] = row
-            self.holder[target].update(dict.fromkeys(self.keys[row], row))
-            self.bins[row] = target
+        self.taken[home].difference_update(self.keys[first])
+        self.taken[away].difference_update(self.keys[second])
+        self.taken[away].update(self.keys[first])
+        self.taken[home].update(self.keys[second])
+        self.place[first], self.place[second] = self.place[second], self.place[first]
+        self.bins[first], self.bins[second] = away, home
+        self.members[away][self.place[first]] = first
+        self.members[home][self.place[second]] = second
         return True
 
     def _fits(self, row: int, target: int, leaving: int) -> bool:
-        holder = self.holder[target]
-        if any(holder.get(key, leaving) != leaving for key in self.keys[row]):
-            return False
-        neighbours = self.conflicts.neighbours_of(row)
-        return not bool(((self.bins[neighbours] == target) & (neighbours != leaving)).any())
+        taken, bins = self.taken[target], self.bins
+        for key in self.keys[row]:
+            if key in taken and key not in self.keys[leaving]:
+                return False
+        start, end = self.starts[row], self.starts[row + 1]
+        if start == end:
+            return True
+        return all(bins[other] != target or other == leaving for other in self.neighbours[start:end].tolist())

@@ -1,0 +1,94 @@
+"""An approximate index of nearest targets, by faiss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+_PROBES = 8
+_MANY_PROBES = 64
+_SEED = 0
+
+
+class NearestTargets:
+    """Finds most of the targets nearest to a query, without comparing it with all.
+
+    An inverted file whose cells number as the square root of the targets, read as 4-bit product codes; what comes best
+    by those is scored exactly.
+
+    Attributes:
+        places: ``(T,)`` the place of each target when they are ordered by cell: near ones are near each other.
+
+    Args:
+        targets: ``(T, D)`` float32, of length 1.
+
+    Raises:
+        ImportError: When faiss is not installed.
+
+    Example:
+        >>> targets = torch.nn.functional.normalize(torch.randn(500, 16, generator=torch.manual_seed(0)), dim=1)
+        >>> scores, numbers = NearestTargets(targets).search(targets[7:8], 3)
+        >>> numbers[0, 0].item(), round(scores[0, 0].item(), 4)
+        (7, 1.0)
+    """
+
+    def __init__(self, targets: torch.Tensor) -> None:
+        faiss = import_faiss()
+        array = targets.numpy()
+        count, dim = array.shape
+        cells = max(1, int(1.25 * math.sqrt(count)))
+        quantizers = next((n for n in (64, 32, 16, 8, 4, 2) if dim % n == 0 and dim // n >= 2), 1)
+        self.index: Any = faiss.index_factory(dim, f"IVF{cells},PQ{quantizers}x4fs", faiss.METRIC_INNER_PRODUCT)
+        cells_of = faiss.downcast_index(self.index)
+        for clustering, points in ((cells_of.cp, 40), (cells_of.pq.cp, 256)):
+            clustering.niter, clustering.seed = 8, _SEED
+            clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, points
+        sample = np.random.default_rng(_SEED).permutation(count)[: 50 * max(cells, 100)]
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)  # many small steps: threads wait for each other longer than they work
+        self.index.train(array[np.sort(sample)])
+        faiss.omp_set_num_threads(threads)
+        self.index.add(array)
+        self.targets = array
+        lists = cells_of.invlists
+        by_cell = [faiss.rev_swig_ptr(lists.get_ids(cell), lists.list_size(cell)) for cell in range(cells)]
+        self.places = np.empty(count, dtype=np.int64)
+        self.places[np.concatenate(by_cell)] = np.arange(count)
+
+    def search(self, queries: torch.Tensor, number: int, thorough: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Look up queries.
+
+        Args:
+            queries: ``(n, D)`` float32, of length 1.
+            number: ``C``, or as many as there are targets.
+            thorough: Look at eight times as many cells, for queries with many near targets.
+
+        Returns:
+            ``(n, C)`` exact scores, -inf where there are no more; ``(n, C)`` numbers of targets, -1 there; about in
+            order of the scores.
+        """
+        faiss, asked = import_faiss(), np.ascontiguousarray(queries.numpy())
+        number = min(number, len(self.targets))
+        probes = min(_MANY_PROBES if thorough else _PROBES, self.index.nlist)
+        _, found = self.index.search(asked, number, params=faiss.SearchParametersIVF(nprobe=probes))
+        scores = np.full(found.shape, -np.inf, dtype=np.float32)
+        pointers = [faiss.swig_ptr(array) for array in (scores, asked, self.targets, found)]
+        faiss.fvec_inner_products_by_idx(*pointers, asked.shape[1], len(asked), number)
+        scores[found < 0] = -np.inf
+        return torch.from_numpy(scores), torch.from_numpy(found)
+
+
+def import_faiss() -> Any:
+    """Import faiss, or say what to install."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            "Neighbours among so many rows are found through an approximate index, which needs faiss: "
+            '`pip install "unime_st[ann]"` (or faiss-cpu). Or compare everything, with `exact_neighbors=True`, in a '
+            "time that grows with the square of the rows."
+        ) from error
+    return faiss

@@ -1,0 +1,81 @@
+"""Keeping on disk what a guide told of rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unime_st.files import remove_leftovers, write_atomically
+from unime_st.samplers.guide import GuideEmbeddings
+from unime_st.samplers.neighbors import Neighbors, find_neighbors
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1  # of what find_neighbors computes: raise it when its results change
+_ARRAYS = ("pairs", "hardest", "twins")
+
+
+class NeighborStore:
+    """A folder of :class:`~unime_st.samplers.neighbors.Neighbors`, each known by all that it depends on.
+
+    Files are ``neighbors-<digest>.<array>.npy`` and, written last, ``neighbors-<digest>.json``, without which the
+    arrays count as not there: a process that is killed leaves nothing that would be taken for whole.
+
+    Args:
+        folder: Made when missing.
+
+    Example:
+        >>> import tempfile
+        >>> store, guide = NeighborStore(Path(tempfile.mkdtemp())), GuideEmbeddings("guide", np.eye(3), rows=3)
+        >>> first = store.load_or_find(guide, guide, margin=0.1, num_hardest=1)
+        >>> again = store.load_or_find(guide, guide, margin=0.1, num_hardest=1)
+        >>> np.array_equal(first.hardest, again.hardest), len(list(store.folder.iterdir()))
+        (True, 4)
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load_or_find(self, queries: GuideEmbeddings, targets: GuideEmbeddings, **options: Any) -> Neighbors:
+        """Load what was found before for the same embeddings and options, else find and keep it.
+
+        Args:
+            queries: See :func:`~unime_st.samplers.neighbors.find_neighbors`.
+            targets: See there.
+            options: Its others.
+        """
+        digest = _digest(queries, targets, options)
+        record = self._path(digest, "json")
+        if record.exists():
+            logger.info("The guide's neighbours are taken from %s.", record)
+            recall = json.loads(record.read_text())["recall"]
+            arrays = {name: np.load(self._path(digest, f"{name}.npy")) for name in _ARRAYS}
+            return Neighbors(**arrays, recall=recall)
+        found = find_neighbors(queries, targets, **options)
+        if self.folder.exists():
+            remove_leftovers(self.folder)
+        for name in _ARRAYS:
+            write_atomically(self._path(digest, f"{name}.npy"), getattr(found, name))
+        settings = {name: value for name, value in options.items() if name != "groups"}
+        write_atomically(record, json.dumps({"recall": found.recall, "rows": queries.rows, **settings}, indent=1))
+        return found
+
+    def _path(self, digest: str, ending: str) -> Path:
+        return self.folder / f"neighbors-{digest}.{ending}"
+
+
+def _digest(queries: GuideEmbeddings, targets: GuideEmbeddings, options: dict[str, Any]) -> str:
+    groups = options.get("groups")
+    told = {
+        **options,
+        "version": _VERSION,
+        "queries": queries.digest(),
+        "targets": targets.digest(),
+        "groups": None if groups is None else hashlib.blake2b(groups.tobytes(), digest_size=16).hexdigest(),
+    }
+    return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8).hexdigest()

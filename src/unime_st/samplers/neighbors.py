@@ -1,0 +1,234 @@
+"""Rows that a guide finds too similar to meet, and those it finds hardest: from the same scores, computed once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from unime_st.samplers.approximate import NearestTargets
+from unime_st.samplers.guide import GuideEmbeddings
+from unime_st.samplers.planning import split_by
+
+logger = logging.getLogger(__name__)
+
+_EXACT_ROWS = 20_000  # up to here comparing everything takes seconds
+_CHUNK = 512
+_INDEX_CHUNK = 4096
+_CANDIDATES = 64
+_MANY_CANDIDATES = 1024
+_SAMPLE = 256
+_POOR_RECALL = 0.9
+_MAX_MEAN_NEIGHBOURS = 2000
+_MAX_PAIRS = 100_000_000
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """What a guide tells of ``N`` rows.
+
+    Attributes:
+        pairs: ``(P, 2)``: the first row's query is more similar to the second row's target than to its own, by over the
+            margin.
+        hardest: ``(N, k)`` rows whose targets are most similar to the row's query without being false, the hardest
+            first; -1 where there are no more. Of rows with one target embedding the first stands for all.
+        twins: ``(N,)`` the first row with the same target embedding.
+        recall: Share of what comparing everything finds, measured on a sample of rows that were searched
+            approximately: ``conflicts`` and ``hardest``; empty when everything was compared.
+    """
+
+    pairs: np.ndarray
+    hardest: np.ndarray
+    twins: np.ndarray
+    recall: dict[str, float]
+
+
+def find_neighbors(
+    queries: GuideEmbeddings,
+    targets: GuideEmbeddings,
+    *,
+    margin: float,
+    num_hardest: int = 0,
+    groups: np.ndarray | None = None,
+    exact: bool | None = None,
+) -> Neighbors:
+    """Score queries against targets and keep what matters.
+
+    Args:
+        queries: ``(N, D)`` embeddings of the rows' queries.
+        targets: ``(N, D)`` embeddings of their targets.
+        margin: In cosine similarity. A target more similar to a query than its own by over this is a false negative.
+        num_hardest: ``k`` of the hardest rows that are not false.
+        groups: ``(N,)`` numbers; rows of different ones never meet, so are not compared.
+        exact: Compare everything (True), candidates from an approximate index (False), or the latter in groups of over
+            20,000 rows (None).
+
+    Raises:
+        ImportError: When an index is needed and faiss is not installed.
+        ValueError: When the embeddings differ in dimension or are not finite, or the margin makes most rows conflict.
+
+    Example:
+        >>> corner = GuideEmbeddings("guide", np.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), rows=3)
+        >>> find_neighbors(corner, corner, margin=0.1, num_hardest=1).hardest.tolist()
+        [[1], [0], [1]]
+    """
+    if queries.dim != targets.dim:
+        raise ValueError(
+            f"`{queries.name}` has {queries.dim} dimensions and `{targets.name}` {targets.dim}: they must come from "
+            "one guide."
+        )
+    rows, twins = queries.rows, targets.twins()
+    unit_queries, unit_targets = queries.unit_rows(), targets.unit_rows()
+    hardest = np.full((rows, num_hardest), -1, dtype=np.int32)
+    pairs, recalls, total = [], [], 0
+    limit = min(_MAX_MEAN_NEIGHBOURS * rows, _MAX_PAIRS)
+    for members in [np.arange(rows)] if groups is None else split_by(groups):
+        search = _Search(unit_queries, unit_targets, members, twins[members], margin=margin, k=num_hardest)
+        approximate = len(members) > _EXACT_ROWS if exact is None else not exact
+        for part, found, hard in search.run(approximate):
+            hardest[members[part]] = hard
+            pairs.append(found)
+            total += len(found)
+            if total > limit:
+                raise ValueError(
+                    f"With `margin={margin}` the guide takes more than {limit // max(rows, 1):,} rows for false "
+                    f"negatives of an average row. Raise the margin, or check that the embeddings are in the data "
+                    "set's order."
+                )
+        if approximate:
+            recalls.append((len(members), search.recall()))
+    merged = np.concatenate(pairs) if pairs else np.empty((0, 2), dtype=np.int32)
+    return Neighbors(merged, hardest, twins.astype(np.int32), _mean_recall(recalls))
+
+
+def _mean_recall(recalls: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    if not recalls:
+        return {}
+    weights = [rows for rows, _ in recalls]
+    means = {name: float(np.average([one[name] for _, one in recalls], weights=weights)) for name in recalls[0][1]}
+    text = ", ".join(f"{value:.1%} of the {name}" for name, value in means.items())
+    logger.info("The approximate index finds %s, by a sample of rows.", text)
+    if min(means.values()) < _POOR_RECALL:
+        logger.warning(
+            "The approximate index finds only %s, by a sample of rows. `exact_neighbors=True` finds all, in a time "
+            "that grows with the square of the rows.",
+            text,
+        )
+    return means
+
+
+class _Search:
+    """The rows of one group.
+
+    Args:
+        queries: ``(N, D)`` of all rows, of length 1.
+        targets: ``(N, D)`` likewise.
+        members: ``(M,)`` the group's rows.
+        twins: ``(M,)`` the first row of all with the target of each; equal targets are compared once.
+        margin: See :func:`find_neighbors`.
+        k: Of the hardest rows.
+    """
+
+    def __init__(
+        self,
+        queries: torch.Tensor,
+        targets: torch.Tensor,
+        members: np.ndarray,
+        twins: np.ndarray,
+        *,
+        margin: float,
+        k: int,
+    ) -> None:
+        self.queries, self.members, self.margin, self.k = queries, members, margin, k
+        self.first, self.codes = np.unique(twins, return_inverse=True)  # (T,): distinct targets; (M,) in [0, T)
+        self.targets = targets if len(self.first) == len(targets) else targets[torch.from_numpy(self.first)]  # (T, D)
+        self.by_code = np.argsort(self.codes, kind="stable")
+        self.starts = np.searchsorted(self.codes[self.by_code], np.arange(len(self.first) + 1))
+        self.index: NearestTargets | None = None
+
+    def run(self, approximate: bool) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield positions in the group, their pairs ``(p, 2)`` and their hardest rows ``(n, k)``, part by part."""
+        self.index = NearestTargets(self.targets) if approximate else None
+        # Cell after cell, so that what is read again soon is still in the processor's cache.
+        order = np.arange(len(self.members)) if self.index is None else np.argsort(self.index.places[self.codes])
+        chunk = _CHUNK if self.index is None else _INDEX_CHUNK
+        for start in range(0, len(order), chunk):
+            part = order[start : start + chunk]
+            yield part, *self._rows(part, *self._find(part))
+
+    def _find(self, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See :meth:`_judge`; through the index when there is one."""
+        if self.index is None:
+            return self._judge(part, self._query(part) @ self.targets.T, None)
+        queries = self._query(part)
+        false, hardest = self._judge(part, *self.index.search(queries, _CANDIDATES))
+        # Where (nearly) all candidates are false negatives there may be more of them.
+        crowded = np.flatnonzero(np.bincount(false[:, 0], minlength=len(part)) + self.k + 1 >= _CANDIDATES)
+        if len(crowded) == 0:
+            return false, hardest
+        more, hardest[crowded] = self._judge(
+            part[crowded], *self.index.search(queries[crowded], _MANY_CANDIDATES, thorough=True)
+        )
+        few = false[~np.isin(false[:, 0], crowded)]
+        return np.concatenate([few, np.stack([crowded[more[:, 0]], more[:, 1]], axis=1)]), hardest
+
+    def _query(self, part: np.ndarray) -> torch.Tensor:
+        return self.queries[torch.from_numpy(self.members[part])]
+
+    def _judge(
+        self, part: np.ndarray, scores: torch.Tensor, candidates: torch.Tensor | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The one rule: false beyond the margin, else as hard as similar.
+
+        Args:
+            part: ``(n,)`` positions in the group.
+            scores: ``(n, C)`` of their queries with candidates; overwritten.
+            candidates: ``(n, C)`` codes of targets, -1 for none; None when they are all targets in order.
+
+        Returns:
+            ``(p, 2)`` position in ``part`` and code of each false negative; ``(n, k)`` codes of the hardest others.
+        """
+        own_code = torch.from_numpy(self.codes[part])[:, None]  # (n, 1)
+        if candidates is None:
+            own = scores.gather(1, own_code)
+            is_own = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, own_code, value=True)
+        else:
+            own = (self._query(part) * self.targets[own_code[:, 0]]).sum(dim=1, keepdim=True)
+            is_own = candidates == own_code
+        false = scores > own + self.margin
+        places = false.nonzero()
+        scores.masked_fill_(false | is_own, -torch.inf)
+        best = scores.topk(min(self.k, scores.shape[1]), dim=1)
+        columns = torch.where(best.values > -torch.inf, best.indices, -1)
+        if candidates is not None:
+            places[:, 1] = candidates[places[:, 0], places[:, 1]]
+            columns = torch.where(columns < 0, -1, candidates.gather(1, columns.clamp(min=0)))
+        missing = self.k - columns.shape[1]
+        return places.numpy(), torch.nn.functional.pad(columns, (0, missing), value=-1).numpy()
+
+    def _rows(self, part: np.ndarray, false: np.ndarray, hardest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes to rows: a false target is false in all rows that have it."""
+        counts = self.starts[false[:, 1] + 1] - self.starts[false[:, 1]]
+        ends = np.cumsum(counts)
+        at = np.repeat(self.starts[false[:, 1]] - (ends - counts), counts) + np.arange(int(counts.sum()))
+        rows, others = self.members[np.repeat(part[false[:, 0]], counts)], self.members[self.by_code[at]]
+        pairs = np.stack([rows, others], axis=1).astype(np.int32)
+        return pairs[rows != others], np.where(hardest < 0, -1, self.first[hardest])
+
+    def recall(self) -> dict[str, float]:
+        """Compare the index with comparing everything, on some rows."""
+        sample = np.sort(np.random.default_rng(0).permutation(len(self.members))[:_SAMPLE])
+        conflicts, hardest = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.int64)  # found, there
+        for start in range(0, len(sample), _CHUNK // 16):  # few at a time: their scores are as many as the targets
+            part = sample[start : start + _CHUNK // 16]
+            right_false, right_hard = self._judge(part, self._query(part) @ self.targets.T, None)
+            false, hard = self._find(part)
+            expected = set(map(tuple, right_false.tolist()))
+            conflicts += len(expected & set(map(tuple, false.tolist()))), len(expected)
+            for right, found in zip(right_hard.tolist(), hard.tolist(), strict=True):
+                hardest += len({*right} & {*found} - {-1}), len({*right} - {-1})
+        shares = {"conflicts": conflicts} | ({"hardest": hardest} if self.k else {})
+        return {name: float(found / there) if there else 1.0 for name, (found, there) in shares.items()}

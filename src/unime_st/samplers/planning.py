@@ -1,0 +1,195 @@
+"""Which rows meet in which global batch, epoch by epoch: a function of the seed and the epoch's number only."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from unime_st.samplers.conflicts import Conflicts
+from unime_st.samplers.packing import compatible, pack
+from unime_st.samplers.together import draw_together
+
+logger = logging.getLogger(__name__)
+
+_EPOCH_TRIES = 3
+_SLOW_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One epoch, or one pool's part of it.
+
+    Attributes:
+        full: ``(bins, W * B)`` rows of each global batch.
+        tail: Rows of the last, smaller one; empty with ``drop_last``.
+    """
+
+    full: np.ndarray
+    tail: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        """Rows in all batches."""
+        return self.full.size + len(self.tail)
+
+
+@dataclass(frozen=True)
+class HardRows:
+    """Rows that should meet, if they may.
+
+    Attributes:
+        hardest: ``(N, k)`` see :class:`~unime_st.samplers.neighbors.Neighbors`; one row stands for all its twins.
+        twins: ``(N,)`` see there.
+    """
+
+    hardest: np.ndarray
+    twins: np.ndarray
+
+    def draw(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """For some rows, which of them they should meet, in their new numbers: a twin at random for each row meant."""
+        number = np.full(len(self.twins), -1, dtype=np.int32)
+        number[rows] = np.arange(len(rows), dtype=np.int32)
+        order = rows[np.argsort(self.twins[rows], kind="stable")]
+        firsts = self.twins[order]
+        wanted = self.hardest[rows]
+        start, end = np.searchsorted(firsts, wanted), np.searchsorted(firsts, wanted, side="right")
+        chosen = start + (rng.random(wanted.shape, dtype=np.float32) * (end - start)).astype(np.int64)
+        there = (wanted >= 0) & (end > start)
+        return np.where(there, number[order[np.minimum(chosen, len(order) - 1)]], -1)
+
+
+class Planner:
+    """Draws plans.
+
+    Args:
+        conflicts: Of ``N`` rows.
+        size: Rows a global batch, ``W * B``.
+        drop_last: Leave out what does not fill a whole global batch.
+        seed: See above.
+        subsets: ``(N,)`` the data set of each row, when that matters.
+        homogeneous: One data set a global batch.
+        max_rows: Of each data set in an epoch; None for all.
+        hard_rows: Rows to draw together, when that is wanted.
+    """
+
+    def __init__(
+        self,
+        conflicts: Conflicts,
+        size: int,
+        drop_last: bool,
+        seed: int,
+        *,
+        subsets: np.ndarray | None = None,
+        homogeneous: bool = False,
+        max_rows: int | None = None,
+        hard_rows: HardRows | None = None,
+    ) -> None:
+        self.conflicts, self.size, self.drop_last, self.seed = conflicts, size, drop_last, seed
+        self.max_rows, self.hard_rows = max_rows, hard_rows
+        everything = [np.arange(len(conflicts))]
+        by_subset = everything if subsets is None else split_by(subsets)
+        self.pools = [[rows] for rows in by_subset] if homogeneous else [by_subset]
+        self.base = [self._base_of(number) for number in range(len(self.pools))]
+        tails = [len(plan.tail) for plan in self.base]
+        self.tail_pool = int(np.argmax(tails)) if tails else 0
+
+    @property
+    def num_full(self) -> int:
+        """Full global batches an epoch."""
+        return sum(len(plan.full) for plan in self.base)
+
+    @property
+    def num_tail(self) -> int:
+        """Rows of the last, smaller global batch."""
+        return len(self.base[self.tail_pool].tail) if self.base else 0
+
+    @property
+    def num_drawn(self) -> int:
+        """Rows that an epoch would hold if they all fitted."""
+        return sum(self._num_drawn(number) for number in range(len(self.pools)))
+
+    def conflicting(self) -> int:
+        """How many rows an epoch leaves out for their conflicts, not for a cap or because they fill no batch."""
+        missing = 0
+        for number, plan in enumerate(self.base):
+            tailed = not self.drop_last and number == self.tail_pool
+            drawn = self._num_drawn(number)
+            missing += drawn - plan.full.size - (len(plan.tail) if tailed else drawn % self.size)
+        return max(0, missing)
+
+    def epoch(self, epoch: int) -> Plan:
+        """The plan of an epoch, counted from 0."""
+        parts = [self._epoch_of(number, epoch) for number in range(len(self.pools))]
+        full = np.concatenate([part.full for part in parts])
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(full))
+        return Plan(full[order], parts[self.tail_pool].tail[: self.num_tail])
+
+    def _num_drawn(self, number: int) -> int:
+        return sum(min(len(rows), self.max_rows or len(rows)) for rows in self.pools[number])
+
+    def _rows(self, number: int, rng: np.random.Generator) -> np.ndarray:
+        """Rows of a pool for one epoch: of each data set as many as the cap allows, others each time."""
+        parts = self.pools[number]
+        if self.max_rows is not None:
+            parts = [rows if len(rows) <= self.max_rows else rng.permutation(rows)[: self.max_rows] for rows in parts]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _base_of(self, number: int) -> Plan:
+        """A pool's plan found once, whose size every epoch keeps; it is the first epoch's."""
+        num_bins = self._num_drawn(number) // self.size
+        attempt = 0
+        plan, placed = self._draw(number, num_bins, [0, number, attempt])
+        while plan is None:  # ends: no rows always fill no bins
+            attempt += 1
+            # In larger steps when small ones do not help.
+            num_bins = min(max(0, placed // self.size - attempt // _SLOW_STEPS), num_bins)
+            plan, placed = self._draw(number, num_bins, [0, number, attempt])
+        return plan
+
+    def _epoch_of(self, number: int, epoch: int) -> Plan:
+        base = self.base[number]
+        if epoch == 0:
+            return base
+        for attempt in range(_EPOCH_TRIES):
+            everything = self.max_rows is not None and attempt == _EPOCH_TRIES - 1
+            plan, _ = self._draw(number, len(base.full), [epoch, number, attempt], everything)
+            if plan is not None and len(plan.tail) >= len(base.tail):
+                return plan
+        logger.info("Epoch %d repeats the first plan's batches in another order: no other was found.", epoch)
+        rng = np.random.default_rng([self.seed, epoch, number, _EPOCH_TRIES])
+        return Plan(rng.permuted(rng.permutation(base.full), axis=1), base.tail)
+
+    def _draw(
+        self, number: int, num_bins: int, key: Sequence[int], everything: bool = False
+    ) -> tuple[Plan | None, int]:
+        """Draw a plan with this many full global batches, or None when it fails; and how many rows found a place."""
+        rng = np.random.default_rng([self.seed, *key])
+        rows = np.concatenate(self.pools[number]) if everything else self._rows(number, rng)
+        whole = len(rows) == len(self.conflicts)
+        conflicts = self.conflicts if whole else self.conflicts.take(rows)
+        rows = np.arange(len(rows)) if whole else rows
+        bins = pack(conflicts, num_bins, self.size, rng)
+        placed = int((bins >= 0).sum())
+        if placed < num_bins * self.size:
+            return None, placed
+        if self.hard_rows is not None:
+            bins = draw_together(conflicts, bins, self.hard_rows.draw(rows, rng), rng)
+        order = rng.permutation(len(bins))
+        order = order[np.argsort(bins[order], kind="stable")]  # unplaced rows first, then bin after bin
+        left, full = np.split(order, [len(bins) - placed])
+        tail = left[:0] if self.drop_last else compatible(conflicts, left, self.size)
+        return Plan(rows[full].reshape(num_bins, self.size), rows[tail]), placed
+
+
+def split_by(numbers: np.ndarray) -> list[np.ndarray]:
+    """The rows of each number, in its order.
+
+    Example:
+        >>> [rows.tolist() for rows in split_by(np.array([1, 0, 1]))]
+        [[1], [0, 2]]
+    """
+    order = np.argsort(numbers, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1)
