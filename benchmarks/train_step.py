@@ -2,15 +2,15 @@
 
     python benchmarks/train_step.py
 
-The step is stage 2's: 64 pairs of a drawing with a question and a text, LoRA on the language model, vision tower
-frozen, forward and backward pass of the loss, on the demo's miniature (6 of its layers, images of 160 pixels, its
-projector not aligned). `HardNegativeInfoNCELoss` is set to what
-`CachedMultipleNegativesRankingLoss` computes (all negatives, no margin), with the same mini-batch size. Without repeats
-losses and gradients are equal; with repeats the stock loss takes copies of an answer for wrong ones, so there they are
-compared with our own plain loss, which embeds everything at once.
+The step is stage 2's: 64 pairs of a drawing with a question and a text (or half of them a caption and a drawing, as in
+batches of several data sets), of 3 to 30 words, LoRA on the language model, vision tower frozen, forward and backward
+pass of the loss, on the demo's miniature (4 of its layers, images of 160 pixels, its projector not aligned).
+`HardNegativeInfoNCELoss` is set to what `CachedMultipleNegativesRankingLoss` computes (all negatives, no margin), with
+the same mini-batch size. Without repeats losses and gradients are equal; with repeats the stock loss takes copies of an
+answer for wrong ones, so there they are compared with our own plain loss, which embeds everything at once.
 
-Both losses run in one process, alternating. Memory is read in a process of its own for each, as the growth of its peak
-over what it was before the first step. Writes `benchmarks/results/train_step.json`.
+Both losses run in one process, alternating, on one thread. Memory is read in a process of its own for each, as the
+growth of its peak over what it was before the first step. Writes `benchmarks/results/train_step.json`.
 """
 
 from __future__ import annotations
@@ -45,8 +45,13 @@ from unime_st.losses import HardNegativeInfoNCELoss
 from unime_st.modules import default_lora_config
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
-BATCH, MINI_BATCH, TEMPERATURE, LAYERS = 64, 8, 0.05, 6
-CASES = {"a quarter of the targets repeated": 0.25, "no repeats": 0.0}
+BATCH, MINI_BATCH, TEMPERATURE, LAYERS = 64, 8, 0.05, 4
+CASES = {
+    f"{name}, {'a quarter of the targets repeated' if repeated else 'no repeats'}": (kind, repeated)
+    for kind, name in (("questions", "questions about drawings"), ("mixed", "mixed with captions of drawings"))
+    for repeated in (0.25, 0.0)
+}
+COLOURS = ("red", "green", "blue", "orange", "purple", "black")
 KINDS = ("unime_st", "stock")
 
 
@@ -67,20 +72,32 @@ def encoder(kind: str, path: Path) -> SentenceTransformer:
     return model.train()
 
 
-def pairs(repeated: float) -> tuple[list[Any], list[str]]:
-    """Drawings with a question, and texts of 3 to 30 words, some of them repeated."""
-    shapes, colours = ("circle", "square", "triangle", "cross"), ("red", "green", "blue", "orange", "purple", "black")
-    anchors, targets = [], []
+def drawing(number: int) -> Image.Image:
+    image = Image.new("RGB", (160, 160), "white")
+    pen = ImageDraw.Draw(image)
+    left, top = 10 + 7 * (number % 9), 10 + 7 * (number // 9)
+    pen.rectangle((left, top, left + 40 + number % 5, top + 60), fill=COLOURS[number % len(COLOURS)])
+    return image
+
+
+def words(number: int, start: str) -> str:
+    """From 3 to 30 words."""
+    return f"{start} {number} {COLOURS[number % len(COLOURS)]}" + " or any other" * (number * 7 % 10)
+
+
+def pairs(kind: str, repeated: float) -> tuple[list[Any], list[Any]]:
+    """Pairs of one kind, a drawing with a question and an answer, or half of them captions and drawings instead."""
     distinct = int(BATCH * (1 - repeated))
+    anchors: list[Any] = []
+    targets: list[Any] = []
     for row in range(BATCH):
-        image = Image.new("RGB", (160, 160), "white")
-        pen = ImageDraw.Draw(image)
-        corner = 10 + 7 * (row % 9), 10 + 7 * (row // 9)
-        pen.rectangle((*corner, corner[0] + 40 + row % 5, corner[1] + 60), fill=colours[row % 6])
-        anchors.append({"image": image, "text": "What is drawn here, where, and in which colour?"})
-        number = row if row < distinct else (row - distinct) * 2
-        words = f"number {number}: a {colours[number % 6]} {shapes[number % 4]}"
-        targets.append(words + " and then some more words" * (number % 6))
+        number = row if row < distinct else (row - distinct) * 3  # of the target
+        if kind == "mixed" and number % 2:
+            anchors.append(words(row, "the one with"))
+            targets.append(drawing(number))
+        else:
+            anchors.append({"image": drawing(row), "text": words(row, "Which is it, number")})
+            targets.append(words(number, "answer"))
     return anchors, targets
 
 
@@ -142,11 +159,11 @@ class Calls:
         }
 
 
-def compare(path: Path, repeated: float, runs: int) -> dict[str, Any]:
+def compare(path: Path, pairs_of: str, repeated: float, runs: int) -> dict[str, Any]:
     """Time both, alternating; compare losses and gradients."""
     models = {kind: encoder(kind, path) for kind in KINDS}
     losses = {kind: loss_of(kind, model).train() for kind, model in models.items()}
-    columns = {kind: [models[kind].preprocess(list(column)) for column in pairs(repeated)] for kind in KINDS}
+    columns = {kind: [models[kind].preprocess(list(column)) for column in pairs(pairs_of, repeated)] for kind in KINDS}
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     values, counts = {}, {}
     for kind in KINDS:  # the first step also warms up
@@ -182,11 +199,11 @@ def compare(path: Path, repeated: float, runs: int) -> dict[str, Any]:
     }
 
 
-def peak(kind: str, path: Path, repeated: float) -> int:
+def peak(kind: str, path: Path, pairs_of: str, repeated: float) -> int:
     """Bytes by which three steps raise the peak of this process."""
     model = encoder(kind, path)
     loss = loss_of(kind, model).train()
-    columns = [model.preprocess(list(column)) for column in pairs(repeated)]
+    columns = [model.preprocess(list(column)) for column in pairs(pairs_of, repeated)]
     before = resident()
     highest = 0
     stop = False
@@ -226,25 +243,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a saved encoder in place of the miniature")
     parser.add_argument("--cache", type=Path, default=Path(".demo_cache"), help="folder of the demo's packages")
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--peak", nargs=2, metavar=("KIND", "SHARE"), help="print the memory of one, for this script")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument(
+        "--peak", nargs=3, metavar=("KIND", "PAIRS", "SHARE"), help="print the memory of one, for this script"
+    )
     given = parser.parse_args()
+    torch.set_num_threads(1)
     path = given.model or miniature(given.cache)
     if given.peak:
-        print(peak(given.peak[0], path, float(given.peak[1])))
+        print(peak(given.peak[0], path, given.peak[1], float(given.peak[2])))
         return
     results: dict[str, Any] = {"command": "python benchmarks/train_step.py", "batch": BATCH, "mini_batch": MINI_BATCH}
-    for name, repeated in CASES.items():
+    for name, (kind_of_pairs, repeated) in CASES.items():
         print(name)
-        result = compare(path, repeated, given.runs)
+        result = compare(path, kind_of_pairs, repeated, given.runs)
         memory = {}
         for kind in KINDS:
-            command = [sys.executable, __file__, "--model", str(path), "--peak", kind, str(repeated)]
+            command = [sys.executable, __file__, "--model", str(path), "--peak", kind, kind_of_pairs, str(repeated)]
             memory[kind] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
         result["peak_megabytes"] = {kind: round(value / 2**20) for kind, value in memory.items()}
         results[name] = result
+        write_atomically(RESULTS, json.dumps(results, indent=1) + "\n")
         print(json.dumps(result, indent=1))
-    write_atomically(RESULTS, json.dumps(results, indent=1) + "\n")
     print(f"wrote {RESULTS}")
 
 

@@ -110,8 +110,10 @@ def test_the_language_model_sees_each_distinct_input_once_and_again_but_for_the_
     model[0].model.language_model.register_forward_hook(count, with_kwargs=True)
     loss = HardNegativeInfoNCELoss(model, num_hard_negatives=3, temperature=1.0, mini_batch_size=2).train()
     step(loss, model, features(model, ANCHORS, POSITIVES))
-    assert rows[:5] == [2, 2, 1, 2, 1]
-    assert rows[5:] == [2, 2, 1, 2]
+    # Five anchors and three positives; the largest mini-batch comes last, and is not embedded again.
+    assert sorted(rows[:5]) == [1, 1, 2, 2, 2]
+    assert rows[4] == 2
+    assert rows[5:] == rows[:4]
     assert graphs == [False] * 4 + [True] * 5
     rows.clear()
     one_pass = HardNegativeInfoNCELoss(model, num_hard_negatives=3, temperature=1.0, mini_batch_size=16).train()

@@ -50,7 +50,8 @@ def test_mini_batches_stay_within_their_bounds_padding_included(seed):
     for rank, plan in enumerate(plans(keys, tokens, 12, size=5)):
         assert all(len(rows) <= 5 for _, rows in plan.mini_batches)
         assert sum(len(rows) for _, rows in plan.mini_batches) > 5
-        del rank
+        sizes = [len(rows) * tokens[rank, column * 12 + rows].max() for column, rows in plan.mini_batches]
+        assert sizes[-1] == max(sizes)
     for rank, plan in enumerate(plans(keys, tokens, 12, num_tokens=50)):
         for column, rows in plan.mini_batches:
             lengths = tokens[rank, column * 12 + rows]

@@ -16,8 +16,8 @@ class MiniBatchPlan:
     mini-batches.
 
     Attributes:
-        mini_batches: Of this process: a column, and rows of it. The last may repeat rows of an earlier one, so that all
-            processes have as many.
+        mini_batches: Of this process: a column, and rows of it; the one with most tokens last. Some may repeat rows of
+            others, so that all processes have as many.
         place: Where in the table the embedding of each of this process's inputs is, ``(n, B)``.
         share: Entries of the table a process.
         distinct: Inputs embedded, over all processes.
@@ -57,12 +57,12 @@ def plan_mini_batches(
     Example:
         >>> plan = plan_mini_batches(np.array([[5, 6, 7, 5]]), np.array([[9, 3, 4, 9]]), batch=2, size=2)
         >>> [(column, rows.tolist()) for column, rows in plan.mini_batches], plan.place.tolist()
-        ([(0, [0, 1]), (1, [0])], [[0, 1], [2, 0]])
+        ([(1, [0]), (0, [0, 1])], [[1, 2], [0, 1]])
     """
     owned, chosen = _owners(keys, tokens)
     cut = [_cut(own, row, batch, size, num_tokens) for own, row in zip(owned, tokens, strict=True)]
     least = max(least, *(len(mini_batches) for mini_batches in cut))
-    filled = [_at_least(mini_batches, least) for mini_batches in cut]
+    filled = [_largest_last(_at_least(part, least), row) for part, row in zip(cut, tokens, strict=True)]
     share = max(sum(len(part) for part in mini_batches) for mini_batches in filled)
     place_of = np.empty(keys.shape, dtype=np.int64)  # in the table, of inputs that are embedded
     for process, mini_batches in enumerate(filled):
@@ -122,6 +122,13 @@ def _cut(own: np.ndarray, tokens: np.ndarray, batch: int, size: int | None, num_
             mini_batches.append(members[start : start + count])
             start += count
     return mini_batches
+
+
+def _largest_last(mini_batches: list[np.ndarray], tokens: np.ndarray) -> list[np.ndarray]:
+    """Put the mini-batch with most tokens, padding included, last: it is the one that is embedded only once."""
+    padded = [len(part) * int(tokens[part].max()) for part in mini_batches]
+    largest = max(range(len(padded)), key=lambda number: padded[number])
+    return [*mini_batches[:largest], *mini_batches[largest + 1 :], mini_batches[largest]]
 
 
 def _at_least(mini_batches: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
