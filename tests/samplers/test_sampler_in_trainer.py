@@ -26,13 +26,15 @@ def shout(batch):
 class Recorder:
     """A collator that remembers its batches."""
 
-    def __init__(self, collator):
-        self.collator, self.seen = collator, []
+    def __init__(self, collator, collated):
+        self.collator, self.seen, self.collated = collator, [], collated
         self.valid_label_columns = collator.valid_label_columns
 
     def __call__(self, features):
         self.seen.append([(row["anchor"], row["positive"]) for row in features])
-        return self.collator(features)
+        batch = self.collator(features)
+        self.collated.append(sorted(batch))
+        return batch
 
 
 @pytest.fixture
@@ -41,19 +43,20 @@ def dataset():
     return Dataset.from_dict(rows).with_transform(shout)
 
 
-def train(dataset, folder, max_steps=-1, resume=False):
+def train(dataset, folder, max_steps=-1, resume=False, options=None, collated=None):
     tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "Q1": 1, "T1": 2, "Q2": 3}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=4)], device="cpu")
     args = SentenceTransformerTrainingArguments(
         folder, per_device_train_batch_size=4, num_train_epochs=3, max_steps=max_steps, save_steps=7, report_to="none",
-        batch_sampler=FalseNegativeAwareBatchSampler.configured(world_size=1), dataloader_drop_last=True, seed=1,
+        batch_sampler=FalseNegativeAwareBatchSampler.configured(world_size=1, **(options or {})),
+        dataloader_drop_last=True, seed=1,
         disable_tqdm=True, logging_strategy="no", use_cpu=True,
     )  # fmt: skip
     trainer = SentenceTransformerTrainer(
         model, args, train_dataset=dataset, loss=MultipleNegativesRankingLoss(model), callbacks=[SamplerEpochCallback()]
     )
-    trainer.data_collator = recorder = Recorder(trainer.data_collator)
+    trainer.data_collator = recorder = Recorder(trainer.data_collator, [] if collated is None else collated)
     trainer.train(resume_from_checkpoint=resume)
     return recorder.seen
 

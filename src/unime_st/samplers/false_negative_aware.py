@@ -75,7 +75,7 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
         max_rows_per_dataset: At most so many rows of each data set in an epoch, others each time; needs ``subset`` too.
         exact_neighbors: Compare every query with every target of the guide (True), or find candidates by an approximate
             index (False), which needs faiss (``pip install "unime_st[ann]"``) and misses a few: see :attr:`recall`.
-            None compares everything up to 20,000 rows (of a set, with ``homogeneous``). Equal contents and labels are
+            None compares everything up to 10,000 rows (of a set, with ``homogeneous``). Equal contents and labels are
             always kept apart exactly.
         plan_dir: Folder to keep what the guide told in, so that a restarted run does not compare again. It is found
             again by the embeddings' content and the settings. Only rank 0 needs to see it.

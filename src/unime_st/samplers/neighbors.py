@@ -15,7 +15,7 @@ from unime_st.samplers.planning import split_by
 
 logger = logging.getLogger(__name__)
 
-_EXACT_ROWS = 20_000  # up to here comparing everything takes seconds
+_EXACT_ROWS = 10_000  # up to here comparing everything takes seconds
 _CHUNK = 512
 _INDEX_CHUNK = 4096
 _CANDIDATES = 64
@@ -64,7 +64,7 @@ def find_neighbors(
         num_hardest: ``k`` of the hardest rows that are not false.
         groups: ``(N,)`` numbers; rows of different ones never meet, so are not compared.
         exact: Compare everything (True), candidates from an approximate index (False), or the latter in groups of over
-            20,000 rows (None).
+            10,000 rows (None).
 
     Raises:
         ImportError: When an index is needed and faiss is not installed.
@@ -194,20 +194,27 @@ class _Search:
         own_code = torch.from_numpy(self.codes[part])[:, None]  # (n, 1)
         if candidates is None:
             own = scores.gather(1, own_code)
-            is_own = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, own_code, value=True)
         else:
             own = (self._query(part) * self.targets[own_code[:, 0]]).sum(dim=1, keepdim=True)
-            is_own = candidates == own_code
         false = scores > own + self.margin
         places = false.nonzero()
-        scores.masked_fill_(false | is_own, -torch.inf)
-        best = scores.topk(min(self.k, scores.shape[1]), dim=1)
-        columns = torch.where(best.values > -torch.inf, best.indices, -1)
-        if candidates is not None:
-            places[:, 1] = candidates[places[:, 0], places[:, 1]]
-            columns = torch.where(columns < 0, -1, candidates.gather(1, columns.clamp(min=0)))
-        missing = self.k - columns.shape[1]
-        return places.numpy(), torch.nn.functional.pad(columns, (0, missing), value=-1).numpy()
+        if candidates is None:
+            columns = places[:, 1]
+            false.scatter_(1, own_code, value=True)
+        else:
+            columns = candidates[places[:, 0], places[:, 1]]
+            false |= candidates == own_code
+        found = torch.stack([places[:, 0], columns], dim=1).numpy()
+        return found, self._hardest(scores, false, candidates).numpy()
+
+    def _hardest(self, scores: torch.Tensor, barred: torch.Tensor, candidates: torch.Tensor | None) -> torch.Tensor:
+        """Codes of the best scores that are not barred, -1 where there are no more; ``(n, k)``."""
+        if self.k == 0:
+            return torch.empty(len(scores), 0, dtype=torch.int64)
+        best = scores.masked_fill_(barred, -torch.inf).topk(min(self.k, scores.shape[1]), dim=1)
+        codes = best.indices if candidates is None else candidates.gather(1, best.indices)
+        codes = torch.where(best.values > -torch.inf, codes, -1)
+        return torch.nn.functional.pad(codes, (0, self.k - codes.shape[1]), value=-1)
 
     def _rows(self, part: np.ndarray, false: np.ndarray, hardest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Codes to rows: a false target is false in all rows that have it."""
