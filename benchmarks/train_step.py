@@ -4,7 +4,7 @@
 
 The step is stage 2's: 64 pairs of a drawing with a question and a text (or half of them a caption and a drawing, as in
 batches of several data sets), of 3 to 30 words, LoRA on the language model, vision tower frozen, forward and backward
-pass of the loss, on the demo's miniature (4 of its layers, images of 160 pixels, its projector not aligned).
+pass of the loss, on the demo's miniature (2 of its layers, images of 160 pixels, its projector not aligned).
 `HardNegativeInfoNCELoss` is set to what `CachedMultipleNegativesRankingLoss` computes (all negatives, no margin), with
 the same mini-batch size. Without repeats losses and gradients are equal; with repeats the stock loss takes copies of an
 answer for wrong ones, so there they are compared with our own plain loss, which embeds everything at once.
@@ -45,7 +45,7 @@ from unime_st.losses import HardNegativeInfoNCELoss
 from unime_st.modules import default_lora_config
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
-BATCH, MINI_BATCH, TEMPERATURE, LAYERS = 64, 8, 0.05, 4
+BATCH, MINI_BATCH, TEMPERATURE, LAYERS = 64, 8, 0.05, 2
 CASES = {
     f"{name}, {'a quarter of the targets repeated' if repeated else 'no repeats'}": (kind, repeated)
     for kind, name in (("questions", "questions about drawings"), ("mixed", "mixed with captions of drawings"))
@@ -200,7 +200,7 @@ def compare(path: Path, pairs_of: str, repeated: float, runs: int) -> dict[str, 
 
 
 def peak(kind: str, path: Path, pairs_of: str, repeated: float) -> int:
-    """Bytes by which three steps raise the peak of this process."""
+    """Bytes by which two steps raise the peak of this process."""
     model = encoder(kind, path)
     loss = loss_of(kind, model).train()
     columns = [model.preprocess(list(column)) for column in pairs(pairs_of, repeated)]
@@ -218,7 +218,7 @@ def peak(kind: str, path: Path, pairs_of: str, repeated: float) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    for _ in range(3):
+    for _ in range(2):
         step(loss, model, columns)
     stop = True
     watcher.join()

@@ -49,10 +49,7 @@ def job(rank, folder, name):
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=trained, optimizer=torch.optim.SGD(trained, lr=1.0), config=settings
     )
-    rows = slice(rank * 4, rank * 4 + 4)
-    value = loss_of(name, engine, gathered=True)(
-        columns(model, rows), TEACHER[rows] if name == "distillation" else None
-    )
+    value = loss_of(name, engine, gathered=True)(*batch(model, name, slice(rank * 4, rank * 4 + 4)))
     engine.backward(value)
     engine.step()
     return {"loss": value.detach(), "weights": {name: p.detach().clone() for name, p in model.named_parameters()}}
@@ -63,9 +60,7 @@ def job(rank, folder, name):
 def test_a_step_of_zero_2_is_a_step_of_one_process(backbone, tmp_path, name):
     first, second = run_two(job, tmp_path, backbone("llava_next"), name)
     model = encoder(backbone("llava_next"))
-    value = loss_of(name, model, gathered=False)(
-        columns(model, slice(None)), TEACHER if name == "distillation" else None
-    )
+    value = loss_of(name, model, gathered=False)(*batch(model, name))
     value.backward()
     torch.testing.assert_close((first["loss"] + second["loss"]) / 2, value.detach(), rtol=0, atol=1e-6)
     moved = 0

@@ -44,8 +44,8 @@ class BatchEmbedder:
 
     The passes are GradCache's (https://huggingface.co/papers/2101.06983): all mini-batches are embedded without
     gradients, the loss is computed from all embeddings, and each mini-batch is embedded again with gradients. The last
-    mini-batch, the largest, keeps its activations from the first pass, so a batch of one mini-batch takes one pass. A frozen vision
-    tower runs in the first pass only.
+    mini-batch, the largest, keeps its activations from the first pass, so a batch of one mini-batch takes one pass. A
+    frozen vision tower runs in the first pass only.
 
     Args:
         model: The model, as the Trainer has wrapped it.
