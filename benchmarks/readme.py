@@ -165,6 +165,53 @@ def stage1_sweep_table(summary: dict[str, Any]) -> str:
     return "\n".join([*lines, "", text])
 
 
+def train_step_table(results: dict[str, Any]) -> str:
+    """A training step against the stock loss."""
+    lines = [
+        "| a step of 64 pairs, frozen vision | times as fast | spread | MB | MB, stock | tokens | tokens, stock |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    cases = {name: case for name, case in results.items() if isinstance(case, dict)}
+    for name, case in cases.items():
+        tokens = {kind: counts["tokens"] for kind, counts in case["counts"].items()}
+        low, high = case["spread"]
+        lines.append(
+            f"| {name} | {case['times_as_fast']:.2f} | {low:.2f} to {high:.2f} | {case['peak_megabytes']['unime_st']} "
+            f"| {case['peak_megabytes']['stock']} | {tokens['unime_st']:,} | {tokens['stock']:,} |"
+        )
+    worst = max(case["difference_of_gradients"] for case in cases.values())
+    runs = min(case["runs"] for case in cases.values())
+    return "\n".join(lines) + (
+        f"\n\n`python benchmarks/train_step.py`: against `CachedMultipleNegativesRankingLoss` in mini-batches of "
+        f"{results['mini_batch']}, medians of {runs} alternating steps on one thread, two layers of the miniature. MB "
+        f"is what a step adds at its peak. Gradients differ by at most {worst:.0e} of the largest one."
+    )
+
+
+def scale_table(results: dict[str, Any]) -> str:
+    """The sampler, the loss and the teacher's cache at full size."""
+    lines = ["| sampler, 256 dimensions | rows | set-up and first plan, s | of CPU, s | a batch, µs | peak, MB |"]
+    lines.append("|---|---|---|---|---|---|")
+    lines += [
+        f"| {one['variant']} | {one['rows']:,} | {one['set_up_and_first_plan_s']:.0f} | {one['cpu_s']:.0f} "
+        f"| {one['batch_us']:.1f} | {one['peak_mb']:,.0f} |"
+        for one in results["sampler"]["measured"]
+    ]
+    lines += ["", "| the loss alone, D = 1024 | seconds | MB | an (N, 1+k, D) tensor, MB |", "|---|---|---|---|"]
+    lines += [
+        f"| {one['global_batch']:,} rows | {one['seconds']:.1f} | {one['peak_above_inputs_mb']:,.0f} "
+        f"| {one['a_tensor_n_1k_d_mb']:,.0f} |"
+        for one in results["loss"]["measured"]
+    ]
+    ratio = results["teacher"]["cache_over_encode"]
+    lines += [
+        "",
+        "`python benchmarks/scale.py`, memory of the whole process but for the loss, where it is what is added. ",
+    ]
+    lines[-1] += f"Filling the teacher's cache takes {ratio:.2f} of the time of bare `encode`."
+    return "\n".join(lines)
+
+
 def filled(text: str) -> str:
     """README with its tables written from the kept results.
 
@@ -178,6 +225,9 @@ def filled(text: str) -> str:
         "ablation": ablation_table(_read(RESULTS / "ablation.json")),
         "evaluate": evaluate_table(_read(RESULTS / "evaluate.json")),
         "families": families_table(_read(RESULTS / "families.json")),
+        "stage1_sweep": stage1_sweep_table(_read(RESULTS / "stage1_sweep.json")),
+        "train_step": train_step_table(_read(RESULTS / "train_step.json")),
+        "scale": scale_table(_read(RESULTS / "scale.json")),
     }
     for name, part in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)

@@ -187,6 +187,7 @@ def compare(path: Path, pairs_of: str, repeated: float, runs: int) -> dict[str, 
     ratios = [theirs / ours for theirs, ours in zip(seconds["stock"], seconds["unime_st"], strict=True)]
     medians = {kind: statistics.median(times) for kind, times in seconds.items()}
     return {
+        "runs": runs,
         "distinct_inputs": losses["unime_st"].last_plan.distinct,
         "inputs": 2 * BATCH,
         "seconds": {kind: round(value, 3) for kind, value in medians.items()},

@@ -6,8 +6,9 @@ positive and the rest are explicit negatives. The names below are what this pack
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 ANCHOR = "anchor"
 """The query: text, an image, ``{"image", "text"}`` or chat messages."""
@@ -59,6 +60,16 @@ def negative_column(number: int) -> str:
     if number < 1:
         raise ValueError(f"Explicit negatives are counted from 1, got {number}.")
     return f"{NEGATIVE_PREFIX}{number}"
+
+
+def without_subset(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop :data:`SUBSET` from rows: the transform (``with_transform``) of a plain data set that holds the column.
+
+    Example:
+        >>> without_subset({"anchor": ["a"], "positive": ["b"], "subset": ["VQA"]})
+        {'anchor': ['a'], 'positive': ['b']}
+    """
+    return {name: values for name, values in rows.items() if name != SUBSET}
 
 
 def training_columns(names: Iterable[str], label_columns: Iterable[str] | None = None) -> Columns:
