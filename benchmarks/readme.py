@@ -183,7 +183,7 @@ def train_step_table(results: dict[str, Any]) -> str:
     runs = min(case["runs"] for case in cases.values())
     return "\n".join(lines) + (
         f"\n\n`python benchmarks/train_step.py`: against `CachedMultipleNegativesRankingLoss` in mini-batches of "
-        f"{results['mini_batch']}, medians of {runs} alternating steps on one thread, two layers of the miniature. MB "
+        f"{results['mini_batch']}, medians of {runs} alternating steps in CPU time, two layers of the miniature. MB "
         f"is what a step adds at its peak. Gradients differ by at most {worst:.0e} of the largest one."
     )
 

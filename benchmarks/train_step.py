@@ -9,7 +9,8 @@ pass of the loss, on the demo's miniature (2 of its layers, images of 160 pixels
 the same mini-batch size. Without repeats losses and gradients are equal; with repeats the stock loss takes copies of an
 answer for wrong ones, so there they are compared with our own plain loss, which embeds everything at once.
 
-Both losses run in one process, alternating, on one thread. Memory is read in a process of its own for each, as the
+Both losses run in one process, alternating, on one thread, and CPU time is what counts, so that other work on the
+machine does not. Memory is read in a process of its own for each, as the
 growth of its peak over what it was before the first step. Writes `benchmarks/results/train_step.json`.
 """
 
@@ -109,12 +110,12 @@ def loss_of(kind: str, model: SentenceTransformer) -> nn.Module:
 
 
 def step(loss: nn.Module, model: SentenceTransformer, columns: list[dict[str, Any]]) -> tuple[float, float]:
-    """Seconds and loss of a forward and backward pass; features are made before, as the data loader's workers do."""
+    """CPU seconds and loss of a forward and backward pass; features are made before, as the data loader's workers do."""
     model.zero_grad(set_to_none=True)
-    start = time.perf_counter()
+    start = time.process_time()
     value = loss([dict(column) for column in columns], None)
     value.backward()
-    return time.perf_counter() - start, value.item()
+    return time.process_time() - start, value.item()
 
 
 def gradients(model: SentenceTransformer) -> dict[str, torch.Tensor]:
