@@ -11,10 +11,10 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 from sentence_transformers import SentenceTransformerTrainingArguments
-from stage import load_texts, teacher_labels
+from stage import teacher_labels
 
 from unime_st import build_encoder
-from unime_st.data import load_mmeb_train
+from unime_st.data import load_mmeb_train, load_nli
 from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss
 from unime_st.modules import default_lora_config
 from unime_st.samplers import FalseNegativeAwareBatchSampler
@@ -57,7 +57,7 @@ class Stage1Recipe(Recipe):
 
     teacher: dict[str, Any]
 
-    sections: ClassVar = {**Recipe.sections, "data": load_texts, "teacher": teacher_labels, "loss": DistillKLLoss}
+    sections: ClassVar = {**Recipe.sections, "data": load_nli, "teacher": teacher_labels, "loss": DistillKLLoss}
 
 
 @dataclass(frozen=True, kw_only=True)

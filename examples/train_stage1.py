@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipe import Stage1Recipe, recipe_from_command_line
-from stage import count_negatives, load_start, load_texts, teacher_labels, train, training_arguments
+from stage import count_negatives, load_start, teacher_labels, train, training_arguments
 
+from unime_st.data import load_nli
 from unime_st.losses import DistillKLLoss
 
 
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     training = training_arguments(recipe)
 
     # 1. Texts, and the teacher's embeddings of them: computed once, by the first process, and kept on disk.
-    texts = load_texts(**recipe.data)
+    texts = load_nli(**recipe.data)
     with training.main_process_first(desc="the teacher's embeddings"):
         rows = teacher_labels(texts, **recipe.teacher)
 

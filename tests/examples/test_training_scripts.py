@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -114,19 +115,30 @@ def test_a_saved_encoder_keeps_its_settings(script, encoder):
     assert all("lora" in name and "visual" not in name for name in trained)
 
 
-def test_texts_and_a_teacher_from_files(script, world, tmp_path):
+def test_a_teacher_s_embeddings_from_a_file(script, tmp_path):
     stage = script("stage")
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps({"a": f"x{row}", "b": f"y{row}", "other": 1}) + "\n" for row in range(4)))
-    rows = stage.load_texts(str(file), columns=["a", "b"], max_rows=3)
-    assert rows.column_names == ["a", "b"]
-    assert len(rows) == 3
+    rows = Dataset.from_dict({"a": ["x0", "x1", "x2"], "b": ["y0", "y1", "y2"]})
     embeddings = np.random.default_rng(0).normal(size=(3, 2, 5)).astype(np.float32)
     np.save(tmp_path / "teacher.npy", embeddings)
     labelled = stage.teacher_labels(rows, model=str(tmp_path / "teacher.npy"), cache_dir=str(tmp_path))
     np.testing.assert_allclose(np.asarray(labelled[1]["label"]), embeddings[1])
-    with pytest.raises(ValueError, match=r"pairs.jsonl has the columns .* asks for \['c'\]"):
-        stage.load_texts(str(file), columns=["c"])
+
+
+def test_a_teacher_embeds_with_its_own_prompt_of_a_name(script, teacher, tmp_path):
+    model = SentenceTransformer(str(teacher), device="cpu")
+    model.prompts = {"red": "red "}
+    model.save_pretrained(str(tmp_path / "teacher"))
+    rows = Dataset.from_dict({"text": ["a green picture", "a thing"]})
+    found = {
+        name: np.asarray(
+            script("stage").teacher_labels(
+                rows, model=str(tmp_path / "teacher"), cache_dir=str(tmp_path / "cache"), prompt_name=name
+            )[:]["label"]
+        )
+        for name in ("red", None)
+    }
+    np.testing.assert_allclose(found["red"], model.encode(rows["text"][:], prompt="red "), atol=1e-6)
+    assert np.abs(found["red"] - found[None]).max() > 1e-2
 
 
 @pytest.mark.slow
