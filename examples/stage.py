@@ -20,6 +20,7 @@ from unime_st.samplers import SamplerEpochCallback
 if TYPE_CHECKING:
     from recipe import Recipe
 
+
 class HubTeacher:
     """Loads on first use: of several processes, and in later runs, only one that finds a text not in the cache does."""
 
