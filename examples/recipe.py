@@ -123,13 +123,17 @@ def _check(path: str | Path, prefix: str, values: dict[str, Any], keys: dict[str
         raise RecipeError(f"{path}: {', '.join(missing)} missing. Add it there or on the command line.")
 
 
-def recipe_from_command_line(kind: type[Kind], description: str | None, arguments: Sequence[str] | None) -> Kind:
-    """Parse `--recipe recipes/X.yaml key=value ...`."""
+def recipe_from_command_line(
+    kind: type[Kind], description: str | None, arguments: Sequence[str] | None
+) -> tuple[Kind, argparse.Namespace]:
+    """Parse `--recipe recipes/X.yaml key=value ...`; the options of a dry run are `dry_run` and `processes`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, required=True, help="a YAML file, see examples/recipes")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, load no weights, and stop")
+    parser.add_argument("--processes", type=int, help="of the run that a dry run plans; default: those running")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.learning_rate=1e-4")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     try:
-        return read_recipe(kind, given.recipe, given.overrides)
+        return read_recipe(kind, given.recipe, given.overrides), given
     except (OSError, RecipeError, yaml.YAMLError) as error:
         parser.error(str(error))

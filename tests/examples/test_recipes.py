@@ -7,8 +7,6 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.utils import DistributedType
 from datasets import Dataset
 
-from unime_st.columns import without_subset
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
 CONFIGS = {
@@ -48,7 +46,7 @@ def test_every_section_suits_its_function(path, script, tmp_path):
     if hasattr(recipe, "sampler"):
         stored = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["x", "y"], "subset": ["A", "A"]})
         sampler = recipe.sections["sampler"].configured(**recipe.sampler)(
-            stored.with_transform(without_subset), 2, False
+            stored.with_transform(lambda rows: rows), 2, False
         )
         assert sampler.homogeneous == recipe.sampler.get("homogeneous", False)
     if path.stem.startswith("miniature"):
