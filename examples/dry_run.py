@@ -87,8 +87,8 @@ def memory(model: nn.Module, tokens: float, *, checkpointing: bool = False) -> d
     * weights: numbers times bytes each, as they are loaded;
     * gradients: as much as the trainable weights; AdamW: twice as much;
     * activations of the language model that a mini-batch of ``tokens`` tokens keeps for its backward pass: with hidden
-      size h, intermediate size i and L layers, about ``tokens * L * (14 h + 6 i)`` numbers, twice ``tokens * L * h``
-      numbers and one layer's with gradient checkpointing, of 2 bytes (4 for a model in float32).
+      size h, intermediate size i and L layers, about ``tokens * L * (10 h + 4 i)`` numbers, counted on small models;
+      with gradient checkpointing one layer's and ``tokens * L * h``; of 2 bytes, 4 for a model in float32.
 
     Left out: the frozen vision tower's, which keeps none, features of images (`encoder.vision_cache_bytes`), attention
     scores where attention is "eager", the loss's similarities, and what the allocator wastes. ZeRO-2 divides gradients
@@ -97,9 +97,9 @@ def memory(model: nn.Module, tokens: float, *, checkpointing: bool = False) -> d
     sizes = [(weight.numel() * weight.element_size(), weight.requires_grad) for weight in model.parameters()]
     trained = sum(size for size, requires_grad in sizes if requires_grad)
     text = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    layer = tokens * (14 * text.hidden_size + 6 * text.intermediate_size)
+    layer = tokens * (10 * text.hidden_size + 4 * text.intermediate_size)
     layers = text.num_hidden_layers
-    numbers = layer + 2 * tokens * layers * text.hidden_size if checkpointing else layer * layers
+    numbers = layer + tokens * layers * text.hidden_size if checkpointing else layer * layers
     width = 4 if next(iter(model.parameters())).dtype == torch.float32 else 2
     return {
         "weights": sum(size for size, _ in sizes),
@@ -142,10 +142,10 @@ def dry_run(recipe: Recipe, processes: int | None = None) -> None:
     batch = per_device * world * arguments.gradient_accumulation_steps
     print(f"global batch: {batch} rows = {per_device} x {world} process(es) x {arguments.gradient_accumulation_steps}")
     names = [] if rows is None else [name for name in rows.column_names if name != SUBSET]
-    candidates = 1
-    if rows is not None:
-        stage2 = isinstance(recipe, Stage2Recipe)
-        candidates = 1 + len(training_columns(names).negatives) if stage2 else len(names)
+    if isinstance(recipe, Stage2Recipe):
+        candidates = 1 + (len(training_columns(names).negatives) if names else recipe.data.get("num_negatives") or 0)
+    else:
+        candidates = len(names or recipe.data.get("columns") or [""])
     loss = recipe.sections["loss"](None, **recipe.loss)
     shape = SimpleNamespace(
         per_device_train_batch_size=per_device,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,38 @@ def test_both_stages_one_after_the_other(script, world, teacher, backbone, tmp_p
     found = [SentenceTransformer(str(path), device="cpu").encode(items) for path in (first, second)]
     assert np.abs(found[0] - found[1]).max() > 1e-3  # stage 2 moved the weights, and the export holds them
     np.testing.assert_allclose(np.linalg.norm(found[1], axis=1), 1, atol=1e-5)
+
+
+def test_the_recipes_for_gpus_run(script, world, teacher, backbone, tmp_path):
+    """As they are but for sizes and devices: texts alone, then batches of one data set with a damaged image."""
+    small = ["training.per_device_train_batch_size=2", "training.use_cpu=true", "training.bf16=false", "lora.rank=4"]
+    small += ["training.disable_tqdm=true", "training.dataloader_num_workers=0", "training.max_steps=2"]
+    small += ["training.save_steps=2", "training.logging_steps=1"]
+    one, two = (f"output={tmp_path / name}" for name in ("one", "two"))
+    (tmp_path / "texts.csv").write_text("anchor,positive\n" + "".join(f"a{n},b{n}\n" for n in range(8)))
+    first = script("train_stage1").main(
+        ["--recipe", str(RECIPES / "stage1_qwen2_vl.yaml"), *small, one, f"backbone={backbone('qwen2_vl')}",
+         f"data.source={tmp_path / 'texts.csv'}", "data.name=null", f"teacher.model={teacher}",
+         f"teacher.cache_dir={tmp_path / 'teacher'}", "encoder.max_pixels=3136"]
+    )  # fmt: skip
+    shutil.copytree(world / "images", tmp_path / "images")
+    for image in list((tmp_path / "images").iterdir())[:4]:
+        image.write_bytes(b"no image")
+    log = tmp_path / "bad.jsonl"
+    second = script("train_stage2").main(
+        ["--recipe", str(RECIPES / "stage2_qwen2_vl.yaml"), *small, two, f"backbone={first}",
+         f"data.root={world / 'train'}", f"data.image_root={tmp_path / 'images'}", f"data.bad_images_log={log}",
+         "data.image_size=28", "loss.mini_batch_num_tokens=256", "loss.num_hard_negatives=1"]
+    )  # fmt: skip
+    for output in (first, second):
+        entries = log_of(output.parent)
+        assert len(entries) == 2
+        assert all(np.isfinite(entry["loss"]) for entry in entries)
+    assert log.read_text()
+    items = ["a red picture", {"image": str(world / "images" / "red.png")}]  # with the tower that stage 1 left out
+    found = [SentenceTransformer(str(path), device="cpu").encode(items) for path in (first, second)]
+    assert all(np.isfinite(part).all() for part in found)
+    assert np.abs(found[0] - found[1]).max() > 0
 
 
 def test_a_stopped_run_goes_on_and_ends_where_it_would_have(script, world, encoder, tmp_path, capsys):
