@@ -11,10 +11,10 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 from sentence_transformers import SentenceTransformerTrainingArguments
-from stage import load_texts, teacher_labels
+from stage import teacher_labels
 
 from unime_st import build_encoder
-from unime_st.data import load_mmeb_train
+from unime_st.data import load_mmeb_train, load_nli
 from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss
 from unime_st.modules import default_lora_config
 from unime_st.samplers import FalseNegativeAwareBatchSampler
@@ -57,7 +57,7 @@ class Stage1Recipe(Recipe):
 
     teacher: dict[str, Any]
 
-    sections: ClassVar = {**Recipe.sections, "data": load_texts, "teacher": teacher_labels, "loss": DistillKLLoss}
+    sections: ClassVar = {**Recipe.sections, "data": load_nli, "teacher": teacher_labels, "loss": DistillKLLoss}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +123,17 @@ def _check(path: str | Path, prefix: str, values: dict[str, Any], keys: dict[str
         raise RecipeError(f"{path}: {', '.join(missing)} missing. Add it there or on the command line.")
 
 
-def recipe_from_command_line(kind: type[Kind], description: str | None, arguments: Sequence[str] | None) -> Kind:
-    """Parse `--recipe recipes/X.yaml key=value ...`."""
+def recipe_from_command_line(
+    kind: type[Kind], description: str | None, arguments: Sequence[str] | None
+) -> tuple[Kind, argparse.Namespace]:
+    """Parse `--recipe recipes/X.yaml key=value ...`; the options of a dry run are `dry_run` and `processes`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, required=True, help="a YAML file, see examples/recipes")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, load no weights, and stop")
+    parser.add_argument("--processes", type=int, help="of the run that a dry run plans; default: those running")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.learning_rate=1e-4")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     try:
-        return read_recipe(kind, given.recipe, given.overrides)
+        return read_recipe(kind, given.recipe, given.overrides), given
     except (OSError, RecipeError, yaml.YAMLError) as error:
         parser.error(str(error))

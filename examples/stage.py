@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from torch import nn
 from transformers import set_seed
@@ -19,21 +19,6 @@ from unime_st.samplers import SamplerEpochCallback
 
 if TYPE_CHECKING:
     from recipe import Recipe
-
-READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-
-
-def load_texts(
-    source: str, *, name: str | None = None, split: str = "train", columns: list[str], max_rows: int | None = None
-) -> Dataset:
-    """Text columns of a file (`columns: [text]` for .txt, a text a line) or of a Hub data set and its config `name`."""
-    reader = READERS.get(Path(source).suffix)
-    rows = load_dataset(reader, data_files=source, split=split) if reader else load_dataset(source, name, split=split)
-    missing = [column for column in columns if column not in rows.column_names]
-    if missing:
-        raise ValueError(f"{source} has the columns {rows.column_names}, but `data.columns` asks for {missing}.")
-    rows = rows.select_columns(columns)
-    return rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
 
 
 class HubTeacher:
@@ -49,12 +34,19 @@ class HubTeacher:
 
 
 def teacher_labels(
-    texts: Dataset, *, model: str, cache_dir: str, prompt: str | None = None, batch_size: int = 32
+    texts: Dataset,
+    *,
+    model: str,
+    cache_dir: str,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+    batch_size: int = 32,
 ) -> Dataset:
     """Labels by a sentence-transformers model, or from an .npy of embeddings: (N, D), or (N, n, D) for n columns."""
     if model.endswith(".npy"):
         return with_teacher_labels(texts, np.load(model))
-    options: dict[str, Any] = {"prompt": prompt, "batch_size": batch_size, "show_progress_bar": True}
+    options: dict[str, Any] = {"prompt": prompt, "prompt_name": prompt_name, "batch_size": batch_size}
+    options["show_progress_bar"] = True
     if Path(model).is_dir():
         return with_teacher_labels(texts, SentenceTransformer(model), cache_dir, **options)
     return with_teacher_labels(texts, HubTeacher(model), cache_dir, teacher_name=model, **options)

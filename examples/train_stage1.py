@@ -1,6 +1,7 @@
 """Stage 1 (UniME, 3.2): the language model learns a text teacher's similarities.
 
 python examples/train_stage1.py --recipe examples/recipes/stage1_qwen2_vl.yaml training.max_steps=10
+python examples/train_stage1.py --dry-run --processes 8 --recipe ...  # the plan only, without weights
 accelerate launch --config_file examples/accelerate/ddp.yaml examples/train_stage1.py --recipe ...
 """
 
@@ -8,17 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipe import Stage1Recipe, recipe_from_command_line
-from stage import count_negatives, load_start, load_texts, teacher_labels, train, training_arguments
+from stage import count_negatives, load_start, teacher_labels, train, training_arguments
 
+from dry_run import dry_run
+from unime_st.data import load_nli
 from unime_st.losses import DistillKLLoss
 
 
-def main(arguments: Sequence[str] | None = None) -> Path:
-    recipe = recipe_from_command_line(Stage1Recipe, __doc__, arguments)
+def main(arguments: Sequence[str] | None = None) -> Path | None:
+    recipe, options = recipe_from_command_line(Stage1Recipe, __doc__, arguments)
+    if options.dry_run:
+        return dry_run(recipe, options.processes)
     training = training_arguments(recipe)
 
     # 1. Texts, and the teacher's embeddings of them: computed once, by the first process, and kept on disk.
-    texts = load_texts(**recipe.data)
+    texts = load_nli(**recipe.data)
     with training.main_process_first(desc="the teacher's embeddings"):
         rows = teacher_labels(texts, **recipe.teacher)
 

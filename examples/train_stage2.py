@@ -1,6 +1,7 @@
 """Stage 2 (UniME, 3.3): instruction tuning on multimodal pairs with hard negatives.
 
 python examples/train_stage2.py --recipe examples/recipes/stage2_qwen2_vl.yaml data.root=MMEB-train
+python examples/train_stage2.py --dry-run --processes 8 --recipe ...  # the plan only, without weights
 accelerate launch --config_file examples/accelerate/ddp.yaml examples/train_stage2.py --recipe ...
 """
 
@@ -10,14 +11,17 @@ from pathlib import Path
 from recipe import Stage2Recipe, recipe_from_command_line
 from stage import count_negatives, load_start, train, training_arguments
 
+from dry_run import dry_run
 from unime_st.columns import training_columns
 from unime_st.data import load_mmeb_train
 from unime_st.losses import HardNegativeInfoNCELoss
 from unime_st.samplers import FalseNegativeAwareBatchSampler
 
 
-def main(arguments: Sequence[str] | None = None) -> Path:
-    recipe = recipe_from_command_line(Stage2Recipe, __doc__, arguments)
+def main(arguments: Sequence[str] | None = None) -> Path | None:
+    recipe, options = recipe_from_command_line(Stage2Recipe, __doc__, arguments)
+    if options.dry_run:
+        return dry_run(recipe, options.processes)
 
     # 1. No two rows of a global batch are false negatives of each other.
     sampler = FalseNegativeAwareBatchSampler.configured(**recipe.sampler)

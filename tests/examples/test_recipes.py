@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils import DistributedType
+from datasets import Dataset
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
@@ -37,18 +38,58 @@ def test_every_recipe_makes_its_loss_and_arguments(path, script, tmp_path):
     assert recipe.sections["lora"](**recipe.lora).r == recipe.lora["rank"]
 
 
-def test_the_paper_s_numbers(script):
-    """Table 6 and section 3.3 of the paper, with 8 processes."""
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_section_suits_its_function(path, script, tmp_path):
+    """All sections but the miniature's data, which are made by `make demo`."""
     module = script("recipe")
-    one = module.read_recipe(module.Stage1Recipe, EXAMPLES / "recipes/stage1_llava_next.yaml")
-    two = module.read_recipe(module.Stage2Recipe, EXAMPLES / "recipes/stage2_llava_next.yaml")
+    recipe = module.read_recipe(kind_of(module, path), path)
+    if hasattr(recipe, "sampler"):
+        stored = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["x", "y"], "subset": ["A", "A"]})
+        sampler = recipe.sections["sampler"].configured(**recipe.sampler)(
+            stored.with_transform(lambda rows: rows), 2, False
+        )
+        assert sampler.homogeneous == recipe.sampler.get("homogeneous", False)
+    if path.stem.startswith("miniature"):
+        return
+    assert recipe.output == f"outputs/{path.stem.removeprefix('stage1_').removeprefix('stage2_')}_{path.stem[:6]}"
+    if "stage1" in path.stem:
+        assert recipe.encoder["text_only"]
+    else:
+        assert not recipe.encoder
+        assert recipe.backbone == f"{recipe.output.removesuffix('2')}1/encoder"
+        assert recipe.data["bad_images_log"] == f"{recipe.output}/bad_images.jsonl"
+        assert (recipe.data["max_rows"], recipe.data["max_bad_images"]) == (50_000, 1000)
+        assert recipe.data["subset_column"] == recipe.sampler["homogeneous"] is True
+
+
+@pytest.mark.parametrize(
+    ("family", "rate"), [("llava_next", 2e-5), ("phi3_v", 1e-4), ("llava_onevision", 2e-5), ("qwen2_vl", 1e-4)]
+)
+def test_the_paper_s_numbers(family, rate, script):
+    """Table 6 and section 3.3 of the paper, with 8 processes; rates of families it does not print are UniME-V2's."""
+    module = script("recipe")
+    one = module.read_recipe(module.Stage1Recipe, EXAMPLES / f"recipes/stage1_{family}.yaml")
+    two = module.read_recipe(module.Stage2Recipe, EXAMPLES / f"recipes/stage2_{family}.yaml")
     assert (one.training["per_device_train_batch_size"] * 8, one.training["num_train_epochs"]) == (768, 2)
     assert (one.training["learning_rate"], one.lora["rank"]) == (5e-4, 32)
     assert (two.training["per_device_train_batch_size"] * 8, two.training["max_steps"]) == (1024, 1000)
-    assert (two.training["learning_rate"], two.lora["rank"], two.data["image_size"]) == (2e-5, 16, 336)
+    assert (two.training["learning_rate"], two.lora["rank"], two.data["image_size"]) == (rate, 16, 336)
     loss = two.sections["loss"](None, **two.loss)
     assert (loss.temperature, loss.margin, loss.num_hard_negatives) == (0.02, 0.1, 8)
-    assert two.backbone == f"{one.output}/encoder"
+
+
+def test_the_backbones(script):
+    module = script("recipe")
+    paths = [path for path in RECIPES if path.stem.startswith("stage1_")]
+    found = {path.stem[7:]: module.read_recipe(module.Stage1Recipe, path).backbone for path in paths}
+    assert found == {
+        "llava_next": "llava-hf/llava-v1.6-mistral-7b-hf",
+        "llava_onevision": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+        "phi3_v": "microsoft/Phi-3.5-vision-instruct",
+        "qwen2_vl": "Qwen/Qwen2-VL-2B-Instruct",
+        "qwen3_vl": "Qwen/Qwen3-VL-2B-Instruct",
+    }
+    assert {path.stem[7:] for path in RECIPES if path.stem.startswith("stage2_")} == set(found)
 
 
 def test_overrides_are_yaml(script, tmp_path):

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -69,6 +71,38 @@ def test_both_stages_one_after_the_other(script, world, teacher, backbone, tmp_p
     np.testing.assert_allclose(np.linalg.norm(found[1], axis=1), 1, atol=1e-5)
 
 
+def test_the_recipes_for_gpus_run(script, world, teacher, backbone, tmp_path):
+    """As they are but for sizes and devices: texts alone, then batches of one data set with a damaged image."""
+    small = ["training.per_device_train_batch_size=2", "training.use_cpu=true", "training.bf16=false", "lora.rank=4"]
+    small += ["training.disable_tqdm=true", "training.dataloader_num_workers=0", "training.max_steps=2"]
+    small += ["training.save_steps=2", "training.logging_steps=1"]
+    one, two = (f"output={tmp_path / name}" for name in ("one", "two"))
+    (tmp_path / "texts.csv").write_text("anchor,positive\n" + "".join(f"a{n},b{n}\n" for n in range(8)))
+    first = script("train_stage1").main(
+        ["--recipe", str(RECIPES / "stage1_qwen2_vl.yaml"), *small, one, f"backbone={backbone('qwen2_vl')}",
+         f"data.source={tmp_path / 'texts.csv'}", "data.name=null", f"teacher.model={teacher}",
+         f"teacher.cache_dir={tmp_path / 'teacher'}", "encoder.max_pixels=3136"]
+    )  # fmt: skip
+    shutil.copytree(world / "images", tmp_path / "images")
+    for image in list((tmp_path / "images").iterdir())[:4]:
+        image.write_bytes(b"no image")
+    log = tmp_path / "bad.jsonl"
+    second = script("train_stage2").main(
+        ["--recipe", str(RECIPES / "stage2_qwen2_vl.yaml"), *small, two, f"backbone={first}",
+         f"data.root={world / 'train'}", f"data.image_root={tmp_path / 'images'}", f"data.bad_images_log={log}",
+         "data.image_size=28", "loss.mini_batch_num_tokens=256", "loss.num_hard_negatives=1"]
+    )  # fmt: skip
+    for output in (first, second):
+        entries = log_of(output.parent)
+        assert len(entries) == 2
+        assert all(np.isfinite(entry["loss"]) for entry in entries)
+    assert log.read_text()
+    items = ["a red picture", {"image": str(world / "images" / "red.png")}]  # with the tower that stage 1 left out
+    found = [SentenceTransformer(str(path), device="cpu").encode(items) for path in (first, second)]
+    assert all(np.isfinite(part).all() for part in found)
+    assert np.abs(found[0] - found[1]).max() > 0
+
+
 def test_a_stopped_run_goes_on_and_ends_where_it_would_have(script, world, encoder, tmp_path, capsys):
     main = script("train_stage2").main
     steady = ["training.lr_scheduler_type=constant", "training.warmup_steps=0"]  # or a shorter run decays faster
@@ -114,19 +148,30 @@ def test_a_saved_encoder_keeps_its_settings(script, encoder):
     assert all("lora" in name and "visual" not in name for name in trained)
 
 
-def test_texts_and_a_teacher_from_files(script, world, tmp_path):
+def test_a_teacher_s_embeddings_from_a_file(script, tmp_path):
     stage = script("stage")
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps({"a": f"x{row}", "b": f"y{row}", "other": 1}) + "\n" for row in range(4)))
-    rows = stage.load_texts(str(file), columns=["a", "b"], max_rows=3)
-    assert rows.column_names == ["a", "b"]
-    assert len(rows) == 3
+    rows = Dataset.from_dict({"a": ["x0", "x1", "x2"], "b": ["y0", "y1", "y2"]})
     embeddings = np.random.default_rng(0).normal(size=(3, 2, 5)).astype(np.float32)
     np.save(tmp_path / "teacher.npy", embeddings)
     labelled = stage.teacher_labels(rows, model=str(tmp_path / "teacher.npy"), cache_dir=str(tmp_path))
     np.testing.assert_allclose(np.asarray(labelled[1]["label"]), embeddings[1])
-    with pytest.raises(ValueError, match=r"pairs.jsonl has the columns .* asks for \['c'\]"):
-        stage.load_texts(str(file), columns=["c"])
+
+
+def test_a_teacher_embeds_with_its_own_prompt_of_a_name(script, teacher, tmp_path):
+    model = SentenceTransformer(str(teacher), device="cpu")
+    model.prompts = {"red": "red "}
+    model.save_pretrained(str(tmp_path / "teacher"))
+    rows = Dataset.from_dict({"text": ["a green picture", "a thing"]})
+    found = {
+        name: np.asarray(
+            script("stage").teacher_labels(
+                rows, model=str(tmp_path / "teacher"), cache_dir=str(tmp_path / "cache"), prompt_name=name
+            )[:]["label"]
+        )
+        for name in ("red", None)
+    }
+    np.testing.assert_allclose(found["red"], model.encode(rows["text"][:], prompt="red "), atol=1e-6)
+    assert np.abs(found["red"] - found[None]).max() > 1e-2
 
 
 @pytest.mark.slow

@@ -1,0 +1,240 @@
+"""The plan of a run, printed without loading weights: rows, steps, tokens, parameters and an estimate of memory."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from datasets import Dataset
+from recipe import Recipe, Stage2Recipe
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from stage import count_negatives, load_start
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from unime_st.columns import SUBSET, training_columns
+from unime_st.modules import default_lora_config
+from unime_st.modules.text_only import VISION_PARTS
+
+SAMPLE_ROWS = 16
+GIB = 2**30
+NOT_AT_HAND = (OSError, ValueError)  # what loaders raise when files are missing or there is no network
+_PROJECTORS = ("multi_modal_projector", "connector", "merger", "deepstack_merger_list", "img_projection")
+_PROJECTORS += ("glb_GN", "sub_GN", "image_newline")
+_TOWERS = (*VISION_PARTS, "img_processor")
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Within this context transformers' models are made from their configs on the meta device; no weights are read."""
+
+    def made(cls: Any, *_: Any, config: Any, dtype: Any = "auto", output_loading_info: bool = False, **__: Any) -> Any:
+        if isinstance(dtype, str):
+            dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
+        with torch.device("meta"):
+            model = cls._from_config(config, dtype=dtype or torch.float32)
+        nothing: dict[str, set[str]] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+        return (model, nothing) if output_loading_info else model
+
+    with mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(made)):
+        yield
+
+
+def planned_model(recipe: Recipe) -> tuple[nn.Module, SentenceTransformer | None]:
+    """Make the model on the meta device, with its adapters: the backbone, and the encoder if its processor is at hand.
+
+    Raises:
+        OSError: There is no config at hand.
+        ValueError: The recipe does not fit the backbone.
+    """
+    try:
+        with without_weights():
+            encoder = load_start(recipe, SimpleNamespace(seed=0, device="meta"))  # type: ignore[arg-type]
+    except OSError:  # no processor, perhaps
+        config = AutoConfig.from_pretrained(recipe.backbone)
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, dtype=config.dtype)
+        if recipe.encoder.get("text_only"):
+            for name in set(VISION_PARTS) & {name for name, _ in model.named_children()}:
+                delattr(model, name)
+        model.add_adapter(default_lora_config(**recipe.lora))
+        return model, None
+    return encoder[0].model, encoder  # type: ignore[return-value]
+
+
+def parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Count (trainable, frozen) parameters of the vision tower, projector, language model and LoRA."""
+    counts = {part: [0, 0] for part in ("vision", "projector", "language model", "LoRA")}
+    for name, weight in model.named_parameters():
+        names = set(name.split("."))
+        if "lora_" in name:
+            part = "LoRA"
+        elif names & set(_PROJECTORS):
+            part = "projector"
+        else:
+            part = "vision" if names & set(_TOWERS) else "language model"
+        counts[part][not weight.requires_grad] += weight.numel()
+    return {part: (trainable, frozen) for part, (trainable, frozen) in counts.items()}
+
+
+def memory(model: nn.Module, tokens: float, *, checkpointing: bool = False) -> dict[str, float]:
+    """Estimate bytes a GPU, when each holds the whole model (DDP).
+
+    * weights: numbers times bytes each, as they are loaded;
+    * gradients: as much as the trainable weights; AdamW: twice as much;
+    * activations of the language model that a mini-batch of ``tokens`` tokens keeps for its backward pass: with hidden
+      size h, intermediate size i and L layers, about ``tokens * L * (10 h + 4 i)`` numbers, counted on small models;
+      with gradient checkpointing one layer's and ``tokens * L * h``; of 2 bytes, 4 for a model in float32.
+
+    Left out: the frozen vision tower's, which keeps none, features of images (`encoder.vision_cache_bytes`), attention
+    scores where attention is "eager", the loss's similarities, and what the allocator wastes. ZeRO-2 divides gradients
+    and AdamW by the number of GPUs, FSDP2 the language model's weights too.
+    """
+    sizes = [(weight.numel() * weight.element_size(), weight.requires_grad) for weight in model.parameters()]
+    trained = sum(size for size, requires_grad in sizes if requires_grad)
+    text = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    layer = tokens * (10 * text.hidden_size + 4 * text.intermediate_size)
+    layers = text.num_hidden_layers
+    numbers = layer + tokens * layers * text.hidden_size if checkpointing else layer * layers
+    width = 4 if next(iter(model.parameters())).dtype == torch.float32 else 2
+    return {
+        "weights": sum(size for size, _ in sizes),
+        "gradients": trained,
+        "AdamW": 2 * trained,
+        "activations": numbers * width,
+    }
+
+
+def steps_an_epoch(sets: Counter[str], batch: int, *, homogeneous: bool, drop_last: bool) -> int:
+    """Global batches of an epoch, at the most: rows that conflict too much to be placed are left out."""
+    sizes = list(sets.values()) if homogeneous else [sets.total()]
+    full = sum(size // batch for size in sizes)
+    return full + (not drop_last and any(size % batch for size in sizes))
+
+
+def sample_tokens(encoder: SentenceTransformer, rows: Dataset, columns: list[str]) -> dict[str, np.ndarray]:
+    """Tokens of some rows' inputs, evenly spaced over the set, by column."""
+    places = np.unique(np.linspace(0, len(rows) - 1, SAMPLE_ROWS).astype(int))
+    drawn = [rows[int(place)] for place in places]
+    module: Any = encoder[0]
+    masks = {name: module.preprocess([row[name] for row in drawn])["attention_mask"] for name in columns}
+    return {name: mask.sum(dim=1).numpy() for name, mask in masks.items()}
+
+
+def dry_run(recipe: Recipe, processes: int | None = None) -> None:
+    """Print the plan; what is not at hand is named, and the rest printed all the same."""
+    given = {**recipe.training, "use_cpu": True}  # a plan needs no GPU
+    arguments = SentenceTransformerTrainingArguments(f"{recipe.output}/checkpoints", **given)
+    if arguments.process_index:
+        return
+    world = processes or arguments.world_size
+    print(
+        f"DRY RUN: no weights are loaded, nothing is written. {recipe.backbone} -> {recipe.output}, {world} process(es)"
+    )
+    rows = _or_missing("rows", lambda: _plan_rows(recipe))
+    model, encoder = _or_missing("model", lambda: planned_model(recipe)) or (None, None)
+
+    per_device = arguments.per_device_train_batch_size
+    batch = per_device * world * arguments.gradient_accumulation_steps
+    print(f"global batch: {batch} rows = {per_device} x {world} process(es) x {arguments.gradient_accumulation_steps}")
+    names = [] if rows is None else [name for name in rows.column_names if name != SUBSET]
+    if isinstance(recipe, Stage2Recipe):
+        candidates = 1 + (len(training_columns(names).negatives) if names else recipe.data.get("num_negatives") or 0)
+    else:
+        candidates = len(names or recipe.data.get("columns") or [""])
+    loss = recipe.sections["loss"](None, **recipe.loss)
+    shape = SimpleNamespace(
+        per_device_train_batch_size=per_device,
+        world_size=world,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        process_index=0,
+    )
+    count_negatives(loss, shape, candidates)  # type: ignore[arg-type]
+    _print_steps(recipe, arguments, rows, batch)
+
+    tokens: dict[str, np.ndarray] | None = None
+    if rows is None or encoder is None:
+        print("MISSING tokens: they need the rows and the backbone's processor")
+    else:
+        inputs = [name for name in names if name != "label"]
+        tokens = _or_missing("tokens", lambda: sample_tokens(encoder, rows, inputs))
+    if tokens:
+        each = {name: f"{counts.mean():.0f} (at most {counts.max()})" for name, counts in tokens.items()}
+        total = sum(counts.mean() for counts in tokens.values()) * batch
+        print(f"tokens an input, of {len(next(iter(tokens.values())))} rows: {each}")
+        print(f"tokens a step: about {total:,.0f}, {total / world:,.0f} a process")
+    if model is not None:
+        for part, (trainable, frozen) in parameters_by_part(model).items():
+            print(f"parameters, {part}: {trainable:,} trainable, {frozen:,} frozen")
+        _print_memory(recipe, arguments, model, tokens)
+
+
+def _or_missing(what: str, make: Any) -> Any:
+    try:
+        return make()
+    except NOT_AT_HAND as error:
+        reason = " ".join(str(error).split())
+        print(f"MISSING {what}: {reason[:300]}")
+        if what == "model":
+            print("  A start that stage 1 has yet to make may be planned with its backbone: `backbone=<Hub name>`.")
+        return None
+
+
+def _plan_rows(recipe: Recipe) -> Dataset:
+    options = dict(recipe.data)
+    if isinstance(recipe, Stage2Recipe):  # the names of the sets; and a plan logs no images
+        options |= {"subset_column": True, "max_bad_images": 0, "bad_images_log": None}
+    return recipe.sections["data"](**options)
+
+
+def _rows_by_set(recipe: Recipe, rows: Dataset) -> Counter[str]:
+    if SUBSET in rows.column_names:
+        return Counter(rows.with_format(None)[SUBSET][:])
+    return Counter({str(recipe.data["source"]): len(rows)})
+
+
+def _print_steps(
+    recipe: Recipe, arguments: SentenceTransformerTrainingArguments, rows: Dataset | None, batch: int
+) -> None:
+    fixed = f"{arguments.max_steps} (max_steps)" if arguments.max_steps > 0 else None
+    if rows is None:
+        print(f"steps: {fixed or 'unknown without the rows'}")
+        return
+    sets = _rows_by_set(recipe, rows)
+    for name, count in sets.items():
+        print(f"rows of {name}: {count:,}")
+    print(f"rows: {sets.total():,}")
+    sampler = getattr(recipe, "sampler", {})
+    cap = sampler.get("max_rows_per_dataset")
+    used = Counter({name: min(count, cap or count) for name, count in sets.items()})
+    homogeneous = bool(sampler.get("homogeneous"))
+    epoch = steps_an_epoch(used, batch, homogeneous=homogeneous, drop_last=arguments.dataloader_drop_last)
+    if not epoch:
+        print(f"WARNING: no {'set' if homogeneous else 'epoch'} fills a global batch of {batch} rows")
+        return
+    steps = int(np.ceil(epoch * arguments.num_train_epochs))
+    print(f"steps: {fixed or steps}, an epoch has at most {epoch}")
+    if fixed:
+        print(f"epochs: {arguments.max_steps / epoch:.2f}")
+
+
+def _print_memory(
+    recipe: Recipe,
+    arguments: SentenceTransformerTrainingArguments,
+    model: nn.Module,
+    tokens: dict[str, np.ndarray] | None,
+) -> None:
+    pass_tokens = recipe.loss.get("mini_batch_num_tokens")
+    if tokens:
+        longest = max(int(counts.max()) for counts in tokens.values())
+        size = recipe.loss.get("mini_batch_size") or arguments.per_device_train_batch_size * len(tokens)
+        pass_tokens = max(pass_tokens, longest) if pass_tokens else size * longest
+    if not pass_tokens:
+        print("MISSING memory of activations: it needs the tokens")
+    parts = memory(model, pass_tokens or 0, checkpointing=arguments.gradient_checkpointing)
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+    print(f"memory a GPU, roughly: {sum(parts.values()) / GIB:.2f} GiB = {listed} ({pass_tokens or 0:,} tokens a pass)")
