@@ -110,7 +110,7 @@ def loss_of(kind: str, model: SentenceTransformer) -> nn.Module:
 
 
 def step(loss: nn.Module, model: SentenceTransformer, columns: list[dict[str, Any]]) -> tuple[float, float]:
-    """CPU seconds and loss of a forward and backward pass; features are made before, as the data loader's workers do."""
+    """CPU seconds and loss of a forward and backward pass; features are made before, as data loaders do."""
     model.zero_grad(set_to_none=True)
     start = time.process_time()
     value = loss([dict(column) for column in columns], None)

@@ -26,6 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+SCORES_AT_ONCE = 2**22
+"""Entries of the ``(Q, C)`` matrix of scores that exist at a time, see :func:`rows_at_once`."""
+
 KLDirection = Literal["teacher_student", "student_teacher", "symmetric"]
 KL_DIRECTIONS: tuple[KLDirection, ...] = ("teacher_student", "student_teacher", "symmetric")
 
@@ -43,6 +46,16 @@ class HardNegatives(NamedTuple):
     scores: Tensor
     filtered_by_identity: Tensor
     filtered_by_margin: Tensor
+
+
+def rows_at_once(num_candidates: int) -> int:
+    """Queries to compare at a time with so many candidates.
+
+    Example:
+        >>> rows_at_once(1024), rows_at_once(16384)
+        (4096, 256)
+    """
+    return max(1, SCORES_AT_ONCE // max(1, num_candidates))
 
 
 def by_rows(

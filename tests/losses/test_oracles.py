@@ -6,6 +6,7 @@ import pytest
 import torch
 from loss_oracles import distill_kl, hard_negative_info_nce
 
+from unime_st import functional
 from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss
 
 SETTINGS = 240
@@ -106,3 +107,38 @@ def test_distill_kl_equals_the_oracle(block):
         value = loss.compute_loss_from_embeddings(embeddings, labels.squeeze(1) if n == 1 else labels)
         expected = distill_kl(columns, teachers, tau_student or tau, tau_teacher or tau, direction, diagonal)
         check(value, embeddings, *expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_comparing_in_chunks_changes_nothing(seed, monkeypatch):
+    """Values, gradients and logged numbers of both losses, whatever number of rows is compared at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = [torch.randn(11, 6, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    teacher = torch.randn(11, 3, 5, generator=generator, dtype=torch.float64)
+    ids = [torch.randint(0, 9, (11,), generator=generator) for _ in range(3)]
+    losses = {
+        "contrastive": (
+            HardNegativeInfoNCELoss(None, num_hard_negatives=4, temperature=0.3),
+            None,
+            {"content_ids": ids},
+        ),
+        "random": (
+            HardNegativeInfoNCELoss(None, num_hard_negatives=4, temperature=0.3, negative_selection="random"),
+            None,
+            {"content_ids": ids},
+        ),
+        "distillation": (DistillKLLoss(None, temperature=0.3), teacher, {}),
+    }
+    for loss, labels, options in losses.values():
+        results = []
+        for at_once in (2**22, 60):
+            monkeypatch.setattr(functional, "SCORES_AT_ONCE", at_once)
+            torch.manual_seed(seed)
+            for column in columns:
+                column.grad = None
+            value = loss.compute_loss_from_embeddings(columns, labels, **options)
+            value.backward()
+            results.append([value.detach(), *(column.grad for column in columns), *loss.last_metrics.values()])
+        assert results[0][1].abs().max() > 0
+        for whole, chunked in zip(*results, strict=True):
+            torch.testing.assert_close(whole, chunked, rtol=0, atol=1e-12)

@@ -19,9 +19,6 @@ logger = logging.getLogger(__name__)
 _ALL_SELF = 0.99  # mean self-probability of the teacher above which there is next to nothing to learn
 _HALF_SELF = 0.5
 
-QUERY_CHUNK: int | None = 1024
-"""Texts whose similarities to all texts exist at a time."""
-
 
 class DistillKLLoss(InBatchLoss):
     """KL divergence between the teacher's and the student's softmax over the similarities within the batch.
@@ -173,7 +170,9 @@ class DistillKLLoss(InBatchLoss):
             )
             return loss, *self._told(student_scores, teacher_scores, own[:, None])
 
-        loss, *told = functional.by_rows(by_row, [student, teacher, diagonal], QUERY_CHUNK)
+        loss, *told = functional.by_rows(
+            by_row, [student, teacher, diagonal], functional.rows_at_once(len(all_students))
+        )
         self.record_metrics({name: values.mean() for name, values in zip(self.metric_names, told, strict=True)})
         return loss.mean()
 
@@ -195,7 +194,7 @@ class DistillKLLoss(InBatchLoss):
             return
         self._checked_first_batch = True
         temperature = self.teacher_temperature or self.temperature
-        some = slice(None, QUERY_CHUNK)
+        some = slice(None, functional.rows_at_once(len(all_teachers)))
         scores, own = functional.cosine_scores(teacher[some], all_teachers), diagonal[some, None]  # (q, C), (q, 1)
         measured = _self_probability(scores, own, temperature).mean().item()
         if measured <= _ALL_SELF:

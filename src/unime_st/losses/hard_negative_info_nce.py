@@ -16,9 +16,6 @@ from unime_st.losses.in_batch import InBatchLoss, check_temperature
 
 logger = logging.getLogger(__name__)
 
-QUERY_CHUNK: int | None = 1024
-"""Queries whose scores against all candidates exist at a time."""
-
 
 class HardNegativeInfoNCELoss(InBatchLoss):
     """InfoNCE over the positive and the ``k`` hardest in-batch negatives, after false negatives are dropped.
@@ -210,7 +207,7 @@ class HardNegativeInfoNCELoss(InBatchLoss):
             loss = functional.info_nce(positive, negatives.scores, self.temperature)
             return loss, positive.detach(), *_summed(negatives)
 
-        loss, *told = functional.by_rows(by_row, [queries, rows], QUERY_CHUNK)
+        loss, *told = functional.by_rows(by_row, [queries, rows], functional.rows_at_once(len(candidates)))
         self.record_metrics(_metrics(*told))
         return loss.mean()
 
