@@ -13,7 +13,7 @@ from transformers import set_seed
 from unime_st import build_encoder, export_encoder, load_encoder
 from unime_st.checkpoints import CheckpointCallback, checkpoints, explained_write_errors, last_complete_checkpoint
 from unime_st.data import with_teacher_labels
-from unime_st.losses import HardNegativeInfoNCELoss, LossMetricsCallback
+from unime_st.losses import LossMetricsCallback, effective_negatives
 from unime_st.modules import default_lora_config
 from unime_st.samplers import SamplerEpochCallback
 
@@ -73,22 +73,14 @@ def load_start(recipe: "Recipe", arguments: SentenceTransformerTrainingArguments
 
 
 def count_negatives(loss: nn.Module, arguments: SentenceTransformerTrainingArguments, candidates_a_row: int) -> int:
-    """Print how many others each query is compared with, which decides what contrastive training is worth."""
-    processes = arguments.world_size if loss.gather_across_devices else 1
-    rows = arguments.per_device_train_batch_size
-    negatives = rows * processes * candidates_a_row - 1
-    if arguments.process_index:
-        return negatives
-    print(f"each query is compared with {negatives} others: {rows} rows x {processes} process(es) x {candidates_a_row}")
-    if processes < arguments.world_size:
-        print(f"WARNING: {arguments.world_size} processes do not share theirs; set loss.gather_across_devices=true")
-    if arguments.gradient_accumulation_steps > 1:
-        print(
-            "WARNING: accumulation adds none; raise per_device_train_batch_size, with loss.mini_batch_size (GradCache)"
-        )
-    if isinstance(loss, HardNegativeInfoNCELoss) and (loss.num_hard_negatives or 0) > negatives:
-        print(f"WARNING: loss.num_hard_negatives={loss.num_hard_negatives} is more than that")
-    return negatives
+    """Print how many others each query is compared with, and what makes them fewer than was meant."""
+    found = effective_negatives(loss, arguments, candidates_a_row)
+    if not arguments.process_index:
+        terms = f"{found.rows} rows x {found.processes} process(es) x {candidates_a_row}"
+        print(f"each query is compared with {found.number} others: {terms}")
+        for warning in found.warnings:
+            print(f"WARNING: {warning}")
+    return found.number
 
 
 def train(recipe: "Recipe", arguments: SentenceTransformerTrainingArguments, rows: Dataset, loss: nn.Module) -> Path:

@@ -3,5 +3,6 @@
 from unime_st.losses.distill_kl import DistillKLLoss
 from unime_st.losses.hard_negative_info_nce import HardNegativeInfoNCELoss
 from unime_st.losses.metrics_callback import LossMetricsCallback
+from unime_st.losses.negatives import Negatives, effective_negatives
 
-__all__ = ["DistillKLLoss", "HardNegativeInfoNCELoss", "LossMetricsCallback"]
+__all__ = ["DistillKLLoss", "HardNegativeInfoNCELoss", "LossMetricsCallback", "Negatives", "effective_negatives"]

@@ -39,7 +39,8 @@ class DistillKLLoss(InBatchLoss):
         direction: ``"teacher_student"`` is KL(teacher ‖ student), the usual distillation; ``"student_teacher"`` is
             KL(student ‖ teacher) as printed in the paper; ``"symmetric"`` is their mean.
         include_diagonal: Whether a text is compared with itself too, as in the paper. At a low temperature the teacher
-            then puts all of its probability there and the gradient vanishes: the first batch is measured, and a warning
+            then puts all of its probability there, so the student learns to tell texts apart and little else
+            (``benchmarks/stage1_sweep.py`` measures it): the first batch is measured, and a warning
             says so.
         gather_across_devices: Compare with the texts of all processes.
         mini_batch_size: Distinct texts embedded at a time (GradCache); None embeds each column at once.
@@ -206,8 +207,9 @@ class DistillKLLoss(InBatchLoss):
             low, high = (middle, high) if share > _HALF_SELF else (low, middle)
         logger.warning(
             "At teacher_temperature=%g the teacher gives %.4f of its probability to the text itself and %.2g to all %d "
-            "others together, so the loss and its gradient all but vanish. Set `include_diagonal=False`, or raise "
-            "`teacher_temperature` (on this batch it is one half at %.2g).",
+            "others together: the student learns to tell texts apart rather than the teacher's similarities, and then "
+            "the gradient vanishes. Set `include_diagonal=False`, or raise `teacher_temperature` (on this batch it is "
+            "one half at %.2g).",
             temperature,
             measured,
             1 - measured,
