@@ -22,6 +22,11 @@ ANCHORS = [
 ]
 POSITIVES = [RED, "kitten", "crimson", GREEN, "a cat", {"image": RED, "text": "what?"}]
 DISTINCT = 8  # five anchors, and three positives that are not among them
+FAST = ("llava_next", "qwen2_vl", "smolvlm")
+EVERY_FAMILY = [
+    family if family in FAST else pytest.param(family, marks=pytest.mark.slow)
+    for family in (*FAMILIES, *PLUGIN_FAMILIES)
+]
 MODES = {"plain": {}, "rows": {"mini_batch_size": 2}, "tokens": {"mini_batch_num_tokens": 150}}
 
 
@@ -62,7 +67,7 @@ def step(loss, model, inputs):
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen vision", "trained vision"])
-@pytest.mark.parametrize("family", [*FAMILIES, *PLUGIN_FAMILIES])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_loss_and_gradients_are_those_of_the_naive_computation(family, frozen, backbone):
     options = {"num_hard_negatives": 3, "temperature": 1.0}
     model = encoder(backbone(family), frozen=frozen)
@@ -77,7 +82,7 @@ def test_loss_and_gradients_are_those_of_the_naive_computation(family, frozen, b
         assert bool(seen) != frozen
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *PLUGIN_FAMILIES])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_a_frozen_tower_sees_each_image_once_a_step(family, backbone):
     model = encoder(backbone(family), frozen=True)
     cache = model[0].vision_cache

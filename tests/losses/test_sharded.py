@@ -58,6 +58,7 @@ def two_processes(backbone, tmp_path_factory):
     return run_two(job, tmp_path_factory.mktemp("ranks"), backbone("llava_next"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_sharded_weights_get_the_gradients_of_one_process(two_processes, backbone, case):
     first, second = (result[str(case)] for result in two_processes)
