@@ -186,3 +186,13 @@ def test_safetensors_says_it_in_its_own_way(tmp_path):
     error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     with pytest.raises(OSError, match="no checkpoint is whole yet"), explained_write_errors(tmp_path):
         raise error
+
+
+def test_a_marker_cut_short_marks_nothing(tmp_path):
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"weights")
+        mark_complete(tmp_path / f"checkpoint-{step}", step=step)
+    marker = tmp_path / "checkpoint-4" / MARKER
+    marker.write_bytes(marker.read_bytes()[: marker.stat().st_size // 2])
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-2"

@@ -62,7 +62,7 @@ def is_complete(checkpoint: Path) -> bool:
     try:
         files = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
         return all((checkpoint / name).stat().st_size == size for name, size in files.items())
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):  # a marker that is cut short tells nothing
         return False
 
 

@@ -3,6 +3,7 @@
 The processes are forked from a server that has imported everything and computed nothing, which saves seconds a run.
 """
 
+import contextlib
 import datetime as dt
 import importlib
 import json
@@ -15,6 +16,9 @@ import time
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+LIMIT = 100
+"""Seconds a run may take."""
+
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["killed_runs", "sentence_transformers", "datasets", "peft", "unime_st.modules"])
 _WRITES = os.O_WRONLY | os.O_RDWR
@@ -49,20 +53,27 @@ def run(script, arguments, folder, *, world=1, step=None, change=None):
     processes = [_SERVER.Process(target=_child, args=(rank, world, port, *job)) for rank in range(world)]
     for process in processes:
         process.start()
-    end = time.monotonic() + 100
+    end = time.monotonic() + LIMIT
     while any(process.is_alive() for process in processes) and time.monotonic() < end:
         if any(process.exitcode for process in processes):  # one has died: the others would wait for it
             time.sleep(0.2)
             for process in processes:
                 process.kill()
         time.sleep(0.02)
+    hung = any(process.is_alive() for process in processes)
     for process in processes:
         process.kill()
         process.join()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it has left behind, its data loader's workers
+    printed = (folder / "printed-0.txt").read_text()
+    assert not hung, f"the run has not ended within {LIMIT} seconds:\n{printed[-3000:]}"
+    assert (folder / "changes.txt").exists(), f"the run never began:\n{printed[-3000:]}"
     return Run(folder, [process.exitcode for process in processes])
 
 
 def _child(rank, world, port, script, arguments, folder, step, change):
+    os.setsid()
     folder = Path(folder)
     printed = (folder / f"printed-{rank}.txt").open("w")
     os.dup2(printed.fileno(), 1)

@@ -60,7 +60,7 @@ def effective_negatives(
             f"Each of {world} processes compares its own rows only, {number} in place of "
             f"{rows * world * candidates_a_row - 1}. Set `gather_across_devices=True`."
         )
-    announced = int(os.environ.get("WORLD_SIZE", "1"))
+    announced = int(os.environ.get("WORLD_SIZE") or 1)
     if announced > world:
         warnings.append(
             f"The environment speaks of {announced} processes, but this one is alone. Make the training arguments "
