@@ -6,8 +6,8 @@ The step is stage 2's: 64 pairs of a drawing with a question and a text (or half
 batches of several data sets), of 3 to 30 words, LoRA on the language model, vision tower frozen, forward and backward
 pass of the loss, on the demo's miniature (2 of its layers, images of 160 pixels, its projector not aligned).
 `HardNegativeInfoNCELoss` is set to what `CachedMultipleNegativesRankingLoss` computes (all negatives, no margin), with
-the same mini-batch size. Results with repeats are compared with our own plain loss, which embeds everything at once. The
-stock loss takes copies of an answer for wrong ones, and its module leaves the frozen tower in training mode, so that its
+the same mini-batch size. Results with repeats are compared with our own plain loss, which embeds all at once. The
+stock loss takes copies of an answer for wrong ones, and its module leaves the frozen tower in training mode, so its
 batch normalisation depends on the mini-batch: results without repeats, compared with it, differ for that.
 
 Both losses run in one process, alternating, on one thread, and CPU time is what counts, so that other work on the

@@ -152,6 +152,8 @@ def dry_run(recipe: Recipe, processes: int | None = None) -> None:
         world_size=world,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         process_index=0,
+        device="cpu",  # of the run it is not known
+        n_gpu=1,
     )
     count_negatives(loss, shape, candidates)  # type: ignore[arg-type]
     _print_steps(recipe, arguments, rows, batch)

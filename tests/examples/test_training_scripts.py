@@ -46,7 +46,7 @@ class Arguments:
     """Of two processes."""
 
     per_device_train_batch_size, world_size, gradient_accumulation_steps, process_index = 4, 2, 8, 0
-    seed, device = 0, "cpu"
+    seed, device, n_gpu = 0, "cpu", 1
 
 
 def test_both_stages_one_after_the_other(script, world, teacher, backbone, tmp_path, capsys):
@@ -126,9 +126,9 @@ def test_what_is_not_worth_much_is_said(script, encoder, capsys):
     assert stage.count_negatives(loss, Arguments, candidates_a_row=2) == 7
     printed = capsys.readouterr().out
     for advice in (
-        "gather_across_devices=true",
-        "mini_batch_size (GradCache)",
-        "num_hard_negatives=8 is more than that",
+        "gather_across_devices=True",
+        "`mini_batch_size` (GradCache)",
+        "`num_hard_negatives=8` is more than the 7 there are",
     ):
         assert advice in printed
     loss.gather_across_devices = True

@@ -129,7 +129,7 @@ class InBatchLoss(nn.Module):
             )
         table = torch.cat(parts)
         place = torch.from_numpy(plan.place).to(table.device)
-        embeddings = list(table[place].unbind()) if plan.distinct < keys.numel() else parts
+        embeddings = list(table[place].unbind())
         loss = self.compute_loss(embeddings, targets)
         self._check_finite(loss, columns, embeddings)
         return loss

@@ -66,7 +66,7 @@ def effective_negatives(
             f"The environment speaks of {announced} processes, but this one is alone. Make the training arguments "
             "first, and start with `accelerate launch` or `torchrun`."
         )
-    devices = 1 if arguments.device.type == "cpu" else torch.cuda.device_count()
+    devices = 1 if torch.device(arguments.device).type == "cpu" else torch.cuda.device_count()
     if arguments.n_gpu > 1:
         warnings.append(
             f"One process drives {arguments.n_gpu} devices by DataParallel, which the losses do not span. Start with "
