@@ -8,6 +8,7 @@ from sentence_transformers.util import quantize_embeddings
 
 from tiny import picture
 from unime_st import build_encoder
+from unime_st.modules.shared_prefix import shares_prefixes
 
 ITEMS = [
     "a red bus",
@@ -68,3 +69,43 @@ def test_another_backend_is_refused(backbone):
 
     with pytest.raises(ValueError, match="backend 'torch'"):
         MultimodalEncoder(str(backbone("fast_vlm")), backend="onnx")
+
+
+@pytest.mark.parametrize("family", ["fast_vlm", "llava_onevision", "qwen2_vl", "idefics3", "gemma3", "phi3_v"])
+def test_a_budget_of_tokens_bounds_each_pass_and_changes_nothing(family, backbone):
+    model = build_encoder(backbone(family), device="cpu")
+    items = [*ITEMS, "long " * 60, {"image": [picture("red"), picture("green")], "text": "both"}, "a bird", picture()]
+    expected = model.encode(items, batch_size=len(items))
+    lengths = [int(model.preprocess([item])["attention_mask"].sum()) for item in items]
+    budget = 2 * sorted(lengths)[-3]
+    seen = []
+    model[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]["attention_mask"]))
+    model[0].vision_cache.clear()
+    found = model.encode(items, batch_size=len(items), batch_num_tokens=budget, show_progress_bar=True)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    shares = shares_prefixes(model[0].model)
+    used = [int(mask.sum()) if shares else mask.numel() for mask in seen]
+    alone = [length for length in set(lengths) if length > budget]
+    assert 1 < len(seen) < len(items)
+    assert all(
+        tokens <= budget or (len(mask) == 1 and tokens in alone) for tokens, mask in zip(used, seen, strict=True)
+    )
+    assert sum(len(mask) for mask in seen) == len(items) - 1  # one image is there twice
+    assert sum(used) >= sum(set(lengths))
+
+
+def test_a_budget_below_every_input_takes_them_one_by_one(encoder):
+    seen = []
+    hook = encoder[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0]["input_ids"])))
+    np.testing.assert_allclose(encoder.encode(ITEMS, batch_num_tokens=1), encoder.encode(ITEMS), atol=2e-6)
+    hook.remove()
+    assert seen[:-1] == [1] * len(ITEMS)
+
+
+def test_budgets_that_cannot_be(encoder):
+    with pytest.raises(ValueError, match="at least 1 is needed"):
+        encoder.encode(ITEMS, batch_num_tokens=0)
+    with pytest.raises(ValueError, match="Leave it out"):
+        encoder.encode(ITEMS, batch_num_tokens=64, output_value="token_embeddings")
+    with pytest.raises(ValueError, match="does not use"):
+        encoder.encode(ITEMS, max_tokens=64)

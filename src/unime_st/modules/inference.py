@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from unime_st.features import num_rows, select_rows, token_counts
 from unime_st.fingerprint import fingerprint, media_and_text
 from unime_st.modules.inputs import named_image
 
@@ -76,6 +77,37 @@ def _pixels(item: Any) -> int:
         elif image is not None:
             total += 1
     return total
+
+
+def passes(
+    features: dict[str, Any], num_tokens: int | None, *, padded: bool
+) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """Cut a prepared batch into passes of the model, under a budget of tokens.
+
+    Args:
+        features: Of B inputs.
+        num_tokens: Of a pass, at the most; an input with more is alone. None makes one pass.
+        padded: Whether the model computes padding too: it counts then, and inputs go by their length, the longest
+            first. Otherwise they keep their order, in which neighbours begin alike.
+
+    Yields:
+        Rows of a pass, and their features.
+    """
+    counts = None if num_tokens is None else token_counts(features)
+    if num_tokens is None or counts is None:
+        yield np.arange(num_rows(features)), features
+        return
+    tokens = counts.cpu().numpy()
+    order = np.argsort(-tokens, kind="stable") if padded else np.arange(len(tokens))
+    start = 0
+    while start < len(order):
+        lengths = tokens[order[start:]]
+        used = lengths[0] * np.arange(1, len(lengths) + 1) if padded else np.cumsum(lengths)
+        count = max(1, int(np.searchsorted(used, num_tokens, side="right")))
+        rows = order[start : start + count]
+        start += count
+        whole = count == len(order)
+        yield rows, features if whole and not padded else select_rows(features, rows.tolist(), trim_leading=True)
 
 
 def prepared(batches: Sequence[list[Any]], prepare: Callable[[list[Any]], Any], *, ahead: bool) -> Iterator[Any]:

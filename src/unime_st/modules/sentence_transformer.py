@@ -19,14 +19,15 @@ from tqdm.auto import tqdm
 
 from unime_st.files import write_atomically
 from unime_st.modules.checks import loading_note
-from unime_st.modules.inference import encoding_order, prepared
+from unime_st.modules.inference import encoding_order, passes, prepared
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
 from unime_st.modules.shared_prefix import shares_prefixes
 
 STOCK_MODULE = f"{Transformer.__module__}.{Transformer.__name__}"
+_BUDGET = "batch_num_tokens"
 _OWN_ARGUMENTS = frozenset(
     {"prompt", "batch_size", "show_progress_bar", "output_value", "save_to_cpu", "normalize_embeddings", "truncate_dim"}
-    | {"device"}
+    | {"device", _BUDGET}
 )
 _OURS = f"{MultimodalEncoder.__module__}.{MultimodalEncoder.__name__}"
 
@@ -66,6 +67,15 @@ class MultimodalSentenceTransformer(SentenceTransformer):
 
         return load_encoder(model_name_or_path, device="cpu")
 
+    def get_model_kwargs(self) -> list[str]:
+        """Names of what ``encode`` takes beyond its own arguments: ``batch_num_tokens``, see below, and the modules'.
+
+        ``encode(inputs, batch_size=256, batch_num_tokens=16384)`` prepares 256 inputs at a time and runs the model over
+        at most so many of their tokens at once, images' included; a longer input is alone. That bounds memory for
+        inputs of whatever length, and lets a batch hold many short ones.
+        """
+        return [*super().get_model_kwargs(), _BUDGET]
+
     @torch.inference_mode()
     def _inference(self, inputs: list[Any], **kwargs: Any) -> Any:
         """What ``encode`` does in one process: each distinct input once, in an order that lets beginnings be shared.
@@ -75,31 +85,42 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         """
         encoder: Any = self[0]
         plain = not isinstance(encoder, MultimodalEncoder) or kwargs["output_value"] != "sentence_embedding"
+        budget = kwargs.get(_BUDGET)
+        if budget is not None and budget < 1:
+            raise ValueError(f"`{_BUDGET}={budget}`, but at least 1 is needed; None goes by `batch_size` alone.")
         if plain or not inputs or self.device.type == "hpu":
-            return super()._inference(inputs, **kwargs)
+            if budget is not None:
+                raise ValueError(
+                    f"`{_BUDGET}` bounds passes for sentence embeddings of a `MultimodalEncoder` only. Leave it "
+                    "out, and choose `batch_size` instead."
+                )
+            return super()._inference(inputs, **{name: value for name, value in kwargs.items() if name != _BUDGET})
         options = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
         device = self._resolve_inference_device(kwargs.get("device"))
         self.eval()
         by_beginning = encoder.share_prefixes and shares_prefixes(encoder.model)
         order = encoding_order(inputs, kwargs["batch_size"], by_beginning=by_beginning)
         batches = [[inputs[order.distinct[place]] for place in batch] for batch in order.batches]
-        parts = []
+        parts: list[torch.Tensor] = []
+        encoded_places: list[np.ndarray] = []
         bar = tqdm(total=len(order.distinct), desc="Encoding", unit="input", disable=not kwargs["show_progress_bar"])
         reads_last = len(self) > 1 and isinstance(self[1], Pooling) and self[1].pooling_mode == "lasttoken"
         with bar, encoder.prefixes.encoding(last_token_only=reads_last):
             prepare = partial(self.preprocess, prompt=kwargs["prompt"], **options)
             coming = prepared(batches, prepare, ahead=device.type != "cpu")
-            for batch, features in zip(batches, coming, strict=True):
-                embeddings = self(batch_to_device(features, device), **options)["sentence_embedding"]
-                if kwargs["truncate_dim"] is not None:
-                    embeddings = truncate_embeddings(embeddings, kwargs["truncate_dim"])
-                if kwargs["normalize_embeddings"]:
-                    embeddings = torch.nn.functional.normalize(embeddings, p=2, dim=1)
-                parts.append(embeddings.cpu() if kwargs["save_to_cpu"] else embeddings)
-                bar.update(len(batch))
+            for batch, prepared_features in zip(order.batches, coming, strict=True):
+                for rows, features in passes(prepared_features, budget, padded=not by_beginning):
+                    embeddings = self(batch_to_device(features, device), **options)["sentence_embedding"]
+                    if kwargs["truncate_dim"] is not None:
+                        embeddings = truncate_embeddings(embeddings, kwargs["truncate_dim"])
+                    if kwargs["normalize_embeddings"]:
+                        embeddings = torch.nn.functional.normalize(embeddings, p=2, dim=1)
+                    parts.append(embeddings.cpu() if kwargs["save_to_cpu"] else embeddings)
+                    encoded_places.append(batch[rows])
+                    bar.update(len(rows))
         encoded = torch.cat(parts)
         place = np.empty(len(order.distinct), dtype=np.int64)
-        place[np.concatenate(order.batches)] = np.arange(len(place))
+        place[np.concatenate(encoded_places)] = np.arange(len(place))
         return encoded[torch.from_numpy(place[order.index]).to(encoded.device)]
 
     def save(self, path: str, *args: Any, **kwargs: Any) -> None:
