@@ -1,0 +1,124 @@
+"""How the speed benchmarks measure: contenders in turn, CPU time on one thread, memory in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unime_st.modules.shared_prefix import language_model
+from unime_st.modules.vision_cache import vision_tower
+
+
+def machine() -> dict[str, Any]:
+    return {"cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version(), "threads": 1}
+
+
+def alternating(
+    contenders: dict[str, Callable[[], Any]], runs: int, report: Callable[[str], None] = print
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """CPU seconds of each contender in each run, in turn, the order reversed every other run; and its last result."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    results: dict[str, Any] = {}
+    for run in range(runs):
+        for name in contenders if run % 2 == 0 else reversed(contenders):
+            started = time.process_time()
+            results[name] = contenders[name]()
+            seconds[name].append(round(time.process_time() - started, 3))
+        report(f"  run {run + 1} of {runs}: " + ", ".join(f"{name} {seconds[name][-1]:.2f} s" for name in contenders))
+    return seconds, results
+
+
+def times_as_fast(seconds: dict[str, list[float]], ours: str, peer: str) -> dict[str, Any]:
+    """Ratio of medians, and the least and the most of the runs' own ratios."""
+    pairs = [a / b for a, b in zip(seconds[peer], seconds[ours], strict=True)]
+    return {
+        "times_as_fast": round(statistics.median(seconds[peer]) / statistics.median(seconds[ours]), 2),
+        "spread": [round(min(pairs), 2), round(max(pairs), 2)],
+    }
+
+
+class Counts:
+    """Counts what a model runs over: forward calls, places of the language model (padding included), tokens, images.
+
+    Example: ``with Counts(model) as counts: ...; counts.read()``. Forward calls are those of the language model.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        """Count in a multimodal model of transformers."""
+        self.calls = self.places = self.images = 0
+        self.decoder, self.tower = language_model(inner), vision_tower(inner)
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Counts:
+        first = self.decoder.layers[0]
+        self._hooks = [first.register_forward_hook(self._seen)]
+        if self.tower is not None:
+            leaf = next(module for module in self.tower.modules() if isinstance(module, nn.Conv2d | nn.Conv3d))
+            self._hooks.append(leaf.register_forward_hook(self._shown))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _seen(self, _module: nn.Module, args: tuple[Tensor, ...], _output: Any) -> None:
+        self.calls += 1
+        self.places += args[0].shape[0] * args[0].shape[1]
+
+    def _shown(self, _module: nn.Module, args: tuple[Tensor, ...], _output: Any) -> None:
+        self.images += len(args[0])
+
+    def read(self) -> dict[str, int]:
+        return {"forward_calls": self.calls, "places": self.places, "images_or_patches": self.images}
+
+
+def largest_difference(one: np.ndarray, other: np.ndarray) -> float:
+    """Largest difference of a number, which says something only if rows differ among themselves."""
+    if np.abs(one - one[0]).max() < 1e-3:
+        raise ValueError("All embeddings are alike, so that they agree says nothing.")
+    return float(np.abs(one - other).max())
+
+
+def resident() -> int:
+    """Bytes this process holds in memory."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * resource.getpagesize()
+
+
+def peak_growth(work: Callable[[], Any]) -> int:
+    """Bytes by which some work raises the memory of this process at its highest."""
+    before = highest = resident()
+    stop = threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not stop.wait(0.005):
+            highest = max(highest, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        stop.set()
+        watcher.join()
+    return max(highest, resident()) - before
+
+
+def last_number(script: str, arguments: Sequence[str]) -> int:
+    """Run a script in a process of its own, and read the number it prints last."""
+    done = subprocess.run([sys.executable, script, *arguments], check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1])
