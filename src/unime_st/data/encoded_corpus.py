@@ -12,7 +12,7 @@ import numpy as np
 from unime_st.data.corpus_files import FORMATS
 from unime_st.files import remove_leftovers, write_atomically
 
-MANIFEST = "_manifest.json"  # readers of parquet folders pass over a name that begins so
+MANIFEST = ".manifest.json"  # hidden: readers of folders, pyarrow and datasets, would take it for a part
 FORMAT_VERSION = 1
 
 
@@ -116,7 +116,8 @@ def load_corpus(output_dir: str | Path) -> EncodedCorpus:
     manifest = read_manifest(folder)
     if manifest is None:
         raise FileNotFoundError(
-            f"{str(folder)!r} holds no encoded corpus ({MANIFEST} is missing). Is it another folder?"
+            f"{str(folder)!r} holds no encoded corpus ({MANIFEST} is missing). Is it another folder, or a copy without "
+            "the hidden file?"
         )
     if not manifest["complete"]:
         parts = FORMATS[manifest["output_format"]](folder)
