@@ -429,12 +429,14 @@ def test_other_ids_are_refused(tmp_path):
     encode_corpus(Lengths(), [("a", "x"), ("b", "y"), ("c", "z")], tmp_path, **options)
     with pytest.raises(ValueError, match=r"Row 1 is \('d', 'y'\), but .*part-000000.parquet was made with another"):
         encode_corpus(Lengths(), [("a", "x"), ("d", "y"), ("c", "z")], tmp_path, **options)
-    with pytest.raises(TypeError, match=r"Row 1 has the id 2, rows before it ids like 'a'. Make all strings"):
+    with pytest.raises(TypeError, match=r"Row 1 has the id 2, those before 'a'. Make all strings"):
         encode_corpus(Lengths(), [("a", "x"), (2, "y")], tmp_path / "mixed", **options)
     with pytest.raises(TypeError, match=r"Row 0 is 'text', but with `with_ids=True` each input is a pair"):
         encode_corpus(Lengths(), ["text"], tmp_path / "none", **options)
     with pytest.raises(ValueError, match=r"has no ids.*with_ids=True"):
         list(encode_corpus(Lengths(), ["x"], tmp_path / "without", model_name="m").ids())
+    with pytest.raises(TypeError, match=r"Row 2 has the id 'c', those before 1"):  # over two windows
+        encode_corpus(Lengths(), [(1, "x"), (2, "y"), ("c", "z")], tmp_path / "later", **options)
 
 
 def test_folders_and_files_that_will_not_do(tmp_path, static):

@@ -57,7 +57,7 @@ def encode_corpus(
         window_size: Rows a part: what a kill can cost each process.
         with_ids: Inputs are pairs ``(id, input)`` whose ids, strings or integers, are written too.
         model_name: Identity of the model. None derives it from its weights and settings, which a model that is no
-            ``torch.nn.Module`` does not have.
+            ``torch.nn.Module`` does not have, and which takes a pass over the weights.
         cache_bytes: See :func:`encode_stream`.
         prefetch: See :func:`encode_stream`.
         show_progress_bar: Count this process's rows; None shows it when the log level is INFO or below.

@@ -29,13 +29,14 @@ class CorpusRun:
     def __init__(self, parts: Parts, manifest: dict[str, Any], encoder: WindowEncoder, with_ids: bool) -> None:
         self.parts, self.manifest, self.encoder, self.with_ids = parts, manifest, encoder, with_ids
         self.dimension: int | None = None
+        self.first_id: Any = None
         self.finished: list[int] = []  # this process's parts, those that were there too
         self.found_rows = self.found = 0
         self.behind = False  # whether parts were passed over that the encoder would remember
 
     def take(self, window: Window) -> None:
         """See to it that a window's part is there."""
-        ids = _ids(window) if self.with_ids else None
+        ids = self._ids(window)
         if self.parts.exists(window.number):
             self._compare(window, ids)
             self.found += 1
@@ -88,6 +89,20 @@ class CorpusRun:
             "alone are then encoded anew. To encode everything anew, delete the folder or give another `output_dir`."
         )
 
+    def _ids(self, window: Window) -> list[str] | list[int] | None:
+        if not self.with_ids:
+            return None
+        given = [item[0] for item in window.items]
+        self.first_id = given[0] if self.first_id is None else self.first_id
+        text = isinstance(self.first_id, str)
+        other = next((place for place, value in enumerate(given) if isinstance(value, str) != text), None)
+        if other is not None:
+            raise TypeError(
+                f"Row {window.start + other} has the id {given[other]!r}, those before {self.first_id!r}. Make "
+                "all strings, or all integers."
+            )
+        return [str(value) for value in given] if text else [int(value) for value in given]
+
     def _check_dimension(self, dimension: int, window: Window) -> None:
         if self.dimension not in (None, dimension):
             raise ValueError(
@@ -121,15 +136,3 @@ class CorpusRun:
         else:
             logger.info("%s: this process's parts are there, %d others to come", folder, count - len(there))
         return EncodedCorpus(folder, self.manifest | state)
-
-
-def _ids(window: Window) -> list[Any]:
-    ids = [item[0] for item in window.items]
-    kinds = {type(value) for value in ids}
-    if len(kinds) > 1:
-        other = next(place for place, value in enumerate(ids) if type(value) is not type(ids[0]))
-        raise TypeError(
-            f"Row {window.start + other} has the id {ids[other]!r}, rows before it ids like {ids[0]!r}. Make all "
-            "strings, or all integers."
-        )
-    return ids

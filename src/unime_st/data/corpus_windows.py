@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, islice
+from numbers import Integral
 from threading import Event
 from typing import Any
 
@@ -142,7 +143,7 @@ def _read_ahead(windows: Iterator[Window], stop: Event) -> Generator[Window, Non
 
 
 def _content(pair: Any, row: int) -> Any:
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], (str, int)):
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], (str, Integral)):
         raise TypeError(
             f"Row {row} is {shown(pair)}, but with `with_ids=True` each input is a pair (id, input) whose id is "
             "a string or an integer."
