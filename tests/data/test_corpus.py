@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import threading
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -173,8 +174,13 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
 
 
 def test_the_reading_thread_ends_with_the_generator():
+    read = []
+
     def inputs():
         while True:
+            read.append(None)
+            if len(read) > 1000:
+                time.sleep(0.002)
             yield "text"
 
     def reading():
@@ -185,6 +191,7 @@ def test_the_reading_thread_ends_with_the_generator():
     assert reading()
     stream.close()
     assert not reading()
+    assert len(read) < 1900  # it did not read its window to the end
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
@@ -342,6 +349,26 @@ def test_what_is_there_is_not_encoded_again(output_format, tmp_path, caplog):
     encode_corpus(again := Lengths(), TEXTS, tmp_path / "a", **options)
     assert set(again.encoded) < set(TEXTS[5 * 32 : 6 * 32])  # what earlier parts hold is taken from them
     assert stored(tmp_path / "a") == before
+
+
+def test_a_corpus_with_parts_deleted_is_not_complete_until_they_are_back(tmp_path):
+    texts = [f"text {number}" for number in range(20)]
+    options = {"model_name": "m", "window_size": 4}
+    encode_corpus(Lengths(), texts, tmp_path, **options)
+    for number in (1, 3):
+        (tmp_path / f"part-{number:06d}.parquet").unlink()
+
+    def stops():
+        yield from texts[:9]
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        encode_corpus(Lengths(), stops(), tmp_path, **options)
+    with pytest.raises(ValueError, match=r"not complete: 4 parts of 4 rows"):
+        load_corpus(tmp_path)
+    assert encode_corpus(model := Lengths(), texts, tmp_path, **options).complete
+    assert model.encoded == texts[12:16]
+    assert len(load_corpus(tmp_path)) == 20
 
 
 def test_memory_of_earlier_parts_is_as_if_never_stopped(tmp_path):
@@ -604,6 +631,8 @@ def test_torchruns_variables_say_which_windows(as_list, tmp_path, monkeypatch):
     assert first.calls == [texts[0:3], texts[6:9]]
     assert read == ([0, 1, 2, 6, 7, 8] if as_list else [])  # of others' windows nothing is read
     assert not part.complete
+    with pytest.raises(FileNotFoundError, match=r"part-000001.parquet: .*another process has yet to write it. Call"):
+        part.rows([4])
     assert len(part) == 11
     assert part.rows([7]).tolist() == Lengths().encode(texts[7:8], show_progress_bar=False).tolist()
     with pytest.raises(ValueError, match=r"not complete: 2 parts of 3 rows"):

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from unime_st.files import write_atomically
 
 _KEY_BYTES = 16
-_DAMAGED = (ValueError, EOFError, pa.ArrowInvalid)
+_UNREADABLE = (ValueError, EOFError, pa.ArrowInvalid, FileNotFoundError)
 
 
 class Parts(ABC):
@@ -57,8 +57,13 @@ class Parts(ABC):
     def ids(self, number: int) -> list[Any]:
         """Read the ids of a part's inputs."""
 
-    def damaged(self, path: Path, error: Exception) -> ValueError:
-        """The error for a file that cannot be read."""
+    def unreadable(self, path: Path, error: Exception) -> Exception:
+        """The error for a file that is missing or damaged."""
+        if isinstance(error, FileNotFoundError):
+            return FileNotFoundError(
+                f"There is no {path}: it was deleted, or another process has yet to write it. Call `encode_corpus` as "
+                "before to have it written."
+            )
         return ValueError(
             f"{path} is damaged ({error}). Delete {self.path(int(path.stem.partition('-')[2]))} and call "
             "`encode_corpus` again: that part alone is encoded anew."
@@ -102,8 +107,8 @@ class ParquetParts(Parts):
         try:
             with pq.ParquetFile(path) as file:
                 return pa.concat_arrays(file.read(columns=[name]).column(name).chunks)
-        except _DAMAGED as error:
-            raise self.damaged(path, error) from error
+        except _UNREADABLE as error:
+            raise self.unreadable(path, error) from error
 
 
 class NpyParts(Parts):
@@ -135,8 +140,8 @@ class NpyParts(Parts):
     def _load(self, path: Path) -> np.ndarray:
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
-        except _DAMAGED as error:
-            raise self.damaged(path, error) from error
+        except _UNREADABLE as error:
+            raise self.unreadable(path, error) from error
 
 
 FORMATS: dict[str, type[Parts]] = {"parquet": ParquetParts, "npy": NpyParts}
