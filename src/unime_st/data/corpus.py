@@ -40,8 +40,9 @@ def encode_corpus(
 
     Each window becomes one part file, there whole or not at all. When called again, a part that is there is compared
     with its inputs by their fingerprints and not encoded; memory of earlier inputs is taken up from the files, so that
-    the result is that of a run never killed, to the last bit. Parts that are deleted are encoded anew; to encode
-    everything anew, delete the folder.
+    the result is that of a run never killed, to the last bit (given the same batch size, cache and number of
+    processes). Parts that are deleted are encoded anew; to encode everything anew, delete the folder. A corpus that
+    has grown at its end goes on once its last part is deleted.
 
     Several processes (a process group, or torchrun's variables) each take every W-th window and return when theirs are
     done. All must give the same inputs and settings, and see one folder; each iterates over all rows of what is no
