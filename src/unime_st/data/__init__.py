@@ -1,6 +1,10 @@
-"""Training and evaluation data: MMEB's layout, and a teacher's embeddings."""
+"""Training and evaluation data: MMEB's layout, a teacher's embeddings, corpora of any size."""
 
 from unime_st.data.bad_images import bad_image_report
+from unime_st.data.corpus import encode_corpus
+from unime_st.data.corpus_stream import encode_stream
+from unime_st.data.corpus_windows import BrokenInputError
+from unime_st.data.encoded_corpus import EncodedCorpus, load_corpus
 from unime_st.data.hard_negatives import load_mined_negatives, mine_hard_negatives
 from unime_st.data.images import ItemReader, resolve_image
 from unime_st.data.mmeb import load_mmeb_eval, load_mmeb_train
@@ -8,8 +12,13 @@ from unime_st.data.nli import load_nli
 from unime_st.data.teacher import teacher_embeddings, with_teacher_labels
 
 __all__ = [
+    "BrokenInputError",
+    "EncodedCorpus",
     "ItemReader",
     "bad_image_report",
+    "encode_corpus",
+    "encode_stream",
+    "load_corpus",
     "load_mined_negatives",
     "load_mmeb_eval",
     "load_mmeb_train",

@@ -1,0 +1,178 @@
+"""Inputs of any number, window by window: read ahead, and known by their content."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count, islice
+from numbers import Integral
+from threading import Event
+from typing import Any
+
+from PIL import Image
+
+from unime_st.fingerprint import fingerprint
+
+ITEM_ERRORS = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)  # broken PNG: SyntaxError
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")  # the bare strings encode opens
+_ROW_OF_ONE = re.compile(r"\b([Rr]ow) 0\b( of the batch)?")
+_LONGEST_SHOWN = 200
+
+
+class BrokenInputError(ValueError):
+    """An input that cannot be read or encoded.
+
+    Args:
+        row: Its number in the whole stream.
+        item: The input.
+        reason: What is wrong with it.
+
+    Example:
+        >>> str(BrokenInputError(70000, "", "ValueError: Row 0 holds neither text nor an image."))
+        "Input '' (row 70000) cannot be encoded. ValueError: Row 70000 holds neither text nor an image."
+    """
+
+    def __init__(self, row: int, item: Any, reason: str) -> None:
+        reason = _ROW_OF_ONE.sub(rf"\1 {row}", reason)
+        super().__init__(f"Input {shown(item)} (row {row}) cannot be encoded. {reason}")
+        self.row = row
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive inputs.
+
+    Attributes:
+        number: Of the window, counted over all processes.
+        start: Row number of the first input.
+        items: The inputs; none in a window of another process.
+        keys: Fingerprint of each, 16 bytes.
+        size: How many inputs there are, in another process's window too.
+    """
+
+    number: int
+    start: int
+    items: list[Any]
+    keys: list[bytes]
+    size: int
+
+
+def read_windows(inputs: Iterable[Any], size: int, *, prefetch: bool, **options: Any) -> Generator[Window, None, None]:
+    """Cut inputs into windows as :func:`windows` does, with ``prefetch`` one window ahead in a thread.
+
+    Example:
+        >>> [window.items for window in read_windows(iter("abc"), 2, prefetch=True)]
+        [['a', 'b'], ['c']]
+    """
+    stop = Event()
+    cut = windows(inputs, size, stop=stop, **options)
+    return _read_ahead(cut, stop) if prefetch else cut
+
+
+def windows(
+    inputs: Iterable[Any],
+    size: int,
+    *,
+    with_ids: bool = False,
+    share: tuple[int, int] = (0, 1),
+    stop: Event | None = None,
+) -> Generator[Window, None, None]:
+    """Cut inputs into windows; those of other processes are counted, not read where the inputs can be indexed.
+
+    Args:
+        inputs: Anything that can be iterated once.
+        size: Inputs a window, the last one having fewer.
+        with_ids: Inputs are pairs of which the second is what is known by its content.
+        share: Number of this process and of all.
+        stop: Ends the reading after the input in hand.
+
+    Raises:
+        BrokenInputError: For an input whose content cannot be told, such as a file that is not there.
+
+    Example:
+        >>> [window.items for window in windows("abcde", 2)]
+        [['a', 'b'], ['c', 'd'], ['e']]
+        >>> [(window.items, window.size) for window in windows("abcde", 2, share=(1, 2))]
+        [([], 2), (['c', 'd'], 2), ([], 1)]
+    """
+    indexed = inputs if isinstance(inputs, Sequence) else None
+    source: Iterator[Any] = iter(inputs if indexed is None else range(len(indexed)))
+    for number in count():
+        own = number % share[1] == share[0]
+        items: list[Any] = []
+        keys: list[bytes] = []
+        taken = 0
+        row = number * size
+        try:
+            for item in islice(source, size):
+                if stop is not None and stop.is_set():
+                    return
+                if own:
+                    items.append(item if indexed is None else indexed[item])
+                taken += 1
+                row += 1
+        except Exception as error:
+            error.add_note(f"Raised by the inputs at row {row}.")
+            raise
+        for item in items:
+            if stop is not None and stop.is_set():
+                return
+            row = number * size + len(keys)
+            keys.append(_key(_content(item, row) if with_ids else item, row))
+        if not taken:
+            return
+        yield Window(number, number * size, items, keys, taken)
+
+
+def _read_ahead(windows: Iterator[Window], stop: Event) -> Generator[Window, None, None]:
+    """Read the next window in a thread while the one before is used; an error is raised at its window.
+
+    The thread ends with this generator, after the input it is reading.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
+        try:
+            coming = pool.submit(next, windows, None)
+            while (window := coming.result()) is not None:
+                coming = pool.submit(next, windows, None)
+                yield window
+        finally:
+            stop.set()
+
+
+def _content(pair: Any, row: int) -> Any:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], (str, Integral)):
+        raise TypeError(
+            f"Row {row} is {shown(pair)}, but with `with_ids=True` each input is a pair (id, input) whose id is "
+            "a string or an integer."
+        )
+    return pair[1]
+
+
+def _key(item: Any, row: int) -> bytes:
+    """Fingerprint of what ``encode`` makes of an input: a bare string that names an image is that image."""
+    if isinstance(item, str) and _names_an_image(item):
+        named: Any = {"image": item}
+    else:
+        named = item
+    try:
+        return bytes.fromhex(fingerprint(named))
+    except ITEM_ERRORS as error:
+        raise BrokenInputError(row, item, f"{type(error).__name__}: {error}") from error
+
+
+def _names_an_image(text: str) -> bool:
+    if text.startswith(("http://", "https://")):
+        return " " not in text and text.partition("?")[0].partition("#")[0].lower().endswith(_IMAGE_SUFFIXES)
+    # Path.is_file raises for a name too long
+    return text.startswith("data:image/") or (
+        text.lower().endswith(_IMAGE_SUFFIXES) and os.path.isfile(text)  # noqa: PTH113
+    )
+
+
+def shown(item: Any) -> str:
+    """An input for an error message, cut short."""
+    text = repr(item)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
