@@ -10,9 +10,9 @@
 4. ``limit``: the time of `encode` over that of the bare model on packed, prepared, distinct inputs.
 5. ``bfloat16``: cosine between embeddings in bfloat16 and in float32.
 
-The model is the demo's miniature in 24 layers, its projector not aligned (weights change no time). Contenders take turns in one
-process, on one thread, and CPU time counts, so that other work on the machine does not. Stock `encode` runs at the batch
-size that is fastest for it. Writes `benchmarks/results/encode.json`.
+The model is the demo's miniature in 24 layers, its projector not aligned (weights change no time). Contenders take
+turns in one process, on one thread, and CPU time counts, so that other work on the machine does not. Stock `encode`
+runs at the batch size that is fastest for it. Writes `benchmarks/results/encode.json`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import torch
+
 import workloads
 from measuring import Counts, alternating, largest_difference, last_number, machine, peak_growth, times_as_fast
 from peers import BATCH, STOCK_BATCHES, Ours, PublishedStyle, Stock, unime_v2, vlm2vec_v2
 from small_models import SQUARE, small_llava_onevision, small_qwen2_vl
 from tiny import FAMILIES, tiny_backbone
-
 from unime_st import build_encoder, export_encoder
 from unime_st.demo.miniature import build_miniature
 from unime_st.demo.packages import fetch
@@ -196,11 +196,11 @@ def by_workload(checkpoint: Path, inputs: Inputs, runs: int) -> dict[str, Any]:
     for model in (ours, stock):
         model(inputs.mixed[:6])
     rows = {}
-    for kind in COUNTS:
+    for kind, count in COUNTS.items():
         for share in SHARES:
             name = f"{kind}, {share:.0%} duplicates".replace("%", " %")
             print(name, flush=True)
-            items = inputs.draw(kind, share, COUNTS[kind] // 2)
+            items = inputs.draw(kind, share, count // 2)
             rows[name] = compare(ours, stock, items, runs, ("unime_st", "stock"))
         batch = str(rows[name]["batch_size_of_peer"])
         rows[name]["peak_megabytes"] = {
@@ -270,7 +270,11 @@ def bare_pass(ours: Ours, items: Sequence[Any]) -> Callable[[], None]:
         features = ours.model.preprocess(distinct)
     mask = features["attention_mask"].bool()
     keys = features["prefix_key"]
-    beginnings = {tuple(keys[row][mask[row]][:end].tolist()) for row in range(len(keys)) for end in range(1, 1 + int(mask[row].sum()))}
+    beginnings = {
+        tuple(keys[row][mask[row]][:end].tolist())
+        for row in range(len(keys))
+        for end in range(1, 1 + int(mask[row].sum()))
+    }
     length = int(mask.sum()) // len(distinct)
     rows = max(1, round(len(beginnings) / length))
     embeddings = torch.randn(rows, len(beginnings) // rows, inner.config.text_config.hidden_size) * 0.02

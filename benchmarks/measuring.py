@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class Counts:
         self.decoder, self.tower = language_model(inner), vision_tower(inner)
         self._hooks: list[Any] = []
 
-    def __enter__(self) -> Counts:
+    def __enter__(self) -> Self:
         first = self.decoder.layers[0]
         self._hooks = [first.register_forward_hook(self._seen)]
         if self.tower is not None:

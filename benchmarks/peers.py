@@ -128,7 +128,7 @@ def _metadata() -> Any:
 
 
 def unime_v2(folder: Path, square: tuple[int, int]) -> tuple[Encode, Encode]:
-    """mteb's UniME-V2 wrapper, and our encoder with its conversation and its square images."""
+    """UniME-V2 as mteb wraps it, and our encoder with its conversation and its square images."""
     from mteb.models.model_implementations import unime_v2_models as module
 
     module._IMAGE_SIZE = square
@@ -143,7 +143,7 @@ def unime_v2(folder: Path, square: tuple[int, int]) -> tuple[Encode, Encode]:
 
 
 def vlm2vec_v2(folder: Path) -> tuple[Encode, Encode]:
-    """mteb's VLM2Vec-V2.0 wrapper, with merged weights from a folder, and our encoder with its bare prompt."""
+    """VLM2Vec-V2.0 as mteb wraps it, with merged weights from a folder, and our encoder with its bare prompt."""
     from mteb.models.model_implementations.vlm2vec_models import VLM2VEC2Wrapper
 
     wrapper = VLM2VEC2Wrapper.__new__(VLM2VEC2Wrapper)  # its constructor asks for the published 2B model
@@ -162,9 +162,7 @@ def _wrapped(wrapper: Any) -> Encode:
 def _prepared(model: SentenceTransformer, prepare: Callable[[Any], Any] | None) -> Encode:
     def encode(items: Sequence[Any]) -> np.ndarray:
         model[0].vision_cache.clear()
-        embeddings, index, _ = encode_indexed(
-            model, items, batch_size=BATCH, prepare=prepare, show_progress_bar=False
-        )
+        embeddings, index, _ = encode_indexed(model, items, batch_size=BATCH, prepare=prepare, show_progress_bar=False)
         return embeddings[index]
 
     return encode

@@ -91,7 +91,7 @@ def questions(images_of: Sequence[Item], to_an_image: int = 8) -> list[Item]:
 
 
 def with_duplicates(items: Sequence[Item], count: int, share: float) -> list[Item]:
-    """So many inputs, of which a share repeats others, in random order: the distinct ones are the first of ``items``."""
+    """So many inputs in random order, of which a share repeats others; the distinct ones are the first of ``items``."""
     distinct = list(items[: round(count * (1 - share))])
     generator = random.Random(2)
     found = distinct + [distinct[generator.randrange(len(distinct))] for _ in range(count - len(distinct))]

@@ -79,19 +79,41 @@ def test_a_budget_of_tokens_bounds_each_pass_and_changes_nothing(family, backbon
     lengths = [int(model.preprocess([item])["attention_mask"].sum()) for item in items]
     budget = 2 * sorted(lengths)[-3]
     seen = []
-    model[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]["attention_mask"]))
+    model[0].register_forward_pre_hook(
+        lambda _, args: seen.append((args[0]["attention_mask"], args[0].get("prefix_key")))
+    )
     model[0].vision_cache.clear()
     found = model.encode(items, batch_size=len(items), batch_num_tokens=budget, show_progress_bar=True)
     np.testing.assert_allclose(found, expected, atol=2e-6)
-    shares = shares_prefixes(model[0].model)
-    used = [int(mask.sum()) if shares else mask.numel() for mask in seen]
-    alone = [length for length in set(lengths) if length > budget]
-    assert 1 < len(seen) < len(items)
-    assert all(
-        tokens <= budget or (len(mask) == 1 and tokens in alone) for tokens, mask in zip(used, seen, strict=True)
-    )
-    assert sum(len(mask) for mask in seen) == len(items) - 1  # one image is there twice
-    assert sum(used) >= sum(set(lengths))
+    used = [mask.numel() if keys is None else distinct_beginnings(mask, keys) for mask, keys in seen]
+    rows = [len(mask) for mask, _ in seen]
+    assert shares_prefixes(model[0].model) == (seen[0][1] is not None)
+    assert all(tokens <= budget or count == 1 for tokens, count in zip(used, rows, strict=True))
+    assert min(rows) == 1 < max(rows)
+    assert sum(rows) == len(items) - 1  # one image is there twice
+
+
+def distinct_beginnings(mask, keys):
+    rows = [row[bool_row].tolist() for row, bool_row in zip(keys, mask.bool(), strict=True)]
+    return len({tuple(row[: end + 1]) for row in rows for end in range(len(row))})
+
+
+def test_what_is_shared_counts_once(backbone):
+    model = build_encoder(backbone("llava_onevision"), device="cpu")
+    image = picture("green", (60, 60))
+    items = [{"image": image, "text": text} for text in ("a?", "b?", "c?", "d?")]
+    with model[0].prefixes.encoding():
+        features = model.preprocess(items)
+    budget = distinct_beginnings(features["attention_mask"], features["prefix_key"])
+    assert budget < int(features["attention_mask"].sum())
+    seen = []
+    model[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0]["input_ids"])))
+    expected = model.encode(items, batch_num_tokens=budget)  # four rows, but one image
+    np.testing.assert_allclose(model.encode(items, batch_num_tokens=budget - 1), expected, atol=2e-6)
+    assert seen == [4, 3, 1]
+    model[0].share_prefixes = False
+    np.testing.assert_allclose(model.encode(items, batch_num_tokens=budget), expected, atol=2e-6)
+    assert seen[3] < 4
 
 
 def test_a_budget_below_every_input_takes_them_one_by_one(encoder):

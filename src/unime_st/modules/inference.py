@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,10 @@ from PIL import Image
 from unime_st.features import num_rows, select_rows, token_counts
 from unime_st.fingerprint import fingerprint, media_and_text
 from unime_st.modules.inputs import named_image
+from unime_st.modules.token_tree import PREFIX_KEY, common_beginning
+
+CPU_TOKENS = 4096
+"""Tokens of a pass on the CPU, where nothing is gained by more: its caches no longer hold what a layer passes on."""
 
 
 @dataclass(frozen=True)
@@ -86,28 +91,42 @@ def passes(
 
     Args:
         features: Of B inputs.
-        num_tokens: Of a pass, at the most; an input with more is alone. None makes one pass.
-        padded: Whether the model computes padding too: it counts then, and inputs go by their length, the longest
-            first. Otherwise they keep their order, in which neighbours begin alike.
+        num_tokens: That a pass computes, at the most; an input with more is alone. None makes one pass.
+        padded: Whether the model computes padding: it counts then, and inputs go by their length, the longest first.
+            Otherwise they keep their order, and what an input shares with the one before counts once.
 
     Yields:
         Rows of a pass, and their features.
     """
-    counts = None if num_tokens is None else token_counts(features)
+    counts = token_counts(features)
     if num_tokens is None or counts is None:
         yield np.arange(num_rows(features)), features
         return
     tokens = counts.cpu().numpy()
     order = np.argsort(-tokens, kind="stable") if padded else np.arange(len(tokens))
+    fresh = tokens if padded else _fresh_tokens(features, tokens)
     start = 0
     while start < len(order):
-        lengths = tokens[order[start:]]
-        used = lengths[0] * np.arange(1, len(lengths) + 1) if padded else np.cumsum(lengths)
+        rest = order[start:]
+        if padded:
+            used = tokens[rest[0]] * np.arange(1, len(rest) + 1)
+        else:
+            used = tokens[rest[0]] - fresh[rest[0]] + np.cumsum(fresh[rest])
         count = max(1, int(np.searchsorted(used, num_tokens, side="right")))
-        rows = order[start : start + count]
+        rows = rest[:count]
         start += count
-        whole = count == len(order)
-        yield rows, features if whole and not padded else select_rows(features, rows.tolist(), trim_leading=True)
+        whole = count == len(order) and not padded
+        yield rows, features if whole else select_rows(features, rows.tolist(), trim_leading=True)
+
+
+def _fresh_tokens(features: dict[str, Any], tokens: np.ndarray) -> np.ndarray:
+    """Tokens of each row that it does not share with the beginning of the row before, (B,)."""
+    keys = features.get(PREFIX_KEY)
+    if keys is None:
+        return tokens
+    rows = [row[len(row) - count :] for row, count in zip(keys.cpu().numpy(), tokens, strict=True)]
+    shared = [0, *(common_beginning(one, other) for one, other in pairwise(rows))]
+    return tokens - np.array(shared)
 
 
 def prepared(batches: Sequence[list[Any]], prepare: Callable[[list[Any]], Any], *, ahead: bool) -> Iterator[Any]:

@@ -25,6 +25,7 @@ from unime_st.modules.checks import check_adapter, check_loaded, check_processor
 from unime_st.modules.inputs import Message, as_messages, named_image, refuse_placeholders
 from unime_st.modules.shared_prefix import SharedPrefixes, shares_prefixes
 from unime_st.modules.text_only import absent_parts, load_text_model, no_images, whole_model
+from unime_st.modules.token_tree import PREFIX_KEY
 from unime_st.modules.vision_cache import VisionCache, is_frozen, vision_tower
 from unime_st.prompts import TURN_FORMATS, chat_template
 
@@ -34,7 +35,6 @@ SETTINGS_FILE = "unime_st_config.json"
 """Our own settings beside a checkpoint; stock code ignores the file."""
 
 _CONTENT_KEY = "content_id"
-_PREFIX_KEY = "prefix_key"
 _IMAGE_KEYS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images", "image_grid_thw")
 _TEXT_ONLY = "text_only"
 _NO_LIMIT = 10**9  # tokenizers say 10^30 when they have none
@@ -205,7 +205,7 @@ class MultimodalEncoder(Transformer):
         named = [named_image(item, row) for row, item in enumerate(inputs)]
         features[_CONTENT_KEY] = torch.tensor([content_id(item) for item in named], dtype=torch.long)
         if self.share_prefixes and self.prefixes.active and shares_prefixes(self.model):
-            features[_PREFIX_KEY] = self._prefix_keys(features["input_ids"], named)
+            features[PREFIX_KEY] = self._prefix_keys(features["input_ids"], named)
         return features
 
     def _prefix_keys(self, ids: Tensor, items: Sequence[Any]) -> Tensor:
@@ -264,11 +264,11 @@ class MultimodalEncoder(Transformer):
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Embed; see the stock module. Image tensors of a batch without images are left out."""
         count = features.get("num_images_per_sample")
-        dropped = {_CONTENT_KEY, _PREFIX_KEY}
+        dropped = {_CONTENT_KEY, PREFIX_KEY}
         if isinstance(count, Tensor) and int(count.sum()) == 0:
             dropped.update(_IMAGE_KEYS)
         inputs = {key: value for key, value in features.items() if key not in dropped}
-        prefixes = self.prefixes.serving(self.model, features.get(_PREFIX_KEY), features["attention_mask"])
+        prefixes = self.prefixes.serving(self.model, features.get(PREFIX_KEY), features["attention_mask"])
         with self.vision_cache.serving(self.model), prefixes:
             outputs = super().forward(inputs, **kwargs)
         features.update({key: value for key, value in outputs.items() if key not in inputs or value is not inputs[key]})

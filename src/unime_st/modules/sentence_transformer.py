@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from unime_st.files import write_atomically
 from unime_st.modules.checks import loading_note
-from unime_st.modules.inference import encoding_order, passes, prepared
+from unime_st.modules.inference import CPU_TOKENS, encoding_order, passes, prepared
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
 from unime_st.modules.shared_prefix import shares_prefixes
 
@@ -71,8 +71,9 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         """Names of what ``encode`` takes beyond its own arguments: ``batch_num_tokens``, see below, and the modules'.
 
         ``encode(inputs, batch_size=256, batch_num_tokens=16384)`` prepares 256 inputs at a time and runs the model over
-        at most so many of their tokens at once, images' included; a longer input is alone. That bounds memory for
-        inputs of whatever length, and lets a batch hold many short ones.
+        at most so many of their tokens at once, images' included, what is shared counting once; a longer input is
+        alone. That bounds memory for inputs of whatever length, and lets a batch hold many short ones. By default
+        a batch is one pass, on the CPU unless it has more than 4,096 tokens.
         """
         return [*super().get_model_kwargs(), _BUDGET]
 
@@ -97,6 +98,8 @@ class MultimodalSentenceTransformer(SentenceTransformer):
             return super()._inference(inputs, **{name: value for name, value in kwargs.items() if name != _BUDGET})
         options = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
         device = self._resolve_inference_device(kwargs.get("device"))
+        if budget is None and device.type == "cpu":
+            budget = CPU_TOKENS
         self.eval()
         by_beginning = encoder.share_prefixes and shares_prefixes(encoder.model)
         order = encoding_order(inputs, kwargs["batch_size"], by_beginning=by_beginning)

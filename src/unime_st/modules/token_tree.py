@@ -14,6 +14,9 @@ from itertools import pairwise
 
 import numpy as np
 
+PREFIX_KEY = "prefix_key"
+"""Name of the feature that says what each token is."""
+
 _MOST_SEQUENCES = 16
 _QUANTILES = (0.25, 0.5, 0.75)  # of the lengths shared by neighbours: where rows may be parted
 _LONGEST_SEQUENCE = 4096  # its mask takes the square of it
@@ -65,7 +68,7 @@ def pack_tree(keys: np.ndarray, mask: np.ndarray, *, hidden_size: int) -> Packed
     rows = [keys[row, start:] for row, start in enumerate(starts)]
     order = sorted(range(len(rows)), key=lambda row: rows[row].astype(">i8").tobytes())
     lengths = np.array([len(rows[row]) for row in order])
-    shared = np.array([0, *(_common(rows[a], rows[b]) for a, b in pairwise(order))])
+    shared = np.array([0, *(common_beginning(rows[a], rows[b]) for a, b in pairwise(order))])
 
     def cost(count: int, length: int) -> float:
         return count * length * (1 + length / (4 * hidden_size))
@@ -84,7 +87,7 @@ def pack_tree(keys: np.ndarray, mask: np.ndarray, *, hidden_size: int) -> Packed
     return _laid_out(mask, order, starts, lengths, shared, best[1])
 
 
-def _common(a: np.ndarray, b: np.ndarray) -> int:
+def common_beginning(a: np.ndarray, b: np.ndarray) -> int:
     """Length of the beginning that two rows share."""
     short = min(len(a), len(b))
     differ = a[:short] != b[:short]
