@@ -10,7 +10,7 @@
 4. ``limit``: the time of `encode` over that of the bare model on packed, prepared, distinct inputs.
 5. ``bfloat16``: cosine between embeddings in bfloat16 and in float32.
 
-The model is the demo's miniature in 24 layers, its projector not aligned (weights change no time). Contenders take
+The model is the demo's miniature in 12 layers, its projector not aligned (weights change no time). Contenders take
 turns in one process, on one thread, and CPU time counts, so that other work on the machine does not. Stock `encode`
 runs at the batch size that is fastest for it. Writes `benchmarks/results/encode.json`.
 """
@@ -43,7 +43,7 @@ from unime_st.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "encode.json"
 SECTIONS = ("floors", "workloads", "families", "limit", "bfloat16")
-LAYERS = 24
+LAYERS = 12
 COUNTS = {"texts": 32, "images": 48, "mixed": 48}
 SHARES = (0.0, 0.25, 0.5)
 TINY_COUNT = 96
@@ -84,7 +84,8 @@ def inputs_for(checkpoint: Path, folder: Path) -> Inputs:
 
 
 def fastest_batch(stock: Stock, items: Sequence[Any]) -> int:
-    """The batch size at which stock `encode` is fastest on these inputs."""
+    """The batch size at which stock `encode` is fastest on a third of these inputs."""
+    items = items[::3]
     contenders = {}
     for size in STOCK_BATCHES:
 
@@ -93,7 +94,9 @@ def fastest_batch(stock: Stock, items: Sequence[Any]) -> int:
             return stock(items)
 
         contenders[str(size)] = encode
-    seconds, _ = alternating(contenders, 1, lambda line: print(f"  stock by batch size:{line.partition(':')[2]}"))
+    seconds, _ = alternating(
+        contenders, 1, lambda line: print(f"  stock by batch size:{line.partition(':')[2]}", flush=True)
+    )
     return int(min(seconds, key=lambda name: min(seconds[name])))
 
 
@@ -246,7 +249,7 @@ def limit(checkpoint: Path, inputs: Inputs, runs: int) -> dict[str, Any]:
     """
     ours = Ours(checkpoint)
     rows = {}
-    for kind, share in (("texts", 0.0), ("mixed", 0.25), ("images", 0.25)):
+    for kind, share in (("texts", 0.0), ("mixed", 0.25), ("images", 0.0)):
         items = inputs.draw(kind, share, COUNTS[kind])
         bare = bare_pass(ours, items)
         contenders = {"encode": lambda items=items: ours(items), "bare": bare}

@@ -102,22 +102,22 @@ def _media_entries(features: Mapping[str, Any], rows: Tensor, total: int) -> dic
             continue
         if not isinstance(counts, Tensor):
             counts = torch.ones(total, dtype=torch.long)
-        media = _ranges(counts.cpu(), rows)
+        media = ranges(counts.cpu(), rows)
         entries[grid_key] = media
-        entries[pixel_key] = _ranges(grid.cpu().prod(dim=1), media)
+        entries[pixel_key] = ranges(grid.cpu().prod(dim=1), media)
     counts, pixels = features.get("num_images_per_sample"), features.get("pixel_values")
     by_row = any(key in features for key in _BY_ROW_OF_IMAGES)
     if isinstance(counts, Tensor) and isinstance(pixels, Tensor) and "pixel_values" not in entries and not by_row:
         images = int(counts.sum())
-        media = _ranges(counts.cpu(), rows)
+        media = ranges(counts.cpu(), rows)
         entries |= {key: media for key in _BY_IMAGE if key in features and len(features[key]) == images}
     return entries
 
 
-def _ranges(sizes: Tensor, chosen: Tensor) -> Tensor:
+def ranges(sizes: Tensor, chosen: Tensor) -> Tensor:
     """Entries of the chosen groups, when group ``i`` has ``sizes[i]`` entries and they stand one after the other.
 
-    >>> _ranges(torch.tensor([2, 0, 3]), torch.tensor([2, 0]))
+    >>> ranges(torch.tensor([2, 0, 3]), torch.tensor([2, 0]))
     tensor([2, 3, 4, 0, 1])
     """
     ends = sizes.cumsum(0)

@@ -6,7 +6,7 @@ import base64
 import binascii
 import io
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -23,9 +23,12 @@ DATA_PREFIX = "data:image/"
 _LONGEST_PATH = 4096
 
 Message = dict[str, Any]
+Open = Callable[[Any], Image.Image]
 
 
-def as_messages(item: Any, row: int, *, allow_remote_images: bool = False) -> list[Message]:
+def as_messages(
+    item: Any, row: int, *, allow_remote_images: bool = False, opened: dict[Any, Image.Image] | None = None
+) -> list[Message]:
     """Turn one input into chat messages whose images are opened.
 
     Args:
@@ -33,6 +36,7 @@ def as_messages(item: Any, row: int, *, allow_remote_images: bool = False) -> li
             may be a list; or chat messages (one dict or a list of them).
         row: its place in the batch, for error messages (``encode`` sorts its inputs by length into batches).
         allow_remote_images: open ``http(s)`` addresses.
+        opened: images of this batch by their path, address or bytes; those opened here are added.
 
     Returns:
         Messages of ``{"role", "content": [{"type": "text" | "image" | ..., ...}]}``.
@@ -46,14 +50,23 @@ def as_messages(item: Any, row: int, *, allow_remote_images: bool = False) -> li
         >>> as_messages({"text": "a cat"}, 0)
         [{'role': 'user', 'content': [{'type': 'text', 'text': 'a cat'}]}]
     """
+
+    def open_once(value: Any) -> Image.Image:
+        key = _name_of(value)
+        known = opened.get(key) if opened is not None and key is not None else None
+        if known is not None:
+            return known
+        image = open_image(value, row, allow_remote_images=allow_remote_images)
+        if opened is not None and key is not None:
+            opened[key] = image
+        return image
+
     if isinstance(item, Mapping) and "role" in item and "content" in item:
         item = [item]
     if isinstance(item, (list, tuple)) and item and isinstance(item[0], Mapping) and "role" in item[0]:
-        messages = [
-            {**message, "content": _chat_parts(message["content"], row, allow_remote_images)} for message in item
-        ]
+        messages = [{**message, "content": _chat_parts(message["content"], row, open_once)} for message in item]
     else:
-        messages = [{"role": "user", "content": _item_parts(item, row, allow_remote_images)}]
+        messages = [{"role": "user", "content": _item_parts(item, row, open_once)}]
     parts = [part for message in messages if message["role"] != "system" for part in message["content"]]
     if not any(part["type"] != "text" or part["text"].strip() for part in parts):
         raise ValueError(f"Row {row} holds neither text nor an image. Remove it, or give it one of them.")
@@ -101,25 +114,34 @@ def open_image(value: Any, row: int, *, allow_remote_images: bool = False) -> Im
     raise TypeError(f"Row {row}: a {type(value).__name__} is not an image. Give PIL, a path, bytes, numpy or torch.")
 
 
-def _item_parts(item: Any, row: int, remote: bool) -> list[dict[str, Any]]:
+def _name_of(value: Any) -> str | bytes | None:
+    """What an image that is not open is known by within a batch; None for any other."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, Path):
+        return str(value)
+    return value if isinstance(value, str | bytes) else None
+
+
+def _item_parts(item: Any, row: int, open_once: Open) -> list[dict[str, Any]]:
     if isinstance(item, str) and not names_an_image(item, row):
         return [{"type": "text", "text": item}]
     if isinstance(item, Mapping) and not (item and set(item) <= {"bytes", "path"}):
-        return _dict_parts(item, row, remote)
+        return _dict_parts(item, row, open_once)
     if item is None:
         raise ValueError(f"Row {row} is None. Remove it, or give it a text or an image.")
     if isinstance(item, (list, tuple)):
         raise TypeError(f'Row {row} is a list. Several images of one input go into {{"image": [...], "text": ...}}.')
-    return [{"type": "image", "image": open_image(item, row, allow_remote_images=remote)}]
+    return [{"type": "image", "image": open_once(item)}]
 
 
-def _dict_parts(item: Mapping[str, Any], row: int, remote: bool) -> list[dict[str, Any]]:
+def _dict_parts(item: Mapping[str, Any], row: int, open_once: Open) -> list[dict[str, Any]]:
     unknown = sorted(str(key) for key in item if key not in ("image", "text", "video"))
     if unknown:
         raise ValueError(f"Row {row} has the unknown key(s) {', '.join(unknown)}. A dict holds image, video and text.")
     images = item.get("image")
     parts: list[dict[str, Any]] = [
-        {"type": "image", "image": open_image(image, row, allow_remote_images=remote)}
+        {"type": "image", "image": open_once(image)}
         for image in (images if isinstance(images, (list, tuple)) else [images])
         if image is not None
     ]
@@ -130,7 +152,7 @@ def _dict_parts(item: Mapping[str, Any], row: int, remote: bool) -> list[dict[st
     return parts
 
 
-def _chat_parts(content: Any, row: int, remote: bool) -> list[dict[str, Any]]:
+def _chat_parts(content: Any, row: int, open_once: Open) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, Sequence):
@@ -148,7 +170,7 @@ def _chat_parts(content: Any, row: int, remote: bool) -> list[dict[str, Any]]:
         kind = part.get("type", "text")
         if kind == "image":
             value = next((part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None), None)
-            parts.append({"type": "image", "image": open_image(value, row, allow_remote_images=remote)})
+            parts.append({"type": "image", "image": open_once(value)})
         else:
             parts.append(dict(part))
     return parts

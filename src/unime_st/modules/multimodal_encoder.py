@@ -23,6 +23,7 @@ from unime_st.modules.adapters import attach_adapter
 from unime_st.modules.capture_hooks import enable_capture, remove_capture_hooks
 from unime_st.modules.checks import check_adapter, check_loaded, check_processor
 from unime_st.modules.inputs import Message, as_messages, named_image, refuse_placeholders
+from unime_st.modules.shared_images import each_image_once
 from unime_st.modules.shared_prefix import SharedPrefixes, shares_prefixes
 from unime_st.modules.text_only import absent_parts, load_text_model, no_images, whole_model
 from unime_st.modules.token_tree import PREFIX_KEY
@@ -187,7 +188,8 @@ class MultimodalEncoder(Transformer):
         if not len(inputs):
             return {}
         allow = self.allow_remote_images
-        messages = [as_messages(item, row, allow_remote_images=allow) for row, item in enumerate(inputs)]
+        opened: dict[Any, Any] = {}
+        messages = [as_messages(item, row, allow_remote_images=allow, opened=opened) for row, item in enumerate(inputs)]
         placeholders = self._placeholders()
         for row, message in enumerate(messages):
             refuse_placeholders(message, row, placeholders)
@@ -197,9 +199,10 @@ class MultimodalEncoder(Transformer):
         limit = min(asked or _NO_LIMIT, self.max_seq_length or _NO_LIMIT)
         processing: Any = {**(processing_kwargs or {})}
         processing["text"] = {**processing.get("text", {}), "truncation": False}
-        features = super().preprocess(messages, prompt=prompt, processing_kwargs=processing, **kwargs)
-        while features["attention_mask"].shape[1] > limit and self._shorten(messages, features, limit):
+        with each_image_once(self.processor):
             features = super().preprocess(messages, prompt=prompt, processing_kwargs=processing, **kwargs)
+            while features["attention_mask"].shape[1] > limit and self._shorten(messages, features, limit):
+                features = super().preprocess(messages, prompt=prompt, processing_kwargs=processing, **kwargs)
         if "num_images_per_sample" in features and "batch_num_images" in self._declared_forward_params:
             features["batch_num_images"] = features["num_images_per_sample"]
         named = [named_image(item, row) for row, item in enumerate(inputs)]

@@ -1,0 +1,70 @@
+"""An image that several rows of a batch show is opened, resized and normalised once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unime_st.features import ranges
+
+_GRID, _PATCHES, _COUNTS = "image_grid_thw", "pixel_values", "batch_num_images"
+_BY_ROW = ("pixel_attention_mask", "rows", "cols")  # families that pad the images of each row (Idefics3)
+
+
+@contextmanager
+def each_image_once(processor: Any) -> Iterator[None]:
+    """Within this context a processor works on each image object once, however many rows hold it.
+
+    What it returns is the same. Where images are laid out in a way that is not known here, all are processed.
+    """
+    images = getattr(processor, "image_processor", None)
+    if images is None or "preprocess" in vars(images):
+        yield
+        return
+    plain = images.preprocess
+
+    def preprocess(given: Any, *args: Any, **kwargs: Any) -> Any:
+        distinct, index = _distinct(given)
+        if len(distinct) == len(index):
+            return plain(given, *args, **kwargs)
+        nested = [[image] for image in distinct] if isinstance(given[0], list | tuple) else distinct
+        output = plain(nested, *args, **kwargs)
+        depends_on_row = _COUNTS in output and any(len(row) > 1 for row in given)  # one of several gets no tiles
+        if depends_on_row or not _repeat(output, index, len(distinct)):
+            return plain(given, *args, **kwargs)
+        return output
+
+    images.preprocess = preprocess
+    try:
+        yield
+    finally:
+        del images.preprocess
+
+
+def _distinct(given: Any) -> tuple[list[Any], list[int]]:
+    """The image objects of a list, or of a list of lists, each once; and for each image its place among them."""
+    flat = [image for row in given for image in (row if isinstance(row, list | tuple) else [row])]
+    places: dict[int, int] = {}
+    index = [places.setdefault(id(image), len(places)) for image in flat]
+    return [flat[index.index(place)] for place in range(len(places))], index
+
+
+def _repeat(output: Any, index: Sequence[int], count: int) -> bool:
+    """Repeat what was made of each image as the index says, in place; False when it is not known how."""
+    if any(key in output for key in _BY_ROW):
+        return False
+    chosen = torch.tensor(index)
+    repeated = {}
+    for key, value in output.items():
+        entries = chosen
+        if key == _PATCHES and _GRID in output:
+            entries = ranges(torch.as_tensor(output[_GRID]).prod(dim=1), chosen)
+        elif not hasattr(value, "__len__") or len(value) != count:
+            return False
+        repeated[key] = value[entries] if isinstance(value, Tensor) else [value[place] for place in entries.tolist()]
+    output.update(repeated)
+    return True
