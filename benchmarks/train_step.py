@@ -6,9 +6,10 @@ The step is stage 2's: 64 pairs of a drawing with a question and a text (or half
 batches of several data sets), of 3 to 30 words, LoRA on the language model, vision tower frozen, forward and backward
 pass of the loss, on the demo's miniature (2 of its layers, images of 160 pixels, its projector not aligned).
 `HardNegativeInfoNCELoss` is set to what `CachedMultipleNegativesRankingLoss` computes (all negatives, no margin), with
-the same mini-batch size. Results with repeats are compared with our own plain loss, which embeds all at once. The
-stock loss takes copies of an answer for wrong ones, and its module leaves the frozen tower in training mode, so its
-batch normalisation depends on the mini-batch: results without repeats, compared with it, differ for that.
+the same mini-batch size. Results without repeats are compared with the stock loss. The stock loss takes copies of an
+answer for wrong ones, so results with repeats are compared with our own plain loss, which embeds all at once. Stock
+modules leave a frozen tower in training mode, where its batch normalisation depends on the mini-batch: the stock
+model's is put into evaluation mode, as ours is by itself.
 
 Both losses run in one process, alternating, on one thread, and CPU time is what counts, so that other work on the
 machine does not. Memory is read in a process of its own for each, as the
@@ -58,7 +59,7 @@ KINDS = ("unime_st", "stock")
 
 
 def encoder(kind: str, path: Path) -> SentenceTransformer:
-    """The miniature with LoRA, on our module or the stock one; the same weights."""
+    """The miniature with LoRA, on our module or the stock one; the same weights, the frozen tower only evaluated."""
     if kind == "stock":
         transformer = Transformer(str(path), processor_kwargs={"padding_side": "left"})
         pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
@@ -71,7 +72,9 @@ def encoder(kind: str, path: Path) -> SentenceTransformer:
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.02)
-    return model.train()
+    model.train()
+    model[0].model.vision_tower.eval()
+    return model
 
 
 def drawing(number: int) -> Image.Image:
@@ -164,7 +167,7 @@ class Calls:
 def compare(path: Path, pairs_of: str, repeated: float, runs: int) -> dict[str, Any]:
     """Time both, alternating; compare losses and gradients."""
     models = {kind: encoder(kind, path) for kind in KINDS}
-    losses = {kind: loss_of(kind, model).train() for kind, model in models.items()}
+    losses = {kind: loss_of(kind, model) for kind, model in models.items()}
     columns = {kind: [models[kind].preprocess(list(column)) for column in pairs(pairs_of, repeated)] for kind in KINDS}
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     values, counts = {}, {}
@@ -175,7 +178,7 @@ def compare(path: Path, pairs_of: str, repeated: float, runs: int) -> dict[str, 
         counts[kind] = calls.read()
     found = {kind: gradients(model) for kind, model in models.items()}
     if repeated:
-        plain = loss_of("plain", models["unime_st"]).train()
+        plain = loss_of("plain", models["unime_st"])
         values["reference"] = step(plain, models["unime_st"], columns["unime_st"])[1]
         reference = gradients(models["unime_st"])
     else:
@@ -205,7 +208,7 @@ def compare(path: Path, pairs_of: str, repeated: float, runs: int) -> dict[str, 
 def peak(kind: str, path: Path, pairs_of: str, repeated: float) -> int:
     """Bytes by which two steps raise the peak of this process."""
     model = encoder(kind, path)
-    loss = loss_of(kind, model).train()
+    loss = loss_of(kind, model)
     columns = [model.preprocess(list(column)) for column in pairs(pairs_of, repeated)]
     before = resident()
     highest = 0

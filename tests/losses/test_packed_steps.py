@@ -46,10 +46,10 @@ def step(model, stage, *, shared=True, **options):
     model.zero_grad(set_to_none=True)
     model[0].share_prefixes = shared
     prefixes = model[0].prefixes = shared_prefix.SharedPrefixes()
-    value = cls(model, **fixed, **options).train()(features(model, *columns), labels)
+    value = cls(model, **fixed, **options)(features(model, *columns), labels)
     value.backward()
     assert not prefixes.active
-    assert "forward" not in vars(model[0].model.language_model)
+    assert "forward" not in vars(shared_prefix.language_model(model[0].model))
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return value.detach(), gradients, (prefixes.computed, prefixes.padded)
 
