@@ -113,11 +113,13 @@ def loss_of(kind: str, model: SentenceTransformer) -> nn.Module:
     return HardNegativeInfoNCELoss(model, **options, mini_batch_size=None if kind == "plain" else MINI_BATCH)
 
 
-def step(loss: nn.Module, model: SentenceTransformer, columns: list[dict[str, Any]]) -> tuple[float, float]:
+def step(
+    loss: nn.Module, model: SentenceTransformer, columns: list[dict[str, Any]], labels: torch.Tensor | None = None
+) -> tuple[float, float]:
     """CPU seconds and loss of a forward and backward pass; features are made before, as data loaders do."""
     model.zero_grad(set_to_none=True)
     start = time.process_time()
-    value = loss([dict(column) for column in columns], None)
+    value = loss([dict(column) for column in columns], labels)
     value.backward()
     return time.process_time() - start, value.item()
 
@@ -136,21 +138,20 @@ def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) 
 
 
 class Calls:
-    """Counts forward calls, and rows and tokens that the language model runs over."""
+    """Counts forward calls, and sequences and places in them that the language model's layers run over."""
 
     def __init__(self, model: SentenceTransformer) -> None:
         self.language_model = self.tower = self.rows = self.tokens = 0
         inner = model[0].model
-        inner.language_model.register_forward_hook(self._text, with_kwargs=True)
+        inner.language_model.layers[0].register_forward_hook(self._text)
         tower = inner.vision_tower
         first = next(module for module in tower.modules() if not list(module.children()))
         first.register_forward_hook(self._vision)
 
-    def _text(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
-        embeddings = kwargs["inputs_embeds"]
+    def _text(self, _module: nn.Module, args: Any, _output: Any) -> None:
         self.language_model += 1
-        self.rows += embeddings.shape[0]
-        self.tokens += embeddings.shape[0] * embeddings.shape[1]
+        self.rows += args[0].shape[0]
+        self.tokens += args[0].shape[0] * args[0].shape[1]
 
     def _vision(self, _module: nn.Module, args: Any, _output: Any) -> None:
         self.tower += len(args[0])
@@ -209,7 +210,12 @@ def peak(kind: str, path: Path, pairs_of: str, repeated: float) -> int:
     """Bytes by which two steps raise the peak of this process."""
     model = encoder(kind, path)
     loss = loss_of(kind, model)
-    columns = [model.preprocess(list(column)) for column in pairs(pairs_of, repeated)]
+    return peak_of(loss, model, [model.preprocess(list(column)) for column in pairs(pairs_of, repeated)])
+
+
+def peak_of(
+    loss: nn.Module, model: SentenceTransformer, columns: list[dict[str, Any]], labels: torch.Tensor | None = None
+) -> int:
     before = resident()
     highest = 0
     stop = False
@@ -225,7 +231,7 @@ def peak(kind: str, path: Path, pairs_of: str, repeated: float) -> int:
     watcher = threading.Thread(target=watch)
     watcher.start()
     for _ in range(2):
-        step(loss, model, columns)
+        step(loss, model, columns, labels)
     stop = True
     watcher.join()
     return max(highest, resident()) - before

@@ -11,6 +11,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from test_distinct_inputs import encoder
 
 from tiny import FAMILIES, picture
+from unime_st import build_encoder
 from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss
 from unime_st.modules import default_lora_config, shared_prefix
 
@@ -187,6 +188,13 @@ def test_our_losses_inside_stock_ones(wrapper, backbone):
         found.append((value.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
     assert model[0].prefixes.computed > 0
     assert_same_step(*found, least=10, atol=1e-6)
+
+
+def test_without_the_vision_tower_in_memory(backbone):
+    model = build_encoder(backbone("fast_vlm"), device="cpu", text_only=True).double().train()
+    found = [step(model, "texts", shared=shared) for shared in (True, False)]
+    assert 0 < found[0][2][0] < found[0][2][1]
+    assert_same_step(found[0][:2], found[1][:2], least=10, atol=1e-6)
 
 
 @pytest.mark.parametrize("pooling", ["lasttoken", "mean"])
