@@ -183,8 +183,9 @@ def train_step_table(results: dict[str, Any]) -> str:
     runs = min(case["runs"] for case in cases.values())
     return "\n".join(lines) + (
         f"\n\n`python benchmarks/train_step.py`: against `CachedMultipleNegativesRankingLoss` in mini-batches of "
-        f"{results['mini_batch']}, medians of {runs} alternating steps in CPU time, two layers of the miniature. MB "
-        f"is what a step adds at its peak. Gradients differ by at most {worst:.0e} of the largest one: with repeats, "
+        f"{results['mini_batch']}, medians of {runs} alternating steps in CPU time, two layers of the miniature "
+        "(the last feeds forward last tokens alone, which counts for less in a deep model). MB is what a step adds at "
+        f"its peak. Gradients differ by at most {worst:.0e} of the largest one: with repeats, "
         "which the stock loss takes for wrong answers, from those of our plain loss, else from those of the stock one, "
         "whose frozen tower is put into evaluation mode."
     )
@@ -193,8 +194,7 @@ def train_step_table(results: dict[str, Any]) -> str:
 def stage1_step_table(results: dict[str, Any]) -> str:
     """A step of stage 1 against stock modules."""
     lines = [
-        f"| a step of {results['batch']} sentences | times as fast | spread | whole last layer | MB | MB, stock | tokens "
-        "| padded |",
+        f"| {results['batch']} sentences | times as fast | spread | last layer whole | MB | stock | tokens | padded |",
         "|---|---|---|---|---|---|---|---|",
     ]
     cases = {name: case for name, case in results.items() if isinstance(case, dict)}

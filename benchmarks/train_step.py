@@ -6,10 +6,13 @@ The step is stage 2's: 64 pairs of a drawing with a question and a text (or half
 batches of several data sets), of 3 to 30 words, LoRA on the language model, vision tower frozen, forward and backward
 pass of the loss, on the demo's miniature (2 of its layers, images of 160 pixels, its projector not aligned).
 `HardNegativeInfoNCELoss` is set to what `CachedMultipleNegativesRankingLoss` computes (all negatives, no margin), with
-the same mini-batch size. Results without repeats are compared with the stock loss. The stock loss takes copies of an
-answer for wrong ones, so results with repeats are compared with our own plain loss, which embeds all at once. Stock
-modules leave a frozen tower in training mode, where its batch normalisation depends on the mini-batch: the stock
-model's is put into evaluation mode, as ours is by itself.
+the same mini-batch size. Ours computes the last layer's feed-forward part for last tokens alone, which counts for more
+with two layers than in a deep model (`benchmarks/stage1_step.py` tells how much).
+
+Results without repeats are compared with the stock loss. The stock loss takes copies of an answer for wrong ones, so
+results with repeats are compared with our own plain loss, which embeds all at once. Stock modules leave a frozen tower
+in training mode, where its batch normalisation depends on the mini-batch: the stock model's is put into evaluation
+mode, as ours is by itself.
 
 Both losses run in one process, alternating, on one thread, and CPU time is what counts, so that other work on the
 machine does not. Memory is read in a process of its own for each, as the
