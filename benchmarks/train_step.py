@@ -6,9 +6,13 @@ The step is stage 2's: 64 pairs of a drawing with a question and a text (or half
 batches of several data sets), of 3 to 30 words, LoRA on the language model, vision tower frozen, forward and backward
 pass of the loss, on the demo's miniature (2 of its layers, images of 160 pixels, its projector not aligned).
 `HardNegativeInfoNCELoss` is set to what `CachedMultipleNegativesRankingLoss` computes (all negatives, no margin), with
-the same mini-batch size. Results with repeats are compared with our own plain loss, which embeds all at once. The
-stock loss takes copies of an answer for wrong ones, and its module leaves the frozen tower in training mode, so its
-batch normalisation depends on the mini-batch: results without repeats, compared with it, differ for that.
+the same mini-batch size. Ours computes the last layer's feed-forward part for last tokens alone, which counts for more
+with two layers than in a deep model (`benchmarks/stage1_step.py` tells how much).
+
+Results without repeats are compared with the stock loss. The stock loss takes copies of an answer for wrong ones, so
+results with repeats are compared with our own plain loss, which embeds all at once. Stock modules leave a frozen tower
+in training mode, where its batch normalisation depends on the mini-batch: the stock model's is put into evaluation
+mode, as ours is by itself.
 
 Both losses run in one process, alternating, on one thread, and CPU time is what counts, so that other work on the
 machine does not. Memory is read in a process of its own for each, as the
@@ -58,7 +62,7 @@ KINDS = ("unime_st", "stock")
 
 
 def encoder(kind: str, path: Path) -> SentenceTransformer:
-    """The miniature with LoRA, on our module or the stock one; the same weights."""
+    """The miniature with LoRA, on our module or the stock one; the same weights, the frozen tower only evaluated."""
     if kind == "stock":
         transformer = Transformer(str(path), processor_kwargs={"padding_side": "left"})
         pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
@@ -71,7 +75,9 @@ def encoder(kind: str, path: Path) -> SentenceTransformer:
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.02)
-    return model.train()
+    model.train()
+    model[0].model.vision_tower.eval()
+    return model
 
 
 def drawing(number: int) -> Image.Image:
@@ -110,11 +116,13 @@ def loss_of(kind: str, model: SentenceTransformer) -> nn.Module:
     return HardNegativeInfoNCELoss(model, **options, mini_batch_size=None if kind == "plain" else MINI_BATCH)
 
 
-def step(loss: nn.Module, model: SentenceTransformer, columns: list[dict[str, Any]]) -> tuple[float, float]:
+def step(
+    loss: nn.Module, model: SentenceTransformer, columns: list[dict[str, Any]], labels: torch.Tensor | None = None
+) -> tuple[float, float]:
     """CPU seconds and loss of a forward and backward pass; features are made before, as data loaders do."""
     model.zero_grad(set_to_none=True)
     start = time.process_time()
-    value = loss([dict(column) for column in columns], None)
+    value = loss([dict(column) for column in columns], labels)
     value.backward()
     return time.process_time() - start, value.item()
 
@@ -133,21 +141,20 @@ def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) 
 
 
 class Calls:
-    """Counts forward calls, and rows and tokens that the language model runs over."""
+    """Counts forward calls, and sequences and places in them that the language model's layers run over."""
 
     def __init__(self, model: SentenceTransformer) -> None:
         self.language_model = self.tower = self.rows = self.tokens = 0
         inner = model[0].model
-        inner.language_model.register_forward_hook(self._text, with_kwargs=True)
+        inner.language_model.layers[0].register_forward_hook(self._text)
         tower = inner.vision_tower
         first = next(module for module in tower.modules() if not list(module.children()))
         first.register_forward_hook(self._vision)
 
-    def _text(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
-        embeddings = kwargs["inputs_embeds"]
+    def _text(self, _module: nn.Module, args: Any, _output: Any) -> None:
         self.language_model += 1
-        self.rows += embeddings.shape[0]
-        self.tokens += embeddings.shape[0] * embeddings.shape[1]
+        self.rows += args[0].shape[0]
+        self.tokens += args[0].shape[0] * args[0].shape[1]
 
     def _vision(self, _module: nn.Module, args: Any, _output: Any) -> None:
         self.tower += len(args[0])
@@ -164,7 +171,7 @@ class Calls:
 def compare(path: Path, pairs_of: str, repeated: float, runs: int) -> dict[str, Any]:
     """Time both, alternating; compare losses and gradients."""
     models = {kind: encoder(kind, path) for kind in KINDS}
-    losses = {kind: loss_of(kind, model).train() for kind, model in models.items()}
+    losses = {kind: loss_of(kind, model) for kind, model in models.items()}
     columns = {kind: [models[kind].preprocess(list(column)) for column in pairs(pairs_of, repeated)] for kind in KINDS}
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     values, counts = {}, {}
@@ -175,7 +182,7 @@ def compare(path: Path, pairs_of: str, repeated: float, runs: int) -> dict[str, 
         counts[kind] = calls.read()
     found = {kind: gradients(model) for kind, model in models.items()}
     if repeated:
-        plain = loss_of("plain", models["unime_st"]).train()
+        plain = loss_of("plain", models["unime_st"])
         values["reference"] = step(plain, models["unime_st"], columns["unime_st"])[1]
         reference = gradients(models["unime_st"])
     else:
@@ -205,8 +212,13 @@ def compare(path: Path, pairs_of: str, repeated: float, runs: int) -> dict[str, 
 def peak(kind: str, path: Path, pairs_of: str, repeated: float) -> int:
     """Bytes by which two steps raise the peak of this process."""
     model = encoder(kind, path)
-    loss = loss_of(kind, model).train()
-    columns = [model.preprocess(list(column)) for column in pairs(pairs_of, repeated)]
+    loss = loss_of(kind, model)
+    return peak_of(loss, model, [model.preprocess(list(column)) for column in pairs(pairs_of, repeated)])
+
+
+def peak_of(
+    loss: nn.Module, model: SentenceTransformer, columns: list[dict[str, Any]], labels: torch.Tensor | None = None
+) -> int:
     before = resident()
     highest = 0
     stop = False
@@ -222,7 +234,7 @@ def peak(kind: str, path: Path, pairs_of: str, repeated: float) -> int:
     watcher = threading.Thread(target=watch)
     watcher.start()
     for _ in range(2):
-        step(loss, model, columns)
+        step(loss, model, columns, labels)
     stop = True
     watcher.join()
     return max(highest, resident()) - before

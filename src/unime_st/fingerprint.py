@@ -13,7 +13,7 @@ An encoded and a decoded form of one picture do not compare equal: give both in 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,27 @@ def content_id(item: Any, *, read_files: bool = True) -> int:
         >>> content_id([system, {"role": "user", "content": "a cat"}]) == content_id("a cat")
         True
     """
-    return int.from_bytes(_digest(_parts(item, read_files, instructions=False))[:8], "big") & _ID_MASK
+    return content_id_and_media(item, read_files=read_files)[0]
+
+
+def content_id_and_media(item: Any, *, read_files: bool = True) -> tuple[int, tuple[bytes, ...]]:
+    """The content's identity and digests of its media, which are read once for both.
+
+    Args:
+        item: See :func:`fingerprint`.
+        read_files: See :func:`fingerprint`.
+
+    Returns:
+        See :func:`content_id` and :func:`media_and_text`.
+
+    Example:
+        >>> number, media = content_id_and_media({"image": Image.new("RGB", (2, 2)), "text": "a cat"})
+        >>> number == content_id({"image": Image.new("RGB", (2, 2)), "text": "a cat"}), len(media)
+        (True, 1)
+    """
+    parts = list(_parts(item, read_files, instructions=False))
+    media = tuple(content for kind, content in parts if kind in _MEDIA)
+    return int.from_bytes(_digest(parts)[:8], "big") & _ID_MASK, media
 
 
 def media_and_text(item: Any, *, read_files: bool = True) -> tuple[tuple[bytes, ...], str]:
@@ -98,7 +118,7 @@ def media_and_text(item: Any, *, read_files: bool = True) -> tuple[tuple[bytes, 
     return media, "".join(content.decode("utf-8", "surrogatepass") for kind, content in parts if kind == "text")
 
 
-def _digest(parts: Iterator[Part]) -> bytes:
+def _digest(parts: Iterable[Part]) -> bytes:
     total = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     for kind, content in parts:
         total.update(f"{kind}:{len(content)}:".encode())

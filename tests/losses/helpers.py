@@ -1,6 +1,12 @@
 """What the tests of losses share."""
 
+from functools import partial
+from unittest.mock import patch
+
 import torch
+
+from unime_st.modules import shared_prefix
+from unime_st.modules.token_tree import pack_tree
 
 ANCHORS = [
     "a red bus",
@@ -58,3 +64,9 @@ def assert_same_step(first, second, *, least=20, atol=1e-6):
     assert len(alive) >= least, f"only {len(alive)} parameters have a gradient worth comparing"
     for name, gradient in first[1].items():
         torch.testing.assert_close(gradient, second[1][name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def packing_as_if_large():
+    """A context in which batches are packed: attention costs a tiny model too much for long sequences to pay."""
+    plan = partial(pack_tree, hidden_size=4096)
+    return patch.object(shared_prefix, "pack_tree", lambda keys, mask, hidden_size, training: plan(keys, mask))

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import assert_same_step, features
+from helpers import assert_same_step, features, packing_as_if_large
 from torch.nn.parallel import DistributedDataParallel
 
 from tiny import picture
@@ -67,8 +67,11 @@ def step(folder, case, rows, wrap):
     loss = cls(model, **options, **MODES[mode], gather_across_devices=True).train()
     columns = features(encoder, *(column[rows] for column in BATCHES[batch]))
     labels = TEACHER[rows] if kind == "distillation" else None
-    value = loss([dict(column) for column in columns], labels)
-    value.backward()
+    with packing_as_if_large():
+        value = loss([dict(column) for column in columns], labels)
+        value.backward()
+    prefixes = encoder[0].prefixes
+    assert 0 < prefixes.computed < prefixes.padded
     gradients = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
     embedded = sum(len(part) for _, part in loss.last_plan.mini_batches)
     return value.detach(), gradients, torch.tensor([loss.last_plan.distinct, embedded])

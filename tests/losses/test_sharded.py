@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_same_step, features
+from helpers import assert_same_step, features, packing_as_if_large
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -35,17 +35,21 @@ def step(folder, case, rows, sharded):
         for layer in model[0].model.language_model.layers:  # as examples/accelerate/fsdp2.yaml has it, and why
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
+    model[0].share_prefixes = sharded  # compared with padded rows
     cls, options = LOSSES[name]
     loss = cls(model, **options, gather_across_devices=gathered, mini_batch_size=2).train()
-    value = loss(features(model, ANCHORS[rows], POSITIVES[rows]), TEACHER[rows] if name == "distillation" else None)
-    value.backward()
+    with packing_as_if_large():
+        value = loss(features(model, ANCHORS[rows], POSITIVES[rows]), TEACHER[rows] if name == "distillation" else None)
+        value.backward()
     whole = {
         name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad.clone()
         for name, p in model.named_parameters()
         if p.grad is not None
     }
     split = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
-    return value.detach(), whole, torch.tensor([split, len(loss.last_plan.mini_batches), model[0].vision_cache.misses])
+    encoder = model[0]
+    told = [split, len(loss.last_plan.mini_batches), encoder.vision_cache.misses]
+    return value.detach(), whole, torch.tensor([*told, encoder.prefixes.computed, encoder.prefixes.padded])
 
 
 def job(rank, folder):
@@ -74,3 +78,4 @@ def test_sharded_weights_get_the_gradients_of_one_process(two_processes, backbon
         assert_same_step(expected, ((first[0] + second[0]) / 2, gradients), least=10)
         assert told[0] > 20  # parameters are split
     assert first[2][1] == second[2][1] >= 2
+    assert 0 < first[2][3] + second[2][3] < first[2][4] + second[2][4]  # packed

@@ -1,5 +1,6 @@
 """Rows that begin alike: the same embeddings as one by one, from fewer tokens."""
 
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 
@@ -31,7 +32,7 @@ def inputs():
 def _as_a_large_model(monkeypatch):
     """Attention costs a tiny model too much for long sequences to pay; plan as for one of usual width."""
     plan = partial(pack_tree, hidden_size=4096)
-    monkeypatch.setattr(shared_prefix, "pack_tree", lambda keys, mask, hidden_size: plan(keys, mask))
+    monkeypatch.setattr(shared_prefix, "pack_tree", lambda keys, mask, hidden_size, training: plan(keys, mask))
 
 
 @pytest.fixture(params=FAMILIES + PLUGIN_FAMILIES)
@@ -101,27 +102,68 @@ def test_stock_code_gives_the_same(family, backbone, tmp_path):
 def test_every_token_has_its_state(backbone):
     """Not only the last: what is handed back is a batch as any other."""
     model = build_encoder(backbone("qwen2_vl"), device="cpu").eval()
-    items = inputs()[:9]
-    with model[0].prefixes.encoding():
-        features = model.preprocess(items)
+    features = model.preprocess(inputs()[:9])
     mask = features["attention_mask"].bool()
     with torch.inference_mode():
-        shared = model[0](dict(features))["token_embeddings"]
-        del features["prefix_key"]
+        with model[0].prefixes.encoding():
+            shared = model[0](dict(features))["token_embeddings"]
         plain = model[0](dict(features))["token_embeddings"]
-    assert model[0].prefixes.computed < mask.sum()
+    assert 0 < model[0].prefixes.computed < mask.sum()
     torch.testing.assert_close(shared[mask], plain[mask], atol=1e-5, rtol=0)
 
 
-def test_training_and_gradients_stay_with_padded_rows(backbone):
-    model = build_encoder(backbone("llava_next"), device="cpu")
-    items = inputs()[:4]
-    assert "prefix_key" not in model.preprocess(items)  # not even in evaluation mode, as GradCache's first batch may be
-    with model[0].prefixes.encoding():
-        features = model.preprocess(items)
-    model(features)  # with gradients
-    assert model[0].prefixes.computed == 0
+def changed(name, model, features):
+    """Features that were packed before, and now are a case of `refused`."""
+    features = dict(features)
+    if name == "keys of another shape":
+        features["prefix_key"] = features["prefix_key"][:, 1:]
+    elif name == "padded on the right":
+        features = {
+            key: value.roll(-1, 1) if isinstance(value, torch.Tensor) and value.ndim == 2 else value
+            for key, value in features.items()
+        }
+        features["attention_mask"][:, -1] = 0
+    elif name == "no keys":
+        del features["prefix_key"]
+    elif name == "switched off":
+        model[0].share_prefixes = False
+    elif name == "states of all layers":
+        model[0].model.config.output_hidden_states = True
+    elif name == "compiled":
+        model[0].model.language_model.layers[-1].compile(backend="eager")
+    return features
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        *("keys of another shape", "padded on the right", "no keys", "switched off", "states of all layers"),
+        *("compiled", "outside of the context"),
+    ],
+)
+def test_what_does_not_fit_stays_with_padded_rows(backbone, refused):
+    model = build_encoder(backbone("llava_next"), device="cpu").eval()
+    features = model.preprocess(["a cat", "a cat on a mat", "a dog " * 9, "no"])
+    counted = model[0].prefixes
+    with counted.encoding(last_token_only=True):
+        model(dict(features))
+    assert 0 < counted.computed < counted.padded
+    before = counted.computed
+    features = changed(refused, model, features)
+    with nullcontext() if refused == "outside of the context" else counted.encoding(last_token_only=True):
+        output = model(dict(features))
+    assert counted.computed == before
+    assert output["token_embeddings"].abs().min(dim=2).values.max() > 0
     assert "forward" not in vars(language_model(model[0].model))
+
+
+def test_contexts_nest(backbone):
+    prefixes = SharedPrefixes()
+    with prefixes.encoding(last_token_only=True):
+        with prefixes.encoding():
+            assert (prefixes.active, prefixes.last_token_only) == (True, False)
+        assert (prefixes.active, prefixes.last_token_only) == (True, True)
+    assert (prefixes.active, prefixes.last_token_only) == (False, False)
 
 
 def test_positions_that_do_not_fit_fall_back_to_padded_rows(backbone, monkeypatch):
@@ -178,6 +220,10 @@ def test_the_tree_against_a_plain_loop(seed):
 def test_trees_are_found_where_there_are_any():
     found = [pack_tree(*random_rows(np.random.default_rng(seed)), hidden_size=64) for seed in range(200)]
     assert sum(tree is not None for tree in found) > 150
+    training = [pack_tree(*random_rows(np.random.default_rng(n)), hidden_size=64, training=True) for n in range(200)]
+    wide = [(a.source.shape, b.source.shape) for a, b in zip(found, training, strict=True) if a and b]
+    assert all(a[1] >= b[1] for a, b in wide)  # attention weighs more: shorter sequences
+    assert any(a[1] > b[1] for a, b in wide)
     equal = np.arange(1, 33).reshape(4, 8)
     assert pack_tree(equal, equal > 0, hidden_size=64) is None  # nothing shared, nothing padded
 

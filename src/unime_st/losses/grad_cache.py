@@ -25,6 +25,12 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
+def _is_compiled(model: Any) -> bool:
+    while not hasattr(model, "_orig_mod") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+
+
 def encoder_of(model: Any) -> Any:
     """The module that turns inputs into states, the first of a SentenceTransformer; None where there are no modules."""
     inner = unwrapped(model)
@@ -37,6 +43,19 @@ def holding_vision(model: Any) -> Iterator[None]:
     cache = getattr(encoder_of(model), "vision_cache", None)
     with cache.holding() if cache is not None else nullcontext():
         yield
+
+
+def embedded(model: Any, features: dict[str, Any]) -> Tensor:
+    """Embeddings of a model, ``(B, D)``; nothing else is read, so an encoder that knows how to may leave out the rest.
+
+    A compiled model runs as it was compiled: packed sequences have another shape in every batch.
+    """
+    modules, prefixes = unwrapped(model), getattr(encoder_of(model), "prefixes", None)
+    if prefixes is None or _is_compiled(model):
+        return model(features)["sentence_embedding"]
+    reads_last = len(modules) > 1 and getattr(modules[1], "pooling_mode", None) == "lasttoken"
+    with prefixes.encoding(last_token_only=reads_last):
+        return model(features)["sentence_embedding"]
 
 
 class BatchEmbedder:
@@ -76,7 +95,7 @@ class BatchEmbedder:
             with nullcontext() if keep else torch.no_grad(), self._unsynchronised(keep and last > 0):
                 features = self._features(number)
                 self._states.append(RandContext(*features.values()) if training and not keep else None)
-                embeddings = self.model(features)["sentence_embedding"]
+                embeddings = embedded(self.model, features)
             self._kept = embeddings if keep else None
             parts.append(embeddings.detach())
         table = torch.cat(parts)
@@ -134,7 +153,7 @@ class BatchEmbedder:
             return kept
         state = self._states[number]
         with state if state is not None else nullcontext():
-            return self.model(self._features(number))["sentence_embedding"]
+            return embedded(self.model, self._features(number))
 
     def _unsynchronised(self, wanted: bool) -> AbstractContextManager[Any]:
         ddp = isinstance(self.model, DistributedDataParallel)

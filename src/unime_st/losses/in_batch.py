@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from unime_st import distributed
 from unime_st.features import num_rows, select_rows, token_counts
 from unime_st.losses.finite import refuse_non_finite
-from unime_st.losses.grad_cache import BatchEmbedder, cached_backward, holding_vision
+from unime_st.losses.grad_cache import BatchEmbedder, cached_backward, embedded, holding_vision
 from unime_st.losses.identity import input_keys
 from unime_st.losses.mini_batches import MiniBatchPlan, plan_mini_batches
 
@@ -36,8 +36,9 @@ class InBatchLoss(nn.Module):
     ``gather_across_devices``) process, are embedded once, and their gradients summed. With ``mini_batch_size`` or
     ``mini_batch_num_tokens`` given, they are embedded in mini-batches of like length, each twice (GradCache,
     https://huggingface.co/papers/2101.06983) but for the last, so that memory no longer grows with the batch; a frozen
-    vision tower runs the first time only. Loss and gradients are the same. The comparison itself runs once, on the
-    whole batch.
+    vision tower runs the first time only. Nothing is computed for padding, and beginnings that inputs of a pass share
+    are computed once, where the encoder knows how to (``share_prefixes``). Loss and gradients are the same. The
+    comparison itself runs once, on the whole batch.
 
     Args:
         model: The model to train; None when only ``compute_loss_from_embeddings`` is used.
@@ -124,9 +125,7 @@ class InBatchLoss(nn.Module):
         for column, rows in plan.mini_batches:
             features = columns[column]
             whole = len(rows) == batch
-            parts.append(
-                self.model(features if whole else select_rows(features, rows.tolist()))["sentence_embedding"]  # type: ignore[misc]
-            )
+            parts.append(embedded(self.model, features if whole else select_rows(features, rows.tolist())))
         table = torch.cat(parts)
         place = torch.from_numpy(plan.place).to(table.device)
         embeddings = list(table[place].unbind())

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from unime_st.files import write_atomically
-from unime_st.fingerprint import content_id, media_and_text
+from unime_st.fingerprint import content_id_and_media
 from unime_st.modules.adapters import attach_adapter
 from unime_st.modules.capture_hooks import enable_capture, remove_capture_hooks
 from unime_st.modules.checks import check_adapter, check_loaded, check_processor
@@ -50,7 +50,8 @@ class MultimodalEncoder(Transformer):
     * a text too long loses its own last tokens, never a media token nor the trailing instruction;
     * batches and mini-batches whose rows have no image work in every family;
     * every weight must come from the checkpoint, adapters included;
-    * in inference, rows that begin alike compute their beginning once, and nothing is computed for padding;
+    * where only embeddings are asked for (``encode``, our losses), rows that begin alike compute their beginning once,
+      and nothing is computed for padding;
     * a frozen vision tower stays in evaluation mode (batch normalisation keeps its statistics) and computes each
       distinct image once, GradCache's second pass included;
     * ``features["content_id"]`` (B,) identifies the content of each row, the instruction left out, for the losses'
@@ -67,7 +68,8 @@ class MultimodalEncoder(Transformer):
         text_only: leave the vision tower and projector out of memory; images are refused, and saving the whole model
             reads them from the backbone's files again.
         share_prefixes: let rows of a batch that begin alike (one image, one instruction) compute their beginning once,
-            and run without padding; for inference, in families where that is exact.
+            and run without padding, in families where that is exact. Stock losses and direct calls get padded rows.
+            With dropout, rows drop out the same of a beginning they share.
         **kwargs: of the stock module.
 
     Raises:
@@ -179,7 +181,7 @@ class MultimodalEncoder(Transformer):
             **kwargs: of the stock module; ``max_length`` bounds the tokens of a row.
 
         Returns:
-            The stock features, and ``content_id`` (B,).
+            The stock features, ``content_id`` (B,), and ``prefix_key`` (B, T) where beginnings can be shared.
 
         Raises:
             ValueError: a row is empty, its text spells a media token, or its media and instruction alone are longer
@@ -205,18 +207,17 @@ class MultimodalEncoder(Transformer):
                 features = super().preprocess(messages, prompt=prompt, processing_kwargs=processing, **kwargs)
         if "num_images_per_sample" in features and "batch_num_images" in self._declared_forward_params:
             features["batch_num_images"] = features["num_images_per_sample"]
-        named = [named_image(item, row) for row, item in enumerate(inputs)]
-        features[_CONTENT_KEY] = torch.tensor([content_id(item) for item in named], dtype=torch.long)
-        if self.share_prefixes and self.prefixes.active and shares_prefixes(self.model):
-            features[PREFIX_KEY] = self._prefix_keys(features["input_ids"], named)
+        told = [content_id_and_media(named_image(item, row)) for row, item in enumerate(inputs)]
+        features[_CONTENT_KEY] = torch.tensor([number for number, _ in told], dtype=torch.long)
+        if self.share_prefixes and shares_prefixes(self.model):
+            features[PREFIX_KEY] = self._prefix_keys(features["input_ids"], [media for _, media in told])
         return features
 
-    def _prefix_keys(self, ids: Tensor, items: Sequence[Any]) -> Tensor:
+    def _prefix_keys(self, ids: Tensor, media_of_rows: Sequence[tuple[bytes, ...]]) -> Tensor:
         """What each token is, (B, T): its number, or for a medium's tokens a number drawn from the row's media."""
         keys = ids.clone()
         stands_for_medium = torch.isin(ids, torch.tensor(self._media_token_ids(), dtype=ids.dtype))
-        for row, item in enumerate(items):
-            media, _ = media_and_text(item)
+        for row, media in enumerate(media_of_rows):
             if media:
                 digest = hashlib.blake2b(b"".join(media), digest_size=8).digest()
                 keys[row, stands_for_medium[row]] = -1 - (int.from_bytes(digest, "big") >> 1)
@@ -271,7 +272,8 @@ class MultimodalEncoder(Transformer):
         if isinstance(count, Tensor) and int(count.sum()) == 0:
             dropped.update(_IMAGE_KEYS)
         inputs = {key: value for key, value in features.items() if key not in dropped}
-        prefixes = self.prefixes.serving(self.model, features.get(PREFIX_KEY), features["attention_mask"])
+        keys = features.get(PREFIX_KEY) if self.share_prefixes else None
+        prefixes = self.prefixes.serving(self.model, keys, features["attention_mask"])
         with self.vision_cache.serving(self.model), prefixes:
             outputs = super().forward(inputs, **kwargs)
         features.update({key: value for key, value in outputs.items() if key not in inputs or value is not inputs[key]})

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unime_st.modules.token_tree import PackedTree, pack_tree
 
@@ -50,10 +51,10 @@ def shares_prefixes(model: nn.Module) -> bool:
 
 
 class SharedPrefixes:
-    """Lets the language model of a batch run over shared beginnings once; for inference.
+    """Lets the language model of a batch run over shared beginnings once, and over no padding.
 
     Attributes:
-        active: Whether inputs are being encoded, see :meth:`encoding`.
+        active: Whether only embeddings are asked for, see :meth:`encoding`.
         last_token_only: Whether only the state of each row's last token is read: the last layer then computes its
             feed-forward part for those alone, and other states mean nothing.
         tokens: Of the rows seen, padding left out.
@@ -70,15 +71,17 @@ class SharedPrefixes:
 
     @contextmanager
     def encoding(self, *, last_token_only: bool = False) -> Iterator[None]:
-        """Within this context inputs are encoded, not trained on: beginnings may be shared.
+        """Within this context only embeddings are asked for, in inference or by a loss: beginnings may be shared.
 
-        Outside of it nothing is, for a training step's passes over a batch must round alike.
+        Outside of it nothing is. A training step's passes over a batch must round alike, so all of them or none are
+        in this context.
         """
+        before = self.active, self.last_token_only
         self.active, self.last_token_only = True, last_token_only
         try:
             yield
         finally:
-            self.active = self.last_token_only = False
+            self.active, self.last_token_only = before
 
     @contextmanager
     def serving(self, model: nn.Module, keys: Tensor | None, mask: Tensor) -> Iterator[None]:
@@ -89,25 +92,28 @@ class SharedPrefixes:
             keys: What each token is, see :func:`~unime_st.modules.token_tree.pack_tree`; None shares nothing.
             mask: Attention mask of the batch, shape (B, T).
         """
-        decoder: Any = language_model(model)
-        refused = torch.is_grad_enabled() or torch.compiler.is_compiling() or not shares_prefixes(model)
-        if keys is None or refused or "forward" in vars(decoder):
+        told = _told(model, keys, mask) if self.active and keys is not None else None
+        if told is None:
             yield
             return
-        tree = pack_tree(keys.cpu().numpy(), mask.cpu().numpy().astype(bool), hidden_size=decoder.config.hidden_size)
-        self.tokens += int(mask.sum())
+        decoder: Any = language_model(model)
+        tree = pack_tree(*told, hidden_size=decoder.config.hidden_size, training=decoder.training)
+        self.tokens += int(told[1].sum())
         self.padded += mask.numel()
         self.computed += tree.source.size if tree is not None else mask.numel()
-        if tree is None:
-            yield
-            return
         plain = decoder.forward
 
         def packed(*args: Any, **kwargs: Any) -> Any:
             embeddings = kwargs.get("inputs_embeds")
-            if args or not isinstance(embeddings, Tensor) or embeddings.shape[:2] != tree.place.shape:
+            if args or not isinstance(embeddings, Tensor) or embeddings.shape[:2] != mask.shape:
                 return plain(*args, **kwargs)
-            return _run(decoder, plain, tree, kwargs, last_token_only=self.last_token_only)
+            if any(kwargs.get(name) for name in _UNKNOWN_OUTPUTS):
+                return plain(**kwargs)
+            if tree is not None:
+                return _run(decoder, plain, tree, kwargs, last_token_only=self.last_token_only)
+            last = np.arange(1, mask.shape[0] + 1) * mask.shape[1] - 1
+            with _last_layer_at(decoder, last) if self.last_token_only else nullcontext():
+                return plain(**kwargs)
 
         decoder.forward = packed
         try:
@@ -116,17 +122,40 @@ class SharedPrefixes:
             del decoder.forward
 
 
+def _told(model: nn.Module, keys: Tensor, mask: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
+    """Keys and mask as arrays; None where rows are to stay as they are."""
+    decoder: Any = language_model(model)
+    refused = torch.compiler.is_compiling() or not shares_prefixes(model) or keys.shape != mask.shape
+    if refused or "forward" in vars(decoder) or _is_compiled(decoder) or _asks_for_states(model, decoder):
+        return None
+    told, is_token = torch.stack([keys, mask.to(keys)]).cpu().numpy()  # one copy off the device
+    is_token = is_token.astype(bool)
+    on_the_left = is_token[:, -1].all() and (is_token[:, :-1] <= is_token[:, 1:]).all()
+    return (told, is_token) if on_the_left else None
+
+
+def _is_compiled(decoder: Any) -> bool:
+    """Whether it or its layers are compiled for the shapes they have seen."""
+    parts = (decoder, decoder.layers[-1])
+    return any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in parts)
+
+
+def _asks_for_states(*models: Any) -> bool:
+    """Whether the states of all layers are part of the output, as stock losses over layers set it."""
+    return any(getattr(model.config, name, False) for model in models for name in _UNKNOWN_OUTPUTS[1:])
+
+
 @contextmanager
 def _last_layer_at(decoder: Any, places: np.ndarray) -> Iterator[None]:
     """Within this context the last layer mixes and feeds forward the tokens at some places alone, the rest staying."""
     layer = decoder.layers[-1]
-    parts = (getattr(layer.self_attn, "o_proj", None), layer.mlp)
+    parts = () if _is_computed_again(layer) else (getattr(layer.self_attn, "o_proj", None), layer.mlp)
     served = [part for part in parts if isinstance(part, nn.Module) and "forward" not in vars(part)]
 
     def at_places(plain: Any) -> Any:
         def forward(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # (P, L, D)
             chosen = torch.from_numpy(places).to(states.device)
-            some = plain(states.flatten(0, 1)[chosen][None], *args, **kwargs)[0]
+            some = plain(states.flatten(0, 1).index_select(0, chosen)[None], *args, **kwargs)[0]
             whole = some.new_zeros(states.shape[0] * states.shape[1], some.shape[-1])
             return whole.index_copy_(0, chosen, some).view(*states.shape[:2], -1)
 
@@ -141,27 +170,55 @@ def _last_layer_at(decoder: Any, places: np.ndarray) -> Iterator[None]:
             del part.forward
 
 
+def _is_computed_again(layer: nn.Module) -> bool:
+    """Whether gradient checkpointing runs a layer again in the backward pass, after this context."""
+    own = isinstance(layer, GradientCheckpointingLayer)
+    return layer.training and (not own or bool(layer.gradient_checkpointing))
+
+
 def _run(decoder: Any, plain: Any, tree: PackedTree, kwargs: dict[str, Any], *, last_token_only: bool) -> Any:
     """The language model's output for the rows, made from its output for the sequences."""
     embeddings: Tensor = kwargs["inputs_embeds"]  # (B, T, D)
     device = embeddings.device
     source, place = (torch.from_numpy(array).to(device) for array in (tree.source, tree.place))
     positions = _positions(kwargs.get("position_ids"), tree, source)
-    carried = {name: value for name, value in kwargs.items() if value is not None and name not in _CARRIED}
-    if positions is None or any(carried.pop(name, None) for name in _UNKNOWN_OUTPUTS):
+    dropped = (*_CARRIED, *_UNKNOWN_OUTPUTS)
+    carried = {name: value for name, value in kwargs.items() if value is not None and name not in dropped}
+    if positions is None:
         return plain(**kwargs)
     carried |= _deepstack(carried, tree, source)
     if any(isinstance(value, Tensor) and name not in _DEEPSTACK for name, value in carried.items()):
         return plain(**kwargs)
-    closed = ~torch.from_numpy(tree.allowed).to(device)[:, None]
-    mask = embeddings.new_zeros(closed.shape).masked_fill_(closed, torch.finfo(embeddings.dtype).min)
-    packed = embeddings.flatten(0, 1)[source]  # (P, L, D)
+    packed = _taken(embeddings, source)  # (P, L, D)
+    mask = _attention_mask(tree, embeddings)
     with _last_layer_at(decoder, tree.place[:, -1]) if last_token_only else nullcontext():
         output = plain(
             **{**carried, "use_cache": False}, inputs_embeds=packed, attention_mask=mask, position_ids=positions
         )
-    output["last_hidden_state"] = output["last_hidden_state"].flatten(0, 1)[place]  # (B, T, D)
+    states = output["last_hidden_state"]
+    if last_token_only:  # (B, T, D) without its memory: the others are not read
+        output["last_hidden_state"] = _taken(states, place[:, -1:]).expand(*place.shape, -1)
+    else:
+        output["last_hidden_state"] = _taken(states, place)
     return output
+
+
+def _taken(states: Tensor, places: Tensor) -> Tensor:
+    """States (N, M, D) at flat places; the backward pass of `index_select` is faster than an index's."""
+    return states.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, -1)
+
+
+def _attention_mask(tree: PackedTree, embeddings: Tensor) -> Tensor:
+    """What is added to attention scores, (P, 1, L, L), in the type they are computed in.
+
+    A mask of booleans would be smaller, but `scaled_dot_product_attention` turns it into such a one in every layer, and
+    keeps each for the backward pass.
+    """
+    kind = embeddings.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeddings.dtype
+    allowed = torch.from_numpy(tree.allowed).to(embeddings.device)[:, None]
+    mask = torch.full(allowed.shape, torch.finfo(dtype).min, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(allowed, 0)
 
 
 def _positions(given: Tensor | None, tree: PackedTree, source: Tensor) -> Tensor | None:

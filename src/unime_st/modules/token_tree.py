@@ -17,7 +17,7 @@ import numpy as np
 PREFIX_KEY = "prefix_key"
 """Name of the feature that says what each token is."""
 
-_MOST_SEQUENCES = 16
+_EACH_COUNT_TO = 16  # of sequences; more are tried in steps
 _QUANTILES = (0.25, 0.5, 0.75)  # of the lengths shared by neighbours: where rows may be parted
 _LONGEST_SEQUENCE = 4096  # its mask takes the square of it
 _GAIN_WANTED = 0.97  # of the plain cost: a plan that saves less is not worth its overhead
@@ -44,16 +44,18 @@ class PackedTree:
     mask: np.ndarray
 
 
-def pack_tree(keys: np.ndarray, mask: np.ndarray, *, hidden_size: int) -> PackedTree | None:
+def pack_tree(keys: np.ndarray, mask: np.ndarray, *, hidden_size: int, training: bool = False) -> PackedTree | None:
     """Plan the sequences with the least work.
 
     Work is counted as linear layers do it, plus attention's share, which grows with the length: about
-    P * L * (1 + L / (4 * hidden_size)), as measured on the demo's miniature (D = 576).
+    P * L * (1 + L / (4 * hidden_size)), as measured on the demo's miniature (D = 576). A training step of adapters
+    takes no gradients of the linear layers' own weights, so attention's share is about twice that.
 
     Args:
         keys: What each token is, so that equal beginnings have equal states: int64, shape (B, T), padded on the left.
         mask: Which are tokens and not padding, booleans, shape (B, T); at least one a row.
         hidden_size: Of the language model.
+        training: Whether a backward pass follows.
 
     Returns:
         The plan, None where padded rows would do as well.
@@ -71,14 +73,14 @@ def pack_tree(keys: np.ndarray, mask: np.ndarray, *, hidden_size: int) -> Packed
     shared = np.array([0, *(common_beginning(rows[a], rows[b]) for a, b in pairwise(order))])
 
     def cost(count: int, length: int) -> float:
-        return count * length * (1 + length / (4 * hidden_size))
+        return count * length * (1 + length / ((2 if training else 4) * hidden_size))
 
     best: tuple[float, list[list[int]]] | None = None
     for least in sorted({0, *np.quantile(shared, _QUANTILES, method="lower").tolist()}):
         groups = _groups(lengths, shared, least)
-        for count in range(1, min(len(groups), _MOST_SEQUENCES) + 1):
+        for count in _counts(len(groups)):
             bins = _deal(groups, count)
-            longest = max(sum(_fresh(lengths, shared, members)) for members in bins)
+            longest = max(int(_fresh(lengths, shared, members).sum()) for members in bins)
             work = cost(len(bins), longest)
             if longest <= _LONGEST_SEQUENCE and (best is None or work < best[0]):
                 best = work, bins
@@ -94,10 +96,25 @@ def common_beginning(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ.argmax()) if differ.any() else short
 
 
-def _fresh(lengths: np.ndarray, shared: np.ndarray, members: Sequence[int]) -> list[int]:
+def _counts(most: int) -> list[int]:
+    """Numbers of sequences to try: each up to 16, then every quarter more.
+
+    >>> _counts(40)[-5:]
+    [16, 20, 25, 31, 38]
+    """
+    counts = list(range(1, min(most, _EACH_COUNT_TO) + 1))
+    while counts[-1] * 5 // 4 <= most and counts[-1] >= _EACH_COUNT_TO:
+        counts.append(counts[-1] * 5 // 4)
+    return counts
+
+
+def _fresh(lengths: np.ndarray, shared: np.ndarray, members: Sequence[int]) -> np.ndarray:
     """Tokens each member of a sequence adds to it: those not shared with the member before, the first all."""
-    before = [0, *(int(shared[a + 1 : b + 1].min()) for a, b in pairwise(members))]
-    return [int(lengths[at]) - common for at, common in zip(members, before, strict=True)]
+    at = np.array(members)
+    fresh = lengths[at]
+    if len(at) > 1:  # what two rows share is the least that neighbours between them do
+        fresh[1:] -= np.minimum.reduceat(shared[: at[-1] + 1], at[:-1] + 1)
+    return fresh
 
 
 def _groups(lengths: np.ndarray, shared: np.ndarray, least: int) -> list[tuple[int, list[int]]]:
@@ -131,7 +148,7 @@ def _laid_out(  # noqa: PLR0917
     bins: Sequence[Sequence[int]],
 ) -> PackedTree:
     width = mask.shape[1]
-    sizes = [_fresh(lengths, shared, members) for members in bins]
+    sizes = [_fresh(lengths, shared, members).tolist() for members in bins]
     shape = len(bins), max(map(sum, sizes))
     source, depth = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     allowed = np.zeros((*shape, shape[1]), dtype=bool)
