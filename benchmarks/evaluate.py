@@ -18,7 +18,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from peers import PublishedStyle
 from unime_st import load_encoder
 from unime_st.data import load_mmeb_eval
 from unime_st.evaluation import MMEBEvaluator
@@ -49,53 +48,21 @@ def first_rows(source: Path, target: Path, rows: int) -> None:
             pq.write_table(pq.read_table(file).slice(0, rows), target / task / file.name)
 
 
-class PublishedStyle:
-    """What published scripts do with a generative checkpoint."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.processor = AutoProcessor.from_pretrained(checkpoint)
-        self.processor.tokenizer.padding_side = "left"
-        self.model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
-
-    def conversation(self, item: dict[str, str]) -> list[dict[str, Any]]:
-        content: list[dict[str, Any]] = []
-        if "image" in item:
-            with Image.open(item["image"]) as file:
-                content.append({"type": "image", "image": file.convert("RGB")})
-        if "text" in item:
-            content.append({"type": "text", "text": item["text"]})
-        return [{"role": "user", "content": content}]
-
-    @torch.inference_mode()
-    def encode(self, items: Sequence[dict[str, str]], batch_size: int) -> np.ndarray:
-        rows = []
-        for start in range(0, len(items), batch_size):
-            conversations = [self.conversation(item) for item in items[start : start + batch_size]]
-            features = self.processor.apply_chat_template(
-                conversations,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True},
-            )
-            output = self.model(**features, output_hidden_states=True)  # its logits are (B, T, vocabulary)
-            rows.append(torch.nn.functional.normalize(output.hidden_states[-1][:, -1], dim=-1))
-        return torch.cat(rows).numpy()
-
-    def evaluate(self, root: Path, images: Path, batch_size: int) -> dict[str, float]:
-        scores = {}
-        for task in TASKS:
-            rows = list(load_mmeb_eval(root, task, image_root=images))
-            as_they_come = [item for row in rows for item in (row["query"], *row["candidates"])]
-            own = {json.dumps(item, sort_keys=True): item for item in as_they_come}
-            embedded = dict(zip(own, self.encode(list(own.values()), batch_size), strict=True))
-            right = 0
-            for row in rows:
-                query = embedded[json.dumps(row["query"], sort_keys=True)]
-                pool = np.stack([embedded[json.dumps(item, sort_keys=True)] for item in row["candidates"]])
-                right += int((pool @ query).argmax() == 0)
-            scores[task] = right / len(rows)
-        return scores
+def evaluate_published_style(encode: PublishedStyle, root: Path, images: Path) -> dict[str, float]:
+    """Evaluate task after task, duplicates removed within a task only."""
+    scores = {}
+    for task in TASKS:
+        rows = list(load_mmeb_eval(root, task, image_root=images))
+        as_they_come = [item for row in rows for item in (row["query"], *row["candidates"])]
+        own = {json.dumps(item, sort_keys=True): item for item in as_they_come}
+        embedded = dict(zip(own, encode(list(own.values())), strict=True))
+        right = 0
+        for row in rows:
+            query = embedded[json.dumps(row["query"], sort_keys=True)]
+            pool = np.stack([embedded[json.dumps(item, sort_keys=True)] for item in row["candidates"]])
+            right += int((pool @ query).argmax() == 0)
+        scores[task] = right / len(rows)
+    return scores
 
 
 def distinct_items(root: Path, images: Path) -> tuple[list[dict[str, str]], int, int]:
@@ -153,7 +120,7 @@ def main() -> None:
     images = given.benchmark / "images"
     ours = load_encoder(str(given.checkpoint), device="cpu")
     stock = SentenceTransformer(str(given.checkpoint), device="cpu")
-    published = PublishedStyle(given.checkpoint)
+    published = PublishedStyle(given.checkpoint, given.published_batch_size)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         first_rows(given.benchmark / "eval" / "test" / "trained", root, given.rows)
@@ -175,11 +142,11 @@ def main() -> None:
 
         for model in (ours, stock):  # warm up
             model.encode(items[:8])
-        published.encode(items[:8], 8)
+        published(items[:8])
         before = ours[0].prefixes.computed, ours[0].prefixes.tokens
         whole, scores = alternating(
             {
-                "published style": lambda: published.evaluate(root, images, given.published_batch_size),
+                "published style": lambda: evaluate_published_style(published, root, images),
                 "unime_st": evaluate,
             },
             given.runs,
@@ -189,7 +156,7 @@ def main() -> None:
         encoding, embeddings = alternating(
             {"stock encode": lambda: encode(stock), "unime_st encode": lambda: encode(ours)}, given.runs
         )
-        agreement = published.encode(items[:200], given.batch_size)
+        agreement = published(items[:200])
     result = {
         "command": f"python benchmarks/evaluate.py --rows {given.rows} --runs {given.runs}",
         "machine": {"cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()},

@@ -16,8 +16,8 @@ from unime_st.fingerprint import fingerprint, media_and_text
 from unime_st.modules.inputs import named_image
 from unime_st.modules.token_tree import PREFIX_KEY, common_beginning
 
-CPU_TOKENS = 4096
-"""Tokens of a pass on the CPU, where nothing is gained by more: its caches no longer hold what a layer passes on."""
+CPU_TOKENS = 2048
+"""Tokens of a pass on the CPU: its caches no longer hold what a layer of more passes on, which costs up to a tenth."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,13 @@ def _pixels(item: Any) -> int:
 def passes(
     features: dict[str, Any], num_tokens: int | None, *, padded: bool
 ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-    """Cut a prepared batch into passes of the model, under a budget of tokens.
+    """Cut a prepared batch into passes of the model, under a budget of tokens, inputs of like length together.
 
     Args:
-        features: Of B inputs.
+        features: Of B inputs, those that begin alike side by side.
         num_tokens: That a pass computes, at the most; an input with more is alone. None makes one pass.
-        padded: Whether the model computes padding: it counts then, and inputs go by their length, the longest first.
-            Otherwise they keep their order, and what an input shares with the one before counts once.
+        padded: Whether the model computes padding: it counts then. Otherwise what an input shares with the one before
+            counts once, and inputs that share half of their tokens or more stay together.
 
     Yields:
         Rows of a pass, and their features.
@@ -103,30 +103,37 @@ def passes(
         yield np.arange(num_rows(features)), features
         return
     tokens = counts.cpu().numpy()
-    order = np.argsort(-tokens, kind="stable") if padded else np.arange(len(tokens))
-    fresh = tokens if padded else _fresh_tokens(features, tokens)
+    shared = np.zeros_like(tokens) if padded else _shared_tokens(features, tokens)
+    order = _by_length(tokens, shared)
     start = 0
     while start < len(order):
         rest = order[start:]
         if padded:
             used = tokens[rest[0]] * np.arange(1, len(rest) + 1)
         else:
-            used = tokens[rest[0]] - fresh[rest[0]] + np.cumsum(fresh[rest])
+            follows = rest[1:] == rest[:-1] + 1  # else what it shares is in another pass, or far away in this one
+            used = np.cumsum(tokens[rest] - np.concatenate([[0], np.where(follows, shared[rest[1:]], 0)]))
         count = max(1, int(np.searchsorted(used, num_tokens, side="right")))
         rows = rest[:count]
         start += count
-        whole = count == len(order) and not padded
-        yield rows, features if whole else select_rows(features, rows.tolist(), trim_leading=True)
+        yield rows, features if count == len(tokens) == 1 else select_rows(features, rows.tolist(), trim_leading=True)
 
 
-def _fresh_tokens(features: dict[str, Any], tokens: np.ndarray) -> np.ndarray:
-    """Tokens of each row that it does not share with the beginning of the row before, (B,)."""
+def _by_length(tokens: np.ndarray, shared: np.ndarray) -> np.ndarray:
+    """Rows from the longest to the shortest; one that shares half of its tokens with the row before stays behind it."""
+    group = np.cumsum(2 * shared < tokens) - 1
+    longest = np.zeros(group[-1] + 1, dtype=tokens.dtype)
+    np.maximum.at(longest, group, tokens)
+    return np.lexsort((np.arange(len(tokens)), group, -longest[group]))
+
+
+def _shared_tokens(features: dict[str, Any], tokens: np.ndarray) -> np.ndarray:
+    """Tokens at the beginning of each row that the row before has too, (B,)."""
     keys = features.get(PREFIX_KEY)
     if keys is None:
-        return tokens
+        return np.zeros_like(tokens)
     rows = [row[len(row) - count :] for row, count in zip(keys.cpu().numpy(), tokens, strict=True)]
-    shared = [0, *(common_beginning(one, other) for one, other in pairwise(rows))]
-    return tokens - np.array(shared)
+    return np.array([0, *(common_beginning(one, other) for one, other in pairwise(rows))])
 
 
 def prepared(batches: Sequence[list[Any]], prepare: Callable[[list[Any]], Any], *, ahead: bool) -> Iterator[Any]:

@@ -147,9 +147,11 @@ def _asks_for_states(*models: Any) -> bool:
 
 @contextmanager
 def _last_layer_at(decoder: Any, places: np.ndarray) -> Iterator[None]:
-    """Within this context the last layer mixes and feeds forward the tokens at some places alone, the rest staying."""
+    """Within this context the last layer asks, mixes and feeds forward for the tokens at some places alone."""
     layer = decoder.layers[-1]
-    parts = () if _is_computed_again(layer) else (getattr(layer.self_attn, "o_proj", None), layer.mlp)
+    attention = layer.self_attn
+    own = (getattr(attention, "q_proj", None), getattr(attention, "o_proj", None), layer.mlp)
+    parts = () if _is_computed_again(layer) else own
     served = [part for part in parts if isinstance(part, nn.Module) and "forward" not in vars(part)]
 
     def at_places(plain: Any) -> Any:
