@@ -6,6 +6,7 @@ checkpoint and with the same prompt as ours.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from unime_st.evaluation.encoding import encode_indexed
 
 Encode = Callable[[Sequence[Any]], np.ndarray]
 BATCH = 32
-STOCK_BATCHES = (4, 8, 16, 32)
+STOCK_BATCHES = (2, 4, 6, 8, 16, 32)
 CONVERSATION = (  # what an image is to UniME-V2's wrapper
     "{% for message in messages %}<|im_start|>{{ message['role'] }} "
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% endif %}{% endfor %}"
@@ -56,6 +57,12 @@ class Stock:
     def __init__(self, checkpoint: Path) -> None:
         self.model = SentenceTransformer(str(checkpoint), device="cpu").float()
         self.batch_size = BATCH
+
+    def at(self, batch_size: int) -> Stock:
+        """The same model in batches of so many."""
+        other = copy.copy(self)
+        other.batch_size = batch_size
+        return other
 
     def __call__(self, items: Sequence[Any]) -> np.ndarray:
         return self.model.encode(list(items), batch_size=self.batch_size, show_progress_bar=False)
