@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unime_st.fingerprint import content_id, fingerprint
+from unime_st.fingerprint import content_id, fingerprint, media_and_text
 
 
 @pytest.fixture
@@ -102,3 +102,21 @@ def test_bad_inputs_say_what_is_allowed(tmp_path):
         fingerprint(3)
     with pytest.raises(TypeError, match=r"key\(s\) \['caption'\]"):
         fingerprint({"caption": "a cat"})
+
+
+def test_long_arrays_in_mappings_are_told_apart():
+    quiet, loud = np.zeros(16000), np.zeros(16000)
+    loud[8000] = 5
+    keys = {fingerprint({"audio": {"array": sound, "sampling_rate": 16000}}) for sound in (quiet, loud, quiet.copy())}
+    keys |= {fingerprint({"audio": {"array": quiet, "sampling_rate": 8000}})}
+    assert len(keys) == 3
+
+
+def test_images_of_system_messages_are_content_and_their_texts_are_not():
+    def row(text, color):
+        parts = [{"type": "text", "text": text}, {"type": "image", "image": Image.new("RGB", (2, 2), color)}]
+        return [{"role": "system", "content": parts}, {"role": "user", "content": "a cat"}]
+
+    assert content_id(row("one word", "red")) == content_id(row("two words", "red"))
+    assert content_id(row("one word", "red")) != content_id(row("one word", "green"))
+    assert media_and_text(row("one word", "red"))[1] == "a cat"

@@ -104,6 +104,8 @@ def _media_entries(features: Mapping[str, Any], rows: Tensor, total: int) -> dic
             counts = torch.ones(total, dtype=torch.long)
         media = ranges(counts.cpu(), rows)
         entries[grid_key] = media
+        if grid_key == "video_grid_thw" and isinstance(features.get("second_per_grid_ts"), Tensor):
+            entries["second_per_grid_ts"] = media
         entries[pixel_key] = ranges(grid.cpu().prod(dim=1), media)
     counts, pixels = features.get("num_images_per_sample"), features.get("pixel_values")
     by_row = any(key in features for key in _BY_ROW_OF_IMAGES)

@@ -143,7 +143,9 @@ def _parts(item: Any, read_files: bool, instructions: bool) -> Iterator[Part]:
 
 
 def _message_parts(message: Mapping[str, Any], read_files: bool, instructions: bool) -> Iterator[Part]:
-    if message["role"] == "system" and not instructions:
+    if message["role"] == "system" and not instructions:  # its images are content all the same
+        everything = _message_parts(message, read_files, instructions=True)
+        yield from ((kind, content) for kind, content in everything if kind in _MEDIA)
         return
     if message["role"] != "user":
         yield "role", str(message["role"]).encode()
@@ -213,11 +215,22 @@ def _decoded_medium(value: Any) -> bytes:
     if isinstance(value, np.ndarray):
         return _array_digest(value)
     if isinstance(value, Mapping):
-        return _hash(b"dict", *(f"{key}={value[key]!r}".encode() for key in sorted(value)))
+        return _hash(b"dict", *(part for key in sorted(value) for part in (str(key).encode(), _value(value[key]))))
     raise TypeError(
         f"Cannot tell the content of a {type(value).__name__}; give text, a PIL image, a path, bytes, a numpy or torch "
         'image, {"image", "text"} or chat messages.'
     )
+
+
+def _value(value: Any) -> bytes:
+    """Digest of what a medium's mapping holds: arrays by all of their numbers, which `repr` would leave out."""
+    if isinstance(value, Image.Image | torch.Tensor | np.ndarray | Mapping):
+        return _decoded_medium(value)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return _hash(b"file", bytes(value))
+    if isinstance(value, list | tuple):
+        return _hash(b"list", *(_value(element) for element in value))
+    return _hash(b"value", repr(value).encode("utf-8", "surrogatepass"))
 
 
 def _hash(*chunks: bytes) -> bytes:

@@ -466,6 +466,45 @@ def test_other_ids_are_refused(tmp_path):
         encode_corpus(Lengths(), [(1, "x"), (2, "y"), ("c", "z")], tmp_path / "later", **options)
 
 
+@pytest.mark.parametrize("output_format", FORMATS)
+def test_ids_that_a_file_cannot_hold_are_refused_before_encoding(output_format, tmp_path):
+    options = {"output_format": output_format, "with_ids": True, "model_name": "m"}
+    for row, wrong in enumerate((2**63, -(2**63) - 1, "a\0", "\ud800")):
+        first = "ok" if isinstance(wrong, str) else 2**63 - 1
+        model = Lengths()
+        with pytest.raises(ValueError, match=r"Row 1 has the id .* as strings"):
+            encode_corpus(model, [(first, "a"), (wrong, "b")], tmp_path / str(row), **options)
+        assert not model.calls
+    corpus = encode_corpus(Lengths(), [(-(2**63), "a"), (2**63 - 1, "b")], tmp_path / "fits", **options)
+    assert list(corpus.ids()) == [-(2**63), 2**63 - 1]
+
+
+def test_a_corpus_without_parts_can_begin_with_other_settings(tmp_path):
+    with pytest.raises(ValueError, match="nothing to encode"):
+        encode_corpus(Lengths(), [], tmp_path / "a", model_name="m")
+    assert len(encode_corpus(Lengths(), ["x"], tmp_path / "a", model_name="m", dtype="float16")) == 1
+
+
+def test_a_source_that_ended_is_not_asked_again():
+    def jumping(number):
+        return next(iter([])) if number == 3 else "x" * number  # StopIteration at 3, then it would go on
+
+    assert [len(part) for part in encode_stream(Lengths(), map(jumping, range(6)), window_size=2)] == [2, 1]
+
+
+def test_a_damaged_page_is_a_damaged_file(tmp_path):
+    options = {"model_name": "m", "window_size": 4000}
+    texts = [f"text {number}" for number in range(4000)]
+    encode_corpus(Lengths(), texts, tmp_path / "a", **options)
+    path = tmp_path / "a" / "part-000000.parquet"
+    content = bytearray(path.read_bytes())
+    for place in range(len(content) // 3, len(content) // 3 + 40):
+        content[place] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged .* Delete"):  # noticed by its checksum
+        encode_corpus(Lengths(), texts, tmp_path / "a", **options)
+
+
 def test_folders_and_files_that_will_not_do(tmp_path, static):
     options = {"model_name": "m", "window_size": 2}
     with pytest.raises(FileNotFoundError, match=r"holds no encoded corpus \(.manifest.json is missing\)"):

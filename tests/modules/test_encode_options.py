@@ -1,6 +1,9 @@
 """Options of `encode` that users of sentence-transformers know, on images and texts."""
 
+import copy
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -124,7 +127,58 @@ def test_a_budget_below_every_input_takes_them_one_by_one(encoder):
     assert seen[:-1] == [1] * len(ITEMS)
 
 
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "smolvlm"])
+def test_texts_and_videos_in_one_batch(family, backbone):
+    model = build_encoder(backbone(family), device="cpu")
+    generator = np.random.default_rng(0)
+    videos = [generator.integers(0, 255, (4, 28, 28, 3), dtype=np.uint8) for _ in range(3)]
+    items = ["a", {"video": videos[0], "text": "x" * 30}, "b" * 50, {"video": videos[1], "text": "y"}]
+    items.append({"video": videos[2]})
+    expected = np.concatenate([model.encode([item]) for item in items])
+    np.testing.assert_allclose(model.encode(items, batch_num_tokens=40), expected, atol=2e-6)
+    alone = [model.encode([{"video": video}]) for video in videos[:2]]
+    assert np.abs(alone[0] - alone[1]).max() > 1e-4
+
+
+def test_an_image_in_a_system_message_tells_rows_apart(backbone):
+    model = build_encoder(backbone("qwen2_vl"), device="cpu")
+    rows = [
+        [
+            {"role": "system", "content": [{"type": "image", "image": picture(color)}]},
+            {"role": "user", "content": "a cat"},
+        ]
+        for color in ("red", "green")
+    ]
+    expected = np.concatenate([model.encode([row]) for row in rows])
+    np.testing.assert_allclose(model.encode(rows), expected, atol=2e-6)
+    assert np.abs(expected[0] - expected[1]).max() > 1e-4
+    ids = model.preprocess(rows)["content_id"]
+    assert ids[0] != ids[1]
+
+
+def test_threads_take_turns(backbone):
+    model = build_encoder(backbone("qwen2_vl"), device="cpu")
+    lists = [
+        [f"the cat sat on {word}" for word in "abcd"],
+        [f"dogs {word} in the hall" for word in ("run", "s", "nap")],
+    ]
+    expected = [model.encode(items) for items in lists]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda number: model.encode(lists[number % 2]), range(60)))
+    finally:
+        sys.setswitchinterval(before)
+    for number, embeddings in enumerate(found):
+        np.testing.assert_allclose(embeddings, expected[number % 2], atol=2e-6)
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))  # a lock can be neither copied nor sent
+    for other in copies:
+        np.testing.assert_allclose(other.encode(lists[0]), expected[0], atol=2e-6)
+
+
 def test_budgets_that_cannot_be(encoder):
+    assert len(encoder.encode([], batch_num_tokens=100)) == 0
     with pytest.raises(ValueError, match="at least 1 is needed"):
         encoder.encode(ITEMS, batch_num_tokens=0)
     with pytest.raises(ValueError, match="Leave it out"):

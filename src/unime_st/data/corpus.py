@@ -18,7 +18,7 @@ from unime_st.data.encoded_corpus import FORMAT_VERSION, EncodedCorpus, open_man
 from unime_st.data.window_encoder import Encoder, RecentEmbeddings, WindowEncoder
 from unime_st.model_identity import model_fingerprint
 
-_CHANGES_NO_EMBEDDING = ("batch_size", "device", "pool", "chunk_size", "prompt", "prompt_name")
+_CHANGES_NO_EMBEDDING = ("batch_size", "batch_num_tokens", "device", "pool", "chunk_size", "prompt", "prompt_name")
 
 
 def encode_corpus(
@@ -62,7 +62,7 @@ def encode_corpus(
         cache_bytes: See :func:`encode_stream`.
         prefetch: See :func:`encode_stream`.
         show_progress_bar: Count this process's rows; None shows it when the log level is INFO or below.
-        **encode_options: See :func:`encode_stream`. ``batch_size`` may change between calls.
+        **encode_options: See :func:`encode_stream`. ``batch_size`` and ``batch_num_tokens`` may change between calls.
 
     Returns:
         The corpus; see :func:`load_corpus`.

@@ -80,13 +80,14 @@ class ParquetParts(Parts):
         flat = pa.array(np.ascontiguousarray(embeddings).reshape(-1))
         columns = {
             "row": pa.array(np.arange(start, start + len(keys))),
-            **({} if ids is None else {"id": pa.array(ids)}),
+            **({} if ids is None else {"id": pa.array(ids, None if isinstance(ids[0], str) else pa.int64())}),
             "embedding": pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1]),
             "fingerprint": pa.array(keys, pa.binary()),
         }
         sink = pa.BufferOutputStream()
         # Neither a dictionary nor statistics help with embeddings.
-        pq.write_table(pa.table(columns), sink, use_dictionary=False, write_statistics=["row"])
+        options: dict[str, Any] = {"use_dictionary": False, "write_statistics": ["row"], "write_page_checksum": True}
+        pq.write_table(pa.table(columns), sink, **options)
         write_atomically(self.path(number), sink.getvalue().to_pybytes())
 
     def embeddings(self, number: int) -> np.ndarray:
@@ -105,8 +106,12 @@ class ParquetParts(Parts):
     def _column(self, number: int, name: str) -> Any:
         path = self.path(number)
         try:
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 return pa.concat_arrays(file.read(columns=[name]).column(name).chunks)
+        except OSError as error:
+            if error.errno is not None:  # of the disk; pyarrow's own have none
+                raise self.unreadable(path, error) if isinstance(error, FileNotFoundError) else error from error
+            raise self.unreadable(path, error) from error
         except _UNREADABLE as error:
             raise self.unreadable(path, error) from error
 
@@ -122,7 +127,7 @@ class NpyParts(Parts):
         packed = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), _KEY_BYTES)
         write_atomically(self.folder / "fingerprints" / name, packed)
         if ids is not None:
-            write_atomically(self.folder / "ids" / name, np.array(ids))
+            write_atomically(self.folder / "ids" / name, np.array(ids, None if isinstance(ids[0], str) else np.int64))
         write_atomically(self.path(number), embeddings)
 
     def embeddings(self, number: int) -> np.ndarray:

@@ -101,6 +101,12 @@ class CorpusRun:
                 f"Row {window.start + other} has the id {given[other]!r}, those before {self.first_id!r}. Make "
                 "all strings, or all integers."
             )
+        unfit = next((place for place, value in enumerate(given) if not _can_be_written(value)), None)
+        if unfit is not None:
+            raise ValueError(
+                f"Row {window.start + unfit} has the id {given[unfit]!r}. Ids are integers of 64 bits with a sign, or "
+                "strings of valid Unicode that do not end in a zero byte. Give larger integers as strings."
+            )
         return [str(value) for value in given] if text else [int(value) for value in given]
 
     def _check_dimension(self, dimension: int, window: Window) -> None:
@@ -136,3 +142,13 @@ class CorpusRun:
         else:
             logger.info("%s: this process's parts are there, %d others to come", folder, count - len(there))
         return EncodedCorpus(folder, self.manifest | state)
+
+
+def _can_be_written(value: Any) -> bool:
+    if not isinstance(value, str):
+        return -(2**63) <= int(value) < 2**63
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return not value.endswith("\0")

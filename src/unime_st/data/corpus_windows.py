@@ -125,6 +125,8 @@ def windows(
         if not taken:
             return
         yield Window(number, number * size, items, keys, taken)
+        if taken < size:  # it has ended, even if it would give more when asked again
+            return
 
 
 def _read_ahead(windows: Iterator[Window], stop: Event) -> Generator[Window, None, None]:

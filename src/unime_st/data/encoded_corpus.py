@@ -162,8 +162,9 @@ def open_manifest(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     for place in (folder, folder / "fingerprints", folder / "ids"):
         remove_leftovers(place)
     manifest = read_manifest(folder)
-    if manifest is None:
-        if any(parts(folder).numbers() for parts in FORMATS.values()):
+    has_parts = any(parts(folder).numbers() for parts in FORMATS.values())
+    if manifest is None or not has_parts:
+        if manifest is None and has_parts:
             raise ValueError(
                 f"{folder} holds part files but no {MANIFEST}: they are of something else. Give another folder."
             )

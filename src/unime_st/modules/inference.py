@@ -37,7 +37,7 @@ class EncodingOrder:
 
 
 def encoding_order(inputs: Sequence[Any], batch_size: int, *, by_beginning: bool) -> EncodingOrder:
-    """Plan batches.
+    """Plan batches; inputs with videos have batches of their own, for not every family can tell whose the frames are.
 
     Args:
         inputs: N inputs.
@@ -63,7 +63,9 @@ def encoding_order(inputs: Sequence[Any], batch_size: int, *, by_beginning: bool
         order = sorted(range(len(distinct)), key=lambda place: (bool(contents[place][0]), contents[place]))
     else:
         order = sorted(range(len(distinct)), key=lambda place: sizes[place])
-    batches = [np.array(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+    shown = [holds_video(named[number]) for number in distinct]
+    parts = ([place for place in order if shown[place] is kind] for kind in (False, True))  # not in one batch
+    batches = [np.array(part[at : at + batch_size]) for part in parts for at in range(0, len(part), batch_size)]
     batches.sort(key=lambda batch: tuple(np.sum([sizes[place] for place in batch], axis=0)), reverse=True)
     return EncodingOrder(distinct, index, batches)
 
@@ -84,6 +86,19 @@ def _pixels(item: Any) -> int:
     return total
 
 
+def holds_video(item: Any) -> bool:
+    """Whether an input shows a video: features of those cannot be cut by row in every family.
+
+    >>> holds_video({"video": ["frames"], "text": "?"}), holds_video("video")
+    (True, False)
+    """
+    if isinstance(item, list | tuple):
+        return any(holds_video(part) for part in item)
+    if not isinstance(item, dict):
+        return False
+    return item.get("video") is not None or item.get("type") == "video" or holds_video(item.get("content"))
+
+
 def passes(
     features: dict[str, Any], num_tokens: int | None, *, padded: bool
 ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
@@ -99,7 +114,7 @@ def passes(
         Rows of a pass, and their features.
     """
     counts = token_counts(features)
-    if num_tokens is None or counts is None:
+    if num_tokens is None or counts is None or len(counts) == 1:
         yield np.arange(num_rows(features)), features
         return
     tokens = counts.cpu().numpy()
@@ -114,9 +129,12 @@ def passes(
             follows = rest[1:] == rest[:-1] + 1  # else what it shares is in another pass, or far away in this one
             used = np.cumsum(tokens[rest] - np.concatenate([[0], np.where(follows, shared[rest[1:]], 0)]))
         count = max(1, int(np.searchsorted(used, num_tokens, side="right")))
+        if count == len(tokens):
+            yield np.arange(count), features
+            return
         rows = rest[:count]
         start += count
-        yield rows, features if count == len(tokens) == 1 else select_rows(features, rows.tolist(), trim_leading=True)
+        yield rows, select_rows(features, rows.tolist(), trim_leading=True)
 
 
 def _by_length(tokens: np.ndarray, shared: np.ndarray) -> np.ndarray:

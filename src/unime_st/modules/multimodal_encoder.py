@@ -269,18 +269,23 @@ class MultimodalEncoder(Transformer):
         """Embed; see the stock module. Image tensors of a batch without images are left out."""
         count = features.get("num_images_per_sample")
         dropped = {_CONTENT_KEY, PREFIX_KEY}
-        if isinstance(count, Tensor) and int(count.sum()) == 0:
+        if isinstance(count, Tensor) and int(count.sum()) == 0 and not self._shows_video(features):
             dropped.update(_IMAGE_KEYS)
         inputs = {key: value for key, value in features.items() if key not in dropped}
         keys = features.get(PREFIX_KEY) if self.share_prefixes else None
         prefixes = self.prefixes.serving(self.model, keys, features["attention_mask"])
-        with self.vision_cache.serving(self.model), prefixes:
+        with self.prefixes.turns, self.vision_cache.serving(self.model), prefixes:
             outputs = super().forward(inputs, **kwargs)
         features.update({key: value for key, value in outputs.items() if key not in inputs or value is not inputs[key]})
         for key in (self.module_output_name, "all_layer_embeddings"):
             if key in outputs:
                 features[key] = outputs[key]
         return features
+
+    def _shows_video(self, features: dict[str, Any]) -> bool:
+        """Whether rows without images have tokens of media: frames of videos, which SmolVLM takes for images."""
+        ids = features["input_ids"]
+        return bool(torch.isin(ids, torch.tensor(self._media_token_ids(), dtype=ids.dtype, device=ids.device)).any())
 
     def _load_model(
         self,

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from unime_st.files import write_atomically
 from unime_st.modules.checks import loading_note
-from unime_st.modules.inference import CPU_TOKENS, encoding_order, passes, prepared
+from unime_st.modules.inference import CPU_TOKENS, encoding_order, holds_video, passes, prepared
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
 from unime_st.modules.shared_prefix import shares_prefixes
 
@@ -72,8 +72,8 @@ class MultimodalSentenceTransformer(SentenceTransformer):
 
         ``encode(inputs, batch_size=256, batch_num_tokens=16384)`` prepares 256 inputs at a time and runs the model over
         at most so many of their tokens at once, images' included, what is shared counting once; a longer input is
-        alone. That bounds memory for inputs of whatever length, and lets a batch hold many short ones. By default
-        a batch is one pass on a GPU, and passes of 2,048 tokens on the CPU.
+        alone, and a batch with videos is one pass. That bounds memory for inputs of whatever length, and lets a batch
+        hold many short ones. By default a batch is one pass on a GPU, and passes of 2,048 tokens on the CPU.
         """
         return [*super().get_model_kwargs(), _BUDGET]
 
@@ -90,7 +90,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         if budget is not None and budget < 1:
             raise ValueError(f"`{_BUDGET}={budget}`, but at least 1 is needed; None goes by `batch_size` alone.")
         if plain or not inputs or self.device.type == "hpu":
-            if budget is not None:
+            if budget is not None and inputs:
                 raise ValueError(
                     f"`{_BUDGET}` bounds passes for sentence embeddings of a `MultimodalEncoder` only. Leave it "
                     "out, and choose `batch_size` instead."
@@ -108,11 +108,12 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         encoded_places: list[np.ndarray] = []
         bar = tqdm(total=len(order.distinct), desc="Encoding", unit="input", disable=not kwargs["show_progress_bar"])
         reads_last = len(self) > 1 and isinstance(self[1], Pooling) and self[1].pooling_mode == "lasttoken"
-        with bar, encoder.prefixes.encoding(last_token_only=reads_last):
+        with bar, encoder.prefixes.turns, encoder.prefixes.encoding(last_token_only=reads_last):
             prepare = partial(self.preprocess, prompt=kwargs["prompt"], **options)
             coming = prepared(batches, prepare, ahead=device.type != "cpu")
             for batch, prepared_features in zip(order.batches, coming, strict=True):
-                for rows, features in passes(prepared_features, budget, padded=not by_beginning):
+                cut = None if holds_video(inputs[order.distinct[batch[0]]]) else budget
+                for rows, features in passes(prepared_features, cut, padded=not by_beginning):
                     embeddings = self(batch_to_device(features, device), **options)["sentence_embedding"]
                     if kwargs["truncate_dim"] is not None:
                         embeddings = truncate_embeddings(embeddings, kwargs["truncate_dim"])

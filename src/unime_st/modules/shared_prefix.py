@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,22 @@ def shares_prefixes(model: nn.Module) -> bool:
     )
 
 
+class Turns:
+    """A lock for one thread at a time, that may take it again; a copy of it, or one sent to a process, is free."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
+        return Turns, ()
+
+
 class SharedPrefixes:
     """Lets the language model of a batch run over shared beginnings once, and over no padding.
 
@@ -60,9 +77,11 @@ class SharedPrefixes:
         tokens: Of the rows seen, padding left out.
         padded: With padding.
         computed: Places the language model ran over in their stead, padding of its sequences included.
+        turns: Held while inputs are encoded or the model runs, for the model's parts are replaced meanwhile.
     """
 
     def __init__(self) -> None:
+        self.turns = Turns()
         self.active = False
         self.last_token_only = False
         self.tokens = 0
