@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-short eval-demo test test-fast check format clean
+.PHONY: help demo demo-short eval-demo bench test test-fast check format clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ demo-short: $(STAMP) ## the same in a few steps, to see that it runs; its number
 
 eval-demo: $(STAMP) ## evaluate the miniature on the whole emoji benchmark; again from the cache, in seconds
 	$(BIN)/python -m unime_st.demo --evaluate
+
+bench: $(STAMP) ## all speed benchmarks against their peers, some hours; some: make bench BENCH="encode parts"
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 test: $(STAMP) ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

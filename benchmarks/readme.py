@@ -11,9 +11,13 @@ import json
 import re
 import shutil
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import speed_tables
 from unime_st.published import PUBLISHED
 from unime_st.published_card import published_card
 
@@ -256,6 +260,10 @@ def filled(text: str) -> str:
         "train_step": train_step_table(_read(RESULTS / "train_step.json")),
         "stage1_step": stage1_step_table(_read(RESULTS / "stage1_step.json")),
         "scale": scale_table(_read(RESULTS / "scale.json")),
+        "speed": speed_tables.floors_table(
+            *(_read(RESULTS / f"{name}.json") for name in ("encode", "train_step", "stage1_step"))
+        ),
+        "parts": speed_tables.parts_table(_read(RESULTS / "where_time_goes.json")),
     }
     for name, part in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)

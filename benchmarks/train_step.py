@@ -258,7 +258,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a saved encoder in place of the miniature")
     parser.add_argument("--cache", type=Path, default=Path(".demo_cache"), help="folder of the demo's packages")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--only", default="", help="cases whose name holds this; the others' results stay")
     parser.add_argument(
         "--peak", nargs=3, metavar=("KIND", "PAIRS", "SHARE"), help="print the memory of one, for this script"
     )
@@ -268,8 +269,11 @@ def main() -> None:
     if given.peak:
         print(peak(given.peak[0], path, given.peak[1], float(given.peak[2])))
         return
-    results: dict[str, Any] = {"command": "python benchmarks/train_step.py", "batch": BATCH, "mini_batch": MINI_BATCH}
+    results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    results |= {"command": "python benchmarks/train_step.py", "batch": BATCH, "mini_batch": MINI_BATCH}
     for name, (kind_of_pairs, repeated) in CASES.items():
+        if given.only not in name:
+            continue
         print(name)
         result = compare(path, kind_of_pairs, repeated, given.runs)
         memory = {}
