@@ -33,13 +33,12 @@ import numpy as np
 import torch
 
 import workloads
-from measuring import Counts, alternating, largest_difference, last_number, machine, peak_growth, times_as_fast
+from measuring import Counts, alternating, largest_difference, machine, times_as_fast
+from memory import megabytes_of, peak_above
 from peers import BATCH, STOCK_BATCHES, Ours, PublishedStyle, Stock, unime_v2, vlm2vec_v2
-from small_models import SQUARE, small_llava_onevision, small_qwen2_vl
+from small_models import SQUARE, miniature, small_llava_onevision, small_qwen2_vl
 from tiny import FAMILIES, tiny_backbone
 from unime_st import build_encoder, export_encoder
-from unime_st.demo.miniature import build_miniature
-from unime_st.demo.packages import fetch
 from unime_st.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "encode.json"
@@ -65,15 +64,6 @@ class Inputs:
             items = self.texts[:: len(self.texts) // count][:count]
             return workloads.with_duplicates(items, count, share)
         return workloads.with_duplicates(getattr(self, kind), count, share)
-
-
-def miniature(cache: Path, layers: int = LAYERS) -> Path:
-    """The demo's model as an encoder, from the packages in its cache."""
-    folder = cache / f"bench-{layers}"
-    if not (folder / "encoder" / "modules.json").is_file():
-        backbone = build_miniature(fetch(cache, print), folder / "backbone", layers=range(layers))
-        export_encoder(build_encoder(backbone, device="cpu"), folder / "encoder")
-    return folder / "encoder"
 
 
 def tokens_of(model: Any) -> Callable[[str], int]:
@@ -103,8 +93,7 @@ def fastest_batch(stock: Stock, items: Sequence[Any]) -> int:
 def peak_megabytes(checkpoint: Path, kind: str) -> dict[str, int]:
     """What encoding a workload without duplicates adds to a process, ours and stock at each batch size."""
     contenders = ["unime_st", *(str(size) for size in STOCK_BATCHES)]
-    bytes_ = {who: last_number(__file__, ["--peak", who, str(checkpoint), kind]) for who in contenders}
-    return {who: round(value / 2**20) for who, value in bytes_.items()}
+    return {who: megabytes_of(__file__, ["--peak", who, str(checkpoint), kind]) for who in contenders}
 
 
 def compare(ours: Any, peer: dict[str, Any], items: Sequence[Any], runs: int) -> dict[str, Any]:
@@ -321,7 +310,9 @@ def peak(who: str, checkpoint: Path, kind: str) -> int:
         contender = Ours(checkpoint) if who == "unime_st" else Stock(checkpoint).at(int(who))
         contender(inputs.mixed[:3])
         items = inputs.draw(kind, 0.0, COUNTS[kind])
-        return peak_growth(lambda: contender(items))
+        with peak_above() as peak_of:
+            contender(items)
+        return peak_of.bytes
 
 
 def main() -> None:

@@ -1,17 +1,12 @@
-"""How the speed benchmarks measure: contenders in turn, CPU time on one thread, memory in processes of their own."""
+"""How the speed benchmarks measure: contenders in turn, CPU time on one thread."""
 
 from __future__ import annotations
 
 import os
 import platform
-import resource
 import statistics
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
@@ -90,35 +85,3 @@ def largest_difference(one: np.ndarray, other: np.ndarray) -> float:
     if np.abs(one - one[0]).max() < 1e-3:
         raise ValueError("All embeddings are alike, so that they agree says nothing.")
     return float(np.abs(one - other).max())
-
-
-def resident() -> int:
-    """Bytes this process holds in memory."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return pages * resource.getpagesize()
-
-
-def peak_growth(work: Callable[[], Any]) -> int:
-    """Bytes by which some work raises the memory of this process at its highest."""
-    before = highest = resident()
-    stop = threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not stop.wait(0.005):
-            highest = max(highest, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        work()
-    finally:
-        stop.set()
-        watcher.join()
-    return max(highest, resident()) - before
-
-
-def last_number(script: str, arguments: Sequence[str]) -> int:
-    """Run a script in a process of its own, and read the number it prints last."""
-    done = subprocess.run([sys.executable, script, *arguments], check=True, capture_output=True, text=True)
-    return int(done.stdout.split()[-1])

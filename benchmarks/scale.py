@@ -24,16 +24,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
+
+from memory import peak_above
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 SECTIONS = ("sampler", "loss", "teacher")
@@ -221,36 +222,10 @@ def measure_loss(batch: str, dim: str = "1024", negatives: str = "8") -> dict[st
         "loss": round(float(value.detach()), 4),
         "columns_with_gradient": gradients,
         "seconds": round(seconds, 2),
-        "peak_above_inputs_mb": peak.megabytes,
+        "peak_above_inputs_mb": round(peak.bytes / 2**20, 1),
         "a_tensor_n_1k_d_mb": round(rows * (1 + k) * width * 4 / 2**20, 1),
         "score_matrix_mb": round(rows * rows * 4 / 2**20, 1),
     }
-
-
-class peak_above:  # noqa: N801 used as a function
-    """Most resident memory within the block, over that at its start, looked at every two milliseconds."""
-
-    megabytes = 0.0
-
-    def __enter__(self) -> Self:
-        self.start, self.most, self.running = resident(), resident(), True
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while self.running:
-            self.most = max(self.most, resident())
-            time.sleep(0.002)
-
-    def __exit__(self, *_: object) -> None:
-        self.running = False
-        self.thread.join()
-        self.megabytes = round((self.most - self.start) / 2**20, 1)
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def run_loss() -> dict[str, Any]:

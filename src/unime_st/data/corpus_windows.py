@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,9 @@ from typing import Any
 from PIL import Image
 
 from unime_st.fingerprint import fingerprint
+from unime_st.named_images import stands_for_image
 
 ITEM_ERRORS = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)  # broken PNG: SyntaxError
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")  # the bare strings encode opens
 _ROW_OF_ONE = re.compile(r"\b([Rr]ow) 0\b( of the batch)?")
 _LONGEST_SHOWN = 200
 
@@ -155,23 +154,11 @@ def _content(pair: Any, row: int) -> Any:
 
 def _key(item: Any, row: int) -> bytes:
     """Fingerprint of what ``encode`` makes of an input: a bare string that names an image is that image."""
-    if isinstance(item, str) and _names_an_image(item):
-        named: Any = {"image": item}
-    else:
-        named = item
+    named: Any = {"image": item} if isinstance(item, str) and stands_for_image(item) else item
     try:
         return bytes.fromhex(fingerprint(named))
     except ITEM_ERRORS as error:
         raise BrokenInputError(row, item, f"{type(error).__name__}: {error}") from error
-
-
-def _names_an_image(text: str) -> bool:
-    if text.startswith(("http://", "https://")):
-        return " " not in text and text.partition("?")[0].partition("#")[0].lower().endswith(_IMAGE_SUFFIXES)
-    # Path.is_file raises for a name too long
-    return text.startswith("data:image/") or (
-        text.lower().endswith(_IMAGE_SUFFIXES) and os.path.isfile(text)  # noqa: PTH113
-    )
 
 
 def shown(item: Any) -> str:

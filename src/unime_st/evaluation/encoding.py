@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from unime_st.data.corpus_windows import ITEM_ERRORS, shown
 from unime_st.distributed import gather_objects, rank, world_size
 from unime_st.evaluation.cache import EmbeddingCache, MemorySection, Section
 from unime_st.fingerprint import fingerprint
@@ -22,9 +23,7 @@ logger = logging.getLogger(__name__)
 OnError = Literal["raise", "report"]
 
 _BATCHES_A_CHUNK = 8
-_LONGEST_SHOWN = 200
 _LETTERS_AN_IMAGE = 1000
-_ITEM_ERRORS = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)  # broken PNG: SyntaxError
 
 
 class BrokenItemError(ValueError):
@@ -285,7 +284,7 @@ class _Run:
             if key is None:
                 try:
                     key = fingerprint(item)
-                except _ITEM_ERRORS as error:
+                except ITEM_ERRORS as error:
                     key = ""
                     self._broken(row, error)
                 if key and name is not None:
@@ -305,7 +304,7 @@ class _Run:
                 show_progress_bar=False,
                 convert_to_numpy=True,
             )
-        except _ITEM_ERRORS:
+        except ITEM_ERRORS:
             readable = [key for key in keys if self._is_readable(self.first[key])]
             if len(readable) == len(keys):
                 raise  # no item's fault
@@ -314,7 +313,7 @@ class _Run:
         for row in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
             number = self.first[keys[row]]
             raise ValueError(
-                f"The model gave NaN or infinity for item {number} ({_shown(self.items[number])}). Its weights may "
+                f"The model gave NaN or infinity for item {number} ({shown(self.items[number])}). Its weights may "
                 "have diverged; if not, try float32 or bfloat16 in place of float16."
             )
         return dict(zip(keys, embeddings, strict=True))
@@ -327,7 +326,7 @@ class _Run:
             for image in _encoded_images(self.items[row]):
                 with Image.open(image) as opened:
                     opened.load()
-        except _ITEM_ERRORS as error:
+        except ITEM_ERRORS as error:
             self._broken(row, error)
             return False
         return True
@@ -335,7 +334,7 @@ class _Run:
     def _broken(self, row: int, error: Exception) -> None:
         message = f"{type(error).__name__}: {error}"
         if self.on_error == "raise":
-            raise BrokenItemError(row, f"{_shown(self.items[row])}: {message}") from error
+            raise BrokenItemError(row, f"{shown(self.items[row])}: {message}") from error
         self.errors[row] = message
 
 
@@ -366,8 +365,3 @@ def _encoded_images(item: Any) -> Iterator[Any]:
     elif isinstance(item, list | tuple):
         for part in item:
             yield from _encoded_images(part)
-
-
-def _shown(item: Any) -> str:
-    text = repr(item)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."

@@ -10,16 +10,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
-from urllib.parse import urlparse
 from urllib.request import urlopen
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
-REMOTE_PREFIXES = ("http://", "https://")
-DATA_PREFIX = "data:image/"
+from unime_st.named_images import DATA_PREFIX, IMAGE_SUFFIXES, REMOTE_PREFIXES, stands_for_image
+
 _LONGEST_PATH = 4096
 
 Message = dict[str, Any]
@@ -182,14 +180,10 @@ def names_an_image(text: str, row: int) -> bool:
     Raises:
         FileNotFoundError: One word that ends as image files do, and no such file: a mistyped path, most likely.
     """
-    if text.startswith(DATA_PREFIX):
+    if stands_for_image(text):
         return True
-    if text.startswith(REMOTE_PREFIXES):
-        return " " not in text and _address_path(text).endswith(IMAGE_SUFFIXES)
-    if not text.lower().endswith(IMAGE_SUFFIXES):
+    if text.startswith(REMOTE_PREFIXES) or not text.lower().endswith(IMAGE_SUFFIXES):
         return False
-    if _is_file(text):
-        return True
     if len(text) > _LONGEST_PATH or any(character.isspace() for character in text):
         return False
     raise FileNotFoundError(
@@ -228,13 +222,6 @@ def refuse_placeholders(messages: list[Message], row: int, placeholders: Collect
                     f"The text {shorten(part['text'], 60)!r} (row {row} of the batch) holds {found!r}, which is for "
                     "media. Reword it."
                 )
-
-
-def _address_path(address: str) -> str:
-    try:
-        return urlparse(address).path.lower()
-    except ValueError:  # no address after all, e.g. "https://[x]"
-        return ""
 
 
 def _is_file(path: str | Path) -> bool:
