@@ -7,16 +7,29 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
 
 LOG = "log"
+KILL = "KILL_AFTER_NOTES"
+"""Variable of a job's process: how many notes there are when it is killed, and into which share of the next piece of
+work, taken to last as long as the one before."""
+_calls = []
 
 
 def note(folder, lines):
     """Called by a job before each piece of work: what it is about to do."""
     with (Path(folder) / LOG).open("a") as log:
         log.write("".join(f"{line}\n" for line in lines))
+    if KILL in os.environ:
+        enough, share = json.loads(os.environ[KILL])
+        _calls.append(time.monotonic())
+        if len(notes(folder)) >= enough:
+            del os.environ[KILL]
+            delay = share * (_calls[-1] - _calls[-2]) if len(_calls) > 1 else 0
+            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
 def notes(folder):
@@ -45,27 +58,28 @@ def main(module, job, written, folder, kills, seed, most):
     job, written = (getattr(importlib.import_module(module), name) for name in (job, written))
     generator = random.Random(int(seed))
     for _ in range(int(kills)):
-        child = start(job, folder)
         enough = len(notes(folder)) + generator.randint(1, int(most))
-        while len(notes(folder)) < enough:
-            assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it was killed: lower `most`"
-            time.sleep(0.0005)
-        time.sleep(generator.random() * 0.01)
-        os.kill(child, signal.SIGKILL)
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        ended = live(job, folder, [enough, generator.random()])
+        assert ended == signal.SIGKILL, f"it ended ({ended}) before it was killed: lower `most`"
         print(json.dumps([len(notes(folder)), written(folder)]), flush=True)
-    assert os.waitpid(start(job, folder), 0)[1] == 0
+    assert live(job, folder) == 0
 
 
-def start(job, folder):
+def live(job, folder, kill=None):
+    """A life of the job, to its end or until it kills itself; returns what it ended with."""
     child = os.fork()
-    if not child:
-        try:
-            job(Path(folder))
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return child
+    if child:
+        return os.waitpid(child, 0)[1]
+    try:
+        if kill:
+            os.environ[KILL] = json.dumps(kill)
+        job(Path(folder))
+        if kill and KILL not in os.environ:
+            signal.pause()  # the kill is on its way
+        os._exit(0)
+    finally:
+        traceback.print_exc()
+        os._exit(1)
 
 
 if __name__ == "__main__":
