@@ -40,6 +40,7 @@ from small_models import SQUARE, miniature, small_llava_onevision, small_qwen2_v
 from tiny import FAMILIES, tiny_backbone
 from unime_st import build_encoder, export_encoder
 from unime_st.files import write_atomically
+from unime_st.modules.inference import CPU_TOKENS
 
 RESULTS = Path(__file__).parent / "results" / "encode.json"
 SECTIONS = ("floors", "workloads", "families", "limit", "bfloat16")
@@ -234,7 +235,8 @@ def limit(checkpoint: Path, inputs: Inputs, runs: int) -> dict[str, Any]:
     """Time of `encode` over that of the model alone, on distinct inputs that are prepared and packed perfectly.
 
     The bare pass: the vision tower and projector over each distinct image, then the language model over as many
-    tokens as a tree of the distinct inputs has, in rows of one length, without padding, masks or planning.
+    tokens as a tree of the distinct inputs has, in rows of one length, without padding, masks or planning, in passes of
+    as many tokens as ours.
     """
     ours = Ours(checkpoint)
     rows = {}
@@ -273,7 +275,7 @@ def bare_pass(ours: Ours, items: Sequence[Any]) -> Callable[[], None]:
     pixels = features.get("pixel_values")
     if pixels is not None:
         pixels = torch.unique(pixels, dim=0).contiguous(memory_format=torch.channels_last)
-    at_once = max(1, BATCH * length // embeddings.shape[1])
+    at_once = max(1, CPU_TOKENS // embeddings.shape[1])
 
     @torch.inference_mode()
     def run() -> None:

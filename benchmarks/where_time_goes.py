@@ -102,6 +102,7 @@ def watching(model: Any, clock: Clock, loss: nn.Module | None = None) -> Iterato
             (inference, "select_rows", "processing"),
             (sentence_transformer, "batch_to_device", "transfer"),
             (shared_prefix, "pack_tree", "planning"),
+            (shared_prefix, "flatten_tree", "planning"),
         )
         for module, name, part in named:
             stack.enter_context(patch.object(module, name, clock.timed(part, getattr(module, name))))

@@ -10,10 +10,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from tiny import FAMILIES, PLUGIN_FAMILIES, picture, tiny_encoder
-from unime_st.modules import build_encoder, export_encoder, shared_prefix
+from unime_st.modules import branch_attention, build_encoder, export_encoder, shared_prefix
 from unime_st.modules.inference import encoding_order
 from unime_st.modules.shared_prefix import SharedPrefixes, language_model, shares_prefixes
-from unime_st.modules.token_tree import pack_tree
+from unime_st.modules.token_tree import flatten_tree, pack_tree
 
 PADDED = ("gemma3", "phi3_v")  # not causal alone, or positions that depend on the length
 
@@ -26,6 +26,14 @@ def inputs():
     items += [*images, "a cat", "a cat on a mat", "Find the image of a cat.", "Find the image of a dog.", "a cat"]
     items += [{"image": [images[0], images[1]], "text": "Which?"}, {"image": [images[0], images[2]], "text": "Which?"}]
     return items
+
+
+@pytest.fixture(params=["by branch", "packed"])
+def layout(request, monkeypatch):
+    """`encode` on the CPU, and on a GPU."""
+    if request.param == "packed":
+        monkeypatch.setattr(shared_prefix, "attends_by_branch", lambda _: False)
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +63,11 @@ def one_by_one(model, items):
     return torch.cat(rows).numpy()
 
 
-def test_encode_equals_rows_one_by_one(encoder, family):
+def test_encode_equals_rows_one_by_one(encoder, family, layout, monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        branch_attention, "_places", lambda before, own=branch_attention._places: called.append(1) or own(before)
+    )
     items = inputs()
     expected = one_by_one(encoder, items)
     np.testing.assert_allclose(encoder.encode(items, batch_size=3), expected, atol=2e-6)
@@ -66,12 +78,13 @@ def test_encode_equals_rows_one_by_one(encoder, family):
         assert not shares_prefixes(encoder[0].model)
     else:
         assert 0 < counted.computed < 0.8 * counted.padded
+    assert bool(called) is (layout == "by branch" and family not in PADDED)
     distances = np.abs(expected[:, None] - expected[None]).max(axis=-1) + np.eye(len(items))
     distances[[12, 16], [16, 12]] = 1  # the one pair of copies
     assert distances.min() > 1e-4  # else equality of embeddings says nothing
 
 
-def test_a_shared_image_matters(encoder):
+def test_a_shared_image_matters(encoder, layout):
     """Two rows differ in their image alone, or in the last word alone."""
     items = [{"image": picture(color), "text": text} for color, text in product(("red", "green"), ("a b", "a c"))]
     embeddings = encoder.encode(items)
@@ -90,7 +103,7 @@ def test_images_that_differ_in_one_pixel_are_two(encoder):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stock_code_gives_the_same(family, backbone, tmp_path):
+def test_stock_code_gives_the_same(family, backbone, tmp_path, layout):
     model = build_encoder(backbone(family), device="cpu")
     export_encoder(model, tmp_path / "encoder")
     stock = SentenceTransformer(str(tmp_path / "encoder"), device="cpu")
@@ -99,13 +112,14 @@ def test_stock_code_gives_the_same(family, backbone, tmp_path):
     np.testing.assert_allclose(model.encode(items), stock.encode(items), atol=1e-5)
 
 
-def test_every_token_has_its_state(backbone):
+@pytest.mark.parametrize("inference", [True, False])
+def test_every_token_has_its_state(backbone, inference):
     """Not only the last: what is handed back is a batch as any other."""
     model = build_encoder(backbone("qwen2_vl"), device="cpu").eval()
     features = model.preprocess(inputs()[:9])
     mask = features["attention_mask"].bool()
     with torch.inference_mode():
-        with model[0].prefixes.encoding():
+        with model[0].prefixes.encoding(inference=inference):
             shared = model[0](dict(features))["token_embeddings"]
         plain = model[0](dict(features))["token_embeddings"]
     assert 0 < model[0].prefixes.computed < mask.sum()
@@ -141,16 +155,18 @@ def changed(name, model, features):
         *("compiled", "outside of the context"),
     ],
 )
-def test_what_does_not_fit_stays_with_padded_rows(backbone, refused):
+def test_what_does_not_fit_stays_with_padded_rows(backbone, refused, layout):
     model = build_encoder(backbone("llava_next"), device="cpu").eval()
     features = model.preprocess(["a cat", "a cat on a mat", "a dog " * 9, "no"])
     counted = model[0].prefixes
-    with counted.encoding(last_token_only=True):
+    with counted.encoding(last_token_only=True, inference=True):
         model(dict(features))
     assert 0 < counted.computed < counted.padded
     before = counted.computed
     features = changed(refused, model, features)
-    with nullcontext() if refused == "outside of the context" else counted.encoding(last_token_only=True):
+    with (
+        nullcontext() if refused == "outside of the context" else counted.encoding(last_token_only=True, inference=True)
+    ):
         output = model(dict(features))
     assert counted.computed == before
     assert output["token_embeddings"].abs().min(dim=2).values.max() > 0
@@ -166,7 +182,7 @@ def test_contexts_nest(backbone):
     assert (prefixes.active, prefixes.last_token_only) == (False, False)
 
 
-def test_positions_that_do_not_fit_fall_back_to_padded_rows(backbone, monkeypatch):
+def test_positions_that_do_not_fit_fall_back_to_padded_rows(backbone, monkeypatch, layout):
     model = build_encoder(backbone("qwen2_vl"), device="cpu")
     items = inputs()
     expected = one_by_one(model, items)
@@ -215,6 +231,26 @@ def test_the_tree_against_a_plain_loop(seed):
             assert seen.tolist() == [int(p) % length for p in places[: depth + 1]]
     assert tree.allowed.any(axis=2).all()
     assert tree.used.sum() <= mask.sum()
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_the_branches_against_a_plain_loop(seed):
+    keys, mask = random_rows(np.random.default_rng(seed))
+    tree = flatten_tree(keys, mask)
+    beginnings = {tuple(row[at][: end + 1]) for row, at in zip(keys, mask, strict=True) for end in range(at.sum())}
+    if tree is None:
+        assert len(beginnings) == mask.size
+        return
+    assert tree.allowed is None
+    assert tree.source.shape == (1, len(beginnings))  # each once, and nothing else
+    own = {end - 1: [*before.tolist(), *range(start, end)] for start, end, before in tree.branches}
+    assert sorted(place for start, end, _ in tree.branches for place in range(start, end)) == [*range(len(beginnings))]
+    for row in range(len(keys)):
+        places = tree.place[row, mask[row]].tolist()
+        assert keys.reshape(-1)[tree.source[0, places]].tolist() == keys[row, mask[row]].tolist()
+        assert tree.depth[0, places].tolist() == [*range(len(places))]
+        assert own.get(places[-1], places) == places  # what the last token attends to; or it is inside of another row
+    assert tree.used.all()
 
 
 def test_trees_are_found_where_there_are_any():

@@ -16,7 +16,7 @@ from unime_st.fingerprint import fingerprint, media_and_text
 from unime_st.modules.inputs import named_image
 from unime_st.modules.token_tree import PREFIX_KEY, common_beginning
 
-CPU_TOKENS = 2048
+CPU_TOKENS = 1024
 """Tokens of a pass on the CPU: its caches no longer hold what a layer of more passes on, which costs up to a tenth."""
 
 

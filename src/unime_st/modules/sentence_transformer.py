@@ -73,7 +73,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         ``encode(inputs, batch_size=256, batch_num_tokens=16384)`` prepares 256 inputs at a time and runs the model over
         at most so many of their tokens at once, images' included, what is shared counting once; a longer input is
         alone, and a batch with videos is one pass. That bounds memory for inputs of whatever length, and lets a batch
-        hold many short ones. By default a batch is one pass on a GPU, and passes of 2,048 tokens on the CPU.
+        hold many short ones. By default a batch is one pass on a GPU, and passes of 1,024 tokens on the CPU.
         """
         return [*super().get_model_kwargs(), _BUDGET]
 
@@ -108,7 +108,8 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         encoded_places: list[np.ndarray] = []
         bar = tqdm(total=len(order.distinct), desc="Encoding", unit="input", disable=not kwargs["show_progress_bar"])
         reads_last = len(self) > 1 and isinstance(self[1], Pooling) and self[1].pooling_mode == "lasttoken"
-        with bar, encoder.prefixes.turns, encoder.prefixes.encoding(last_token_only=reads_last):
+        sharing = encoder.prefixes.encoding(last_token_only=reads_last, inference=True)
+        with bar, encoder.prefixes.turns, sharing:
             prepare = partial(self.preprocess, prompt=kwargs["prompt"], **options)
             coming = prepared(batches, prepare, ahead=device.type != "cpu")
             for batch, prepared_features in zip(order.batches, coming, strict=True):

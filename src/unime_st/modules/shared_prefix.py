@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from unime_st.modules.token_tree import PackedTree, pack_tree
+from unime_st.modules.branch_attention import Branches, attends_by_branch, by_branch
+from unime_st.modules.token_tree import PackedTree, flatten_tree, pack_tree
 
 LANGUAGE_MODEL_NAMES = ("language_model", "text_model")
 """What multimodal models of transformers call their language model."""
@@ -74,6 +75,8 @@ class SharedPrefixes:
         active: Whether only embeddings are asked for, see :meth:`encoding`.
         last_token_only: Whether only the state of each row's last token is read: the last layer then computes its
             feed-forward part for those alone, and other states mean nothing.
+        inference: Whether none of the passes over these rows has a backward pass: on the CPU attention may then go row
+            by row.
         tokens: Of the rows seen, padding left out.
         padded: With padding.
         computed: Places the language model ran over in their stead, padding of its sequences included.
@@ -84,23 +87,24 @@ class SharedPrefixes:
         self.turns = Turns()
         self.active = False
         self.last_token_only = False
+        self.inference = False
         self.tokens = 0
         self.padded = 0
         self.computed = 0
 
     @contextmanager
-    def encoding(self, *, last_token_only: bool = False) -> Iterator[None]:
+    def encoding(self, *, last_token_only: bool = False, inference: bool = False) -> Iterator[None]:
         """Within this context only embeddings are asked for, in inference or by a loss: beginnings may be shared.
 
         Outside of it nothing is. A training step's passes over a batch must round alike, so all of them or none are
         in this context.
         """
-        before = self.active, self.last_token_only
-        self.active, self.last_token_only = True, last_token_only
+        before = self.active, self.last_token_only, self.inference
+        self.active, self.last_token_only, self.inference = True, last_token_only, inference
         try:
             yield
         finally:
-            self.active, self.last_token_only = before
+            self.active, self.last_token_only, self.inference = before
 
     @contextmanager
     def serving(self, model: nn.Module, keys: Tensor | None, mask: Tensor) -> Iterator[None]:
@@ -116,7 +120,9 @@ class SharedPrefixes:
             yield
             return
         decoder: Any = language_model(model)
-        tree = pack_tree(*told, hidden_size=decoder.config.hidden_size, training=decoder.training)
+        apart = self.inference and mask.device.type == "cpu" and attends_by_branch(decoder)
+        size, training = decoder.config.hidden_size, decoder.training
+        tree = flatten_tree(*told) if apart else pack_tree(*told, hidden_size=size, training=training)
         self.tokens += int(told[1].sum())
         self.padded += mask.numel()
         self.computed += tree.source.size if tree is not None else mask.numel()
@@ -210,12 +216,15 @@ def _run(decoder: Any, plain: Any, tree: PackedTree, kwargs: dict[str, Any], *, 
     carried |= _deepstack(carried, tree, source)
     if any(isinstance(value, Tensor) and name not in _DEEPSTACK for name, value in carried.items()):
         return plain(**kwargs)
-    packed = _taken(embeddings, source)  # (P, L, D)
-    mask = _attention_mask(tree, embeddings)
-    with _last_layer_at(decoder, tree.place[:, -1]) if last_token_only else nullcontext():
-        output = plain(
-            **{**carried, "use_cache": False}, inputs_embeds=packed, attention_mask=mask, position_ids=positions
-        )
+    carried |= {"use_cache": False, "inputs_embeds": _taken(embeddings, source), "position_ids": positions}  # (P, L, D)
+    dtype = _scores_dtype(embeddings)
+    attention: Any = nullcontext()
+    if tree.allowed is None:
+        carried["branches"], attention = Branches(tree, dtype), by_branch(decoder)
+    else:
+        carried["attention_mask"] = _attention_mask(tree.allowed, embeddings.device, dtype)
+    with attention, _last_layer_at(decoder, tree.place[:, -1]) if last_token_only else nullcontext():
+        output = plain(**carried)
     states = output["last_hidden_state"]
     if last_token_only:  # (B, T, D) without its memory: the others are not read
         output["last_hidden_state"] = _taken(states, place[:, -1:]).expand(*place.shape, -1)
@@ -229,17 +238,21 @@ def _taken(states: Tensor, places: Tensor) -> Tensor:
     return states.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, -1)
 
 
-def _attention_mask(tree: PackedTree, embeddings: Tensor) -> Tensor:
+def _scores_dtype(embeddings: Tensor) -> torch.dtype:
+    """The type in which attention scores are computed."""
+    kind = embeddings.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeddings.dtype
+
+
+def _attention_mask(allowed: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
     """What is added to attention scores, (P, 1, L, L), in the type they are computed in.
 
     A mask of booleans would be smaller, but `scaled_dot_product_attention` turns it into such a one in every layer, and
     keeps each for the backward pass.
     """
-    kind = embeddings.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeddings.dtype
-    allowed = torch.from_numpy(tree.allowed).to(embeddings.device)[:, None]
-    mask = torch.full(allowed.shape, torch.finfo(dtype).min, dtype=dtype, device=allowed.device)
-    return mask.masked_fill_(allowed, 0)
+    asked = torch.from_numpy(allowed).to(device)[:, None]
+    mask = torch.full(asked.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
+    return mask.masked_fill_(asked, 0)
 
 
 def _positions(given: Tensor | None, tree: PackedTree, source: Tensor) -> Tensor | None:

@@ -29,19 +29,45 @@ class PackedTree:
 
     Attributes:
         source: Flat place in the rows (row * T + column) of the token at each place of the sequences, shape (P, L).
-        allowed: Which places a place attends to: those before it in its own row, and itself, shape (P, L, L).
+        allowed: Which places a place attends to: those before it in its own row, and itself, shape (P, L, L); None
+            where there are branches.
         depth: Number of tokens before it in its own row, shape (P, L).
         used: Which places hold a token, the rest being padding, shape (P, L).
         place: Flat place in the sequences (sequence * L + place) of each token; 0 for padding, shape (B, T).
         mask: Which of the rows' places are tokens, shape (B, T).
+        branches: Of one sequence: the places of a row's own tokens, first and one past the last, and those of the
+            beginning it shares, in order.
     """
 
     source: np.ndarray
-    allowed: np.ndarray
+    allowed: np.ndarray | None
     depth: np.ndarray
     used: np.ndarray
     place: np.ndarray
     mask: np.ndarray
+    branches: tuple[tuple[int, int, np.ndarray], ...] = ()
+
+
+def flatten_tree(keys: np.ndarray, mask: np.ndarray) -> PackedTree | None:
+    """Put all tokens in one sequence without padding, for attention that goes row by row.
+
+    Args:
+        keys: As in :func:`pack_tree`.
+        mask: As there.
+
+    Returns:
+        The sequence with its branches, None where nothing is shared or padded.
+
+    Example:
+        >>> keys = np.array([[1, 2, 3, 4], [1, 2, 3, 5], [0, 1, 2, 6]])
+        >>> tree = flatten_tree(keys, keys > 0)
+        >>> [(start, end, before.tolist()) for start, end, before in tree.branches]
+        [(0, 4, []), (4, 5, [0, 1, 2]), (5, 6, [0, 1])]
+    """
+    order, starts, lengths, shared = _sorted(keys, mask)
+    if int((lengths - shared).sum()) == mask.size:
+        return None
+    return _laid_out(mask, order, starts, lengths, shared, [range(len(order))], by_branch=True)
 
 
 def pack_tree(keys: np.ndarray, mask: np.ndarray, *, hidden_size: int, training: bool = False) -> PackedTree | None:
@@ -66,11 +92,7 @@ def pack_tree(keys: np.ndarray, mask: np.ndarray, *, hidden_size: int, training:
         >>> tree.source.tolist(), tree.depth.tolist()
         ([[0, 1, 2, 3, 7, 11]], [[0, 1, 2, 3, 3, 2]])
     """
-    starts = mask.shape[1] - mask.sum(axis=1)
-    rows = [keys[row, start:] for row, start in enumerate(starts)]
-    order = sorted(range(len(rows)), key=lambda row: rows[row].astype(">i8").tobytes())
-    lengths = np.array([len(rows[row]) for row in order])
-    shared = np.array([0, *(common_beginning(rows[a], rows[b]) for a, b in pairwise(order))])
+    order, starts, lengths, shared = _sorted(keys, mask)
 
     def cost(count: int, length: int) -> float:
         return count * length * (1 + length / ((2 if training else 4) * hidden_size))
@@ -87,6 +109,19 @@ def pack_tree(keys: np.ndarray, mask: np.ndarray, *, hidden_size: int, training:
     if best is None or best[0] > _GAIN_WANTED * cost(*mask.shape):
         return None
     return _laid_out(mask, order, starts, lengths, shared, best[1])
+
+
+def _sorted(keys: np.ndarray, mask: np.ndarray) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
+    """Rows in an order that puts equal beginnings side by side, and where each row's tokens start in it.
+
+    With them, in that order: the rows' lengths, and how many tokens at its beginning each shares with the row before.
+    """
+    starts = mask.shape[1] - mask.sum(axis=1)
+    rows = [keys[row, start:] for row, start in enumerate(starts)]
+    order = sorted(range(len(rows)), key=lambda row: rows[row].astype(">i8").tobytes())
+    lengths = np.array([len(rows[row]) for row in order])
+    shared = np.array([0, *(common_beginning(rows[a], rows[b]) for a, b in pairwise(order))])
+    return order, starts, lengths, shared
 
 
 def common_beginning(a: np.ndarray, b: np.ndarray) -> int:
@@ -146,13 +181,18 @@ def _laid_out(  # noqa: PLR0917
     lengths: np.ndarray,
     shared: np.ndarray,
     bins: Sequence[Sequence[int]],
+    *,
+    by_branch: bool = False,
 ) -> PackedTree:
     width = mask.shape[1]
     sizes = [_fresh(lengths, shared, members).tolist() for members in bins]
     shape = len(bins), max(map(sum, sizes))
     source, depth = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    allowed = np.zeros((*shape, shape[1]), dtype=bool)
-    allowed[:, np.arange(shape[1]), np.arange(shape[1])] = True  # padding attends to itself: no row may be empty
+    branches: list[tuple[int, int, np.ndarray]] = []
+    allowed = None
+    if not by_branch:
+        allowed = np.zeros((*shape, shape[1]), dtype=bool)
+        allowed[:, np.arange(shape[1]), np.arange(shape[1])] = True  # padding attends to itself: no row may be empty
     place = np.zeros(mask.shape, dtype=np.int64)
     for number, members in enumerate(bins):
         used = 0
@@ -163,10 +203,13 @@ def _laid_out(  # noqa: PLR0917
             path = np.concatenate([path[:first], np.arange(used, used + fresh)])
             depth[number, own] = first + np.arange(fresh)
             source[number, own] = row * width + starts[row] + depth[number, own]
-            allowed[number, own][:, path[:first]] = True
-            allowed[number, own, own] = np.tri(fresh, dtype=bool)
+            if allowed is None:
+                branches += [(used, used + fresh, path[:first])] if fresh else []
+            else:
+                allowed[number, own][:, path[:first]] = True
+                allowed[number, own, own] = np.tri(fresh, dtype=bool)
             place[row, starts[row] :] = number * shape[1] + path
             used += fresh
         source[number, used:] = source[number, 0]
     filled = np.arange(shape[1]) < np.array([sum(own) for own in sizes])[:, None]
-    return PackedTree(source, allowed, depth, filled, place, mask)
+    return PackedTree(source, allowed, depth, filled, place, mask, tuple(branches))
