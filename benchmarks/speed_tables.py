@@ -30,13 +30,15 @@ def floors_table(encode: dict[str, Any], train_step: dict[str, Any], stage1_step
         lines.append(f"| {name} | {against} | {least} | {found:.2f} | {low:.2f} to {high:.2f} | {reached} |")
     lines += ["", *_explained(encode), ""]
     limits = ", ".join(f"{row['of_the_bare_pass']:.2f} ({name})" for name, row in encode["limit"].items())
-    halves = encode["bfloat16"]["cosine"]
+    halves, seconds = encode["bfloat16"]["cosine"], encode["bfloat16"]["seconds"]
+    share = seconds["bfloat16"][0] / seconds["float32"][0]
     runs = {row["runs"] for row in encode["floors"].values()}
     lines.append(
         f"`python benchmarks/encode.py`, `stage1_step.py` and `train_step.py`: medians of {min(runs)} alternating "
         "runs, CPU time on one thread; spread is that of single runs. `encode` takes, of the time of the bare model on "
         f"packed, prepared, distinct inputs: {limits}. In bfloat16 embeddings have a cosine of at least "
-        f"{halves['least']:.4f} with those in float32 (mean {halves['mean']:.4f})."
+        f"{halves['least']:.4f} with those in float32 (mean {halves['mean']:.4f}) and take {share:.2f} of the time on "
+        "this machine; that is less only where the processor has instructions for it."
     )
     return "\n".join(lines)
 
@@ -68,7 +70,7 @@ def _explained(encode: dict[str, Any]) -> list[str]:
                 f"Not reached, {name}: the peer's language model runs over {peer['places']:,} places, of which "
                 f"{row['padding_share_of_peer']:.0%} are padding, ours over {ours['places']:,}: "
                 f"{peer['places'] / ours['places']:.2f} times as many. The last layer and the vision tower save "
-                "more, and attention over packed sequences, as long as the longest input, takes some of it back."
+                "more; each further pass reads all weights once more."
             )
         else:
             lines.append(
