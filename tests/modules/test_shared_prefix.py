@@ -1,5 +1,7 @@
 """Rows that begin alike: the same embeddings as one by one, from fewer tokens."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
@@ -10,7 +12,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from tiny import FAMILIES, PLUGIN_FAMILIES, picture, tiny_encoder
-from unime_st.modules import branch_attention, build_encoder, export_encoder, shared_prefix
+from unime_st.modules import branch_attention, build_encoder, export_encoder, sentence_transformer, shared_prefix
 from unime_st.modules.inference import encoding_order
 from unime_st.modules.shared_prefix import SharedPrefixes, language_model, shares_prefixes
 from unime_st.modules.token_tree import flatten_tree, pack_tree
@@ -175,11 +177,110 @@ def test_what_does_not_fit_stays_with_padded_rows(backbone, refused, layout):
 
 def test_contexts_nest(backbone):
     prefixes = SharedPrefixes()
-    with prefixes.encoding(last_token_only=True):
+    seen = lambda: (prefixes.active, prefixes.last_token_only, prefixes.inference)  # noqa: E731
+    with prefixes.encoding(last_token_only=True, inference=True):
         with prefixes.encoding():
-            assert (prefixes.active, prefixes.last_token_only) == (True, False)
-        assert (prefixes.active, prefixes.last_token_only) == (True, True)
-    assert (prefixes.active, prefixes.last_token_only) == (False, False)
+            assert seen() == (True, False, False)
+        assert seen() == (True, True, True)
+    assert seen() == (False, False, False)
+
+
+@pytest.fixture
+def by_branch(monkeypatch):
+    """Passes whose attention went by branch: the rows of each."""
+    found, own = [], branch_attention.Branches
+    monkeypatch.setattr(
+        shared_prefix, "Branches", lambda tree, dtype: found.append(len(tree.branches)) or own(tree, dtype)
+    )
+    return found
+
+
+def test_attention_by_branch_has_the_models_own_scale(backbone, by_branch):
+    model = build_encoder(backbone("llava_next"), device="cpu")
+    before = model.encode(inputs()[:9])
+    for layer in language_model(model[0].model).layers:
+        layer.self_attn.scaling *= 4
+    found = model.encode(inputs()[:9])
+    assert by_branch
+    assert np.abs(found - before).max() > 1e-3
+    np.testing.assert_allclose(found, one_by_one(model, inputs()[:9]), atol=2e-6)
+
+
+def a_copy(config):
+    copied = copy.deepcopy(config)
+    copied._attn_implementation = "sdpa"
+    return copied
+
+
+@pytest.mark.parametrize("why", ["eager", "attention has a config of its own", "training"])
+def test_attention_by_branch_is_for_inference_with_sdpa(why, backbone, by_branch):
+    model = build_encoder(backbone("llava_next"), device="cpu").eval()
+    decoder = language_model(model[0].model)
+    expected = one_by_one(model, inputs()[:9])
+    model.encode(inputs()[:9])
+    assert by_branch
+    by_branch.clear()
+    if why == "eager":
+        model[0].model.set_attn_implementation("eager")
+    elif why != "training":
+        decoder.layers[-1].self_attn.config = a_copy(decoder.config)
+    before = model[0].prefixes.computed
+    if why == "training":
+        with torch.no_grad(), model[0].prefixes.encoding():
+            found = model(model.preprocess(inputs()[:9]))["sentence_embedding"].numpy()
+    else:
+        found = model.encode(inputs()[:9])
+    assert not by_branch
+    assert model[0].prefixes.computed > before  # packed, then
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_the_usual_attention_is_back_after_an_error(backbone, monkeypatch):
+    model = build_encoder(backbone("llava_next"), device="cpu")
+    decoder = language_model(model[0].model)
+    expected = model.encode(inputs()[:3])
+
+    def failing(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(branch_attention, "scaled_dot_product_attention", failing)
+        with pytest.raises(MemoryError):
+            model.encode(inputs()[:3])
+    assert decoder.config._attn_implementation == "sdpa"
+    np.testing.assert_array_equal(model.encode(inputs()[:3]), expected)
+
+
+def test_others_get_the_usual_attention_meanwhile(backbone, monkeypatch):
+    """A call of the model in another thread, while attention goes by branch in this one, and a plan there."""
+    model = build_encoder(backbone("llava_next"), device="cpu").eval()
+    decoder = language_model(model[0].model)
+    features = model.preprocess(["a cat on a mat", "a dog", "no"])
+    states = {name: features[name] for name in ("input_ids", "attention_mask")}
+    with torch.inference_mode():
+        expected = decoder(**states).last_hidden_state
+        tree = flatten_tree(features["prefix_key"].numpy(), features["attention_mask"].numpy() > 0)
+        with (
+            branch_attention.by_branch(decoder, branch_attention.Branches(tree, torch.float32)),
+            ThreadPoolExecutor(1) as pool,
+        ):
+            found = pool.submit(torch.inference_mode()(lambda: decoder(**states).last_hidden_state)).result()
+            planned = pool.submit(model.preprocess, ["a cat"]).result()
+    torch.testing.assert_close(found, expected)
+    assert "prefix_key" in planned
+
+
+@pytest.mark.parametrize("budget", [None, 150])
+def test_a_beginning_longer_than_a_pass_is_computed_once(budget, backbone, monkeypatch):
+    monkeypatch.setattr(sentence_transformer, "CPU_TOKENS", 150)
+    model = build_encoder(backbone("llava_next"), device="cpu")
+    items = [{"image": picture("red", (64, 64)), "text": "very " * 30 + last} for last in "abc"]
+    alone = int(model.preprocess(items[:1])["attention_mask"].sum())
+    assert alone > 150
+    expected, before = one_by_one(model, items), model[0].prefixes.computed
+    found = model.encode(items, batch_num_tokens=budget)
+    assert model[0].prefixes.computed - before < 2 * alone
+    np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
 def test_positions_that_do_not_fit_fall_back_to_padded_rows(backbone, monkeypatch, layout):

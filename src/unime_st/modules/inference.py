@@ -106,7 +106,8 @@ def passes(
 
     Args:
         features: Of B inputs, those that begin alike side by side.
-        num_tokens: That a pass computes, at the most; an input with more is alone. None makes one pass.
+        num_tokens: That a pass computes, at the most. An input with more than half of it takes those that stay with it
+            along, as long as what they add is no more; else one with more is alone. None makes one pass.
         padded: Whether the model computes padding: it counts then. Otherwise what an input shares with the one before
             counts once, and inputs that share half of their tokens or more stay together.
 
@@ -129,6 +130,10 @@ def passes(
             follows = rest[1:] == rest[:-1] + 1  # else what it shares is in another pass, or far away in this one
             used = np.cumsum(tokens[rest] - np.concatenate([[0], np.where(follows, shared[rest[1:]], 0)]))
         count = max(1, int(np.searchsorted(used, num_tokens, side="right")))
+        if not padded and 2 * used[0] > num_tokens:  # else what they share is computed again for every few of them
+            stay = follows & (2 * shared[rest[1:]] >= tokens[rest[1:]])
+            group = int(np.append(stay, False).argmin()) + 1
+            count = max(count, int(np.searchsorted(used[:group] - used[0], num_tokens, side="right")))
         if count == len(tokens):
             yield np.arange(count), features
             return

@@ -72,8 +72,9 @@ class MultimodalSentenceTransformer(SentenceTransformer):
 
         ``encode(inputs, batch_size=256, batch_num_tokens=16384)`` prepares 256 inputs at a time and runs the model over
         at most so many of their tokens at once, images' included, what is shared counting once; a longer input is
-        alone, and a batch with videos is one pass. That bounds memory for inputs of whatever length, and lets a batch
-        hold many short ones. By default a batch is one pass on a GPU, and passes of 1,024 tokens on the CPU.
+        alone, but for those that share half of theirs with it, and a batch with videos is one pass. That bounds memory
+        for inputs of whatever length, and lets a batch hold many short ones. By default a batch is one pass on a GPU,
+        and passes of 1,024 tokens on the CPU.
         """
         return [*super().get_model_kwargs(), _BUDGET]
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from unime_st.modules.branch_attention import Branches, attends_by_branch, by_branch
+from unime_st.modules.branch_attention import NAME, Branches, attends_by_branch, by_branch
 from unime_st.modules.token_tree import PackedTree, flatten_tree, pack_tree
 
 LANGUAGE_MODEL_NAMES = ("language_model", "text_model")
 """What multimodal models of transformers call their language model."""
 
-_ATTENTION = ("sdpa", "eager")  # those that take a mask of four dimensions
+_ATTENTION = ("sdpa", "eager", NAME)  # those that take a mask of four dimensions
 _ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length of the batch
 _CARRIED = ("inputs_embeds", "attention_mask", "position_ids", "cache_position", "use_cache")
 _DEEPSTACK = ("visual_pos_masks", "deepstack_visual_embeds")
@@ -48,6 +48,7 @@ def shares_prefixes(model: nn.Module) -> bool:
         set(layers) == {"full_attention"}
         and getattr(config, "sliding_window", None) is None
         and not getattr(config, "use_bidirectional_attention", False)
+        and getattr(config, "is_causal", None) is not False
         and rope.get("rope_type", "default") in _ROPE
     )
 
@@ -108,7 +109,7 @@ class SharedPrefixes:
 
     @contextmanager
     def serving(self, model: nn.Module, keys: Tensor | None, mask: Tensor) -> Iterator[None]:
-        """Within this context the model's language model runs over packed trees.
+        """Within this context the model's language model runs over packed trees, or one flat one.
 
         Args:
             model: The multimodal model, without a head.
@@ -218,13 +219,13 @@ def _run(decoder: Any, plain: Any, tree: PackedTree, kwargs: dict[str, Any], *, 
         return plain(**kwargs)
     carried |= {"use_cache": False, "inputs_embeds": _taken(embeddings, source), "position_ids": positions}  # (P, L, D)
     dtype = _scores_dtype(embeddings)
-    attention: Any = nullcontext()
-    if tree.allowed is None:
-        carried["branches"], attention = Branches(tree, dtype), by_branch(decoder)
-    else:
-        carried["attention_mask"] = _attention_mask(tree.allowed, embeddings.device, dtype)
-    with attention, _last_layer_at(decoder, tree.place[:, -1]) if last_token_only else nullcontext():
-        output = plain(**carried)
+    attention: Any = (
+        by_branch(decoder, Branches(tree, dtype))
+        if tree.allowed is None
+        else nullcontext({"attention_mask": _attention_mask(tree.allowed, embeddings.device, dtype)})
+    )
+    with attention as mask, _last_layer_at(decoder, tree.place[:, -1]) if last_token_only else nullcontext():
+        output = plain(**carried, **mask)
     states = output["last_hidden_state"]
     if last_token_only:  # (B, T, D) without its memory: the others are not read
         output["last_hidden_state"] = _taken(states, place[:, -1:]).expand(*place.shape, -1)

@@ -1,4 +1,4 @@
-"""Rows that begin alike as a tree of tokens, cut into sequences: each shared beginning appears once.
+"""Rows that begin alike as a tree of tokens, in one sequence or several: each shared beginning appears once.
 
 With causal attention a token's state depends on what stands before it alone, so rows that begin alike (the same image,
 the same instruction, the turn marker) share the states of that beginning exactly. Dimension letters: B rows, T tokens
