@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from transformers import AutoConfig
 
+import tiny
 from tiny import FAMILIES, PLUGIN_FAMILIES, picture, tiny_encoder
 from unime_st.modules import branch_attention, build_encoder, export_encoder, sentence_transformer, shared_prefix
 from unime_st.modules.inference import encoding_order
@@ -204,6 +206,30 @@ def test_attention_by_branch_has_the_models_own_scale(backbone, by_branch):
     assert by_branch
     assert np.abs(found - before).max() > 1e-3
     np.testing.assert_allclose(found, one_by_one(model, inputs()[:9]), atol=2e-6)
+
+
+@pytest.mark.parametrize(("text_model", "goes_by_branch"), [("stablelm", True), ("gpt_neox", False), ("xglm", None)])
+def test_text_models_of_other_families(text_model, goes_by_branch, tmp_path, monkeypatch, by_branch):
+    """Layers that hand nothing down to attention, that have other names, and positions that are not rotary."""
+    own = tiny._config
+
+    def other(family, tokenizer):
+        config = own(family, tokenizer)
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        text = {name: getattr(config.text_config, name) for name in sizes}
+        text |= {"num_layers": text["num_hidden_layers"], "attention_heads": text["num_attention_heads"]}
+        text["num_key_value_heads"] = text["num_attention_heads"]
+        config.text_config = AutoConfig.for_model(text_model, **text, pad_token_id=config.text_config.pad_token_id)
+        return config
+
+    monkeypatch.setattr(tiny, "_config", other)
+    model = tiny_encoder("llava_next", tmp_path / "tiny")
+    items = inputs()[:9]
+    found = model.encode(items)
+    assert len(by_branch) == bool(goes_by_branch)
+    assert shares_prefixes(model[0].model) is (goes_by_branch is not None)
+    if goes_by_branch is not None:  # padding moves absolute positions, in stock code too
+        np.testing.assert_allclose(found, one_by_one(model, items), atol=2e-6)
 
 
 def a_copy(config):

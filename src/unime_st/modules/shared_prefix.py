@@ -43,12 +43,13 @@ def shares_prefixes(model: nn.Module) -> bool:
     if config is None or getattr(config, "_attn_implementation", None) not in _ATTENTION:
         return False
     layers = getattr(config, "layer_types", None) or ["full_attention"]
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope: Any = getattr(config, "rope_parameters", None)  # without: absolute positions, or biases
     return (
         set(layers) == {"full_attention"}
         and getattr(config, "sliding_window", None) is None
         and not getattr(config, "use_bidirectional_attention", False)
         and getattr(config, "is_causal", None) is not False
+        and bool(rope)
         and rope.get("rope_type", "default") in _ROPE
     )
 
@@ -175,8 +176,8 @@ def _asks_for_states(*models: Any) -> bool:
 def _last_layer_at(decoder: Any, places: np.ndarray) -> Iterator[None]:
     """Within this context the last layer asks, mixes and feeds forward for the tokens at some places alone."""
     layer = decoder.layers[-1]
-    attention = layer.self_attn
-    own = (getattr(attention, "q_proj", None), getattr(attention, "o_proj", None), layer.mlp)
+    attention = getattr(layer, "self_attn", None)  # other families have other names: then all is computed
+    own = [getattr(attention, name, None) for name in ("q_proj", "o_proj")] + [getattr(layer, "mlp", None)]
     parts = () if _is_computed_again(layer) else own
     served = [part for part in parts if isinstance(part, nn.Module) and "forward" not in vars(part)]
 
