@@ -18,6 +18,7 @@ LAYERS = {
     "features": 1,
     "fingerprint": 1,
     "files": 1,
+    "images": 1,
     "model_identity": 1,
     "checkpoints": 2,
     "modules": 2,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import uuid
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +42,26 @@ def write_atomically(path: Path, content: bytes | str | np.ndarray) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def checksum(*values: np.ndarray | bytes | str) -> str:
+    """Hash what a file holds, array by array; it is kept inside the file and compared when that is read.
+
+    Example:
+        >>> checksum(np.zeros(2)) == checksum(np.zeros(2)), checksum("ab", "c") == checksum("a", "bc")
+        (True, False)
+    """
+    total = hashlib.blake2b(digest_size=16)
+    for value in values:
+        if isinstance(value, np.ndarray):
+            content: Any = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+            kind = f"{value.dtype.str}{value.shape}"
+        else:
+            content = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+            kind = type(value).__name__
+        total.update(f"{kind}:{len(content)}:".encode())
+        total.update(content)
+    return total.hexdigest()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -1,0 +1,195 @@
+"""One opener for images, whatever form they come in: every reader of this package sees the same pixels.
+
+The rule, for files, bytes, PIL images and arrays alike:
+
+* turned as the EXIF orientation says;
+* transparency is laid onto white, palettes and colour keys included, as transformers' ``convert_to_rgb`` does;
+* 16 bits a channel become 8 by leaving out the lower byte; floats in [0, 1] become bytes; other ranges are refused;
+* of an animation, the first frame; everything else as Pillow converts it to RGB.
+
+What stock code makes of a path, which is to drop transparency and to clip deep images, is
+``PIL.Image.open(path).convert("RGB")`` given in place of the path.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+_ORIENTATION = 0x0112
+_NOT_THE_FILES_FAULT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT})
+_RUN_BY_A_PROGRAM = frozenset({"EPS"})  # Pillow hands these to Ghostscript
+
+
+class UnreadableImageError(ValueError):
+    """Something is there, but it is no image, or a damaged one."""
+
+
+def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
+    """Decode a file or its bytes, by the rule of this module.
+
+    Args:
+        source: A path, or the bytes of a file.
+        name: What errors call it; the path when not given.
+
+    Returns:
+        An RGB image.
+
+    Raises:
+        FileNotFoundError: There is no such file; folders and special files (pipes, devices) are none.
+        UnreadableImageError: It holds no image, a damaged one, or one whose numbers have no known range.
+        OSError: The machine has no more files or memory, which says nothing of the image.
+
+    Example:
+        >>> buffer = io.BytesIO()
+        >>> Image.new("LA", (1, 1), (0, 0)).save(buffer, "png")  # black, but nothing of it shows
+        >>> open_image(buffer.getvalue()).getpixel((0, 0))
+        (255, 255, 255)
+    """
+    if isinstance(source, bytes):
+        name = name or "bytes"
+    else:
+        name = name or str(source)
+        if not is_file(source):
+            raise FileNotFoundError(
+                f"There is no image file {name!r}. Check the path and the folder it is relative to."
+            )
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.format in _RUN_BY_A_PROGRAM:
+                raise ValueError(f"{image.format} files are programs")  # noqa: TRY301 (worded below)
+            seen = as_rgb(image, name)
+            return seen.copy() if seen is image else seen  # a plain image, which holds no file
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # decoders of damaged files raise whatever they come upon
+        if isinstance(error, OSError) and error.errno in _NOT_THE_FILES_FAULT:
+            raise
+        reason = str(error) or type(error).__name__
+        raise UnreadableImageError(f"Cannot read an image from {name}: {reason}. Replace or remove it.") from error
+
+
+def as_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
+    """Bring a PIL image to RGB by the rule of this module; one that is there already is returned itself.
+
+    Args:
+        image: Of any mode.
+        name: What errors call it.
+
+    Raises:
+        UnreadableImageError: For numbers of no known range.
+
+    Example:
+        >>> as_rgb(Image.new("I;16", (1, 1), 0x8000)).getpixel((0, 0))
+        (128, 128, 128)
+    """
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _from_deep(image, name)
+    if image.mode == "F":
+        return Image.fromarray(_bytes_of(np.asarray(image), name)).convert("RGB")
+    if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
+        seen = image.convert("LA") if image.mode == "La" else image
+        seen = seen.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def from_array(array: np.ndarray | torch.Tensor, name: str = "the image") -> Image.Image:
+    """Make an RGB image of numbers, by the rule of this module.
+
+    Args:
+        array: ``(H, W)``, ``(H, W, C)`` or ``(C, H, W)`` with C of 1, 3, or 4 (transparency). Floats lie in [0, 1],
+            integers in [0, 255], or in [0, 65535] if their type is unsigned of 16 bits.
+        name: What errors call it.
+
+    Raises:
+        ValueError: For another shape or range, NaN included.
+
+    Example:
+        >>> from_array(np.full((3, 1, 2), 0.5)).size
+        (2, 1)
+    """
+    if isinstance(array, torch.Tensor):
+        tensor = array.detach().cpu()
+        values = tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()  # numpy has no bfloat16
+    else:
+        values = np.asarray(array)
+    if values.ndim == 2:
+        values = values[:, :, None]
+    channels = {1, 3, 4}
+    if values.ndim != 3 or values.size == 0 or not channels & {values.shape[0], values.shape[2]}:
+        raise ValueError(f"{name}: an array of shape {tuple(array.shape)} is no image. Give (H, W, 3) or (3, H, W).")
+    if values.shape[2] not in channels:
+        values = values.transpose(1, 2, 0)
+    if values.dtype.kind not in "fiub":
+        raise ValueError(f"{name}: an array of {values.dtype} is no image. Give bytes, or floats in [0, 1].")
+    if values.dtype == np.uint16:
+        values = (values >> 8).astype(np.uint8)
+    elif values.dtype.kind in "fb":
+        values = _bytes_of(values.astype(np.float32), name)
+    elif not (values.min() >= 0 and values.max() <= 255):
+        raise ValueError(
+            f"{name}: an image of integers must lie in [0, 255], got {values.min()} to {values.max()}. Rescale it, or "
+            "give a PIL image."
+        )
+    pixels = np.ascontiguousarray(values.astype(np.uint8))
+    return as_rgb(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), name)
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is a regular file; a name too long, or with a null byte, has none."""
+    try:
+        return os.path.isfile(path)  # noqa: PTH113 (Path.is_file raises for a name too long)
+    except ValueError:
+        return False
+
+
+def is_image_file(path: str) -> bool:
+    """Whether there is a file that Pillow recognises by its content, which is not decoded.
+
+    >>> is_image_file("a sentence")
+    False
+    """
+    if not is_file(path):
+        return False
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            return image.format not in _RUN_BY_A_PROGRAM
+    except Exception:  # noqa: BLE001 (see `open_image`)
+        return False
+
+
+def _from_deep(image: Image.Image, name: str) -> Image.Image:
+    """Scale 16 bits to 8, in whichever of Pillow's modes they came; a colour that stands for nothing becomes white."""
+    values = np.asarray(image).astype(np.int64)
+    if values.size and not (values.min() >= 0 and values.max() <= 0xFFFF):
+        raise UnreadableImageError(
+            f"{name} has pixels of {values.min()} to {values.max()} in mode {image.mode}, where 16 bits hold 0 to "
+            "65535. Rescale them to bytes first."
+        )
+    pixels = (values >> 8).astype(np.uint8)
+    key: Any = image.info.get("transparency")
+    if isinstance(key, int):
+        pixels = np.where(values == key, np.uint8(255), pixels)
+    return Image.fromarray(pixels).convert("RGB")
+
+
+def _bytes_of(values: np.ndarray, name: str) -> np.ndarray:
+    """Floats in [0, 1] as bytes."""
+    if values.size and not (values.min() >= 0 and values.max() <= 1):  # written so that NaN is refused too
+        raise UnreadableImageError(
+            f"{name}: an image of floats must lie in [0, 1], got {values.min()} to {values.max()}. Rescale it, or "
+            "give a PIL image of bytes."
+        )
+    return (values * 255.0).round().astype(np.uint8)
