@@ -5,7 +5,8 @@ An input is flattened into its parts (texts and media, in the order they are giv
 
 * *encoded* images (a path, bytes, a ``datasets`` cell that is not decoded) are known by the bytes of the file, so a
   path, a copy of the file and the file's bytes are one content, and nothing is decoded;
-* *decoded* images (PIL, numpy, torch) are known by their pixels, whatever file they came from.
+* *decoded* images (PIL, numpy, torch) are known by their pixels, as :mod:`unime_st.images` shows them to a model,
+  whatever file they came from.
 
 An encoded and a decoded form of one picture do not compare equal: give both in the same form where that matters.
 """
@@ -13,6 +14,7 @@ An encoded and a decoded form of one picture do not compare equal: give both in 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,8 +24,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from unime_st.images import as_rgb, stands_for_image
+
 _DIGEST_BYTES = 16
 _ID_MASK = 2**63 - 1
+_SETTLED_NS = 2 * 10**9
 _MEDIA = ("image", "video", "audio")
 _REMOTE = ("http://", "https://", "data:")
 _ENCODED_KEYS = {"bytes", "path"}
@@ -36,8 +41,9 @@ def fingerprint(item: Any, *, read_files: bool = True) -> str:
 
     Args:
         item: Text, an image (PIL, path, bytes, numpy, torch), ``{"image", "text"}`` where the image may be a list,
-            chat messages, or a list of media. A string at the top is text; below ``"image"`` it is a path, URL or data
-            URI. URLs are not fetched: the address is the identity.
+            chat messages, or a list of media. A string at the top is what ``encode`` takes it for: an image if it
+            stands for one (:func:`~unime_st.images.stands_for_image`), else text; below ``"image"`` it is a path, URL
+            or data URI, below ``"text"`` always text. URLs are not fetched: the address is the identity.
         read_files: Know an image's path by the content of its file; False by the path as written, which costs no
             reading but takes two copies of a file for two images.
 
@@ -46,7 +52,7 @@ def fingerprint(item: Any, *, read_files: bool = True) -> str:
 
     Raises:
         FileNotFoundError: When a file is to be read and is not there.
-        TypeError: For an input of another kind.
+        TypeError: For an input of another kind, or a number where a text belongs.
 
     Example:
         >>> fingerprint("a cat") == fingerprint({"text": "a cat", "image": None})
@@ -57,7 +63,7 @@ def fingerprint(item: Any, *, read_files: bool = True) -> str:
         >>> fingerprint({"image": grey, "text": "a cat"}) == fingerprint({"image": grey, "text": "a dog"})
         False
     """
-    return _digest(_parts(item, read_files, instructions=True)).hex()
+    return _digest(_parts(_named(item), read_files, instructions=True)).hex()
 
 
 def content_id(item: Any, *, read_files: bool = True) -> int:
@@ -93,7 +99,7 @@ def content_id_and_media(item: Any, *, read_files: bool = True) -> tuple[int, tu
         >>> number == content_id({"image": Image.new("RGB", (2, 2)), "text": "a cat"}), len(media)
         (True, 1)
     """
-    parts = list(_parts(item, read_files, instructions=False))
+    parts = list(_parts(_named(item), read_files, instructions=False))
     media = tuple(content for kind, content in parts if kind in _MEDIA)
     return int.from_bytes(_digest(parts)[:8], "big") & _ID_MASK, media
 
@@ -113,9 +119,14 @@ def media_and_text(item: Any, *, read_files: bool = True) -> tuple[tuple[bytes, 
         >>> len(media), text
         (1, 'a cat')
     """
-    parts = list(_parts(item, read_files, instructions=False))
+    parts = list(_parts(_named(item), read_files, instructions=False))
     media = tuple(content for kind, content in parts if kind in _MEDIA)
     return media, "".join(content.decode("utf-8", "surrogatepass") for kind, content in parts if kind == "text")
+
+
+def _named(item: Any) -> Any:
+    """The input itself; a bare string that stands for an image becomes that image."""
+    return {"image": item} if isinstance(item, str) and stands_for_image(item) else item
 
 
 def _digest(parts: Iterable[Part]) -> bytes:
@@ -177,8 +188,11 @@ def _dict_parts(item: Mapping[str, Any], read_files: bool) -> Iterator[Part]:
                 yield kind, _medium(medium, read_files)
     text = item.get("text")
     for piece in text if isinstance(text, (list, tuple)) else [text]:
-        if piece is not None and piece != "":
-            yield "text", str(piece).encode("utf-8", "surrogatepass")
+        if piece is None or (isinstance(piece, str) and not piece):
+            continue
+        if not isinstance(piece, str):
+            raise TypeError(f"A text is {piece!r}, a {type(piece).__name__}. Give a string, or leave the text out.")
+        yield "text", piece.encode("utf-8", "surrogatepass")
 
 
 def _is_encoded(item: Mapping[str, Any]) -> bool:
@@ -207,8 +221,7 @@ def _named_medium(name: str, read_files: bool) -> bytes:
 
 def _decoded_medium(value: Any) -> bytes:
     if isinstance(value, Image.Image):
-        alpha = "A" in value.getbands() or "transparency" in value.info
-        return _array_digest(np.asarray(value.convert("RGBA" if alpha else "RGB")))
+        return _array_digest(np.asarray(as_rgb(value)))
     if isinstance(value, torch.Tensor):  # bfloat16 has no numpy type: hash the bytes
         raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         return _hash(b"tensor", f"{value.dtype}{tuple(value.shape)}".encode(), raw.tobytes())
@@ -246,14 +259,23 @@ def _array_digest(array: np.ndarray) -> bytes:
 
 
 def _file_digest(path: str | Path) -> bytes:
+    """Digest of a file, which is read once as long as it stays the same file, unchanged.
+
+    What tells that: device, number, size, and the times of the last change of content and of anything, the second of
+    which no program sets. A file that changed less than two seconds ago may change again within one tick of the clock,
+    so it is read each time. What remains is a file system without numbers or with a clock of its own that runs slow.
+    """
     try:
         status = Path(path).stat()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"There is no file {str(path)!r} to hash; is it relative to another folder?") from error
-    return _file_digest_of(str(path), status.st_mtime_ns, status.st_size)
+    changed = max(status.st_ctime_ns, status.st_mtime_ns)
+    state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if changed > time.time_ns() - _SETTLED_NS:
+        return _hash(b"file", Path(path).read_bytes())
+    return _file_digest_of(str(path), state)
 
 
 @lru_cache(maxsize=65536)
-def _file_digest_of(path: str, _mtime_ns: int, _size: int) -> bytes:
-    """A file is read once as long as its time and size stay."""
+def _file_digest_of(path: str, _state: tuple[int, ...]) -> bytes:
     return _hash(b"file", Path(path).read_bytes())

@@ -19,10 +19,17 @@ import os
 import warnings
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
+"""Ends of an image's name, as stock code lists them."""
+
+REMOTE_PREFIXES = ("http://", "https://")
+DATA_PREFIX = "data:image/"
 
 _ORIENTATION = 0x0112
 _NOT_THE_FILES_FAULT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT})
@@ -150,7 +157,7 @@ def is_file(path: str | Path) -> bool:
     """Whether there is a regular file; a name too long, or with a null byte, has none."""
     try:
         return os.path.isfile(path)  # noqa: PTH113 (Path.is_file raises for a name too long)
-    except ValueError:
+    except ValueError:  # of a surrogate
         return False
 
 
@@ -168,6 +175,32 @@ def is_image_file(path: str) -> bool:
             return image.format not in _RUN_BY_A_PROGRAM
     except Exception:  # noqa: BLE001 (see `open_image`)
         return False
+
+
+def stands_for_image(text: str) -> bool:
+    """Whether ``encode`` opens a bare string as an image: a data URI, an image's address, or a file that is an image.
+
+    A file is known by its content; stock code goes by a list of suffixes, and takes the path of any other image, such
+    as ``a.tif`` or ``a.avif``, for words.
+
+    Example:
+        >>> stands_for_image("https://a.org/b.png?size=2"), stands_for_image("a picture called b.png")
+        (True, False)
+    """
+    if text.startswith(DATA_PREFIX):
+        return True
+    if text.startswith(REMOTE_PREFIXES):
+        return " " not in text and _address_path(text).endswith(IMAGE_SUFFIXES)
+    if text.lower().endswith(IMAGE_SUFFIXES):
+        return is_file(text)  # damaged or not: what is wrong with it is said when it is opened
+    return is_image_file(text)
+
+
+def _address_path(address: str) -> str:
+    try:
+        return urlparse(address).path.lower()
+    except ValueError:  # no address after all, e.g. "https://[x]"
+        return ""
 
 
 def _from_deep(image: Image.Image, name: str) -> Image.Image:

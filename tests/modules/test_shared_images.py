@@ -40,14 +40,14 @@ def test_features_are_those_of_processing_every_row(family, several, backbone, f
     items = [*rows(files), {"image": [str(files[1]), files[0]], "text": "two"}] if several else rows(files)
     processor = model[0].processor.image_processor
     seen, opened = [], []
-    plain, decoded = type(processor).preprocess, inputs._decoded
+    plain, decoded = type(processor).preprocess, inputs.images.open_image
 
     def counted(self, images, *args, **kwargs):
         seen.append(sum(len(row) if isinstance(row, list) else 1 for row in images))
         return plain(self, images, *args, **kwargs)
 
     monkeypatch.setattr(type(processor), "preprocess", counted)
-    monkeypatch.setattr(inputs, "_decoded", lambda *args: opened.append(args) or decoded(*args))
+    monkeypatch.setattr(inputs.images, "open_image", lambda *args: opened.append(args) or decoded(*args))
     features = model.preprocess(items)
     total = 8 if several else 6
     each_by_itself = family in BY_ROW or (several and family == "llava_onevision")  # in a row of several: no tiles

@@ -14,7 +14,6 @@ from typing import Any
 from PIL import Image
 
 from unime_st.fingerprint import fingerprint
-from unime_st.named_images import stands_for_image
 
 ITEM_ERRORS = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)  # broken PNG: SyntaxError
 _ROW_OF_ONE = re.compile(r"\b([Rr]ow) 0\b( of the batch)?")
@@ -153,10 +152,8 @@ def _content(pair: Any, row: int) -> Any:
 
 
 def _key(item: Any, row: int) -> bytes:
-    """Fingerprint of what ``encode`` makes of an input: a bare string that names an image is that image."""
-    named: Any = {"image": item} if isinstance(item, str) and stands_for_image(item) else item
     try:
-        return bytes.fromhex(fingerprint(named))
+        return bytes.fromhex(fingerprint(item))
     except ITEM_ERRORS as error:
         raise BrokenInputError(row, item, f"{type(error).__name__}: {error}") from error
 

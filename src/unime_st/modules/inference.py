@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,6 +36,30 @@ class EncodingOrder:
     batches: list[np.ndarray]
 
 
+class NumberedInputs(list[Any]):
+    """Inputs that know at which row of the caller's they begin, also when they are cut into chunks.
+
+    Args:
+        inputs: The inputs.
+        first_row: The caller's number of the first of them.
+
+    Example:
+        >>> NumberedInputs(["a", "b", "c"])[1:].first_row
+        1
+    """
+
+    def __init__(self, inputs: Iterable[Any] = (), first_row: int = 0) -> None:
+        super().__init__(inputs)
+        self.first_row = first_row
+
+    def __getitem__(self, place: Any) -> Any:
+        """One input, or a chunk."""
+        found = super().__getitem__(place)
+        return (
+            NumberedInputs(found, self.first_row + place.indices(len(self))[0]) if isinstance(place, slice) else found
+        )
+
+
 def encoding_order(inputs: Sequence[Any], batch_size: int, *, by_beginning: bool) -> EncodingOrder:
     """Plan batches; inputs with videos have batches of their own, for not every family can tell whose the frames are.
 
@@ -53,9 +77,11 @@ def encoding_order(inputs: Sequence[Any], batch_size: int, *, by_beginning: bool
         >>> order.distinct.tolist(), order.index.tolist(), [batch.tolist() for batch in order.batches]
         ([0, 1, 3], [0, 1, 0, 2], [[2, 0], [1]])
     """
-    named = [named_image(item, row) for row, item in enumerate(inputs)]
+    start = getattr(inputs, "first_row", 0)
+    named = [named_image(item, row) for row, item in enumerate(inputs, start)]
     first: dict[str, int] = {}
-    index = np.array([first.setdefault(fingerprint(item), len(first)) for item in named], dtype=np.int64)
+    keys = (_fingerprint(item, row) for row, item in enumerate(named, start))
+    index = np.array([first.setdefault(key, len(first)) for key in keys], dtype=np.int64)
     distinct = np.unique(index, return_index=True)[1]
     contents = [media_and_text(named[number]) for number in distinct]
     sizes = [(_pixels(named[number]), len(text)) for number, (_, text) in zip(distinct, contents, strict=True)]
@@ -68,6 +94,13 @@ def encoding_order(inputs: Sequence[Any], batch_size: int, *, by_beginning: bool
     batches = [np.array(part[at : at + batch_size]) for part in parts for at in range(0, len(part), batch_size)]
     batches.sort(key=lambda batch: tuple(np.sum([sizes[place] for place in batch], axis=0)), reverse=True)
     return EncodingOrder(distinct, index, batches)
+
+
+def _fingerprint(item: Any, row: int) -> str:
+    try:
+        return fingerprint(item)
+    except (OSError, TypeError, ValueError) as error:
+        raise type(error)(f"Row {row}: {error}") from error
 
 
 def _pixels(item: Any) -> int:
@@ -159,12 +192,12 @@ def _shared_tokens(features: dict[str, Any], tokens: np.ndarray) -> np.ndarray:
     return np.array([0, *(common_beginning(one, other) for one, other in pairwise(rows))])
 
 
-def prepared(batches: Sequence[list[Any]], prepare: Callable[[list[Any]], Any], *, ahead: bool) -> Iterator[Any]:
+def prepared(batches: Sequence[Any], prepare: Callable[[Any], Any], *, ahead: bool) -> Iterator[Any]:
     """Prepare batches one after the other.
 
     Args:
-        batches: Lists of inputs.
-        prepare: From such a list to features.
+        batches: What ``prepare`` takes.
+        prepare: From a batch to its features.
         ahead: Prepare each batch in a thread while the one before is used. For a model on a GPU: on the CPU the thread
             takes the cores from the model's own, which costs more than it brings (a sixth, on two cores).
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import binascii
-import io
-import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -14,35 +12,45 @@ from urllib.request import urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from unime_st.named_images import DATA_PREFIX, IMAGE_SUFFIXES, REMOTE_PREFIXES, stands_for_image
+from unime_st import images
+from unime_st.images import DATA_PREFIX, IMAGE_SUFFIXES, REMOTE_PREFIXES, stands_for_image
 
 _LONGEST_PATH = 4096
+_REMOTE = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # of whatever protocol: players know many
 
 Message = dict[str, Any]
 Open = Callable[[Any], Image.Image]
+Local = Callable[[Any, str], Any]
 
 
 def as_messages(
-    item: Any, row: int, *, allow_remote_images: bool = False, opened: dict[Any, Image.Image] | None = None
+    item: Any,
+    row: int,
+    *,
+    allow_remote_images: bool = False,
+    allow_blank: bool = False,
+    opened: dict[Any, Any] | None = None,
 ) -> list[Message]:
     """Turn one input into chat messages whose images are opened.
 
     Args:
         item: text; an image as PIL, path, data URI, bytes, numpy or torch array; ``{"image", "text"}`` where the image
             may be a list; or chat messages (one dict or a list of them).
-        row: its place in the batch, for error messages (``encode`` sorts its inputs by length into batches).
+        row: its number among the caller's inputs, for error messages (``encode`` sorts them by length into batches).
         allow_remote_images: open ``http(s)`` addresses.
-        opened: images of this batch by their path, address or bytes; those opened here are added.
+        allow_blank: take a text without a word, as stock code does, if it is the whole input.
+        opened: images of this batch by their path, address or bytes, or as objects; those opened here are added.
 
     Returns:
         Messages of ``{"role", "content": [{"type": "text" | "image" | ..., ...}]}``.
 
     Raises:
         FileNotFoundError: An image file is not there.
-        TypeError: An input of a kind that is not known.
-        ValueError: Neither text nor image, an unreadable image, or a remote address that was not allowed.
+        TypeError: An input of a kind that is not known, or a number where a text belongs.
+        ValueError: Neither text nor image, an unreadable image, a text that is not valid UTF-8, or a remote address
+            (of a video or sound too) that was not allowed.
 
     Example:
         >>> as_messages({"text": "a cat"}, 0)
@@ -53,79 +61,160 @@ def as_messages(
         key = _name_of(value)
         known = opened.get(key) if opened is not None and key is not None else None
         if known is not None:
-            return known
+            return known[1]
         image = open_image(value, row, allow_remote_images=allow_remote_images)
         if opened is not None and key is not None:
-            opened[key] = image
+            opened[key] = (value, image)  # the value too: an object's number is its own only while it is there
         return image
+
+    def local(medium: Any, kind: str) -> Any:
+        return _local(medium, row, kind, allow_remote_images)
 
     if isinstance(item, Mapping) and "role" in item and "content" in item:
         item = [item]
     if isinstance(item, (list, tuple)) and item and isinstance(item[0], Mapping) and "role" in item[0]:
-        messages = [{**message, "content": _chat_parts(message["content"], row, open_once)} for message in item]
+        messages = [{**message, "content": _chat_parts(message["content"], row, open_once, local)} for message in item]
     else:
-        messages = [{"role": "user", "content": _item_parts(item, row, open_once)}]
+        messages = [{"role": "user", "content": _item_parts(item, row, open_once, local)}]
     parts = [part for message in messages if message["role"] != "system" for part in message["content"]]
-    if not any(part["type"] != "text" or part["text"].strip() for part in parts):
+    said = any(part["type"] != "text" or part["text"].strip() for part in parts)
+    if not said and not (allow_blank and isinstance(item, str)):
         raise ValueError(f"Row {row} holds neither text nor an image. Remove it, or give it one of them.")
     return messages
 
 
 def open_image(value: Any, row: int, *, allow_remote_images: bool = False) -> Image.Image:
-    """Open one image in any of the accepted forms; files and bytes become RGB, turned as their EXIF data say.
+    """Open one image in any of the accepted forms, by the one rule of :mod:`unime_st.images`.
 
     Args:
         value: PIL image, path, data URI, ``http(s)`` address, bytes, array (H, W, C) or (C, H, W) of bytes or of floats
             in [0, 1], or ``{"bytes", "path"}`` as data sets store an image.
-        row: its place in the batch, for error messages.
+        row: its number among the caller's inputs, for error messages.
         allow_remote_images: open ``http(s)`` addresses.
     """
     if isinstance(value, Image.Image):
-        return value
+        return _seen(value, row)
     if isinstance(value, Mapping) and set(value) <= {"bytes", "path"} and value:
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     if isinstance(value, (bytes, bytearray, memoryview)):
-        return _decoded(io.BytesIO(bytes(value)), f"the bytes of row {row}")
+        return images.open_image(bytes(value), f"the bytes of row {row}")
     if isinstance(value, (np.ndarray, torch.Tensor)):
-        return _from_array(value, row)
+        return images.from_array(value, f"Row {row}")
     if isinstance(value, str) and value.startswith(REMOTE_PREFIXES):
         if not allow_remote_images:
-            raise ValueError(
-                f"Row {row} names a remote image, {value!r}, and remote images are opened only when asked for. "
-                "Download it, or pass `allow_remote_images=True` to `build_encoder` or `load_encoder`."
-            )
+            raise ValueError(_not_asked_for(row, value, "image"))
         with urlopen(value, timeout=30) as answer:  # noqa: S310 (http and https only, and asked for)
-            return _decoded(io.BytesIO(answer.read()), value)
+            return images.open_image(answer.read(), value)
     if isinstance(value, str) and value.startswith(DATA_PREFIX):
         try:
             content = base64.b64decode(value.partition(",")[2], validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise ValueError(f"The data URI of row {row} is not valid base64.") from error
-        return _decoded(io.BytesIO(content), f"the data URI of row {row}")
+        return images.open_image(content, f"the data URI of row {row}")
     if isinstance(value, (str, Path)):
-        path = Path(value)
-        if not _is_file(path):
+        if not images.is_file(value):
             raise FileNotFoundError(
                 f"Row {row}: there is no image file {str(value)!r}. Check the path and the folder it is relative to."
             )
-        return _decoded(path, str(path))
-    raise TypeError(f"Row {row}: a {type(value).__name__} is not an image. Give PIL, a path, bytes, numpy or torch.")
+        return images.open_image(value, f"{value} (row {row})")
+    raise TypeError(
+        f"Row {row}: a {type(value).__name__} is not an image, nor a text. Give a text, a PIL image, a path, "
+        'bytes, numpy or torch, or {"image", "text"}.'
+    )
 
 
-def _name_of(value: Any) -> str | bytes | None:
-    """What an image that is not open is known by within a batch; None for any other."""
+def _seen(image: Image.Image, row: int) -> Image.Image:
+    """A PIL image in RGB; what its file lacks is found here, and not by the processor."""
+    try:
+        image.load()
+    except Exception as error:  # decoders of damaged files raise whatever they come upon
+        raise ValueError(f"Row {row}: the image cannot be read: {error}. Replace or remove it.") from error
+    return images.as_rgb(image, f"the image of row {row}")
+
+
+def _not_asked_for(row: int, address: str, kind: str) -> str:
+    return (
+        f"Row {row} names a remote {kind}, {shorten(address, 80)!r}, and remote media are opened only when asked for. "
+        "Download it, or pass `allow_remote_images=True` to `build_encoder` or `load_encoder`."
+    )
+
+
+def _local(medium: Any, row: int, kind: str, allow_remote: bool) -> Any:
+    """A video or sound itself, all of whose addresses are of this machine, frames and nested mappings included."""
+    if isinstance(medium, Mapping):
+        return {key: _local(value, row, kind, allow_remote) for key, value in medium.items()}
+    if isinstance(medium, (list, tuple)):
+        return type(medium)(_local(value, row, kind, allow_remote) for value in medium)
+    if isinstance(medium, str) and not allow_remote and _REMOTE.match(medium):
+        raise ValueError(_not_asked_for(row, medium, kind))
+    return medium
+
+
+def checked_text(text: Any, name: str) -> str:
+    """The text itself, if it is one that tokenizers take.
+
+    Args:
+        text: what stands where a text belongs.
+        name: what errors call it.
+
+    Raises:
+        TypeError: it is a number (a missing value of pandas is), a list or another thing.
+        ValueError: it holds half of a surrogate pair, as broken JSON and file names do, so it is no valid UTF-8.
+
+    Example:
+        >>> checked_text(float("nan"), "Row 3: the text")
+        Traceback (most recent call last):
+        ...
+        TypeError: Row 3: the text is nan, a float. Give a string, or leave it out.
+    """
+    if not isinstance(text, str):
+        raise TypeError(
+            f"{name} is {shorten(repr(text), 60)}, a {type(text).__name__}. Give a string, or leave it out."
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        broken = ascii(text[max(0, error.start - 10) : error.end + 10])
+        raise ValueError(
+            f"{name} is not valid UTF-8 at character {error.start}: {broken} holds half of a surrogate pair. Mend it "
+            'where it was read, or pass `text.encode("utf-8", "replace").decode()`.'
+        ) from error
+    return text
+
+
+def shown_media(messages: list[Message]) -> str:
+    """What the images of an input look like, for an error message; "" when there are none.
+
+    >>> shown_media(as_messages(Image.new("RGB", (900, 4)), 0))
+    ' (an image of 900 x 4 pixels)'
+    """
+    sizes = [
+        f"{part['image'].width} x {part['image'].height}"
+        for message in messages
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
+    if not sizes:
+        return ""
+    return f" ({'an image' if len(sizes) == 1 else 'images'} of {', '.join(sizes)} pixels)"
+
+
+def _name_of(value: Any) -> str | bytes | int | None:
+    """What an image is known by within a batch: its path or bytes, or the object that it is."""
     if isinstance(value, Mapping):
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, Image.Image | np.ndarray | torch.Tensor):
+        return id(value)
     return value if isinstance(value, str | bytes) else None
 
 
-def _item_parts(item: Any, row: int, open_once: Open) -> list[dict[str, Any]]:
+def _item_parts(item: Any, row: int, open_once: Open, local: Local) -> list[dict[str, Any]]:
     if isinstance(item, str) and not names_an_image(item, row):
-        return [{"type": "text", "text": item}]
+        return [{"type": "text", "text": checked_text(item, f"Row {row}: the text")}]
     if isinstance(item, Mapping) and not (item and set(item) <= {"bytes", "path"}):
-        return _dict_parts(item, row, open_once)
+        return _dict_parts(item, row, open_once, local)
     if item is None:
         raise ValueError(f"Row {row} is None. Remove it, or give it a text or an image.")
     if isinstance(item, (list, tuple)):
@@ -133,45 +222,50 @@ def _item_parts(item: Any, row: int, open_once: Open) -> list[dict[str, Any]]:
     return [{"type": "image", "image": open_once(item)}]
 
 
-def _dict_parts(item: Mapping[str, Any], row: int, open_once: Open) -> list[dict[str, Any]]:
+def _dict_parts(item: Mapping[str, Any], row: int, open_once: Open, local: Local) -> list[dict[str, Any]]:
     unknown = sorted(str(key) for key in item if key not in ("image", "text", "video"))
     if unknown:
         raise ValueError(f"Row {row} has the unknown key(s) {', '.join(unknown)}. A dict holds image, video and text.")
-    images = item.get("image")
+    several = item.get("image")
     parts: list[dict[str, Any]] = [
         {"type": "image", "image": open_once(image)}
-        for image in (images if isinstance(images, (list, tuple)) else [images])
+        for image in (several if isinstance(several, (list, tuple)) else [several])
         if image is not None
     ]
     if item.get("video") is not None:
-        parts.append({"type": "video", "video": item["video"]})
-    if item.get("text"):
-        parts.append({"type": "text", "text": str(item["text"])})
+        parts.append({"type": "video", "video": local(item["video"], "video")})
+    if item.get("text") is not None and (text := checked_text(item["text"], f"Row {row}: the text")):
+        parts.append({"type": "text", "text": text})
     return parts
 
 
-def _chat_parts(content: Any, row: int, open_once: Open) -> list[dict[str, Any]]:
+def _chat_parts(content: Any, row: int, open_once: Open, local: Local) -> list[dict[str, Any]]:
     if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, Sequence):
-        raise TypeError(f"Row {row}: the content of a message is a string or a list of parts, not {type(content)}.")
-    parts: list[dict[str, Any]] = []
-    for part in content:
-        if isinstance(part, str):
-            parts.append({"type": "text", "text": part})
-            continue
-        if not isinstance(part, Mapping):
-            raise TypeError(
-                f"Row {row}: a part of a message is a {type(part).__name__}. Give a string, or a mapping such as "
-                '{"type": "image", "image": ...}.'
-            )
-        kind = part.get("type", "text")
-        if kind == "image":
-            value = next((part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None), None)
-            parts.append({"type": "image", "image": open_once(value)})
-        else:
-            parts.append(dict(part))
-    return parts
+        return [{"type": "text", "text": checked_text(content, f"Row {row}: the text")}]
+    if not isinstance(content, (list, tuple)):
+        raise TypeError(
+            f"Row {row}: the content of a message is a string or a list of parts, not a {type(content).__name__}."
+        )
+    return [_chat_part(part, row, open_once, local) for part in content]
+
+
+def _chat_part(part: Any, row: int, open_once: Open, local: Local) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": checked_text(part, f"Row {row}: the text")}
+    if not isinstance(part, Mapping):
+        raise TypeError(
+            f"Row {row}: a part of a message is a {type(part).__name__}. Give a string, or a mapping such as "
+            '{"type": "image", "image": ...}.'
+        )
+    kind = part.get("type", "text")
+    if kind == "text":
+        return {"type": "text", "text": checked_text(part.get("text"), f"Row {row}: the text")}
+    if kind == "image":
+        value = next((part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None), None)
+        return {"type": "image", "image": open_once(value)}
+    if kind not in ("video", "audio"):
+        raise ValueError(f"Row {row}: a part of a message is of type {kind!r}. Known are text, image, video and audio.")
+    return {key: value if key == "type" else local(value, kind) for key, value in part.items()}
 
 
 def names_an_image(text: str, row: int) -> bool:
@@ -202,7 +296,7 @@ def refuse_placeholders(messages: list[Message], row: int, placeholders: Collect
 
     Args:
         messages: of one input, as :func:`as_messages` made them.
-        row: its place in the batch.
+        row: its number among the caller's inputs.
         placeholders: the family's tokens for media.
 
     Raises:
@@ -212,47 +306,13 @@ def refuse_placeholders(messages: list[Message], row: int, placeholders: Collect
         >>> refuse_placeholders(as_messages("a <image>", 0), 0, ["<image>"])
         Traceback (most recent call last):
         ...
-        ValueError: The text 'a <image>' (row 0 of the batch) holds '<image>', which is for media. Reword it.
+        ValueError: The text 'a <image>' (row 0) holds '<image>', which is for media. Reword it.
     """
     for message in messages:
         for part in message["content"]:
             found = next((token for token in placeholders if part["type"] == "text" and token in part["text"]), None)
             if found is not None:
                 raise ValueError(
-                    f"The text {shorten(part['text'], 60)!r} (row {row} of the batch) holds {found!r}, which is for "
+                    f"The text {shorten(part['text'], 60)!r} (row {row}) holds {found!r}, which is for "
                     "media. Reword it."
                 )
-
-
-def _is_file(path: str | Path) -> bool:
-    return os.path.isfile(path)  # noqa: PTH113 (Path.is_file raises for a name too long)
-
-
-def _decoded(source: Any, name: str) -> Image.Image:
-    try:
-        with Image.open(source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"Cannot read an image from {name}: {error}. Replace or remove it.") from error
-
-
-def _from_array(array: np.ndarray | torch.Tensor, row: int) -> Image.Image:
-    values = array.detach().float().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
-    is_float = array.is_floating_point() if isinstance(array, torch.Tensor) else values.dtype.kind == "f"
-    if values.ndim == 2:
-        values = values[:, :, None]
-    if values.ndim != 3 or not {1, 3} & {values.shape[0], values.shape[2]} or values.size == 0:
-        raise ValueError(f"Row {row}: an array of shape {array.shape} is no image. Give (H, W, 3) or (3, H, W).")
-    if values.shape[2] not in (1, 3):
-        values = values.transpose(1, 2, 0)
-    highest = 1 if is_float or values.dtype.kind == "b" else 255
-    if not (values.min() >= 0 and values.max() <= highest):  # written so that NaN is refused too
-        kind = "floats" if is_float else "integers"
-        raise ValueError(
-            f"Row {row}: an image of {kind} must lie in [0, {highest}], got {values.min()} to {values.max()}. Rescale "
-            "it, or give a PIL image."
-        )
-    if highest == 1:
-        values = values * 255.0
-    pixels = np.ascontiguousarray(np.repeat(values, 3, axis=2) if values.shape[2] == 1 else values)
-    return Image.fromarray(pixels.round().astype(np.uint8))

@@ -22,7 +22,14 @@ from unime_st.fingerprint import content_id_and_media
 from unime_st.modules.adapters import attach_adapter
 from unime_st.modules.capture_hooks import enable_capture, remove_capture_hooks
 from unime_st.modules.checks import check_adapter, check_loaded, check_processor
-from unime_st.modules.inputs import Message, as_messages, named_image, refuse_placeholders
+from unime_st.modules.inputs import (
+    Message,
+    as_messages,
+    checked_text,
+    named_image,
+    refuse_placeholders,
+    shown_media,
+)
 from unime_st.modules.shared_images import each_image_once
 from unime_st.modules.shared_prefix import SharedPrefixes, shares_prefixes
 from unime_st.modules.text_only import absent_parts, load_text_model, no_images, whole_model
@@ -38,6 +45,8 @@ SETTINGS_FILE = "unime_st_config.json"
 _CONTENT_KEY = "content_id"
 _IMAGE_KEYS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images", "image_grid_thw")
 _TEXT_ONLY = "text_only"
+_SAVED = frozenset({"vision_cache_bytes"})
+_THE_CALLERS = _SAVED | {"allow_remote_images", "prompt_template", "share_prefixes", "text_only"}
 _NO_LIMIT = 10**9  # tokenizers say 10^30 when they have none
 
 
@@ -130,10 +139,16 @@ class MultimodalEncoder(Transformer):
     def load(cls, model_name_or_path: str, **kwargs: Any) -> Self:  # type: ignore[override]
         """Load from a folder saved by ``save``, with our own settings where they are."""
         settings = Path(model_name_or_path) / SETTINGS_FILE
-        defaults = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-        defaults.pop("format", None)
-        return super().load(model_name_or_path, init_defaults={**defaults, **(kwargs.pop("init_defaults", None) or {})},
+        found = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        kept = {key: value for key, value in found.items() if key in _SAVED}
+        return super().load(model_name_or_path, init_defaults={**kept, **(kwargs.pop("init_defaults", None) or {})},
                             **kwargs)  # fmt: skip
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read the stock module's settings; a checkpoint decides nothing that is the caller's to decide."""
+        config = super().load_config(*args, **kwargs)
+        return {key: value for key, value in config.items() if key not in _THE_CALLERS}
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Save as the stock module does, with a clean tokenizer and our own settings beside."""
@@ -170,6 +185,7 @@ class MultimodalEncoder(Transformer):
         inputs: Sequence[Any],
         prompt: str | None = None,
         processing_kwargs: Any = None,
+        row_numbers: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Turn inputs into features.
@@ -178,22 +194,28 @@ class MultimodalEncoder(Transformer):
             inputs: B inputs: text, images, ``{"image", "text"}`` or chat messages, mixed as you like.
             prompt: an instruction for all rows; an instruction in a row's own system message goes before it.
             processing_kwargs: of the stock module.
+            row_numbers: the caller's numbers of the inputs, as ``encode`` gives them, for errors; blank texts are taken
+                then, as stock code does. None counts from 0, and refuses them.
             **kwargs: of the stock module; ``max_length`` bounds the tokens of a row.
 
         Returns:
             The stock features, ``content_id`` (B,), and ``prefix_key`` (B, T) where beginnings can be shared.
 
         Raises:
-            ValueError: a row is empty, its text spells a media token, or its media and instruction alone are longer
-                than the limit.
+            ValueError: a row is empty, its text spells a media token, its media and instruction alone are longer than
+                the limit, or the processor refuses it.
         """
         if not len(inputs):
             return {}
+        if prompt is not None:
+            checked_text(prompt, "`prompt`")
         allow = self.allow_remote_images
         opened: dict[Any, Any] = {}
-        messages = [as_messages(item, row, allow_remote_images=allow, opened=opened) for row, item in enumerate(inputs)]
+        rows = range(len(inputs)) if row_numbers is None else row_numbers
+        asked_for = {"allow_remote_images": allow, "allow_blank": row_numbers is not None}
+        messages = [as_messages(item, row, opened=opened, **asked_for) for row, item in zip(rows, inputs, strict=True)]
         placeholders = self._placeholders()
-        for row, message in enumerate(messages):
+        for row, message in zip(rows, messages, strict=True):
             refuse_placeholders(message, row, placeholders)
             if absent_parts(self.model) and any(part["type"] != "text" for turn in message for part in turn["content"]):
                 raise ValueError(f"Row {row} has an image or video. {no_images()}")
@@ -202,16 +224,30 @@ class MultimodalEncoder(Transformer):
         processing: Any = {**(processing_kwargs or {})}
         processing["text"] = {**processing.get("text", {}), "truncation": False}
         with each_image_once(self.processor):
-            features = super().preprocess(messages, prompt=prompt, processing_kwargs=processing, **kwargs)
-            while features["attention_mask"].shape[1] > limit and self._shorten(messages, features, limit):
-                features = super().preprocess(messages, prompt=prompt, processing_kwargs=processing, **kwargs)
+            features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
+            while features["attention_mask"].shape[1] > limit and self._shorten(messages, features, limit, rows):
+                features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
         if "num_images_per_sample" in features and "batch_num_images" in self._declared_forward_params:
             features["batch_num_images"] = features["num_images_per_sample"]
-        told = [content_id_and_media(named_image(item, row)) for row, item in enumerate(inputs)]
+        told = [content_id_and_media(named_image(item, row)) for row, item in zip(rows, inputs, strict=True)]
         features[_CONTENT_KEY] = torch.tensor([number for number, _ in told], dtype=torch.long)
         if self.share_prefixes and shares_prefixes(self.model):
             features[PREFIX_KEY] = self._prefix_keys(features["input_ids"], [media for _, media in told])
         return features
+
+    def _processed(
+        self, messages: list[list[Message]], rows: Sequence[int], prompt: str | None, **options: Any
+    ) -> dict[str, Any]:
+        """Features of messages; what the processor refuses, such as an image too narrow for it, is named by its row."""
+        try:
+            return super().preprocess(messages, prompt=prompt, **options)
+        except Exception:
+            for row, message in zip(rows, messages, strict=True):
+                try:
+                    super().preprocess([message], prompt=prompt, **options)
+                except Exception as error:  # processors raise whatever they come upon
+                    raise ValueError(f"Row {row}{shown_media(message)} cannot be processed: {error}") from error
+            raise
 
     def _prefix_keys(self, ids: Tensor, media_of_rows: Sequence[tuple[bytes, ...]]) -> Tensor:
         """What each token is, (B, T): its number, or for a medium's tokens a number drawn from the row's media."""
@@ -238,7 +274,9 @@ class MultimodalEncoder(Transformer):
         words += [tokenizer.convert_ids_to_tokens(number) for number in self._media_token_ids()]
         return {word for word in words if isinstance(word, str) and word}
 
-    def _shorten(self, messages: list[list[Message]], features: dict[str, Any], limit: int) -> bool:
+    def _shorten(
+        self, messages: list[list[Message]], features: dict[str, Any], limit: int, rows: Sequence[int]
+    ) -> bool:
         """Cut the user's text of every row over the limit, in place; whether any row was."""
         lengths = features["attention_mask"].sum(dim=1).tolist()
         tokenize: Any = self.tokenizer
@@ -254,8 +292,8 @@ class MultimodalEncoder(Transformer):
             ]
             if not parts:
                 raise ValueError(
-                    f"Row {row} needs {int(lengths[row])} tokens for its media and instruction alone, but the limit is "
-                    f"{limit}. Raise `max_seq_length`, or give smaller or fewer images."
+                    f"Row {rows[row]} needs {int(lengths[row])} tokens for its media and instruction alone, but the "
+                    f"limit is {limit}. Raise `max_seq_length`, or give smaller or fewer images."
                 )
             offsets = tokenize(parts[-1]["text"], add_special_tokens=False, return_offsets_mapping=True)
             starts = [start for start, _ in offsets["offset_mapping"]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 
 from unime_st.files import write_atomically
 from unime_st.modules.checks import loading_note
-from unime_st.modules.inference import CPU_TOKENS, encoding_order, holds_video, passes, prepared
+from unime_st.modules.inference import CPU_TOKENS, NumberedInputs, encoding_order, holds_video, passes, prepared
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
 from unime_st.modules.shared_prefix import shares_prefixes
 
@@ -104,15 +103,21 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         self.eval()
         by_beginning = encoder.share_prefixes and shares_prefixes(encoder.model)
         order = encoding_order(inputs, kwargs["batch_size"], by_beginning=by_beginning)
-        batches = [[inputs[order.distinct[place]] for place in batch] for batch in order.batches]
+        first_row = getattr(inputs, "first_row", 0)
+
+        def prepare(batch: np.ndarray) -> dict[str, Any]:
+            # not `self.preprocess`, which tries again without the prompt when an input is of a wrong type
+            rows = order.distinct[batch]
+            numbers = (rows + first_row).tolist()
+            return encoder.preprocess([inputs[row] for row in rows], kwargs["prompt"], row_numbers=numbers, **options)
+
         parts: list[torch.Tensor] = []
         encoded_places: list[np.ndarray] = []
         bar = tqdm(total=len(order.distinct), desc="Encoding", unit="input", disable=not kwargs["show_progress_bar"])
         reads_last = len(self) > 1 and isinstance(self[1], Pooling) and self[1].pooling_mode == "lasttoken"
         sharing = encoder.prefixes.encoding(last_token_only=reads_last, inference=True)
         with bar, encoder.prefixes.turns, sharing:
-            prepare = partial(self.preprocess, prompt=kwargs["prompt"], **options)
-            coming = prepared(batches, prepare, ahead=device.type != "cpu")
+            coming = prepared(order.batches, prepare, ahead=device.type != "cpu")
             for batch, prepared_features in zip(order.batches, coming, strict=True):
                 cut = None if holds_video(inputs[order.distinct[batch[0]]]) else budget
                 for rows, features in passes(prepared_features, cut, padded=not by_beginning):
@@ -128,6 +133,10 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         place = np.empty(len(order.distinct), dtype=np.int64)
         place[np.concatenate(encoded_places)] = np.arange(len(place))
         return encoded[torch.from_numpy(place[order.index]).to(encoded.device)]
+
+    def _multi_process(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """What ``encode`` does in several processes; their errors name the caller's rows."""
+        return super()._multi_process(NumberedInputs(inputs), *args, **kwargs)
 
     def save(self, path: str, *args: Any, **kwargs: Any) -> None:
         """Save; see :meth:`sentence_transformers.SentenceTransformer.save`."""

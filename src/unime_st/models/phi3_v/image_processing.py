@@ -16,6 +16,8 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs
 
+from unime_st.images import as_rgb
+
 
 class Phi3VImagesKwargs(ImagesKwargs, total=False):
     """What a call of the image processor may change.
@@ -112,7 +114,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
             and width in pixels of each grid of crops.
         """
         flat: Any = make_flat_list_of_images(self.fetch_images(images))
-        pictures = [to_pil_image(image).convert("RGB") for image in flat]
+        pictures = [as_rgb(to_pil_image(image)) for image in flat]
         num_crops = kwargs.get("num_crops") or self.num_crops
         laid_out = [self._laid_out(picture, num_crops) for picture in pictures]
         crops = [self._cut(self._normalized(picture)) for picture in laid_out]
