@@ -40,7 +40,7 @@ def as_messages(
             may be a list; or chat messages (one dict or a list of them).
         row: its number among the caller's inputs, for error messages (``encode`` sorts them by length into batches).
         allow_remote_images: open ``http(s)`` addresses.
-        allow_blank: take a text without a word, as stock code does, if it is the whole input.
+        allow_blank: take a text without a word, as stock code does, if it is all that the input has.
         opened: images of this batch by their path, address or bytes, or as objects; those opened here are added.
 
     Returns:
@@ -76,11 +76,23 @@ def as_messages(
         messages = [{**message, "content": _chat_parts(message["content"], row, open_once, local)} for message in item]
     else:
         messages = [{"role": "user", "content": _item_parts(item, row, open_once, local)}]
-    parts = [part for message in messages if message["role"] != "system" for part in message["content"]]
-    said = any(part["type"] != "text" or part["text"].strip() for part in parts)
-    if not said and not (allow_blank and isinstance(item, str)):
+    if says_nothing(messages) and not (allow_blank and _is_blank_text(item)):
         raise ValueError(f"Row {row} holds neither text nor an image. Remove it, or give it one of them.")
     return messages
+
+
+def says_nothing(messages: list[Message]) -> bool:
+    """Whether an input has no medium and no word.
+
+    >>> says_nothing([{"role": "user", "content": [{"type": "text", "text": " "}]}])
+    True
+    """
+    parts = [part for message in messages if message["role"] != "system" for part in message["content"]]
+    return not any(part["type"] != "text" or part["text"].strip() for part in parts)
+
+
+def _is_blank_text(item: Any) -> bool:
+    return isinstance(item, str) or (isinstance(item, Mapping) and set(item) == {"text"})
 
 
 def open_image(value: Any, row: int, *, allow_remote_images: bool = False) -> Image.Image:
@@ -234,8 +246,10 @@ def _dict_parts(item: Mapping[str, Any], row: int, open_once: Open, local: Local
     ]
     if item.get("video") is not None:
         parts.append({"type": "video", "video": local(item["video"], "video")})
-    if item.get("text") is not None and (text := checked_text(item["text"], f"Row {row}: the text")):
-        parts.append({"type": "text", "text": text})
+    if item.get("text") is not None:
+        text = checked_text(item["text"], f"Row {row}: the text")
+        if text or not parts:
+            parts.append({"type": "text", "text": text})
     return parts
 
 

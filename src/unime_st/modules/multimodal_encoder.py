@@ -28,6 +28,7 @@ from unime_st.modules.inputs import (
     checked_text,
     named_image,
     refuse_placeholders,
+    says_nothing,
     shown_media,
 )
 from unime_st.modules.shared_images import each_image_once
@@ -105,7 +106,7 @@ class MultimodalEncoder(Transformer):
         self.vision_cache = VisionCache(vision_cache_bytes)
         self.share_prefixes = share_prefixes
         self.prefixes = SharedPrefixes()
-        self._told_of_cuts = False
+        self._told_of_cuts = self._told_of_blanks = False
         if self.tokenizer is not None:
             self.tokenizer.padding_side = "left"
         if prompt_template is not None:
@@ -214,6 +215,10 @@ class MultimodalEncoder(Transformer):
         rows = range(len(inputs)) if row_numbers is None else row_numbers
         asked_for = {"allow_remote_images": allow, "allow_blank": row_numbers is not None}
         messages = [as_messages(item, row, opened=opened, **asked_for) for row, item in zip(rows, inputs, strict=True)]
+        blank = [row for row, message in zip(rows, messages, strict=True) if says_nothing(message)]
+        if blank and not self._told_of_blanks:
+            self._told_of_blanks = True  # once is enough
+            logger.warning("Texts without a word are embedded as the instruction alone, here of row %d.", blank[0])
         placeholders = self._placeholders()
         for row, message in zip(rows, messages, strict=True):
             refuse_placeholders(message, row, placeholders)
