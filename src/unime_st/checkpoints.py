@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from unime_st import distributed
+from unime_st.features import forget_kept_features
 from unime_st.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,10 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
 class CheckpointCallback(TrainerCallback):
     """Marks each checkpoint when it is whole, on all processes, and only then deletes older ones.
 
+    A run that goes on from a checkpoint ends with the weights of one never stopped, to the last bit, given the same
+    processes and threads. For that, features of a frozen vision tower are forgotten at each checkpoint: a resumed run
+    has none, and they differ in the last bits with the batch they were computed in.
+
     The Trainer's own rotation runs before anybody knows that the new checkpoint is whole; so this callback takes
     ``save_total_limit`` over for the time of training. The best checkpoint and the last complete one stay.
 
@@ -102,9 +107,10 @@ class CheckpointCallback(TrainerCallback):
         self._limit: int | None = None
 
     def on_train_begin(  # type: ignore[override]
-        self, args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **_: Any
+        self, args: TrainingArguments, _state: TrainerState, _control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         """Take the rotation over, and say when logged means would not survive a resumption."""
+        forget_kept_features(model)
         self._limit, args.save_total_limit = args.save_total_limit, None
         by_steps = args.save_strategy == args.logging_strategy == "steps"
         if by_steps and args.save_steps % max(1, args.logging_steps):
@@ -129,9 +135,10 @@ class CheckpointCallback(TrainerCallback):
             _folder(args, state).joinpath(MARKER).unlink(missing_ok=True)
 
     def on_save(  # type: ignore[override]
-        self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         """Mark the checkpoint once every process has written its part, then delete what is beyond the limit."""
+        forget_kept_features(model)
         distributed.gather_objects(None)  # every process writes the state of its random numbers
         if state.is_world_process_zero:
             checkpoint = _folder(args, state)

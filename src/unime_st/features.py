@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _GRIDS = (  # families that put the patches of all media one after the other, with a grid each (Qwen-VL)
     ("image_grid_thw", "pixel_values", "num_images_per_sample"),
@@ -125,3 +125,18 @@ def ranges(sizes: Tensor, chosen: Tensor) -> Tensor:
     ends = sizes.cumsum(0)
     pieces = [torch.arange(int(ends[group] - sizes[group]), int(ends[group])) for group in chosen.tolist()]
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long)
+
+
+def forget_kept_features(model: Any) -> None:
+    """Empty the caches that keep features of a frozen vision tower between calls.
+
+    Features differ in the last bits with the batch they were made in. A run that was stopped and goes on has none of
+    before; for it to give the same bytes as one never stopped, both forget at the same points.
+
+    Args:
+        model: Any; what is no ``torch.nn.Module`` keeps none.
+    """
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        cache = getattr(module, "vision_cache", None)
+        if cache is not None:
+            cache.clear()

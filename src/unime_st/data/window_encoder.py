@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from unime_st.data.corpus_windows import ITEM_ERRORS, BrokenInputError, shown
+from unime_st.features import forget_kept_features
 
 _ENTRY_BYTES = 256  # of a remembered embedding, besides its numbers: key, bytes objects, place in the dictionary
 
@@ -94,6 +95,7 @@ class WindowEncoder:
             if key not in known:
                 first.setdefault(key, place)
         if first:
+            forget_kept_features(self.model)  # a resumed run has none of earlier windows', and must give the same bytes
             missing = [items[place] for place in first.values()]
             known.update(zip(first, self._encode(missing, [start + place for place in first.values()]), strict=True))
         embeddings = np.stack([known[key] for key in keys])
@@ -127,11 +129,12 @@ class WindowEncoder:
         """Raise for the first input that fails by itself; no forward pass where the model can do without."""
         prompt = self.options.get("prompt")
         preprocess = getattr(self.model, "preprocess", None)
+        numbered = getattr(self.model, "numbers_rows", False)
         for item, row in zip(items, rows, strict=True):
             try:
                 if preprocess is None:
                     self.model.encode([item], show_progress_bar=False, **self.options)
                 else:
-                    preprocess([item], prompt=prompt)
+                    preprocess([item], prompt=prompt, **({"row_numbers": [row]} if numbered else {}))
             except ITEM_ERRORS as error:
                 raise BrokenInputError(row, item, f"{type(error).__name__}: {error}") from error

@@ -58,6 +58,8 @@ class MultimodalSentenceTransformer(SentenceTransformer):
     """
 
     model_card_data_class = _CardData
+    numbers_rows = True
+    """``preprocess`` takes ``row_numbers``, the caller's, for its errors."""
 
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, *_: Any, **__: Any) -> Any:
