@@ -1,4 +1,4 @@
-"""What was stopped and goes on gives the bytes of what was never stopped, with features of images kept between calls."""
+"""What was stopped and goes on gives the bytes of what was never stopped, with features of images kept in memory."""
 
 import numpy as np
 import pyarrow as pa
