@@ -17,6 +17,7 @@ LAYERS = {
     "features": 1,
     "fingerprint": 1,
     "files": 1,
+    "folders": 1,
     "images": 0.5,  # below what knows images by their pixels
     "model_identity": 1,
     "checkpoints": 2,
