@@ -100,7 +100,7 @@ def test_an_export_killed_while_it_deletes_the_old_one_is_whole(adapted, backbon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("unime_st.modules.build.shutil.rmtree", killed)
+        patch.setattr("unime_st.folders.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             export_encoder(adapted, folder)
     np.testing.assert_allclose(embed(load_encoder(folder, device="cpu")), embed(adapted), atol=ATOL)
@@ -256,7 +256,7 @@ def test_a_folder_that_is_not_there_is_said_to_be_so(backbone, tmp_path):
     for path in (str(tmp_path / "encodr"), tmp_path / "encodr"):
         with pytest.raises(FileNotFoundError, match=r"no folder .*encodr'. Beside it there is encoder"):
             load_encoder(path)
-    with pytest.raises(FileNotFoundError, match="no folder './nope/x'"):
+    with pytest.raises(FileNotFoundError, match=r"no folder '\./nope/x'"):
         load_encoder("./nope/x")
 
 
