@@ -13,6 +13,7 @@ LAYERS = {
     "columns": 0,
     "published": 0,
     "named_images": 0,
+    "paths": 0,
     "functional": 1,
     "distributed": 1,
     "features": 1,

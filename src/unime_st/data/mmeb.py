@@ -42,6 +42,7 @@ def load_mmeb_train(
     shuffle_seed: int | None = None,
     max_pixels: int | None = None,
     image_size: int | tuple[int, int] | None = None,
+    max_aspect_ratio: float | None = 200.0,
     check_images: bool | Literal["open"] = False,
     max_bad_images: int = 0,
     bad_images_log: str | Path | None = None,
@@ -74,6 +75,7 @@ def load_mmeb_train(
         shuffle_seed: Draws ``max_rows`` at random, the same for a subset whichever others are loaded.
         max_pixels: See :class:`~unime_st.data.ItemReader`.
         image_size: See :class:`~unime_st.data.ItemReader`.
+        max_aspect_ratio: See :class:`~unime_st.data.ItemReader`: more elongated images count as damaged.
         check_images: Look now whether every image is there; with ``"open"``, whether it can be opened, which reads all
             of them once.
         max_bad_images: Different images that may be missing or damaged, over all workers, processes and resumed runs;
@@ -107,6 +109,7 @@ def load_mmeb_train(
         default_image_root(root, image_root),
         max_pixels=max_pixels,
         image_size=image_size,
+        max_aspect_ratio=max_aspect_ratio,
         origin=origin,
         max_bad_images=max_bad_images,
         bad_images_log=bad_images_log,
@@ -174,6 +177,7 @@ def load_mmeb_eval(
         open_images=max_pixels is not None or image_size is not None,
         max_pixels=max_pixels,
         image_size=image_size,
+        max_aspect_ratio=None,  # the model says what it takes
         origin=Origin([source], [name for name in (*EVAL_COLUMNS, *OPTIONAL_EVAL_COLUMNS) if "img" in name]),
     )
     return Dataset(pa.table({"query": _cells(queries), "candidates": lists})).with_transform(reader)

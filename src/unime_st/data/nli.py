@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, load_dataset
 
 from unime_st.data.text_files import READERS, read_text_columns, text_file_columns
+from unime_st.paths import resolve_below
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ def load_nli(
 
     Raises:
         FileNotFoundError: When a folder has no file of the kind, or none of the split.
-        ValueError: When a column is missing or holds no text, a file is damaged, no column is known, or no row is left.
+        ValueError: When a column is missing or holds no text, a file is damaged or a link that leaves its folder, no
+            column is known, or no row is left.
 
     Example:
         >>> import tempfile
@@ -107,6 +109,8 @@ def _find_files(path: Path, name: str | None, split: str) -> list[Path]:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in READERS and file.is_file())
     if not files:
         raise FileNotFoundError(f"{str(folder)!r} has no file that ends in {', '.join(READERS)}.")
+    for file in files:
+        resolve_below(folder, file.relative_to(folder), what="text")
     splits = [_split_of(file) for file in files]
     if not any(splits):
         return files

@@ -121,6 +121,11 @@ def image_item(image: Any) -> Any:
     return {"image": str(image)} if isinstance(image, str | Path) else image
 
 
+def text_item(text: str) -> dict[str, str]:
+    """Mark a data set's text as one, for a bare string that names a file stands for an image."""
+    return {"text": text}
+
+
 def device_of(model: Any) -> Any:
     """Where to score: the model's own device, the CPU if it has none."""
     return getattr(model, "device", "cpu")

@@ -27,8 +27,8 @@ def as_tasks(
     wanted = list(tasks) if tasks is not None else list(found_tasks(folder))
     if not wanted:
         raise FileNotFoundError(f"No task to evaluate: {root} holds no <Task>/test-*.parquet, or `tasks` is empty.")
-    entry = {} if image_root is None else {"image_root": Path(image_root).absolute()}
-    return [image_task(task, entry, folder) if isinstance(task, str) else task for task in wanted]
+    images = None if image_root is None else Path(image_root).absolute()
+    return [image_task(task, {}, folder, images) if isinstance(task, str) else task for task in wanted]
 
 
 def _folder(root: str | Path, image_root: str | Path | None) -> Path:
