@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 
 from unime_st.data.corpus_windows import ITEM_ERRORS, shown
 from unime_st.distributed import gather_objects, rank, world_size
 from unime_st.evaluation.cache import EmbeddingCache, MemorySection, Section
 from unime_st.fingerprint import fingerprint
+from unime_st.images import open_image
 
 logger = logging.getLogger(__name__)
 
@@ -322,10 +321,15 @@ class _Run:
         return items if self.prepare is None else [self.prepare(item) for item in items]
 
     def _is_readable(self, row: int) -> bool:
+        """Whether an item can be prepared, by the model where it tells, which knows more limits than the opener."""
+        preprocess = getattr(self.model, "preprocess", None)
         try:
-            for image in _encoded_images(self.items[row]):
-                with Image.open(image) as opened:
-                    opened.load()
+            (item,) = self._prepared([self.items[row]])
+            if preprocess is not None:
+                preprocess([item], prompt=self.prompt)
+            else:
+                for image in _encoded_images(item):
+                    open_image(image)
         except ITEM_ERRORS as error:
             self._broken(row, error)
             return False
@@ -352,7 +356,7 @@ def _encoded_images(item: Any) -> Iterator[Any]:
     if isinstance(item, Path):
         yield item
     elif isinstance(item, bytes):
-        yield io.BytesIO(item)
+        yield item
     elif isinstance(item, Mapping):
         images = item.get("image")
         for image in images if isinstance(images, list | tuple) else [images]:
