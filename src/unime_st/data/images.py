@@ -179,9 +179,9 @@ class ItemReader:
 
         self.bad_images.report(_identity(image), error, place)
 
-    def read(self, cell: Cell) -> dict[str, Any]:
-        """Read one cell ``{"image", "text"}``, either of them None or left out."""
-        return self._cell(cell, self._image)
+    def read(self, cell: Cell) -> Any:
+        """Read one cell: ``{"image", "text"}``, either of them None or left out, or a stored image alone."""
+        return self._value(cell, self._image)
 
     def read_absolute(self, item: Any) -> Any:
         """Open and resize the images of an input given by absolute paths, which were checked before."""
@@ -223,8 +223,8 @@ class ItemReader:
         try:
             if by_opening:
                 self._read_image(image)
-            elif isinstance(image, str):
-                self._resolve(image)
+            elif (path := stored_path(image)) is not None:
+                self._resolve(path)
         except _BAD_IMAGE as error:
             return error
         except ValueError as error:
@@ -255,7 +255,7 @@ class ItemReader:
             path = self._resolve(image, must_exist=self.open_images)  # each time: a link may have come since
             return self._decoded(path, path) if self.open_images else path
         if isinstance(image, bytes) and self.open_images:
-            return self._decoded(image, name or "the image")
+            return self._decoded(image, name or "stored as bytes")
         return image
 
     def _located(self, error: Exception, image: Stored) -> Exception:
@@ -265,8 +265,10 @@ class ItemReader:
         try:
             image = open_image(source, name)
         except UnreadableImageError as error:
+            cause = error.__cause__ or error
+            reason = (str(cause) or type(cause).__name__).partition(" <_io.")[0]  # a buffer's address says nothing
             raise UnreadableImageError(
-                f"Cannot read image {name}: {error.__cause__ or error}. Replace the file, or remove its rows."
+                f"Cannot read image {name}: {reason}. Replace the file, or remove its rows."
             ) from error
         return self._fitted(image, name)
 
@@ -286,11 +288,16 @@ class ItemReader:
         return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _identity(image: Stored) -> str:
-    """What a bad image is known by: its path, or a hash where it has none of its own."""
+def stored_path(image: Stored) -> str | None:
+    """The path that stands for an image in a cell; None where the image itself is stored."""
     if isinstance(image, Mapping) and image.get("bytes") is None:
         image = image.get("path")
-    if isinstance(image, str):
-        return image
+    return image if isinstance(image, str) else None
+
+
+def _identity(image: Stored) -> str:
+    """What a bad image is known by: its path, or a hash where it has none of its own."""
+    if (path := stored_path(image)) is not None:
+        return path
     name = image.get("path") if isinstance(image, Mapping) else None
     return f"{name or 'image'} #{fingerprint({'image': image})[:16]}"

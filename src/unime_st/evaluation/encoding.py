@@ -353,9 +353,7 @@ def _name(item: Any) -> Any:
 
 def _encoded_images(item: Any) -> Iterator[Any]:
     """Files and bytes below an item that must open as images; a bare string is text."""
-    if isinstance(item, Path):
-        yield item
-    elif isinstance(item, bytes):
+    if isinstance(item, Path | bytes):
         yield item
     elif isinstance(item, Mapping):
         images = item.get("image")
