@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from unime_st.modules.checks import loading_note
 from unime_st.modules.inference import CPU_TOKENS, encoding_order, holds_video, passes, prepared
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
 from unime_st.modules.shared_prefix import shares_prefixes
+from unime_st.modules.streams import refuse_dispatched_media, streams_media
 
 STOCK_MODULE = f"{Transformer.__module__}.{Transformer.__name__}"
 _BUDGET = "batch_num_tokens"
@@ -35,12 +37,33 @@ _OURS = f"{MultimodalEncoder.__module__}.{MultimodalEncoder.__name__}"
 class _CardData(SentenceTransformerModelCardData):
     """Card data whose widget examples are drawn from stored texts alone.
 
-    Stock code (6.2) fails on several data sets whose rows are made by a transform, as images opened lazily are.
+    Stock code (6.2) fails on several data sets whose rows are made by a transform, as images opened lazily are. The
+    Trainer shows it the data sets and, before the first batch, its arguments, so it is also where a stream of images
+    that would be cut to pieces is refused.
     """
+
+    _streams_media = False
+
+    def extract_dataset_metadata(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Look at the Trainer's data sets, the training set first."""
+        of_earlier = self._streams_media and kwargs.get("dataset_type") != "train"
+        self._streams_media = of_earlier or streams_media(dataset)
+        return super().extract_dataset_metadata(dataset, *args, **kwargs)
+
+    @property
+    def all_hyperparameters(self) -> dict[str, Any]:
+        """The Trainer's arguments."""
+        return self._all_hyperparameters
+
+    @all_hyperparameters.setter
+    def all_hyperparameters(self, settings: dict[str, Any]) -> None:
+        if self._streams_media and settings:
+            refuse_dispatched_media(settings)
+        self._all_hyperparameters = settings
 
     def set_widget_examples(self, dataset: Any) -> None:
         """Draw examples from the data sets that have no transform."""
-        named = {"dataset": dataset} if isinstance(dataset, Dataset) else dataset
+        named = dataset if isinstance(dataset, Mapping) else {"dataset": dataset}  # a stream has no stored rows either
         stored = {name: rows for name, rows in named.items() if _is_stored(rows)}
         if stored:
             super().set_widget_examples(DatasetDict(stored))
