@@ -14,6 +14,7 @@ LAYERS = {
     "published": 0,
     "named_images": 0,
     "paths": 0,
+    "arguments": 0,
     "functional": 1,
     "distributed": 1,
     "features": 1,

@@ -9,20 +9,18 @@ from typing import Any
 
 from PIL import Image
 
+from unime_st.arguments import require_number
 from unime_st.columns import SUBSET
 from unime_st.data.bad_images import BadImages, Place
-from unime_st.fingerprint import fingerprint
+from unime_st.data.stored_images import ENCODED_KEYS, Stored, identity, sides_of, stored_path
 from unime_st.images import UnreadableImageError, open_image
 from unime_st.paths import resolve_below
 
 __all__ = ["ItemReader", "UnreadableImageError", "resolve_image"]
 
 Cell = Mapping[str, Any]
-Stored = Any
-"""An image as a data set stores it: a path below the folder, ``{"bytes", "path"}``, or bytes."""
 
 _BAD_IMAGE = (FileNotFoundError, UnreadableImageError)
-_ENCODED_KEYS = {"bytes", "path"}
 
 
 def resolve_image(image_root: str | Path, relative: str | Path, *, must_exist: bool = True) -> Path:
@@ -99,13 +97,14 @@ class ItemReader:
     ) -> None:
         if max_pixels is not None and image_size is not None:
             raise ValueError("Give `max_pixels` or `image_size`, not both: one keeps an image's shape, the other not.")
-        if max_pixels is not None and max_pixels < 1:
+        require_number("max_pixels", max_pixels, whole=False, optional=True)
+        if max_pixels is not None and not max_pixels >= 1:
             raise ValueError(f"`max_pixels={max_pixels}`, but an image needs at least one pixel.")
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if self.image_size is not None and min(self.image_size) < 1:
-            raise ValueError(f"`image_size={image_size}`, but both sides must be at least 1.")
+        self.image_size = None if image_size is None else sides_of(image_size)
+        require_number("max_aspect_ratio", max_aspect_ratio, whole=False, optional=True)
         if max_aspect_ratio is not None and not max_aspect_ratio >= 1:
             raise ValueError(f"`max_aspect_ratio={max_aspect_ratio}`, but a square has 1; None takes all images.")
+        require_number("max_bad_images", max_bad_images)
         self.image_root = None if image_root is None else Path(image_root)
         self.open_images = open_images
         self.max_pixels = max_pixels
@@ -177,7 +176,7 @@ class ItemReader:
             found = Place("unknown") if self.origin is None else self.origin(image)
             return found if subset in (None, found.dataset) else Place(str(subset))
 
-        self.bad_images.report(_identity(image), error, place)
+        self.bad_images.report(identity(image), error, place)
 
     def read(self, cell: Cell) -> Any:
         """Read one cell: ``{"image", "text"}``, either of them None or left out, or a stored image alone."""
@@ -191,7 +190,7 @@ class ItemReader:
 
     def _value(self, value: Any, open_: Callable[[Stored], Any]) -> Any:
         if isinstance(value, Mapping):
-            if value and value.keys() <= _ENCODED_KEYS:
+            if value and value.keys() <= ENCODED_KEYS:
                 return open_(value) if any(part is not None for part in value.values()) else None
             return value if "role" in value else self._cell(value, open_)  # a chat message stays
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
@@ -248,7 +247,7 @@ class ItemReader:
     def _read_image(self, image: Stored) -> Any:
         """Open an image as stored; what is no stored image, such as an opened one, stays."""
         name = None
-        if isinstance(image, Mapping) and image.keys() <= _ENCODED_KEYS:
+        if isinstance(image, Mapping) and image.keys() <= ENCODED_KEYS:
             name = image.get("path")
             image = image["bytes"] if image.get("bytes") is not None else name
         if isinstance(image, str):
@@ -286,18 +285,3 @@ class ItemReader:
                 f"`max_aspect_ratio={self.max_aspect_ratio:g}`, which Qwen's processors refuse. Crop or remove it."
             )
         return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
-
-
-def stored_path(image: Stored) -> str | None:
-    """The path that stands for an image in a cell; None where the image itself is stored."""
-    if isinstance(image, Mapping) and image.get("bytes") is None:
-        image = image.get("path")
-    return image if isinstance(image, str) else None
-
-
-def _identity(image: Stored) -> str:
-    """What a bad image is known by: its path, or a hash where it has none of its own."""
-    if (path := stored_path(image)) is not None:
-        return path
-    name = image.get("path") if isinstance(image, Mapping) else None
-    return f"{name or 'image'} #{fingerprint({'image': image})[:16]}"

@@ -13,8 +13,9 @@ from datasets import Dataset
 
 from unime_st.columns import SUBSET, Columns, training_columns
 from unime_st.data.embedding_store import key_array
-from unime_st.data.images import ItemReader, stored_path
+from unime_st.data.images import ItemReader
 from unime_st.data.mining_search import Forbidden
+from unime_st.data.stored_images import stored_path
 from unime_st.fingerprint import fingerprint
 
 _READ_ROWS = 4096

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from unime_st.arguments import require_number
 from unime_st.data.images import ItemReader, resolve_image
 from unime_st.data.mmeb_eval import EVAL_COLUMNS, OPTIONAL_EVAL_COLUMNS, check_row, eval_pairs
 from unime_st.data.mmeb_train import NEGATIVE_COLUMNS, TRAIN_COLUMNS, read_train
@@ -101,6 +102,14 @@ def load_mmeb_train(
         >>> load_mmeb_train(root)[0]
         {'anchor': {'text': 'What is it?'}, 'positive': {'text': 'cat'}}
     """
+    if isinstance(subsets, str) or not (subsets is None or isinstance(subsets, Iterable)):
+        raise TypeError(f"`subsets={subsets!r}`, but it must be a list of names; None takes all.")
+    if subsets is not None and not (subsets := list(subsets)):
+        raise ValueError("`subsets` is empty; None takes all.")
+    require_number("num_negatives", num_negatives, optional=True)
+    require_number("max_rows", max_rows, least=1, whole=False, optional=True)
+    if check_images not in (True, False, "open"):
+        raise ValueError(f"`check_images={check_images!r}`; choose True, False or 'open'.")
     if num_negatives is not None and num_negatives < 0:
         raise ValueError(f"`num_negatives={num_negatives}`, but it must be 0 or more; None takes all there are.")
     sources = find_sources(root, subsets, split)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, load_dataset
 
+from unime_st.arguments import require_number
 from unime_st.data.text_files import READERS, read_text_columns, text_file_columns
 from unime_st.paths import resolve_below
 
@@ -79,7 +80,12 @@ def load_nli(
         >>> load_nli(path)[:]
         {'premise': ['A cat sleeps.'], 'hypothesis': ['An animal rests.']}
     """
-    if max_rows is not None and max_rows < 1:
+    if not isinstance(source, str | Path):
+        raise TypeError(f"`source={source!r}`, but it must be a path or a name.")
+    if columns is not None and not columns:
+        raise ValueError(f"`columns={columns!r}` names none; None takes the usual ones.")
+    require_number("max_rows", max_rows, whole=False, optional=True)
+    if max_rows is not None and not max_rows >= 1:
         raise ValueError(f"`max_rows={max_rows}`, but it must be 1 or more; None takes all there are.")
     path = Path(source)
     if path.exists():

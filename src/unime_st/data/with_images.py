@@ -13,7 +13,8 @@ from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 
 from unime_st.data.bad_images import Place
-from unime_st.data.images import ItemReader, Stored
+from unime_st.data.images import ItemReader
+from unime_st.data.stored_images import Stored
 
 _ROWS_AT_ONCE = 1000
 _IMAGE_FIELDS = ("image", "bytes", "path")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ OnError = Literal["raise", "report"]
 
 _BATCHES_A_CHUNK = 8
 _LETTERS_AN_IMAGE = 1000
+_ROW_OF_ONE = re.compile(r"\b[Rr]ow 0( of the batch)?\b")  # an item is looked at alone
 
 
 class BrokenItemError(ValueError):
@@ -336,7 +338,7 @@ class _Run:
         return True
 
     def _broken(self, row: int, error: Exception) -> None:
-        message = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {_ROW_OF_ONE.sub('the item', str(error))}"
         if self.on_error == "raise":
             raise BrokenItemError(row, f"{shown(self.items[row])}: {message}") from error
         self.errors[row] = message

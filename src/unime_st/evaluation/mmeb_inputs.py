@@ -18,6 +18,8 @@ def as_tasks(
     root: str | Path | None, tasks: Sequence[str | MMEBTask] | None, image_root: str | Path | None
 ) -> list[MMEBTask]:
     """Tasks as :class:`~unime_st.evaluation.MMEBEvaluator` is given them: by name below a folder, or ready made."""
+    if wrong := [task for task in tasks or [] if not isinstance(task, str | MMEBTask)]:
+        raise TypeError(f"`tasks` holds {wrong[0]!r}; give names or `MMEBTask`s.")
     names = [task for task in tasks or [] if isinstance(task, str)]
     if root is None and (tasks is None or names):
         raise ValueError("`root=None`, but tasks are given by name or not at all. Give the folder that holds them.")

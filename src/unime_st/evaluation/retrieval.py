@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from datasets import Dataset
 
+from unime_st.arguments import require_number
 from unime_st.data.caption_sets import read_caption_dataset, read_karpathy_split, read_paired_folders
 from unime_st.data.images import resolve_image
 from unime_st.evaluation.base import EmbeddingEvaluator, device_of, image_item, text_item
@@ -86,8 +87,13 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         if len(images) == 0 or len(images) != len(captions):
             raise ValueError(f"{len(images)} images, but captions for {len(captions)}: give each image its list.")
         for number, own in enumerate(captions):
-            if isinstance(own, str) or len(own) == 0:
+            if isinstance(own, str) or not isinstance(own, Sequence) or len(own) == 0:
                 raise ValueError(f"Image {number} has captions {own!r}: give a list with at least one.")
+            if wrong := [caption for caption in own if not isinstance(caption, str)]:
+                raise ValueError(f"Image {number} has the caption {wrong[0]!r}: captions are strings.")
+        for k in ks:
+            require_number("ks", k)
+        require_number("chunk_size", chunk_size, least=1)
         if not ks or min(ks) < 1:
             raise ValueError(f"`ks={tuple(ks)}`, but recall@k needs k of at least 1.")
         self.images = list(images)
@@ -191,7 +197,8 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         Returns:
             The metrics, see the class.
         """
-        embeddings, index, _ = self.encode(model, [*map(image_item, self.images), *map(text_item, self.texts)])
+        items = [*map(image_item, self.images), *map(text_item, self.texts)]
+        embeddings, index, _ = self.encode(model, items, self._where)
         images, image_place = _once(index[: len(self.images)])
         texts, text_place = _once(index[len(self.images) :])
         of_distinct: list[dict[int, None]] = [{} for _ in images]  # an image that comes twice has the captions of both
@@ -213,6 +220,10 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
             "image_to_text": [texts[own].tolist() for own in captions_of],
         }
         return self.finish(model, self._metrics(), output_path, epoch, steps)
+
+    def _where(self, item: int) -> str:
+        number = item - len(self.images)
+        return f"Image {item}" if number < 0 else f"Caption {number}, of image {self.image_of[number]}"
 
     @property
     def last_details(self) -> dict[Direction, list[dict[str, Any]]]:

@@ -96,6 +96,8 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
         **arguments: Any,
     ) -> None:
         super().__init__(name=name, **arguments)
+        if not isinstance(sets, Mapping):
+            raise TypeError(f"`sets` is a {type(sets).__name__}; give {{name: [(image, caption, negative caption)]}}.")
         if not sets:
             raise ValueError("No sets to evaluate: give at least one, as {name: [(image, caption, negative caption)]}.")
         for set_name, rows in sets.items():
@@ -106,6 +108,8 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
                     raise ValueError(
                         f"{set_name!r}, row {number}: {len(row)} cells in place of (image, caption, negative)."
                     )
+                if wrong := [caption for caption in row[1:] if not isinstance(caption, str)]:
+                    raise ValueError(f"{set_name!r}, row {number}: the caption {wrong[0]!r} is no string.")
         self.sets = {set_name: list(rows) for set_name, rows in sets.items()}
         self.groups = self._groups(groups)
         self.primary_metric = "mean_of_groups_accuracy" if self.groups else "mean_of_sets_accuracy"
@@ -213,7 +217,7 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
             for image, *captions in rows
             for cell in (image_item(image), *map(text_item, captions))
         ]
-        embeddings, index, _ = self.encode(model, cells)
+        embeddings, index, _ = self.encode(model, cells, self._where)
         vectors, same = unit_rows(embeddings)
         unit = vectors.numpy()
         places = same[index].reshape(-1, 3)  # image, caption, negative caption
@@ -224,6 +228,14 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
             self.scores[set_name] = PreferenceScores(positive, negative)
             start += len(rows)
         return self.finish(model, self._metrics(), output_path, epoch, steps)
+
+    def _where(self, item: int) -> str:
+        row, cell = divmod(item, 3)
+        for set_name, rows in self.sets.items():
+            if row < len(rows):
+                return f"{set_name!r}, row {row}, {('image', 'caption', 'negative caption')[cell]}"
+            row -= len(rows)
+        raise IndexError(item)
 
     def outcomes(self) -> dict[str, TaskOutcomes]:
         """Whether each row is right, by set, of the last call."""
@@ -248,6 +260,8 @@ def _read_set(path: Path, image_root: Path) -> list[Triplet]:
         entries = json.loads(resolve_below(path.parent, path.name, what="set").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged or no JSON ({error}). Download it again.") from error
+    if not isinstance(entries, dict | list):
+        raise ValueError(f"{path} holds {entries!r:.50} in place of a list of entries, or a mapping from ids to them.")
     rows: list[Triplet] = []
     for number, entry in enumerate(entries.values() if isinstance(entries, dict) else entries):
         try:
