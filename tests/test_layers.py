@@ -12,6 +12,8 @@ LAYERS = {
     "prompts": 0,
     "columns": 0,
     "published": 0,
+    "paths": 0,
+    "arguments": 0,
     "functional": 1,
     "distributed": 1,
     "features": 1,

@@ -229,7 +229,8 @@ def _finish(folder: Path, paths: Sequence[Path], contents: Contents) -> Path:
             f"None of {total['rows']} rows has a valid negative. Raise `margin` or set it to None, lower `range_min`, "
             "or set `by_subset=False`."
         )
-    root = None if contents.reader is None else str(contents.reader.image_root.absolute())
+    images = None if contents.reader is None else contents.reader.image_root
+    root = None if images is None else str(images.absolute())
     result = {**total, "image_root": root, "files": [path.name for path in paths]}
     write_atomically(folder / _RESULT, json.dumps(result, indent=1))
     logger.info(

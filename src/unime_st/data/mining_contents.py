@@ -15,6 +15,7 @@ from unime_st.columns import SUBSET, Columns, training_columns
 from unime_st.data.embedding_store import key_array
 from unime_st.data.images import ItemReader
 from unime_st.data.mining_search import Forbidden
+from unime_st.data.stored_images import stored_path
 from unime_st.fingerprint import fingerprint
 
 _READ_ROWS = 4096
@@ -125,9 +126,11 @@ class Contents:
             FileNotFoundError: When its image is missing.
             ValueError: When its image is damaged.
         """
-        if isinstance(cell, dict) and "bytes" not in cell:
-            return self.reader.read(cell) if self.reader else {key: v for key, v in cell.items() if v is not None}
-        return cell
+        if not isinstance(cell, dict):
+            return cell
+        if self.reader is not None:
+            return self.reader.read(cell)
+        return cell if "bytes" in cell else {key: value for key, value in cell.items() if value is not None}
 
     def _keys(self, name: str) -> Iterator[bytes]:
         column = self.table.column(name)
@@ -140,11 +143,14 @@ class Contents:
 
     def _located(self, cell: Any) -> Any:
         """Cell with its image's path as it can be read; an image that is missing is content of its own."""
-        if self.reader is None or not self._hash_images or not isinstance(cell, dict) or not cell.get("image"):
+        if self.reader is None or not self._hash_images or not isinstance(cell, dict):
             return cell
-        if self.reader.check(cell["image"]) is None:
-            return {**cell, "image": self.reader.path(cell["image"])}
-        return {"text": f"missing image {cell['image']}\0{cell.get('text')}"}
+        image = stored_path(cell.get("image", cell))
+        if image is None:
+            return cell
+        if self.reader.check(image) is None:
+            return {**({"text": cell["text"]} if cell.get("text") else {}), "image": self.reader.path(image)}
+        return {"text": f"missing image {image}\0{cell.get('text')}"}
 
     def _codes(self, name: str) -> np.ndarray:
         """Equal numbers for equal values; each missing one is a value of its own."""

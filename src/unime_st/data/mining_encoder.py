@@ -107,11 +107,11 @@ class MiningEncoder:
             if (
                 reader is None
                 or reader.bad_images is None
-                or (bad := reader.check(cell["image"], by_opening=True)) is None
+                or (bad := reader.check(image := cell.get("image", cell), by_opening=True)) is None
             ):
                 raise
-            reader.report(cell["image"], bad)
-            logger.debug("Mining without %s: %s", cell["image"], error)
+            reader.report(image, bad)
+            logger.debug("Mining without a cell: %s", error)
             return None
 
 

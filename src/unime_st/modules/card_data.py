@@ -9,6 +9,8 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 
+from unime_st.modules.streams import refuse_dispatched_media, streams_media
+
 _OF_ROWS: dict[str, Any] = {
     "widget": [],
     "usage_examples": None,
@@ -26,11 +28,32 @@ class EncoderCardData(SentenceTransformerModelCardData):
     tables, and copies images into ``assets/`` beside the card, which uploads carry along. Here that happens only when
     asked for. Sizes, columns, lengths and hyperparameters are shown in any case.
 
+    The Trainer shows card data the data sets and, before the first batch, its arguments, so they are also where a stream
+    of images that would be cut to pieces is refused.
+
     Attributes:
         widget_images: show rows, images and texts, as stock code does: ``model.model_card_data.widget_images = True``.
     """
 
     widget_images: bool = False
+    _streams_media = False
+
+    def extract_dataset_metadata(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Look at the Trainer's data sets, the training set first."""
+        of_earlier = self._streams_media and kwargs.get("dataset_type") != "train"
+        self._streams_media = of_earlier or streams_media(dataset)
+        return super().extract_dataset_metadata(dataset, *args, **kwargs)
+
+    @property
+    def all_hyperparameters(self) -> dict[str, Any]:
+        """The Trainer's arguments."""
+        return self._all_hyperparameters
+
+    @all_hyperparameters.setter
+    def all_hyperparameters(self, settings: dict[str, Any]) -> None:
+        if self._streams_media and settings:
+            refuse_dispatched_media(settings)
+        self._all_hyperparameters = settings
 
     def set_widget_examples(self, dataset: Any) -> None:
         """Draw examples from data sets whose rows are stored.
