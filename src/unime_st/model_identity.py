@@ -134,7 +134,8 @@ def _tensor_digest(tensor: Tensor) -> bytes:
 def _settings(model: nn.Module) -> Iterator[Any]:
     prompts = getattr(model, "prompts", None)
     named = prompts if isinstance(prompts, Mapping) else {}
-    yield getattr(model, "truncate_dim", None), named.get(getattr(model, "default_prompt_name", None)) or ""
+    yield named.get(getattr(model, "default_prompt_name", None)) or ""
+    yield getattr(model, "truncate_dim", None), getattr(model, "max_seq_length", None)
     seen: set[int] = set()  # the layers of a model share its config
     for name, module in model.named_modules():
         yield name, type(module).__name__, module.extra_repr()  # what has no weights, such as activations, too
@@ -223,9 +224,17 @@ def _plain_object(value: Any, inside: tuple[int, ...]) -> Any:
 def _pipeline(tokenizer: Any) -> dict[str, Any]:
     """Normalizer, pre-tokenizer, vocabulary, merges, added tokens and post-processor of a fast tokenizer."""
     parts = ("normalizer", "pre_tokenizer", "model", "post_processor")
-    states = {name: pickle.dumps(getattr(tokenizer, name)) for name in parts}  # JSON inside, but not parsed: it is long
+    states = {name: _state(getattr(tokenizer, name)) for name in parts}
     added = {number: repr(token) for number, token in tokenizer.get_added_tokens_decoder().items()}
     return {**states, "added": added, "encode_special_tokens": tokenizer.encode_special_tokens}
+
+
+def _state(part: Any) -> bytes:
+    """What a part of a fast tokenizer gives to be sent to another process: JSON, which is too long to parse here."""
+    try:
+        return pickle.dumps(part)
+    except Exception:  # noqa: BLE001 the library's own, of no class: a part written in Python, of which no more is told
+        return type(part).__qualname__.encode()
 
 
 def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
