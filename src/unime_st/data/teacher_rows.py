@@ -39,10 +39,10 @@ def checked_labels(embeddings: np.ndarray) -> np.ndarray:
 
 def _useless(embeddings: np.ndarray) -> tuple[int | None, str]:
     """The first row that gives no direction, with what is wrong with it; None for none."""
-    finite: np.ndarray = np.isfinite(embeddings).all(axis=1)
+    finite = np.asarray(np.isfinite(embeddings).all(axis=1))
     if not finite.all():
         return int(np.argmin(finite)), f"is not finite, as are {int((~finite).sum()) - 1} more of {len(finite)}"
-    zero = ~embeddings.any(axis=1)
+    zero = np.asarray(~embeddings.any(axis=1))
     if zero.any():
         return int(np.argmax(zero)), f"is zero, so like no other, as are {int(zero.sum()) - 1} more of {len(zero)}"
     return None, ""
