@@ -6,7 +6,6 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +185,12 @@ def _write_first(path: Path, content: str) -> None:
     own = path.with_name(f"{path.name}.{os.getpid()}")
     write_atomically(own, content)
     try:
-        with suppress(FileExistsError):
-            os.link(own, path)
+        os.link(own, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links: between these two lines another may come
+        if not path.exists():
+            own.replace(path)
     finally:
         own.unlink(missing_ok=True)
 
