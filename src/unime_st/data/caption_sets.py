@@ -15,7 +15,7 @@ from datasets import Image as ImageFeature
 
 from unime_st.data.images import resolve_image
 from unime_st.fingerprint import fingerprint
-from unime_st.named_images import DATA_PREFIX, REMOTE_PREFIXES
+from unime_st.images import DATA_PREFIX, REMOTE_PREFIXES
 from unime_st.paths import resolve_below
 
 _IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})

@@ -41,7 +41,7 @@ class Contents:
         groups: ``(N,)`` number of each row's data set.
 
     Raises:
-        ValueError: When a column is missing, or rows are made by another transform.
+        ValueError: When a column is missing, rows are made by another transform, or a query or positive is None.
     """
 
     def __init__(self, dataset: Dataset, *, by_subset: bool, hash_images: bool) -> None:
@@ -62,6 +62,8 @@ class Contents:
         self._hash_images = hash_images
         names = [self.columns.anchor, self.columns.positive, *self.columns.negatives]
         self.table: pa.Table = dataset.with_format("arrow")[:]
+        for name in (self.columns.anchor, self.columns.positive):
+            _refuse_none(name, self.table.column(name))
         rows = len(dataset)
         keys = [key_array(self._keys(name)) for name in names]
         self.query_keys, self._query_rows, self.queries = np.unique(keys[0], return_index=True, return_inverse=True)
@@ -159,6 +161,23 @@ class Contents:
         missing = values < 0
         values[missing] = values.max(initial=0) + 1 + np.arange(missing.sum())
         return values
+
+
+def _refuse_none(name: str, column: pa.ChunkedArray) -> None:
+    """Refuse a cell that says nothing; of a dict, one in which nothing is given."""
+    missing = np.concatenate([_nothing(chunk) for chunk in column.chunks] or [np.zeros(0, bool)])
+    if missing.any():
+        raise ValueError(
+            f"Row {int(np.argmax(missing))} has no {name!r} (None), as have {int(missing.sum()) - 1} more. Mining "
+            "needs a query and a positive in each row: leave those rows out, e.g. with `dataset.filter`."
+        )
+
+
+def _nothing(cells: pa.Array) -> np.ndarray:
+    missing = np.asarray(cells.is_null())
+    if pa.types.is_struct(cells.type) and cells.type.num_fields:
+        missing = missing | np.logical_and.reduce([_nothing(part) for part in cells.flatten()])
+    return missing
 
 
 class _Answers:

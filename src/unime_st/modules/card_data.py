@@ -28,8 +28,8 @@ class EncoderCardData(SentenceTransformerModelCardData):
     tables, and copies images into ``assets/`` beside the card, which uploads carry along. Here that happens only when
     asked for. Sizes, columns, lengths and hyperparameters are shown in any case.
 
-    The Trainer shows card data the data sets and, before the first batch, its arguments, so they are also where a stream
-    of images that would be cut to pieces is refused.
+    The Trainer shows card data the data sets and, before the first batch, its arguments, so they are also where a
+    stream of images that would be cut to pieces is refused.
 
     Attributes:
         widget_images: show rows, images and texts, as stock code does: ``model.model_card_data.widget_images = True``.
