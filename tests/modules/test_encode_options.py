@@ -197,7 +197,9 @@ def test_nan_is_refused_by_name_in_every_family(backbone, family, options):
     with torch.no_grad():
         table[number] = torch.nan
     texts = ["a", "b", "c ~", "d", "c ~"]
-    with pytest.raises(ValueError, match=r"NaN or infinity for row 2 \('c ~'\) and [12] more of 5.*float32 or bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"NaN or infinity for row 2 \('c ~'\) and [12] more of 5.*float32 or bfloat16"
+    ):
         model.encode(texts, batch_size=2, **options)
     assert np.isfinite(np.asarray(model.encode(texts[:2], **options))).all()
     with torch.no_grad():
