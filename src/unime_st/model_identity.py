@@ -107,8 +107,8 @@ def explain_outdated(fingerprint: Any) -> str:
     """A sentence for errors about embeddings of a model with such a fingerprint; "" for one of this version.
 
     Example:
-        >>> explain_outdated("0" * 64)[:63]
-        ' It was made by an earlier version of unime_st, which knew model'
+        >>> explain_outdated("a name"), explain_outdated("0" * 64)[:35]
+        ('', ' It was made by an earlier version ')
     """
     if not is_outdated(fingerprint):
         return ""

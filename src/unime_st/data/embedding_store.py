@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from unime_st.columns import LABEL
+from unime_st.data.full_disk import explained_full_disk
 from unime_st.files import checksum, remove_leftovers, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,9 @@ class EmbeddingStore:
         """Write embeddings ``(n, D)`` in one file; it is there when this returns, and not in parts before.
 
         Embeddings of more than a gigabyte become several files.
+
+        Raises:
+            OSError: When the disk is full, with the folder and what to do.
         """
         rows = max(1, _FILE_BYTES // (KEY_BYTES + 4 * embeddings.shape[1]))
         for start in range(0, len(keys), rows):
@@ -117,7 +121,8 @@ class EmbeddingStore:
             record["embeddings"][0] = embeddings[part]
             record["checksum"] = checksum(record["keys"][0], record["embeddings"][0])
             name = f"shard-{len(self._files):06d}-{uuid.uuid4().hex[:8]}.npy"
-            write_atomically(self.folder / name, record)
+            with explained_full_disk(self.folder):
+                write_atomically(self.folder / name, record)
             self._register(name)
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
