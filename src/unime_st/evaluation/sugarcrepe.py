@@ -261,7 +261,9 @@ def _read_set(path: Path, image_root: Path) -> list[Triplet]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged or no JSON ({error}). Download it again.") from error
     if not isinstance(entries, dict | list):
-        raise ValueError(f"{path} holds {entries!r:.50} in place of a list of entries, or a mapping from ids to them.")
+        raise ValueError(  # noqa: TRY004 (of a file)
+            f"{path} holds {entries!r:.50} in place of a list of entries, or a mapping from ids to them."
+        )
     rows: list[Triplet] = []
     for number, entry in enumerate(entries.values() if isinstance(entries, dict) else entries):
         try:
