@@ -310,5 +310,5 @@ def _claim(folder: Path, settings: dict[str, Any], lock: FolderLock) -> dict[str
     raise ValueError(
         f"The corpus in {folder} was begun with other settings: {'; '.join(differing)}. Go on with the ones "
         "it has, or give another `output_dir` (or delete this one) to encode everything anew."
-        f"{outdated and ' '}{outdated}"
+        f"{outdated}"
     )
