@@ -97,6 +97,6 @@ def _evaluated(known: PublishedCheckpoint) -> str:
         return ""
     side = known.evaluated_at
     return (
-        f" Its authors' evaluation forces every image to {side} x {side} pixels, whatever its shape: give `MMEBEvaluator` "
-        f"`image_size={side}` to repeat it."
+        f" Its authors' evaluation forces every image to {side} x {side} pixels, whatever its shape: give "
+        f"`MMEBEvaluator` `image_size={side}` to repeat it."
     )

@@ -163,14 +163,14 @@ def test_the_example_writes_report_and_metadata(checkpoint, tmp_path, capsys, mo
 
 
 def test_agreement_with_mtebs_own_wrapper(backbone, monkeypatch):
-    """UniME-V2's prompts and resolution: images forced to the wrapper's square, the task's instruction as the prompt."""
+    """UniME-V2's prompts and resolution: images forced to the wrapper's square, the task's instruction as prompt."""
     folder = backbone("llava_onevision")
     monkeypatch.setattr("mteb.models.model_implementations.unime_v2_models._IMAGE_SIZE", (56, 56))
     theirs = UniMEV2Wrapper(str(folder), device="cpu", dtype=torch.float32)
     theirs.processor.chat_template = TEMPLATE
     ours = load_encoder(folder, published="TianchengGu/UniME-V2-LLaVA-OneVision-8B", device="cpu")
     images = [picture("red", (80, 30)), picture("green", (30, 90)), picture("yellow")]
-    texts = ["What is it?", "a much longer question about the picture", " x\n"]
+    texts = ["What is it?", "a much longer question about the picture", "x\n"]
     columns = {"text": texts, "image": images}
     for kind, instruction in [
         (kind, words) for kind in ({"text"}, {"image"}, {"text", "image"}) for words in ("Find it.", None)
@@ -196,7 +196,7 @@ def test_agreement_with_mtebs_own_wrapper(backbone, monkeypatch):
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }} "
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}\n{{ part['text'] }}{% endif %}{% endfor %}"
-    "<|im_end|>{% endfor %}<|im_start|>assistant\n"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}"
+    "{{ '\\n' + part['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}{{ '<|im_start|>assistant\\n' }}"
 )
 """Stands for the published chat template, which a tiny processor has not; used by the wrapper."""

@@ -299,8 +299,8 @@ def test_a_model_compiled_as_a_whole_encodes_as_before(family, backbone):
 
 
 OWN = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }} {% for c in m['content'] %}{{ c['text'] }}{% endfor %}<|im_end|>"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }} {% for c in m['content'] %}{{ c['text'] }}{% endfor %}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 
