@@ -49,9 +49,9 @@ def model_fingerprint(model: nn.Module) -> str:
     """Hash the weights and settings that decide a model's embeddings.
 
     Covered: every weight of the state dict (names, dtypes, shapes, values), LoRA settings and the active adapters, the
-    kind and settings of each module inside, all of the tokenizers but what they decode by, the processors of images, videos
-    and sound (so the resolution), chat templates, ``truncate_dim`` and the text of the default prompt. Where the model
-    was loaded from is not, nor what a call leaves behind: a copy of a checkpoint has the same fingerprint.
+    kind and settings of each module inside, all of the tokenizers but what they decode by, the processors of images,
+    videos and sound (so the resolution), chat templates, ``truncate_dim`` and the text of the default prompt. Where the
+    model was loaded from is not, nor what a call leaves behind: a copy of a checkpoint has the same fingerprint.
 
     Nothing is remembered between calls, so weights changed in any way are seen; the cost is one pass over the weights
     (about a second per gigabyte and thread). Hold the result while the model stays as it is.
