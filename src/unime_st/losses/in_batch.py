@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from unime_st import distributed
 from unime_st.features import num_rows, select_rows, token_counts
 from unime_st.losses.finite import refuse_non_finite
-from unime_st.losses.grad_cache import BatchEmbedder, cached_backward, embedded, holding_vision
+from unime_st.losses.grad_cache import BatchEmbedder, cached_backward, embedded_together, holding_vision
 from unime_st.losses.identity import input_keys
 from unime_st.losses.mini_batches import MiniBatchPlan, plan_mini_batches
 
@@ -121,12 +121,11 @@ class InBatchLoss(nn.Module):
         # A data-parallel wrapper wants as many passes of each process, so as many as there are columns.
         plan = plan_mini_batches(keys.numpy()[None], tokens.numpy()[None], batch, least=len(columns))
         self.last_plan = plan
-        parts = []
-        for column, rows in plan.mini_batches:
-            features = columns[column]
-            whole = len(rows) == batch
-            parts.append(embedded(self.model, features if whole else select_rows(features, rows.tolist())))
-        table = torch.cat(parts)
+        parts = [
+            columns[column] if len(rows) == batch else select_rows(columns[column], rows.tolist())
+            for column, rows in plan.mini_batches
+        ]
+        table = torch.cat(embedded_together(self.model, parts))
         place = torch.from_numpy(plan.place).to(table.device)
         embeddings = list(table[place].unbind())
         loss = self.compute_loss(embeddings, targets)
