@@ -5,16 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 
+from unime_st.arguments import require_number
 from unime_st.distributed import rank
 from unime_st.evaluation.cache import EmbeddingCache
-from unime_st.evaluation.encoding import OnError, Section, encode_indexed, open_section
+from unime_st.evaluation.encoding import BrokenItemError, OnError, Section, encode_indexed, open_section
 from unime_st.evaluation.outcomes import TaskOutcomes, write_outcomes
 from unime_st.files import write_atomically
 
@@ -45,6 +46,7 @@ class EmbeddingEvaluator(SentenceEvaluator):
         write_csv: bool = True,
     ) -> None:
         super().__init__()
+        require_number("batch_size", batch_size)
         if batch_size < 1:
             raise ValueError(f"`batch_size={batch_size}`, but it must be at least 1.")
         self.name = name
@@ -71,19 +73,32 @@ class EmbeddingEvaluator(SentenceEvaluator):
         return {}
 
     def encode(
-        self, model: Any, items: Sequence[Any], on_error: OnError = "raise"
+        self, model: Any, items: Sequence[Any], where: Callable[[int], str], on_error: OnError = "raise"
     ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-        """Encode items by this evaluator's settings, see :func:`~unime_st.evaluation.encoding.encode_indexed`."""
-        return encode_indexed(
-            model,
-            items,
-            cache=self.cache_dir,
-            batch_size=self.batch_size,
-            prompt=self.prompt,
-            prompt_name=self.prompt_name,
-            show_progress_bar=self.show_progress_bar,
-            on_error=on_error,
-        )
+        """Encode items by this evaluator's settings, see :func:`~unime_st.evaluation.encoding.encode_indexed`.
+
+        Args:
+            model: A ``SentenceTransformer``.
+            items: What to encode.
+            where: From an item's number to what its users know it by, such as its row.
+            on_error: "raise", or "report" to go on without the items that cannot be read.
+
+        Raises:
+            ValueError: If an item cannot be read; says where it stands.
+        """
+        try:
+            return encode_indexed(
+                model,
+                items,
+                cache=self.cache_dir,
+                batch_size=self.batch_size,
+                prompt=self.prompt,
+                prompt_name=self.prompt_name,
+                show_progress_bar=self.show_progress_bar,
+                on_error=on_error,
+            )
+        except BrokenItemError as error:
+            raise ValueError(f"{where(error.position)}: {error.reason}") from error
 
     def outcomes(self) -> dict[str, TaskOutcomes]:
         """What each row contributed to the last call's metrics, by task; written beside them, to be compared."""
@@ -119,6 +134,11 @@ class EmbeddingEvaluator(SentenceEvaluator):
 def image_item(image: Any) -> Any:
     """Mark a path or URL as an image, for a bare string is text; other images are given as they are."""
     return {"image": str(image)} if isinstance(image, str | Path) else image
+
+
+def text_item(text: str) -> dict[str, str]:
+    """Mark a data set's text as one, for a bare string that names a file stands for an image."""
+    return {"text": text}
 
 
 def device_of(model: Any) -> Any:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 
 from unime_st.data.corpus_windows import ITEM_ERRORS, shown
 from unime_st.distributed import gather_objects, rank, world_size
-from unime_st.evaluation.cache import EmbeddingCache, MemorySection, Section
+from unime_st.evaluation.cache import EmbeddingCache
+from unime_st.evaluation.sections import MemorySection, Section
 from unime_st.fingerprint import fingerprint
+from unime_st.images import open_image
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ OnError = Literal["raise", "report"]
 
 _BATCHES_A_CHUNK = 8
 _LETTERS_AN_IMAGE = 1000
+_ROW_OF_ONE = re.compile(r"\b[Rr]ow 0( of the batch)?\b")  # an item is looked at alone
 
 
 class BrokenItemError(ValueError):
@@ -322,17 +324,22 @@ class _Run:
         return items if self.prepare is None else [self.prepare(item) for item in items]
 
     def _is_readable(self, row: int) -> bool:
+        """Whether an item can be prepared, by the model where it tells, which knows more limits than the opener."""
+        preprocess = getattr(self.model, "preprocess", None)
         try:
-            for image in _encoded_images(self.items[row]):
-                with Image.open(image) as opened:
-                    opened.load()
+            (item,) = self._prepared([self.items[row]])
+            if preprocess is not None:
+                preprocess([item], prompt=self.prompt)
+            else:
+                for image in _encoded_images(item):
+                    open_image(image)
         except ITEM_ERRORS as error:
             self._broken(row, error)
             return False
         return True
 
     def _broken(self, row: int, error: Exception) -> None:
-        message = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {_ROW_OF_ONE.sub('the item', str(error))}"
         if self.on_error == "raise":
             raise BrokenItemError(row, f"{shown(self.items[row])}: {message}") from error
         self.errors[row] = message
@@ -349,10 +356,8 @@ def _name(item: Any) -> Any:
 
 def _encoded_images(item: Any) -> Iterator[Any]:
     """Files and bytes below an item that must open as images; a bare string is text."""
-    if isinstance(item, Path):
+    if isinstance(item, Path | bytes):
         yield item
-    elif isinstance(item, bytes):
-        yield io.BytesIO(item)
     elif isinstance(item, Mapping):
         images = item.get("image")
         for image in images if isinstance(images, list | tuple) else [images]:

@@ -130,7 +130,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
         self.tasks = [task.name for task in self._tasks]
         self.meta_tasks = dict(META_TASKS if meta_tasks is None else meta_tasks)
         self.max_pixels, self.image_size = max_pixels, image_size
-        self._reader = ItemReader("/", max_pixels=max_pixels, image_size=image_size)
+        self._reader = ItemReader("/", max_pixels=max_pixels, image_size=image_size, max_aspect_ratio=None)
         self.on_error: OnError = on_error
         self.limit = limit
         self.seed = seed

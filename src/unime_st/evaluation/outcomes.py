@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unime_st.files import write_atomically
+from unime_st.files import checksum, write_atomically
 
 _COLUMNS = ("task", "row", "score", "tied")
+_CHECKSUM = b"unime_st_checksum"
+_UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def write_outcomes(path: str | Path, outcomes: Mapping[str, TaskOutcomes]) -> No
 
     columns = [tasks, column("rows", pa.int64()), column("scores", pa.float64()), column("tied", pa.bool_())]
     file = io.BytesIO()
-    pq.write_table(pa.table(columns, names=list(_COLUMNS)), file)
+    table = pa.table(columns, names=list(_COLUMNS))
+    pq.write_table(table.replace_schema_metadata({_CHECKSUM: _checksum(table)}), file)
     write_atomically(Path(path), file.getvalue())
 
 
@@ -67,10 +70,21 @@ def read_outcomes(path: str | Path) -> dict[str, TaskOutcomes]:
     """
     try:
         table = pq.read_table(path, columns=list(_COLUMNS))
+        told = (table.schema.metadata or {}).get(_CHECKSUM)
+        damaged = told is not None and told.decode("ascii", "replace") != _checksum(table)
+        if told is None and table.schema.metadata:
+            damaged = True  # what is written without a checksum, by an earlier version, has no metadata at all
     except FileNotFoundError:
         raise
-    except (pa.ArrowInvalid, OSError, KeyError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{path} holds no results by row ({error}). Evaluate again.") from error
+    if damaged:
+        raise ValueError(f"{path} is damaged: its checksum is another. Evaluate again.")
     tasks = np.array(table["task"].to_pylist(), dtype=object)
     arrays = [table[name].to_numpy() for name in _COLUMNS[1:]]
     return {task: TaskOutcomes(*(array[tasks == task] for array in arrays)) for task in dict.fromkeys(tasks.tolist())}
+
+
+def _checksum(table: pa.Table) -> str:
+    tasks = "\0".join(table["task"].to_pylist())
+    return checksum(tasks, *(np.asarray(table[name].to_numpy()) for name in _COLUMNS[1:]))

@@ -11,11 +11,13 @@ from typing import Any, Literal, Self
 import numpy as np
 from datasets import Dataset
 
+from unime_st.arguments import require_number
 from unime_st.data.caption_sets import read_caption_dataset, read_karpathy_split, read_paired_folders
 from unime_st.data.images import resolve_image
-from unime_st.evaluation.base import EmbeddingEvaluator, device_of, image_item
+from unime_st.evaluation.base import EmbeddingEvaluator, device_of, image_item, text_item
 from unime_st.evaluation.outcomes import TaskOutcomes
 from unime_st.evaluation.scoring import Ranking, rank_pool
+from unime_st.paths import resolve_below
 
 Direction = Literal["text_to_image", "image_to_text"]
 DIRECTIONS: tuple[Direction, Direction] = ("text_to_image", "image_to_text")
@@ -33,7 +35,8 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
 
     Args:
         images: N images: paths, or what else ``encode`` takes.
-        captions: For each image its captions, at least one (UniME's protocol: five; COCO's first five).
+        captions: For each image its captions, at least one (UniME's protocol: five; COCO's first five). The model gets
+            them as ``{"text": caption}``, so that none is taken for the name of a file.
         name: Put before the metrics' names.
         ks: The k of recall@k, at least 1 each.
         shuffle_images_seed: Deals the images out anew among the captions: a check, not a result, since recall
@@ -60,7 +63,8 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
     Example:
         >>> class Brightness:  # stands for a model
         ...     def encode(self, items, **kwargs):
-        ...         white = [item.startswith("white") if isinstance(item, str) else item.max() > 0 for item in items]
+        ...         shown = [item["text"] if isinstance(item, dict) else item.max() for item in items]
+        ...         white = [x.startswith("white") if isinstance(x, str) else x > 0 for x in shown]
         ...         return np.array([[is_white, not is_white] for is_white in white])
         >>> black, white = np.zeros((2, 2, 3)), np.ones((2, 2, 3))
         >>> evaluator = ImageTextRetrievalEvaluator([black, white], [["a night"], ["white", "a cloud"]], ks=(1,))
@@ -83,8 +87,13 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         if len(images) == 0 or len(images) != len(captions):
             raise ValueError(f"{len(images)} images, but captions for {len(captions)}: give each image its list.")
         for number, own in enumerate(captions):
-            if isinstance(own, str) or len(own) == 0:
+            if isinstance(own, str) or not isinstance(own, Sequence) or len(own) == 0:
                 raise ValueError(f"Image {number} has captions {own!r}: give a list with at least one.")
+            if wrong := [caption for caption in own if not isinstance(caption, str)]:
+                raise ValueError(f"Image {number} has the caption {wrong[0]!r}: captions are strings.")
+        for k in ks:
+            require_number("ks", k)
+        require_number("chunk_size", chunk_size, least=1)
         if not ks or min(ks) < 1:
             raise ValueError(f"`ks={tuple(ks)}`, but recall@k needs k of at least 1.")
         self.images = list(images)
@@ -118,19 +127,20 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         """
         folder = Path(folder)
         captions: dict[Path, list[str]] = {}
-        with (folder / "metadata.jsonl").open(encoding="utf-8") as lines:
+        with resolve_below(folder, "metadata.jsonl", what="captions").open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line)
                     path, text = resolve_image(folder, row["file_name"]), row["text"]
+                    own = [text] if isinstance(text, str) else [str(caption) for caption in text]
                 except (KeyError, TypeError, ValueError) as error:
                     raise ValueError(
                         f'{folder / "metadata.jsonl"}, line {number}: {error!r}. A line is {{"file_name": "a.jpg", '
                         '"text": "a caption"}.'
                     ) from error
-                captions.setdefault(path, []).extend([text] if isinstance(text, str) else text)
+                captions.setdefault(path, []).extend(own)
         return cls(list(captions), list(captions.values()), **{"name": folder.name, **arguments})
 
     @classmethod
@@ -160,10 +170,10 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
 
         Args:
             dataset: Rows, or a name on the Hub.
-            **arguments: ``split``, ``image_column``, ``caption_columns`` and ``captions_per_image`` of the reader, and
-                arguments of the class.
+            **arguments: ``split``, ``image_column``, ``caption_columns``, ``captions_per_image`` and ``image_root`` of
+                the reader, and arguments of the class.
         """
-        names = ("split", "image_column", "caption_columns", "captions_per_image")
+        names = ("split", "image_column", "caption_columns", "captions_per_image", "image_root")
         reading = {name: arguments.pop(name) for name in names if name in arguments}
         return cls(*read_caption_dataset(dataset, **reading), **arguments)
 
@@ -187,7 +197,8 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         Returns:
             The metrics, see the class.
         """
-        embeddings, index, _ = self.encode(model, [*map(image_item, self.images), *self.texts])
+        items = [*map(image_item, self.images), *map(text_item, self.texts)]
+        embeddings, index, _ = self.encode(model, items, self._where)
         images, image_place = _once(index[: len(self.images)])
         texts, text_place = _once(index[len(self.images) :])
         of_distinct: list[dict[int, None]] = [{} for _ in images]  # an image that comes twice has the captions of both
@@ -209,6 +220,10 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
             "image_to_text": [texts[own].tolist() for own in captions_of],
         }
         return self.finish(model, self._metrics(), output_path, epoch, steps)
+
+    def _where(self, item: int) -> str:
+        number = item - len(self.images)
+        return f"Image {item}" if number < 0 else f"Caption {number}, of image {self.image_of[number]}"
 
     @property
     def last_details(self) -> dict[Direction, list[dict[str, Any]]]:
