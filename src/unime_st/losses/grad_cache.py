@@ -89,9 +89,9 @@ def embedded_together(model: Any, batches: Sequence[dict[str, Any]]) -> list[Ten
 
 def _images_last(model: Any, batches: Sequence[dict[str, Any]]) -> list[Tensor]:
     """As above, by a call each: the one that reaches most weights is the last."""
-    order = range(len(batches))
+    order = list(range(len(batches)))
     if distributed.is_distributed():
-        order = sorted(order, key=lambda number: _shows_images(batches[number]))
+        order.sort(key=lambda number: _shows_images(batches[number]))
     found = {number: embedded(model, batches[number]) for number in order}
     return [found[number] for number in range(len(batches))]
 
