@@ -178,5 +178,5 @@ def test_temperatures_that_are_none(temperature):
 
 @pytest.mark.parametrize(("k", "margin"), [(0, 0.1), (True, 0.1), (1.5, 0.1), (1, float("nan")), (1, float("inf"))])
 def test_numbers_of_negatives_and_margins_that_are_none(k, margin):
-    with pytest.raises((TypeError, ValueError), match="`k=|`margin="):
+    with pytest.raises((TypeError, ValueError), match=r"`k=|`margin="):
         F.hardest_valid_negatives(torch.eye(3), torch.arange(3), k, margin)
