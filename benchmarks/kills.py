@@ -60,7 +60,7 @@ from unime_st.data import (
     teacher_embeddings,
 )
 from unime_st.evaluation import ImageTextRetrievalEvaluator, encode_distinct
-from unime_st.files import write_atomically
+from unime_st.files import remove_leftovers, write_atomically
 from unime_st.losses import HardNegativeInfoNCELoss
 from unime_st.samplers import FalseNegativeAwareBatchSampler, SamplerEpochCallback
 
@@ -253,6 +253,7 @@ def live(job: Job, world: World, folder: Path, kill: Kill | None) -> tuple[int, 
         try:
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (until the child ends)
             count_changes(folder, None if kill is None else kill.changes)
+            remove_leftovers(folder)  # of what the job writes itself
             job.run(world, folder)
             os._exit(0)
         finally:

@@ -23,6 +23,7 @@ from unime_st.checkpoints import (
     last_complete_checkpoint,
     mark_complete,
 )
+from unime_st.files import write_atomically
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +244,12 @@ def test_a_damaged_marker_is_named_and_marks_nothing(tmp_path, caplog, content):
     (checkpoint(tmp_path, 2) / MARKER).write_text(content)
     assert last_complete_checkpoint(tmp_path) is None
     assert f"{MARKER} is damaged" in caplog.text
+
+
+def test_what_a_kill_left_in_a_checkpoint_goes_when_it_is_written_again(tmp_path):
+    checkpoint = tmp_path / "checkpoint-2"
+    write_atomically(checkpoint / "model.safetensors", b"weights")
+    (checkpoint / ".complete.json.0123.partial").write_text("half")
+    mark_complete(checkpoint, step=2)
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["complete.json", "model.safetensors"]
+    assert is_complete(checkpoint)

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from unime_st import distributed
 from unime_st.features import forget_kept_features
-from unime_st.files import write_atomically
+from unime_st.files import remove_leftovers, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ def mark_complete(checkpoint: Path, step: int) -> None:
     Raises:
         OSError: When the disk refuses what it had seemed to take.
     """
+    remove_leftovers(checkpoint)
 
     def described(file: Path) -> dict[str, Any]:
         with file.open("rb") as opened:

@@ -33,7 +33,7 @@ def raising(error):
         (raising(AttributeError("no `k`")), "other error"),
         (lambda: 1, "silent"),
     ],
-    ids=str,
+    ids=["named", "row", "unnamed", "key", "attribute", "silent"],
 )
 def test_calls_are_judged_by_what_they_say(work, kind):
     assert fuzz_cases.judged(fuzz_cases.Case("f", "k=0", work, ("k=",)))[0] == kind

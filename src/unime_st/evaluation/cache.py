@@ -62,7 +62,7 @@ class EmbeddingCache:
     """
 
     def __init__(self, folder: str | Path, max_bytes: int | None = None) -> None:
-        if max_bytes is not None and max_bytes < 1:
+        if max_bytes is not None and not max_bytes >= 1:
             raise ValueError(f"`max_bytes={max_bytes}`, but a cache needs some room; None for no bound.")
         self.folder = Path(folder)
         self.max_bytes = max_bytes

@@ -22,6 +22,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 from transformers import AutoConfig
 
+from unime_st.arguments import require_number
 from unime_st.folders import new_folder, recover
 from unime_st.modules.adapters import (
     attach_adapter,
@@ -98,6 +99,9 @@ def build_encoder(
             or the adapters would not load again. Code in a checkpoint is refused, never asked about.
     """
     _check_sizes(max_pixels=max_pixels, max_seq_length=max_seq_length, truncate_dim=truncate_dim)
+    require_number("vision_cache_bytes", vision_cache_bytes, least=0)
+    _check_prompts(prompts)
+    _check_device(device)
     if isinstance(peft_config, PeftConfig):
         check_config(peft_config)
     name, adapter = str(backbone), Path(backbone)
@@ -174,6 +178,7 @@ def load_encoder(
             than `published`.
     """
     _check_sizes(truncate_dim=truncate_dim)
+    _check_device(device)
     folder = _folder_of(path)
     if not (folder / "modules.json").is_file():
         if published is None and str(path) not in PUBLISHED:
@@ -247,6 +252,8 @@ def export_encoder(
     Raises:
         FileExistsError: the folder exists and is no saved encoder.
     """
+    if not isinstance(model, SentenceTransformer):
+        raise TypeError(f"`model` is a {type(model).__name__}, but an encoder of `build_encoder` is needed.")
     target = Path(path)
     if target.exists() and any(target.iterdir()) and not (target / "modules.json").is_file():
         raise FileExistsError(f"{target} exists and holds something other than a saved encoder. Give another `path`.")
@@ -275,6 +282,19 @@ def _check_sizes(**sizes: int | None) -> None:
     for name, size in sizes.items():
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(f"`{name}={size!r}`, but it must be a whole number of at least 1, or None for no limit.")
+
+
+def _check_prompts(prompts: Mapping[str, str] | None) -> None:
+    for name, prompt in (prompts or {}).items():
+        if not isinstance(name, str) or not isinstance(prompt, str):
+            raise TypeError(f"`prompts` has {name!r}: {prompt!r}, but names and prompts are strings.")
+
+
+def _check_device(device: str | None) -> None:
+    try:
+        torch.device(device or "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"`device={device!r}` is no device of torch, such as 'cpu' or 'cuda:0': {error}") from error
 
 
 def _folder_of(path: str | Path) -> Path:

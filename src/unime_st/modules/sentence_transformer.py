@@ -69,6 +69,8 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         but embeddings is asked for; results are the same to rounding.
         """
         encoder: Any = self[0]
+        if (dim := kwargs.get("truncate_dim")) is not None and not dim >= 1:
+            raise ValueError(f"`truncate_dim={dim}`, but it must be at least 1, or None.")
         plain = not isinstance(encoder, MultimodalEncoder) or kwargs["output_value"] != "sentence_embedding"
         budget = kwargs.get(_BUDGET)
         if budget is not None and budget < 1:
