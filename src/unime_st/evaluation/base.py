@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from sentence_transformers.sentence_transformer.evaluation import SentenceEvalua
 
 from unime_st.distributed import rank
 from unime_st.evaluation.cache import EmbeddingCache
-from unime_st.evaluation.encoding import OnError, Section, encode_indexed, open_section
-from unime_st.evaluation.outcomes import TaskOutcomes, write_outcomes
+from unime_st.evaluation.encoding import BrokenItemError, Section, encode_indexed, open_section
+from unime_st.evaluation.outcomes import TaskOutcomes, told_of_ties, write_outcomes
 from unime_st.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 class EmbeddingEvaluator(SentenceEvaluator):
@@ -45,8 +49,7 @@ class EmbeddingEvaluator(SentenceEvaluator):
         write_csv: bool = True,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"`batch_size={batch_size}`, but it must be at least 1.")
+        whole_number(batch_size=batch_size)
         self.name = name
         self.batch_size = batch_size
         self.prompt = prompt
@@ -71,19 +74,28 @@ class EmbeddingEvaluator(SentenceEvaluator):
         return {}
 
     def encode(
-        self, model: Any, items: Sequence[Any], on_error: OnError = "raise"
+        self, model: Any, items: Sequence[Any], where: Callable[[int], str], **options: Any
     ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-        """Encode items by this evaluator's settings, see :func:`~unime_st.evaluation.encoding.encode_indexed`."""
-        return encode_indexed(
-            model,
-            items,
-            cache=self.cache_dir,
-            batch_size=self.batch_size,
-            prompt=self.prompt,
-            prompt_name=self.prompt_name,
-            show_progress_bar=self.show_progress_bar,
-            on_error=on_error,
-        )
+        """Encode items by this evaluator's settings, see :func:`~unime_st.evaluation.encoding.encode_indexed`.
+
+        Args:
+            model: The model evaluated.
+            items: What to encode.
+            where: Names the row of the data that has the item of this number, for the error if it cannot be encoded.
+            **options: Of ``encode_indexed``.
+        """
+        try:
+            return encode_indexed(
+                model,
+                items,
+                **{"cache": self.cache_dir, **options},
+                batch_size=self.batch_size,
+                prompt=self.prompt,
+                prompt_name=self.prompt_name,
+                show_progress_bar=self.show_progress_bar,
+            )
+        except BrokenItemError as error:
+            raise ValueError(f"{where(error.position)}: {error.reason}") from error
 
     def outcomes(self) -> dict[str, TaskOutcomes]:
         """What each row contributed to the last call's metrics, by task; written beside them, to be compared."""
@@ -105,15 +117,32 @@ class EmbeddingEvaluator(SentenceEvaluator):
             The metrics with the evaluator's name.
         """
         named = self.prefix_name_to_metrics(dict(metrics), self.name)
+        outcomes = self.outcomes()
+        if rank() == 0 and (told := told_of_ties(outcomes)):
+            logger.warning("%s: %s", self.name or type(self).__name__, told)
         if hasattr(model, "model_card_data"):
             self.store_metrics_in_model_card_data(model, named, int(epoch), steps)
         if output_path is not None and self.write_csv and rank() == 0:
             stem = f"{self.name or type(self).__name__}_results".replace("/", "-")
             folder = Path(output_path)
             write_atomically(folder / f"{stem}.json", json.dumps(named, indent=2))
-            write_outcomes(folder / f"{stem}_rows.parquet", self.outcomes())
+            write_outcomes(folder / f"{stem}_rows.parquet", outcomes)
             append_row(folder / f"{stem}.csv", {"epoch": epoch, "steps": steps, **metrics})
         return named
+
+
+def whole_number(least: int = 1, **arguments: Any) -> None:
+    """Refuse arguments that are no whole number of at least so much.
+
+    Example:
+        >>> whole_number(k=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: `k=0`, but it must be a whole number of at least 1.
+    """
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+            raise ValueError(f"`{name}={value!r}`, but it must be a whole number of at least {least}.")
 
 
 def image_item(image: Any) -> Any:

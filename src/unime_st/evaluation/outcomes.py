@@ -1,8 +1,9 @@
-"""Results by row: what two evaluations are compared by."""
+"""Results by row: what two evaluations are compared by, and how many of them only an order decides."""
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unime_st.files import write_atomically
+from unime_st.files import checksum, write_atomically
 
 _COLUMNS = ("task", "row", "score", "tied")
+_METADATA = b"unime_st"
+_MOST_TIED = 0.01
+_TASKS_NAMED = 5
+
+FIRST_WINS = "the first of equal scores wins"
+TIE_IS_WRONG = "a tie is wrong"
+NOT_TOLD = "not told: right in MMEB, wrong elsewhere"
+"""Of files written before the rule was noted in them."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +32,42 @@ class TaskOutcomes:
     Attributes:
         rows: Number of each row in the task, shape (rows,).
         scores: Its share of the task's metric (hit@1, nDCG@5, recall@1 ...), in [0, 1], shape (rows,).
-        tied: Whether a wrong candidate scored exactly as well as the right one, shape (rows,).
+        tied: Whether only the rule for ties decided that, for a wrong candidate scored exactly as well, shape (rows,).
+        rule: What becomes of ties.
     """
 
     rows: np.ndarray
     scores: np.ndarray
     tied: np.ndarray
+    rule: str = FIRST_WINS
+
+
+def told_of_ties(outcomes: Mapping[str, TaskOutcomes]) -> str:
+    """Say which tasks are decided by ties in more than 1 % of their rows; "" if none is.
+
+    Example:
+        >>> told_of_ties({"VQA": TaskOutcomes(np.arange(2), np.ones(2), np.array([True, False]))})
+        'Equal scores decide more than 1 % of the rows of: VQA (1 of 2; score 100.0 %, 50.0 % without them). ...'
+    """
+    many = {task: own for task, own in outcomes.items() if own.tied.sum() > _MOST_TIED * len(own.tied)}
+    if not many:
+        return ""
+    named = [
+        f"{task} ({own.tied.sum()} of {len(own.tied)}; score {100 * own.scores.mean():.1f} %, "
+        f"{100 * (own.scores * ~own.tied).mean():.1f} % without them)"
+        for task, own in list(many.items())[:_TASKS_NAMED]
+    ]
+    if len(many) > _TASKS_NAMED:
+        named.append(f"and {len(many) - _TASKS_NAMED} more")
+    return (
+        f"Equal scores decide more than 1 % of the rows of: {', '.join(named)}. The embeddings may have collapsed into "
+        "one, or inputs differ only in what the model does not see, such as the end of a text that it cuts: these "
+        "scores say little."
+    )
 
 
 def write_outcomes(path: str | Path, outcomes: Mapping[str, TaskOutcomes]) -> None:
-    """Write results by row as one parquet file with the columns task, row, score, tied.
+    """Write results by row as one parquet file with the columns task, row, score, tied; the rule for ties beside them.
 
     Args:
         path: The file; replaced whole.
@@ -53,13 +88,15 @@ def write_outcomes(path: str | Path, outcomes: Mapping[str, TaskOutcomes]) -> No
         return pa.array(np.concatenate(parts) if parts else np.zeros(0)).cast(kind)
 
     columns = [tasks, column("rows", pa.int64()), column("scores", pa.float64()), column("tied", pa.bool_())]
+    table = pa.table(columns, names=list(_COLUMNS))
+    noted = {"ties": {task: own.rule for task, own in outcomes.items()}, "checksum": _checksum(table)}
     file = io.BytesIO()
-    pq.write_table(pa.table(columns, names=list(_COLUMNS)), file)
+    pq.write_table(table.replace_schema_metadata({_METADATA: json.dumps(noted)}), file)
     write_atomically(Path(path), file.getvalue())
 
 
 def read_outcomes(path: str | Path) -> dict[str, TaskOutcomes]:
-    """Read what :func:`write_outcomes` wrote.
+    """Read what :func:`write_outcomes` wrote, or an earlier version of it, without the rule for ties.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -67,10 +104,22 @@ def read_outcomes(path: str | Path) -> dict[str, TaskOutcomes]:
     """
     try:
         table = pq.read_table(path, columns=list(_COLUMNS))
+        noted = json.loads((table.schema.metadata or {}).get(_METADATA, "{}"))
+        if noted and noted["checksum"] != _checksum(table):
+            raise ValueError("its values are not those that were written")  # noqa: TRY301 (worded below)
     except FileNotFoundError:
         raise
-    except (pa.ArrowInvalid, OSError, KeyError) as error:
+    except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} holds no results by row ({error}). Evaluate again.") from error
     tasks = np.array(table["task"].to_pylist(), dtype=object)
     arrays = [table[name].to_numpy() for name in _COLUMNS[1:]]
-    return {task: TaskOutcomes(*(array[tasks == task] for array in arrays)) for task in dict.fromkeys(tasks.tolist())}
+    rules = noted.get("ties", {})
+    return {
+        task: TaskOutcomes(*(array[tasks == task] for array in arrays), rule=rules.get(task, NOT_TOLD))
+        for task in dict.fromkeys(tasks.tolist())
+    }
+
+
+def _checksum(table: pa.Table) -> str:
+    tasks, *arrays = (table[name] for name in _COLUMNS)
+    return checksum(json.dumps(tasks.to_pylist()), *(array.to_numpy() for array in arrays))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,8 +14,8 @@ from datasets import Dataset
 
 from unime_st.data.caption_sets import read_caption_dataset, read_karpathy_split, read_paired_folders
 from unime_st.data.images import resolve_image
-from unime_st.evaluation.base import EmbeddingEvaluator, device_of, image_item
-from unime_st.evaluation.outcomes import TaskOutcomes
+from unime_st.evaluation.base import EmbeddingEvaluator, device_of, image_item, whole_number
+from unime_st.evaluation.outcomes import TIE_IS_WRONG, TaskOutcomes
 from unime_st.evaluation.scoring import Ranking, rank_pool
 
 Direction = Literal["text_to_image", "image_to_text"]
@@ -29,7 +30,8 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
 
     A direction is named by its query: ``text_to_image`` asks with each caption for its image, ``image_to_text`` with
     each image for *any* of its captions. Images and captions of the same content are one candidate; a caption that also
-    belongs to another image is right for both. A wrong candidate that scores exactly as well goes first.
+    belongs to another image is right for both. A wrong candidate that scores exactly as well goes first: the published
+    scripts leave that to ``torch.topk``, which promises no order.
 
     Args:
         images: N images: paths, or what else ``encode`` takes.
@@ -50,12 +52,13 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         primary_metric: ``mean_recall@k`` over both directions, at the smallest k.
 
     Raises:
-        ValueError: If there are no images, an image has no caption, the lengths differ, or a k is below 1.
+        ValueError: If there are no images, an image has no caption, a caption is no text, the lengths differ, or a k or
+            ``chunk_size`` is no whole number of at least 1.
 
     Metrics:
         ``text_to_image_recall@k``, ``image_to_text_recall@k`` and ``mean_recall@k`` for each k, all in [0, 1];
-        ``text_to_image_ties`` and ``image_to_text_ties``, the number of queries with a wrong candidate exactly level
-        with the right one.
+        ``text_to_image_ties`` and ``image_to_text_ties``, the number of queries that another order of equal scores
+        would make right at one of the k. A warning tells when there are many.
 
     Example:
         >>> class Brightness:  # stands for a model
@@ -80,13 +83,20 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         **arguments: Any,
     ) -> None:
         super().__init__(name=name, **arguments)
+        if isinstance(images, str | Path) or isinstance(captions, str):
+            raise TypeError("`images` and `captions` are lists. For folders there are `from_folder` and others.")
         if len(images) == 0 or len(images) != len(captions):
             raise ValueError(f"{len(images)} images, but captions for {len(captions)}: give each image its list.")
         for number, own in enumerate(captions):
             if isinstance(own, str) or len(own) == 0:
                 raise ValueError(f"Image {number} has captions {own!r}: give a list with at least one.")
-        if not ks or min(ks) < 1:
-            raise ValueError(f"`ks={tuple(ks)}`, but recall@k needs k of at least 1.")
+            if other := [caption for caption in own if not isinstance(caption, str)]:
+                raise ValueError(f"Image {number} has the caption {other[0]!r}, which is no text.")
+        if isinstance(ks, int) or not ks:
+            raise ValueError(f"`ks={ks!r}`: give a list of those k whose recall@k you want.")
+        for k in ks:
+            whole_number(ks=k)
+        whole_number(chunk_size=chunk_size)
         self.images = list(images)
         if shuffle_images_seed is not None:
             order = np.random.default_rng(shuffle_images_seed).permutation(len(images))
@@ -187,7 +197,7 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         Returns:
             The metrics, see the class.
         """
-        embeddings, index, _ = self.encode(model, [*map(image_item, self.images), *self.texts])
+        embeddings, index, _ = self.encode(model, [*map(image_item, self.images), *self.texts], self._where)
         images, image_place = _once(index[: len(self.images)])
         texts, text_place = _once(index[len(self.images) :])
         of_distinct: list[dict[int, None]] = [{} for _ in images]  # an image that comes twice has the captions of both
@@ -201,14 +211,19 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         )
         by_image = rank_pool(image_vectors[image_place], text_vectors, captions_of, **options)
         self.rankings = {
-            "text_to_image": Ranking(by_text.ranks, by_text.tied, images[by_text.top], by_text.scores),
-            "image_to_text": Ranking(by_image.ranks, by_image.tied, texts[by_image.top], by_image.scores),
+            "text_to_image": replace(by_text, top=images[by_text.top]),
+            "image_to_text": replace(by_image, top=texts[by_image.top]),
         }
         self._right = {
             "text_to_image": [[int(place)] for place in images[image_place[self.image_of]]],
             "image_to_text": [texts[own].tolist() for own in captions_of],
         }
         return self.finish(model, self._metrics(), output_path, epoch, steps)
+
+    def _where(self, number: int) -> str:
+        """Name an item by its number among images and texts."""
+        text = number - len(self.images)
+        return f"image {number}" if text < 0 else f"caption {text}, of image {self.image_of[text]}"
 
     @property
     def last_details(self) -> dict[Direction, list[dict[str, Any]]]:
@@ -242,8 +257,11 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
             For each query `query`, `results` (each an `image` or a `text`, and whether it is `right`) and `rank`.
 
         Raises:
-            ValueError: If there was no call yet.
+            ValueError: If there was no call yet, or ``k`` is out of range.
         """
+        whole_number(k=k)
+        if k > _KEPT:
+            raise ValueError(f"`k={k}`, but the best {_KEPT} of each query are kept.")
         if direction not in self.rankings:
             raise ValueError(
                 f"Nothing is known of {direction!r}: there are {list(self.rankings)}. Evaluate a model first."
@@ -263,7 +281,12 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
     def outcomes(self) -> dict[str, TaskOutcomes]:
         """Recall at the smallest k of each query, by direction, of the last call."""
         return {
-            direction: TaskOutcomes(np.arange(len(ranking.ranks)), ranking.ranks < self.ks[0], ranking.tied)
+            direction: TaskOutcomes(
+                np.arange(len(ranking.ranks)),
+                ranking.ranks < self.ks[0],
+                ranking.tied_at(self.ks[0]),
+                rule=TIE_IS_WRONG,
+            )
             for direction, ranking in self.rankings.items()
         }
 
@@ -274,7 +297,7 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         for k in self.ks:
             metrics[f"mean_recall@{k}"] = sum(metrics[f"{direction}_recall@{k}"] for direction in DIRECTIONS) / 2
         for direction, ranking in self.rankings.items():
-            metrics[f"{direction}_ties"] = int(ranking.tied.sum())
+            metrics[f"{direction}_ties"] = int(np.any([ranking.tied_at(k) for k in self.ks], axis=0).sum())
         return metrics
 
     def chance(self) -> dict[str, float]:

@@ -15,7 +15,7 @@ from datasets import Image as ImageFeature
 from unime_st.data.caption_sets import require_columns
 from unime_st.data.images import resolve_image
 from unime_st.evaluation.base import EmbeddingEvaluator, image_item
-from unime_st.evaluation.outcomes import TaskOutcomes
+from unime_st.evaluation.outcomes import TIE_IS_WRONG, TaskOutcomes
 from unime_st.evaluation.scoring import unit_rows
 
 SUGARCREPE_GROUPS: dict[str, tuple[str, ...]] = {
@@ -54,8 +54,8 @@ class PreferenceScores:
 class SugarCrepeEvaluator(EmbeddingEvaluator):
     """Accuracy of choosing the right of two captions for an image, by set and group of sets.
 
-    A row is right when cos(image, caption) > cos(image, negative caption); a tie is wrong. Chance is 0.5. A group's
-    score is the plain mean of its sets.
+    A row is right when cos(image, caption) > cos(image, negative caption); a tie is wrong, as published. Chance is 0.5.
+    A group's score is the plain mean of its sets.
 
     Args:
         sets: Set name -> rows of (image, caption, negative caption).
@@ -70,11 +70,12 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
         primary_metric: ``mean_of_groups_accuracy``, or ``mean_of_sets_accuracy`` without groups.
 
     Raises:
-        ValueError: If there are no sets, a set is empty, a row has not three cells, or a group names an unknown set.
+        ValueError: If there are no sets, a set is empty, a row has not three cells or a caption that is no text, or a
+            group names an unknown set.
 
     Metrics:
         ``<set>_accuracy``, ``<group>_accuracy``, ``mean_of_sets_accuracy``, ``mean_of_groups_accuracy`` and ``ties``,
-        the number of tied rows.
+        the number of tied rows. A warning tells when there are many.
 
     Example:
         >>> class Lengths:  # stands for a model
@@ -105,6 +106,8 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
                     raise ValueError(
                         f"{set_name!r}, row {number}: {len(row)} cells in place of (image, caption, negative)."
                     )
+                if other := [caption for caption in row[1:] if not isinstance(caption, str)]:
+                    raise ValueError(f"{set_name!r}, row {number}: the caption {other[0]!r} is no text.")
         self.sets = {set_name: list(rows) for set_name, rows in sets.items()}
         self.groups = self._groups(groups)
         self.primary_metric = "mean_of_groups_accuracy" if self.groups else "mean_of_sets_accuracy"
@@ -208,7 +211,8 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
         cells = [
             cell for rows in self.sets.values() for image, *captions in rows for cell in (image_item(image), *captions)
         ]
-        embeddings, index, _ = self.encode(model, cells)
+        rows_of_all = [f"{name!r}, row {row}" for name, rows in self.sets.items() for row in range(len(rows))]
+        embeddings, index, _ = self.encode(model, cells, lambda cell: rows_of_all[cell // 3])
         vectors, same = unit_rows(embeddings)
         unit = vectors.numpy()
         places = same[index].reshape(-1, 3)  # image, caption, negative caption
@@ -223,7 +227,7 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
     def outcomes(self) -> dict[str, TaskOutcomes]:
         """Whether each row is right, by set, of the last call."""
         return {
-            name: TaskOutcomes(np.arange(len(scores.right)), scores.right, scores.tied)
+            name: TaskOutcomes(np.arange(len(scores.right)), scores.right, scores.tied, rule=TIE_IS_WRONG)
             for name, scores in self.scores.items()
         }
 
