@@ -55,7 +55,7 @@ def planned_model(recipe: Recipe) -> tuple[nn.Module, SentenceTransformer | None
         with without_weights():
             encoder = load_start(recipe, SimpleNamespace(seed=0, device="meta"))  # type: ignore[arg-type]
     except OSError:  # no processor, perhaps
-        config = AutoConfig.from_pretrained(recipe.backbone)
+        config = AutoConfig.from_pretrained(recipe.backbone, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModel.from_config(config, dtype=config.dtype)
         if recipe.encoder.get("text_only"):

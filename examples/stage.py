@@ -13,6 +13,7 @@ from transformers import set_seed
 from unime_st import build_encoder, export_encoder, load_encoder
 from unime_st.checkpoints import CheckpointCallback, checkpoints, explained_write_errors, last_complete_checkpoint
 from unime_st.data import with_teacher_labels
+from unime_st.distributed import from_rank_zero
 from unime_st.losses import LossMetricsCallback, effective_negatives
 from unime_st.modules import default_lora_config
 from unime_st.samplers import SamplerEpochCallback
@@ -92,7 +93,7 @@ def train(recipe: "Recipe", arguments: SentenceTransformerTrainingArguments, row
     )
     LossMetricsCallback.attach(trainer)
     folder, encoder = Path(arguments.output_dir), Path(recipe.output) / "encoder"
-    checkpoint = last_complete_checkpoint(folder)
+    checkpoint = from_rank_zero(lambda: last_complete_checkpoint(folder))  # reads it: once is enough
     if trainer.is_world_process_zero():
         for path in checkpoints(folder):
             if checkpoint is None or int(path.name.rpartition("-")[2]) > int(checkpoint.name.rpartition("-")[2]):

@@ -1,6 +1,7 @@
 """Which checkpoints are whole, what the callback marks and deletes, and what a full disk says."""
 
 import errno
+import json
 import shutil
 
 import pytest
@@ -196,3 +197,49 @@ def test_a_marker_cut_short_marks_nothing(tmp_path):
     marker = tmp_path / "checkpoint-4" / MARKER
     marker.write_bytes(marker.read_bytes()[: marker.stat().st_size // 2])
     assert last_complete_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "1_Pooling/config.json", MARKER])
+def test_no_flipped_byte_of_a_checkpoint_is_gone_on_from(name, tmp_path):
+    nine, ten = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
+    good = (ten / name).read_bytes()
+    passed = 0
+    for place in range(len(good)):
+        for bit in range(8):
+            (ten / name).write_bytes(good[:place] + bytes([good[place] ^ 1 << bit]) + good[place + 1 :])
+            found = last_complete_checkpoint(tmp_path)
+            assert found == nine or (name == MARKER and found == ten)  # its spaces and its step are for nobody
+            passed += found == nine
+    assert passed > len(good) * (4 if name == MARKER else 7)
+    (ten / name).write_bytes(good)
+    assert last_complete_checkpoint(tmp_path) == ten
+
+
+def test_a_damaged_file_is_named_and_rotation_reads_nothing(tmp_path, caplog, monkeypatch):
+    two, newest = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4)
+    (two / "model.safetensors").write_bytes(b"weighed")
+    assert not is_complete(two)
+    assert f"{two / 'model.safetensors'} is damaged" in caplog.text
+    assert is_complete(two, read_files=False)
+    monkeypatch.setattr("unime_st.checkpoints._sha256", None)
+    callback = CheckpointCallback()
+    callback._limit = 2
+    callback._rotate(newest, None)
+    assert checkpoints(tmp_path) == [two, newest]
+
+
+def test_marks_of_before_there_were_checksums_are_told_of(tmp_path, caplog):
+    old = checkpoint(tmp_path, 2, whole=False)
+    files = {"model.safetensors": 7, "1_Pooling/config.json": 2}
+    (old / MARKER).write_text(json.dumps({"step": 2, "files": files}))
+    assert last_complete_checkpoint(tmp_path) == old
+    assert f"{old} was marked by an earlier version, without checksums" in caplog.text
+    (old / "model.safetensors").write_bytes(b"weig")
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", ["[]", '{"files": [1]}', '{"files": {"model.safetensors": {}}}', '"x"', "3"])
+def test_a_damaged_marker_is_named_and_marks_nothing(tmp_path, caplog, content):
+    (checkpoint(tmp_path, 2) / MARKER).write_text(content)
+    assert last_complete_checkpoint(tmp_path) is None
+    assert f"{MARKER} is damaged" in caplog.text

@@ -1,5 +1,8 @@
 """Two gloo processes compute what one computes: loss, gradients, metrics, for both losses, plain and cached."""
 
+import logging
+import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -195,3 +198,40 @@ def test_one_process_does_nothing():
 def test_columns_of_different_shapes_are_refused():
     with pytest.raises(ValueError, match=r"one shape.*\(2, 3\), \(3, 3\)"):
         distributed.gather_columns([torch.ones(2, 3), torch.ones(3, 3)])
+
+
+def late_and_dead(rank, folder):
+    """Rank 1 comes late, and later not at all."""
+    distributed._SAY_EVERY = 0.2
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger("unime_st.distributed").addHandler(handler)
+    time.sleep(1.0 * rank)
+    gathered = distributed.gather_objects(rank)
+    time.sleep(1.0 * (1 - rank))
+    handed = distributed.from_rank_zero(lambda: "made")
+    said, failures = list(records), []
+    if rank == 1:
+        torch.save({"said": said}, f"{folder}/1.pt")
+        os._exit(0)
+    for call in (lambda: distributed.gather_objects(rank), lambda: distributed.from_rank_zero(lambda: None)):
+        try:
+            call()
+        except RuntimeError as error:
+            failures.append(str(error))
+    torch.save({"said": said, "failures": failures, "gathered": gathered, "handed": handed}, f"{folder}/0.pt")
+    os._exit(0)  # the group cannot be ended without the other
+
+
+def test_one_that_waits_says_so_and_a_dead_one_is_told_of(tmp_path):
+    first, second = run_two(late_and_dead, tmp_path, str(tmp_path))
+    assert (first["gathered"], first["handed"]) == ([0, 1], "made")
+    assert len(first["said"]) >= 2
+    assert "Rank 0 of 2 has waited to exchange results since" in first["said"][0]
+    assert "`ddp_timeout`" in first["said"][0]
+    assert any("Rank 1 of 2 has waited for what rank 0 computes" in line for line in second["said"])
+    assert first["failures"]
+    for failure in first["failures"]:
+        assert "another process has died or did not come in time" in failure
+        assert "start again" in failure

@@ -11,14 +11,22 @@ a call, where one call a step is enough, and warns on a single process, where do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+_SAY_EVERY = 60.0
 
 
 def is_distributed() -> bool:
@@ -91,8 +99,13 @@ def max_over_processes(value: int, device: torch.device) -> int:
 def gather_objects(value: Any) -> list[Any]:
     """Collect a picklable object of each process, in rank order; every process must call this.
 
+    A process that waits for others says so in the log every minute.
+
     Returns:
         ``W`` objects; the one given, on a single process.
+
+    Raises:
+        RuntimeError: When another process has died, or does not come before the process group's time limit.
 
     Example:
         >>> gather_objects({"a": 1})
@@ -101,7 +114,8 @@ def gather_objects(value: Any) -> list[Any]:
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with _waiting("to exchange results"):
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -112,7 +126,10 @@ def from_rank_zero(make: Callable[[], T]) -> T:
 
     Args:
         make: Called on rank 0 only; what it returns must be picklable. An error it raises is raised on every process,
-            so that none waits for what will never come.
+            so that none waits for what will never come. A process that waits says so in the log every minute.
+
+    Raises:
+        RuntimeError: When rank 0 has failed or died, or does not come before the process group's time limit.
 
     Example:
         >>> from_rank_zero(lambda: [1, 2])
@@ -128,12 +145,39 @@ def from_rank_zero(make: Callable[[], T]) -> T:
         except Exception as error:  # noqa: BLE001 whatever it is, the others wait to hear of it
             failure = error
             outcome[1] = f"{type(error).__name__}: {error}"
-    dist.broadcast_object_list(outcome, src=0)
+    with _waiting("for what rank 0 computes"):
+        dist.broadcast_object_list(outcome, src=0)
     if failure is not None:
         raise failure
     if outcome[1] is not None:
         raise RuntimeError(f"Rank 0 failed, so this process stops too: {outcome[1]}")
     return cast("T", outcome[0])
+
+
+@contextmanager
+def _waiting(purpose: str) -> Iterator[None]:
+    """Within this context, which ends with what all processes do, one that waits says so, and what an end means."""
+    began, since, done = time.monotonic(), time.strftime("%H:%M:%S"), threading.Event()
+    own = f"Rank {rank()} of {world_size()}"
+
+    def say() -> None:
+        while not done.wait(_SAY_EVERY):
+            logger.warning(
+                "%s has waited %s since %s (%.0f s). It waits until the process group's time limit (`ddp_timeout` of "
+                "the training arguments, `timeout` of init_process_group). Do the other processes still run?",
+                own, purpose, since, time.monotonic() - began)  # fmt: skip
+
+    threading.Thread(target=say, daemon=True, name="waiting").start()
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{own} waited {purpose} for {time.monotonic() - began:.0f} s, and another process has died or did not "
+            f"come in time ({error}). Look for the first error among the outputs of all processes, end those that are "
+            "left, and start again: what was written is kept."
+        ) from error
+    finally:
+        done.set()
 
 
 class _GatherWithGrad(torch.autograd.Function):

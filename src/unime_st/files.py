@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-import platform
 import uuid
-import zlib
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors of a full disk."""
+
 _PARTIAL = ".partial"
+_ATTEMPTS = 3
 
 
 def write_atomically(path: Path, content: bytes | str | np.ndarray) -> None:
@@ -22,6 +32,9 @@ def write_atomically(path: Path, content: bytes | str | np.ndarray) -> None:
         path: The file; its folder is made when missing, and a file that is there is replaced.
         content: Bytes, text (as UTF-8) or an array (in numpy's format, never pickled).
 
+    Raises:
+        OSError: When the disk is full, saying so of the folder.
+
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "deep" / "a.txt"
@@ -30,18 +43,46 @@ def write_atomically(path: Path, content: bytes | str | np.ndarray) -> None:
         ('whole', 1)
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.{_machine()}-{os.getpid()}{_PARTIAL}")
     try:
-        with partial.open("wb") as file:
+        for attempt in count():
+            partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
+            try:
+                _write(partial, content, path)
+            except FileNotFoundError:  # a cleaner that cannot see locks took it for a dead writer's
+                if attempt == _ATTEMPTS:
+                    raise
+            else:
+                return
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(
+            error.errno,
+            f"The disk of {path.parent} is full, so {path.name} was not written; what is there is whole. Free some "
+            "space and start again: it goes on from there",
+        ) from error
+
+
+def _write(partial: Path, content: bytes | str | np.ndarray, path: Path) -> None:
+    try:
+        with partial.open("xb") as file:
+            _hold(file.fileno(), wait=True)
             if isinstance(content, np.ndarray):
-                np.save(file, content, allow_pickle=False)
+                np.save(_Plain(file.write), content, allow_pickle=False)
             else:
                 file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+class _Plain:
+    """What numpy writes to by `write` alone: into a real file it writes in C, and a full disk has no number then."""
+
+    def __init__(self, write: Callable[[bytes], Any]) -> None:
+        self.write = write
 
 
 def checksum(*values: np.ndarray | bytes | str) -> str:
@@ -65,21 +106,82 @@ def checksum(*values: np.ndarray | bytes | str) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes of this machine that were killed have left half-written in a folder.
+    """Remove what processes that were killed have left half-written in a folder.
 
-    Those of other machines that share the folder are left alone: whether they live cannot be told from here.
+    A writer holds a lock on its file, which ends with the writer however that ends, on whatever machine and in whatever
+    container. Where the file system has no locks, files are left alone.
     """
     for partial in folder.glob(f".*{_PARTIAL}"):
-        machine, _, process = partial.name.split(".")[-2].partition("-")
-        if machine != _machine():
+        try:
+            descriptor = os.open(partial, os.O_RDONLY)
+        except OSError:
             continue
         try:
-            os.kill(int(process), 0)  # signal 0 only asks whether the process lives
-        except ProcessLookupError:
-            partial.unlink(missing_ok=True)
-        except (PermissionError, ValueError):
-            continue
+            if _hold(descriptor):
+                partial.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
 
 
-def _machine() -> str:
-    return f"{zlib.crc32(platform.node().encode()):08x}"
+class FolderLock:
+    """Held by all processes of a run that writes into a folder, so that others can tell whether one is at work.
+
+    Args:
+        folder: The folder; made when missing.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with FolderLock(folder) as first:
+        ...     alone = first.alone()
+        ...     with FolderLock(folder) as second:
+        ...         print(alone, second.alone())
+        True False
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ".lock"
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        _hold(self._descriptor, shared=True, wait=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    def alone(self) -> bool:
+        """Whether no other process holds it; False where the file system has no locks."""
+        alone = _hold(self._descriptor)
+        _hold(self._descriptor, shared=True, wait=True)
+        return alone
+
+
+def create_exclusively(path: Path, content: str) -> bool:
+    """Write a file that is not there yet, whole or not at all; False if it is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
+    write_atomically(draft, content)
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    except OSError:  # no hard links here
+        if path.exists():
+            return False
+        write_atomically(path, content)
+    finally:
+        draft.unlink(missing_ok=True)
+    return True
+
+
+def _hold(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
+    """Lock an open file until it is closed; False if another has it, or the file system has no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True

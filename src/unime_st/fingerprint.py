@@ -14,6 +14,7 @@ An encoded and a decoded form of one picture do not compare equal: give both in 
 from __future__ import annotations
 
 import hashlib
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -269,6 +270,8 @@ def _file_digest(path: str | Path) -> bytes:
         status = Path(path).stat()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"There is no file {str(path)!r} to hash; is it relative to another folder?") from error
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+        raise FileNotFoundError(f"{str(path)!r} is no regular file, so it is not read.")
     changed = max(status.st_ctime_ns, status.st_mtime_ns)
     state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     if changed > time.time_ns() - _SETTLED_NS:

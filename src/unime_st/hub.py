@@ -35,6 +35,7 @@ def push_encoder_to_hub(
     exist_ok: bool = True,
     merge_adapters: bool = True,
     model_card: str | None = None,
+    widget_images: bool | None = None,
 ) -> str:
     """Upload an encoder so that ``SentenceTransformer(repo_id)`` loads it without this package.
 
@@ -51,6 +52,8 @@ def push_encoder_to_hub(
         exist_ok: a repository that is there already is written to; False refuses.
         merge_adapters: merge LoRA weights into the backbone; False uploads adapters alone.
         model_card: text of README.md in place of :func:`encoder_card`'s.
+        widget_images: upload rows of the training set in the card and its ``assets/`` folder, see
+            :func:`unime_st.export_encoder`; never unless asked for.
 
     Returns:
         The address of the commit.
@@ -59,7 +62,9 @@ def push_encoder_to_hub(
         huggingface_hub.errors.HfHubHTTPError: the Hub refused.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        folder = export_encoder(model, Path(scratch) / "encoder", merge_adapters=merge_adapters)
+        folder = export_encoder(
+            model, Path(scratch) / "encoder", merge_adapters=merge_adapters, widget_images=widget_images
+        )
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=exist_ok, repo_type="model").repo_id
         card = model_card if model_card is not None else encoder_card(model, repo_id=repo_id)

@@ -213,7 +213,7 @@ def test_a_broken_input_is_named_by_its_row_in_the_stream(encoder, tmp_path):
         list(encode_stream(Lengths(), [*texts, "broken", "more"], window_size=10))
     assert caught.value.row == 23
     with pytest.raises(BrokenInputError, match=r"row 7\) cannot be encoded. ValueError: Row 7 holds neither"):
-        list(encode_stream(encoder, [*texts[:7], " ", *texts[7:]], window_size=5))
+        list(encode_stream(encoder, [*texts[:7], {"image": None, "text": " "}, *texts[7:]], window_size=5))
     with pytest.raises(
         BrokenInputError, match=r"row 6\).*FileNotFoundError: Row 6: 'bus.jpg' looks like an image file"
     ):
@@ -437,8 +437,6 @@ def test_other_inputs_are_refused_by_row(output_format, tmp_path):
     part = f"part-000001.{output_format}"
     with pytest.raises(ValueError, match=rf"Row 10 is 'other', but .*{part} was made with another.*delete {part}"):
         encode([*texts[:10], "other", *texts[11:]])
-    with pytest.raises(ValueError, match=r"Row 20 is 'more', but .* with no input there"):
-        encode([*texts, "more"])
     with pytest.raises(ValueError, match=r"Row 18 is missing, but .* with another input there"):
         encode(texts[:18])
     with pytest.raises(
@@ -446,7 +444,6 @@ def test_other_inputs_are_refused_by_row(output_format, tmp_path):
     ):
         encode(texts[:16])
     assert stored(folder) == before
-    (folder / f"part-000002.{output_format}").unlink()  # as advised: the corpus has grown
     assert encode([*texts, "more"]).encoded == [*texts[16:], "more"]
     assert len(load_corpus(folder)) == 21
 

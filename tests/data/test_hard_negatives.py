@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from tiny import picture, tiny_encoder
 from tiny_data import COLOURS
 from unime_st import functional
-from unime_st.data import bad_image_report, load_mined_negatives, load_mmeb_train, mine_hard_negatives
+from unime_st.data import bad_image_report, load_mined_negatives, load_mmeb_train, mine_hard_negatives, mining_files
 from unime_st.fingerprint import content_id
 from unime_st.losses import HardNegativeInfoNCELoss
 
@@ -295,3 +295,197 @@ def test_mined_negatives_reach_the_loss(root, monkeypatch):
     assert len(seen) == len(expected) == 32
     assert sorted(seen) == sorted(expected)
     assert float(loss.last_metrics["rows_without_negatives"]) == 0
+
+
+def options(folder, **changes):
+    return {"output_dir": folder, "num_negatives": 2, "rows_per_file": 30, **changes}
+
+
+def mined_rows(folder):
+    return load_mined_negatives(folder)[:]
+
+
+def test_no_flipped_or_missing_byte_of_a_mined_file_is_served(tmp_path):
+    """A part that is damaged is mined again, and what is loaded meanwhile is refused by name."""
+    dataset, folder = training_set(rows=12), tmp_path / "mined"
+    mine_hard_negatives(dataset, Hashing(), **options(folder, rows_per_file=6))
+    expected, parts = mined_rows(folder), sorted(folder.glob("part-*.parquet"))
+    served = refused = 0
+    for path in (parts[1], folder / "mined.json"):
+        good = path.read_bytes()
+        for place in range(0, len(good), 3):
+            path.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
+            try:
+                found = mined_rows(folder)
+            except ValueError as error:
+                refused += f"{path} is damaged" in str(error) and "with the same arguments again" in str(error)
+            else:
+                assert found == expected, (path, place)
+                served += 1
+        for length in (0, 5, len(good) // 2, len(good) - 1):
+            path.write_bytes(good[:length])
+            with pytest.raises(ValueError, match=f"{path.name} is damaged"):
+                mined_rows(folder)
+        path.write_bytes(good)
+    assert refused > 500
+    assert served < refused  # of parquet's footer, much is for nobody
+
+
+@pytest.mark.parametrize("harm", [lambda data: data[:-40], lambda data: data[:200] + b"?" + data[201:], lambda _: b""])
+def test_a_damaged_file_alone_is_mined_again(tmp_path, caplog, harm):
+    dataset, folder = training_set(), tmp_path / "mined"
+    mine_hard_negatives(dataset, Hashing(), **options(folder))
+    expected, parts = mined_rows(folder), sorted(folder.glob("part-*.parquet"))
+    before = [path.read_bytes() for path in parts]
+    times = [path.stat().st_mtime_ns for path in parts]
+    parts[1].write_bytes(harm(before[1]))
+    again = Hashing()
+    mine_hard_negatives(dataset, again, **options(folder))
+    assert f"{parts[1]} is damaged" in caplog.text
+    assert "mined again" in caplog.text
+    assert again.asked == []
+    assert [path.read_bytes() for path in parts] == before
+    assert [path.stat().st_mtime_ns for path in parts][::2] == times[::2]
+    assert mined_rows(folder) == expected
+
+
+def test_files_of_other_settings_or_places_are_not_taken(tmp_path, caplog):
+    dataset = training_set()
+    folder, other = (mine_hard_negatives(dataset, Hashing(), **options(tmp_path / name, margin=margin))
+                     for name, margin in (("a", 0.1), ("b", -0.3)))  # fmt: skip
+    expected, parts = mined_rows(folder), sorted(folder.glob("part-*.parquet"))
+    assert mined_rows(other) != expected
+    for source in (other / parts[0].name, parts[1]):
+        parts[0].write_bytes(source.read_bytes())
+        with pytest.raises(ValueError, match=rf"{parts[0].name} is damaged, or was mined with other settings"):
+            mined_rows(folder)
+        mine_hard_negatives(dataset, Hashing(), **options(folder))
+        assert mined_rows(folder) == expected
+
+
+@pytest.mark.parametrize("content", ['{"a"', "[]", "", '"x"', "\xff"])
+def test_damaged_settings_are_named_and_a_folder_may_be_claimed_again(tmp_path, content):
+    dataset, folder = training_set(), tmp_path / "mined"
+    mine_hard_negatives(dataset, Hashing(), **options(folder))
+    expected = mined_rows(folder)
+    settings = folder / "settings.json"
+    settings.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"settings\.json is damaged .*Delete it and call again"):
+        mine_hard_negatives(dataset, Hashing(), **options(folder))
+    settings.unlink()
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("part-*")}
+    mine_hard_negatives(dataset, Hashing(), **options(folder))
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("part-*")} == before
+    settings.unlink()
+    mine_hard_negatives(dataset, Hashing(), **options(folder, margin=-0.3))  # nothing of before is taken over
+    assert mined_rows(folder) != expected
+
+
+def test_of_two_runs_at_once_the_second_is_refused(tmp_path, monkeypatch):
+    """Both look before either has written."""
+    dataset, folder, real = training_set(), tmp_path / "mined", mining_files.write_atomically
+    refused = []
+
+    def late(path, content):
+        monkeypatch.setattr(mining_files, "write_atomically", real)
+        mine_hard_negatives(dataset, Hashing(), **options(folder, margin=-0.3))
+        real(path, content)
+
+    monkeypatch.setattr(mining_files, "write_atomically", late)
+    try:
+        mine_hard_negatives(dataset, Hashing(), **options(folder))
+    except ValueError as error:
+        refused.append(str(error))
+    assert "mined otherwise: margin differ" in refused[0]
+    expected = mine_hard_negatives(dataset, Hashing(), **options(tmp_path / "alone", margin=-0.3))
+    assert mined_rows(folder) == mined_rows(expected)
+    assert {path.name for path in folder.iterdir() if path.name.startswith("settings")} == {"settings.json"}
+
+
+def test_results_of_before_are_told_of(tmp_path, caplog):
+    """Without checksums: rows are read, and going on is refused with the reason."""
+    dataset, folder = training_set(), tmp_path / "mined"
+    mine_hard_negatives(dataset, Hashing(), **options(folder))
+    expected = mined_rows(folder)
+    for path in folder.glob("part-*"):
+        table = pq.read_table(path)
+        kept = {key: value for key, value in table.schema.metadata.items() if key != b"mining_checksum"}
+        pq.write_table(table.replace_schema_metadata(kept), path)
+    for name, gone in (("mined.json", ("format", "settings", "checksum")), ("settings.json", ("format", "images"))):
+        note = json.loads((folder / name).read_text())
+        note = {key: value for key, value in note.items() if key not in gone}
+        (folder / name).write_text(json.dumps(note | ({"model": "0" * 64} if "model" in note else {})))
+    assert mined_rows(folder) == expected
+    assert "earlier version, without checksums" in caplog.text
+    with pytest.raises(ValueError, match=r"model differ.*made by an earlier version of unime_st"):
+        mine_hard_negatives(dataset, Hashing(), **options(folder))
+
+
+def test_how_images_are_read_is_part_of_the_settings(root):
+    model = tiny_encoder("qwen2_vl", root / "model")
+    mine_hard_negatives(load_mmeb_train(root), model, root / "mined", num_negatives=2, margin=None)
+    with pytest.raises(ValueError, match="mined otherwise: images differ"):
+        mine_hard_negatives(load_mmeb_train(root, max_pixels=900), model, root / "mined", num_negatives=2, margin=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "advice"),
+    [
+        ({"margin": float("nan")}, ValueError, "`margin=nan`, but it must be a number"),
+        ({"margin": "0.1"}, TypeError, "`margin='0.1'`"),
+        ({"num_negatives": 2.5}, TypeError, r"`num_negatives=2\.5`, but it must be a whole number"),
+        ({"num_negatives": True}, TypeError, "`num_negatives=True`"),
+        ({"range_min": -1}, ValueError, "leave too few ranks"),
+        ({"rows_per_file": 0}, ValueError, "a file holds at least one row"),
+        ({"batch_size": 0}, ValueError, "`batch_size=0`, but it must be at least 1"),
+        ({"shard_size": 0}, ValueError, "`shard_size=0`, but it must be at least 1"),
+        ({"patience": float("nan")}, ValueError, "`patience=nan`"),
+    ],
+)
+def test_silent_arguments_are_refused(tmp_path, changes, error, advice):
+    model = Hashing()
+    with pytest.raises(error, match=advice):
+        mine_hard_negatives(training_set(), model, **options(tmp_path / "mined", **changes))
+    assert not model.asked
+    assert not (tmp_path / "mined").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [
+        ("positive", ["x", None, "z"]),
+        ("anchor", ["x", None, None]),
+        ("positive", [{"text": "x", "image": "a.png"}, {"text": None, "image": None}, {"text": "z", "image": None}]),
+    ],
+)
+def test_missing_queries_and_positives_are_refused_by_row(tmp_path, name, cells):
+    columns = {"anchor": ["a", "b", "c"], "positive": ["x", "y", "z"]} | {name: cells}
+    with pytest.raises(ValueError, match=rf"Row 1 has no '{name}' \(None\).*leave those rows out"):
+        mine_hard_negatives(Dataset.from_dict(columns), Hashing(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(["a", None, "", "é"]),
+        pa.array([b"a", None, b""], pa.large_binary()),
+        pa.array([{"image": "x", "text": None}, None, {"image": None, "text": "y"}]),
+        pa.array([[1, 2], None, [], [3]]),
+        pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2)),
+        pa.array([True, None]),
+        pa.array(["a", "b", "b"]).dictionary_encode(),
+        pa.array([None, None]),
+        pa.array([1, None], pa.timestamp("s")),
+    ],
+)
+def test_a_checksum_goes_by_values_alone(column, tmp_path):
+    def of(*chunks):
+        return mining_files._checksum("name", "settings", "{}", pa.table({"c": pa.chunked_array(chunks)}))
+
+    known = of(column)
+    assert of(column[:1], column[1:]) == known
+    assert of(pa.concat_arrays([column, column])[len(column) :]) == known
+    pq.write_table(pa.table({"c": column}), tmp_path / "t.parquet")
+    assert of(*pq.read_table(tmp_path / "t.parquet").column("c").chunks) == known
+    others = [of(column[1:]), of(column, column), of(column[::-1]) if column.null_count < len(column) else "other"]
+    assert len({known, *others}) == 4

@@ -1,3 +1,4 @@
+import json
 import pickle
 
 import numpy as np
@@ -9,6 +10,7 @@ from sentence_transformers.base.data_collator import BaseDataCollator
 from sentence_transformers.sentence_transformer.modules import Dense, StaticEmbedding
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from torch.utils.data import DataLoader
 
@@ -207,3 +209,136 @@ def test_lookups_agree_with_a_dictionary_and_many_files_stay_closed(tmp_path, mo
     assert np.array_equal(store.rows(numbers[numbers >= 0]), [expected[key] for key in there])
     assert len(store._open) == 3
     assert store.rows(np.empty(0, dtype=np.int64)).shape == (0, 2)
+
+
+def flipped(path, place, bit=0):
+    """The file with one bit changed; returns what puts it right again."""
+    good = path.read_bytes()
+    path.write_bytes(good[:place] + bytes([good[place] ^ 1 << bit]) + good[place + 1 :])
+    return lambda: path.write_bytes(good)
+
+
+def test_no_flipped_or_missing_byte_of_the_cache_is_served(tmp_path):
+    texts = texts_of(*range(9))
+    expected = embed(Counting(), texts, tmp_path, shard_size=9)
+    (shard,) = tmp_path.rglob("shard-*.npy")
+    size = shard.stat().st_size
+    refused = 0
+    for place in range(size):
+        restore = flipped(shard, place, place % 8)
+        try:
+            found = embed(Counting(), texts, tmp_path)
+        except ValueError as error:
+            refused += f"{shard} is damaged" in str(error) and "Delete it; what it held is embedded" in str(error)
+        else:
+            assert np.array_equal(found, expected), place
+        restore()
+    assert refused >= size - 4  # but for what numpy's header says and nothing goes by
+    for length in (0, 1, 100, size - 33, size - 1):
+        good = shard.read_bytes()
+        shard.write_bytes(good[:length])
+        with pytest.raises(ValueError, match=r"shard-.* is damaged"):
+            embed(Counting(), texts, tmp_path)
+        shard.write_bytes(good)
+    assert np.array_equal(embed(Counting(), texts, tmp_path), expected)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        [("name keys", "S16", (2,)), ("embeddings", "<f4", (2, 3)), ("checksum", "S32")],
+        [("keys", "S16", (2,)), ("embeddings", "<f8", (2, 3)), ("checksum", "S32")],
+        [("keys", "S16", (2,)), ("embeddings", "<f4", (3, 3)), ("checksum", "S32")],
+        [("keys", "S16", (2,)), ("embeddings", "<f4", (2,)), ("checksum", "S32")],
+        "<f4",
+    ],
+)
+def test_a_file_of_another_kind_is_refused_by_name(tmp_path, dtype):
+    np.save(tmp_path / "shard-000000-0.npy", np.zeros(1, dtype=dtype))
+    with pytest.raises(ValueError, match=r"shard-000000-0\.npy is damaged .*Delete it"):
+        EmbeddingStore(tmp_path)
+
+
+def test_files_of_before_there_were_checksums_are_read_and_told_of(tmp_path, caplog):
+    keys = key_array([b"a" * 16, b"b" * 16])
+    record = np.zeros(1, dtype=[("keys", "S16", (2,)), ("embeddings", "<f4", (2, 3))])
+    record["keys"][0], record["embeddings"][0] = keys, np.arange(6).reshape(2, 3)
+    np.save(tmp_path / "shard-000000-0.npy", record)
+    store = EmbeddingStore(tmp_path)
+    assert store.rows(store.find(keys)).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert f"1 files of {tmp_path} are of an earlier version, without checksums" in caplog.text
+    caplog.clear()
+    store.add(key_array([b"c" * 16]), np.ones((1, 3)))
+    store.refresh()
+    assert not caplog.text
+
+
+def test_workers_do_not_compare_again(tmp_path, monkeypatch):
+    dataset = with_teacher_labels(texts_of(1, 2), Counting(), tmp_path, teacher_name="counting")
+    copy = pickle.loads(pickle.dumps(dataset))
+    monkeypatch.setattr("unime_st.data.embedding_store.checksum", None)
+    assert [row["label"][0] for row in copy] == [1, 2]
+
+
+def test_teachers_of_before_are_told_of_and_not_found(tmp_path, caplog):
+    for name, teacher in (("old", "0" * 32), ("older", "0" * 64), ("named", "bge")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "identity.json").write_text(json.dumps({"teacher": teacher, "prompt": ""}))
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "identity.json").write_text('["')
+    teacher_embeddings(static_teacher(0), ["a"], tmp_path)
+    assert "an earlier version knew by less of their tokenizers, in old, older: they are not used" in caplog.text
+    caplog.clear()
+    teacher_embeddings(static_teacher(0), ["a"], tmp_path)
+    assert not caplog.text
+
+
+def test_a_teacher_is_known_by_its_tokenizer(tmp_path):
+    found = [teacher_embeddings(static_teacher(0), ["A"], tmp_path)]
+    lowering = static_teacher(0)
+    lowering[0].tokenizer.normalizer = Lowercase()
+    found.append(teacher_embeddings(lowering, ["A"], tmp_path))
+    np.testing.assert_allclose(found[1], lowering.encode(["A"]))
+    assert abs(found[0] - found[1]).max() > 0.01
+
+
+class Zero(Counting):
+    def encode(self, sentences, **options):
+        return super().encode(sentences) * np.array([[text != "t5"] for text in sentences])
+
+
+def test_silent_arguments_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"embedding of row 2 \('t5'\) is zero.*Remove the row"):
+        embed(Zero(), texts_of(1, 2, 5), tmp_path)
+    for one in ("abc", b"abc"):
+        with pytest.raises(TypeError, match=r"`texts` is one text .*Give a list"):
+            embed(Counting(), one, tmp_path)
+    with pytest.raises(TypeError, match="`dataset` is one text"):
+        with_teacher_labels("abc", Counting(), tmp_path, teacher_name="t")
+    with pytest.raises(ValueError, match="`batch_size=0`, but it must be at least 1"):
+        embed(Counting(), ["t1"], tmp_path, batch_size=0)
+    with pytest.raises(TypeError, match=r"`shard_size=2\.0`, but it must be a whole number"):
+        embed(Counting(), ["t1"], tmp_path, shard_size=2.0)
+    for patience in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=rf"`patience={patience}`, but it must be a number above 0"):
+            embed(Counting(), ["t1"], tmp_path, patience=patience)
+    with pytest.raises(TypeError, match="teacher is a list, which has no `encode`"):
+        with_teacher_labels(["a"], [[1.0]], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "wrong"),
+    [([np.nan, 1.0], "not finite"), ([np.inf, 1.0], "not finite"), ([1e300, 1.0], "not finite"), ([0.0, 0.0], "zero")],
+)
+def test_given_labels_that_teach_nothing_are_refused_by_row(row, wrong):
+    with pytest.raises(ValueError, match=rf"embedding of row 1 is {wrong}.*or remove it"):
+        with_teacher_labels(["a", "b", "c"], np.array([[1.0, 2.0], row, [3.0, 4.0]]))
+    pairs = Dataset.from_dict({"a": ["x", "y"], "b": ["x", "y"]})
+    with pytest.raises(ValueError, match=rf"embedding of row 1 is {wrong}"):
+        with_teacher_labels(pairs, np.array([[[1.0, 2.0]] * 2, [[1.0, 2.0], row]]))
+
+
+@pytest.mark.parametrize("labels", [np.array([["x"]]), np.array([[1j]]), np.zeros((1, 0)), np.array([[None]])])
+def test_given_labels_that_are_no_numbers_are_refused(labels):
+    with pytest.raises(ValueError, match="must be real numbers"):
+        with_teacher_labels(["a"], labels)

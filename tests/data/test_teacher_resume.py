@@ -52,7 +52,7 @@ def test_a_run_killed_anywhere_goes_on_and_embeds_nothing_twice(tmp_path):
     expected = fill(whole)
     assert sorted(notes(whole)) == sorted(set(TEXTS))
     folder = tmp_path / "killed"
-    seen = run_with_kills(fill, written, folder, kills=6, seed=0, most=80)
+    seen = run_with_kills(fill, written, folder, kills=6, seed=0, most=60)
     log = notes(folder)
     assert any(stored for _, stored in seen)
     for noted, stored in seen:

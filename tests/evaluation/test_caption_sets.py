@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 from evaluation_fakes import TableModel, numbered_picture
 
-from unime_st.evaluation import ImageTextRetrievalEvaluator, Report, SugarCrepeEvaluator, sugarcrepe
+from unime_st.evaluation import ImageTextRetrievalEvaluator, Report, SugarCrepeEvaluator
 from unime_st.evaluation.summary import add_retrieval
 
 
@@ -97,8 +97,8 @@ def test_sugarcrepe_from_data_sets(monkeypatch):
     model = CellModel(np.eye(6))
     assert SugarCrepeEvaluator.from_datasets({"swap_att": rows})(model)["sugarcrepe_swap_att_accuracy"] == 0.5
     asked = []
-    monkeypatch.setattr(sugarcrepe, "load_dataset", lambda *a, **k: asked.append(a) or rows)
+    monkeypatch.setattr("unime_st.data.caption_sets.load_dataset", lambda *a, **k: asked.append(a) or rows)
     SugarCrepeEvaluator.from_datasets({"swap_att": "owner/crepe:swap_att", "add_att": "owner/other"})(model)
-    assert asked == [("owner/crepe", "swap_att"), ("owner/other", None)]
+    assert asked == [("owner/crepe", "swap_att"), ("owner/other",)]
     with pytest.raises(ValueError, match="no column negative_caption"):
         SugarCrepeEvaluator.from_datasets({"swap_att": rows.remove_columns("negative_caption")})

@@ -1,4 +1,6 @@
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from unime_st.evaluation import Report, compare
@@ -32,6 +34,35 @@ def test_outcomes_come_back(tmp_path):
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(ValueError, match=r"torn\.parquet holds no results by row"):
         read_outcomes(tmp_path / "torn.parquet")
+
+
+def test_no_flipped_or_missing_byte_of_outcomes_is_read(tmp_path):
+    path = tmp_path / "rows.parquet"
+    made = outcomes(a=[0.0, 1.0, 0.5], b=[1.0])
+    write_outcomes(path, made)
+    good, refused = path.read_bytes(), 0
+    harmed = [good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :] for place in range(len(good))]
+    for content in [*harmed, *(good[:length] for length in range(0, len(good), 50))]:
+        path.write_bytes(content)
+        try:
+            found = read_outcomes(path)
+        except ValueError as error:
+            refused += str(path) in str(error) and "Evaluate again" in str(error)
+        else:
+            assert list(found) == list(made)
+            for task, own in made.items():
+                for name in ("rows", "scores", "tied"):
+                    np.testing.assert_array_equal(getattr(found[task], name), getattr(own, name))
+    assert refused > len(good) / 2  # of parquet's footer, much is for nobody
+
+
+def test_outcomes_of_before_there_were_checksums_are_read(tmp_path):
+    table = pa.table({"task": ["a"], "row": [3], "score": [0.5], "tied": [False]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert read_outcomes(tmp_path / "rows.parquet")["a"].scores.tolist() == [0.5]
+    pq.write_table(table.replace_schema_metadata({"unime_st_checksun": "0"}), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="its checksum is another"):
+        read_outcomes(tmp_path / "rows.parquet")
 
 
 def test_the_interval_against_a_plain_loop(tmp_path):

@@ -1,5 +1,9 @@
+import errno
+import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -7,11 +11,13 @@ import pytest
 import torch
 from evaluation_fakes import HashModel
 from PIL import Image
+from safetensors.numpy import save_file
 from torch import nn
 
 from unime_st.evaluation import BrokenItemError, EmbeddingCache, encode_distinct, model_fingerprint
 from unime_st.evaluation import cache as cache_module
 from unime_st.evaluation.encoding import encode_indexed
+from unime_st.evaluation.sections import remove_section
 
 ITEMS = [f"text {number % 40}" for number in range(100)]
 
@@ -315,3 +321,204 @@ def test_a_killed_writer_loses_at_most_what_it_was_writing(tmp_path):
     section = EmbeddingCache(tmp_path).section(HashModel())
     assert len(section) == before >= 20
     assert [row[0] for row in section.get([f"00{number:030x}" for number in range(before)])] == list(range(before))
+
+
+def keys_of(count):
+    return [f"{number:032x}" for number in range(count)]
+
+
+@pytest.fixture
+def afresh(monkeypatch):
+    """As in a process that has said nothing yet."""
+    monkeypatch.setattr(cache_module, "_told", set())
+
+
+def test_no_flipped_or_missing_byte_is_served(tmp_path):
+    section = filled(EmbeddingCache(tmp_path), "one", count=6, dim=5)
+    expected = np.stack(section.get(keys_of(6)))
+    (shard,) = section.folder.glob("*.safetensors")
+    good, lost = shard.read_bytes(), 0
+    harmed = [good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :] for place in range(len(good))]
+    harmed += [good[:length] for length in range(0, len(good), 9)]
+    for content in harmed:
+        shard.write_bytes(content)
+        rows = EmbeddingCache(tmp_path).section(HashModel(), prompt="one").get(keys_of(6))
+        lost += rows[0] is None
+        assert rows == [None] * 6 or np.array_equal(np.stack(rows), expected)
+        assert shard.exists() == (rows[0] is not None)
+    assert lost > len(harmed) - 5  # a few bits of the header say nothing
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"keys": np.zeros((2, 16), np.uint8), "embeddings": np.ones((3, 4), np.float32)},
+        {"names": np.zeros((2, 16), np.uint8), "embeddings": np.ones((2, 4), np.float32)},
+        {"keys": np.zeros((2, 16), np.uint8)},
+        {"keys": np.zeros((2, 16), np.uint8), "embeddings": np.ones((2, 4), np.float32)},
+    ],
+    ids=["lengths differ", "another name", "half of it", "no checksum"],
+)
+def test_a_shard_of_another_kind_is_named_and_deleted(tmp_path, caplog, tensors):
+    section = filled(EmbeddingCache(tmp_path), "one")
+    save_file(tensors, section.folder / "zz.safetensors")
+    assert len(EmbeddingCache(tmp_path).section(HashModel(), prompt="one")) == 50
+    assert "zz.safetensors cannot be read" in caplog.text
+    assert not (section.folder / "zz.safetensors").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", '{"model"', "", '{"settings": []}', "\xff"])
+def test_a_damaged_note_is_named_and_written_anew(tmp_path, caplog, content):
+    section = filled(EmbeddingCache(tmp_path), "one")
+    marker = section.folder / "section.json"
+    good = marker.read_text()
+    marker.write_bytes(content.encode("latin-1"))
+    (info,) = EmbeddingCache(tmp_path).info()
+    assert (info.model, info.items) == ("", 50)
+    assert f"{marker} is damaged" in caplog.text
+    assert len(EmbeddingCache(tmp_path).section(HashModel(), prompt="one")) == 50
+    assert marker.read_text() == good
+    marker.unlink()
+    EmbeddingCache(tmp_path).section(HashModel(), prompt="one")
+    assert marker.read_text() == good
+
+
+def half_written(folder):
+    """What a process that was killed leaves, by its name."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; from unime_st.files import write_atomically\n"
+        "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_atomically(Path(sys.argv[1]) / 'a.safetensors', 'half' * 1000)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=False)
+    (left,) = folder.glob(".*.partial")
+    return left
+
+
+def test_what_killed_processes_left_goes_and_counts_until_then(tmp_path):
+    section = filled(EmbeddingCache(tmp_path), "one")
+    left = half_written(section.folder)
+    (info,) = EmbeddingCache(tmp_path).info()
+    assert info.num_bytes == sum(path.stat().st_size for path in section.folder.iterdir())
+    evicted = tmp_path / ".section.1.evicted"
+    evicted.mkdir()
+    (evicted / "a.safetensors").write_text("half deleted")
+    assert len(EmbeddingCache(tmp_path).info()) == 1
+    EmbeddingCache(tmp_path).section(HashModel(), prompt="one")
+    assert not left.exists()
+    assert not evicted.exists()
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_where_nothing_can_be_written_what_is_there_is_served(tmp_path, monkeypatch, caplog, afresh, code):
+    first = encode_distinct(HashModel(), ITEMS, cache=tmp_path)
+    EmbeddingCache(tmp_path)
+
+    def refuses(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(cache_module, "write_atomically", refuses)
+    monkeypatch.setattr(cache_module.os, "utime", refuses)
+    monkeypatch.setattr("pathlib.Path.unlink", refuses)
+    model = HashModel()
+    np.testing.assert_array_equal(encode_distinct(model, ITEMS, cache=tmp_path), first)
+    assert model.encoded == []
+    assert not caplog.text
+    for new in ("new", "newer"):
+        encode_distinct(model, [*ITEMS, new], cache=tmp_path, batch_size=1)
+    assert model.encoded == ["new", "newer"]
+    assert caplog.text.count("cannot be written") == 1
+    assert str(tmp_path) in caplog.text
+    assert "give another folder" in caplog.text
+
+
+def test_many_shards_stay_when_they_cannot_be_merged(tmp_path, monkeypatch, afresh):
+    section = EmbeddingCache(tmp_path).section(HashModel())
+    for number in range(70):
+        section.add([f"{number:032x}"], np.full((1, 2), number, np.float32))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache_module, "write_atomically", full)
+    assert len(EmbeddingCache(tmp_path).section(HashModel())) == 70
+    assert len(list(section.folder.glob("*.safetensors"))) == 70
+
+
+@pytest.mark.parametrize("how", ["cleared", "gone"])
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_a_section_deleted_while_it_is_written_is_made_again(tmp_path, monkeypatch, times, how):
+    """Another process makes room at the worst moment: before the rename."""
+    cache = EmbeddingCache(tmp_path)
+    section = filled(cache, "one", count=3)
+    real, left = os.fsync, [times]
+
+    def evicting(file):
+        real(file)
+        if left[0]:
+            left[0] -= 1
+            cache.clear() if how == "cleared" else remove_section(section.folder)
+
+    monkeypatch.setattr(os, "fsync", evicting)
+    section.add(["f" * 32], np.ones((1, 64), np.float32))
+    monkeypatch.undo()
+    assert left[0] < times
+    assert section.get(["f" * 32])[0].tolist() == [1] * 64
+    section.add(["e" * 32], np.zeros((1, 64), np.float32))
+    again = EmbeddingCache(tmp_path).section(HashModel(), prompt="one")
+    assert again.get(["e" * 32])[0].tolist() == [0] * 64
+    assert how == "gone" or again.get(["f" * 32])[0].tolist() == [1] * 64
+    assert again.get(keys_of(1)) == [None]
+    assert [info.prompt for info in cache.info()] == ["one"]
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".partial", ".evicted")]
+
+
+def fill_and_evict(folder, which, failed):
+    """In a process of its own, with room for less than both write."""
+    try:
+        cache = EmbeddingCache(folder, max_bytes=60_000)
+        for number in range(60):
+            section = cache.section(HashModel(), prompt=f"{which} {number % 3}")
+            section.get(keys_of(5))
+            section.add([f"{number:032x}"], np.full((1, 500), number, np.float32))
+            for key, row in ((key, row) for key, row in zip(keys_of(60), section.get(keys_of(60)), strict=True) if
+                             row is not None):  # fmt: skip
+                assert row.tolist() == [int(key, 16)] * 500
+    except BaseException as error:
+        failed.put(repr(error))
+        raise
+
+
+def test_processes_that_make_room_for_themselves_kill_no_others(tmp_path):
+    context = multiprocessing.get_context("fork")  # no time for imports: they start together
+    failed = context.Queue()
+    workers = [context.Process(target=fill_and_evict, args=(tmp_path, which, failed)) for which in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 3, failed.get()
+    assert 0 < sum(info.num_bytes for info in EmbeddingCache(tmp_path).info()) < 3 * 60_000
+
+
+def test_sections_of_before_are_named_and_can_be_cleared(tmp_path, caplog, capsys, afresh):
+    from unime_st.evaluation.__main__ import main
+
+    filled(EmbeddingCache(tmp_path), "one")
+    assert not caplog.text
+    old = tmp_path / ("0" * 32)
+    old.mkdir()
+    (old / "section.json").write_text(json.dumps({"model": "ab" * 32, "prompt": "old", "settings": {}}))
+    save_file({"keys": np.zeros((2, 16), np.uint8), "embeddings": np.ones((2, 4), np.float32)}, old / "a.safetensors")
+    cache_module._told.clear()
+    for _ in range(2):
+        EmbeddingCache(tmp_path).section(HashModel(), prompt="one")
+    assert caplog.text.count("1 sections of") == 1
+    assert "cache clear --outdated" in caplog.text
+    assert {info.prompt: info.outdated for info in EmbeddingCache(tmp_path).info()} == {"one": False, "old": True}
+    main(["cache", "info", str(tmp_path)])
+    told = capsys.readouterr().out.splitlines()
+    assert ["earlier version" in line for line in sorted(told, key=lambda line: "'old'" in line)][-1]
+    assert sum("earlier version" in line for line in told) == 1
+    main(["cache", "clear", "--outdated", str(tmp_path)])
+    assert [info.prompt for info in EmbeddingCache(tmp_path).info()] == ["one"]

@@ -16,8 +16,8 @@ class Table(HashModel):
         self.texts, self.images = texts, images
 
     def vector(self, item, prompt=""):
-        if isinstance(item, str):
-            return self.texts[item]
+        if isinstance(item, dict) and "text" in item:
+            return self.texts[item["text"]]
         if isinstance(item, dict):
             with Image.open(item["image"]) as image:
                 return self.images[image.convert("L").getpixel((0, 0))]

@@ -12,7 +12,7 @@ from unime_st.evaluation import SugarCrepeEvaluator
 
 class Image2Text(HashModel):
     def vector(self, item, prompt=""):
-        if isinstance(item, dict):
+        if isinstance(item, dict) and "image" in item:
             with Image.open(item["image"]) as image:
                 return super().vector(f"grey {image.convert('L').getpixel((0, 0))}")
         return super().vector(item)
@@ -53,7 +53,8 @@ def test_accuracy_against_a_plain_loop(folder):
     for name, rows in evaluator.sets.items():
         right = []
         for image, caption, negative in rows:
-            vectors = [model.vector(item) @ weight for item in ({"image": str(image)}, caption, negative)]
+            cells = ({"image": str(image)}, {"text": caption}, {"text": negative})
+            vectors = [model.vector(item) @ weight for item in cells]
             right.append(caption != negative and cosine(*vectors[:2]) > cosine(vectors[0], vectors[2]))
         expected[name] = np.mean(right)
         assert metrics[f"sugarcrepe_{name}_accuracy"] == pytest.approx(expected[name])

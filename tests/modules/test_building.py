@@ -1,6 +1,9 @@
 """Building, loading and exporting: every weight from the file, nothing half-written, nothing changed in memory."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +100,7 @@ def test_an_export_killed_while_it_deletes_the_old_one_is_whole(adapted, backbon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("unime_st.modules.build.shutil.rmtree", killed)
+        patch.setattr("unime_st.folders.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             export_encoder(adapted, folder)
     np.testing.assert_allclose(embed(load_encoder(folder, device="cpu")), embed(adapted), atol=ATOL)
@@ -203,3 +206,93 @@ def test_max_pixels_travels(backbone, tmp_path):
     narrow.save_pretrained(str(tmp_path / "saved"))
     stock = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     np.testing.assert_allclose(stock.encode([image]), narrow.encode([image]), atol=ATOL)
+
+
+@pytest.mark.parametrize("option", ["max_pixels", "max_seq_length", "truncate_dim"])
+@pytest.mark.parametrize("size", [0, -1, True, 2.5])
+def test_sizes_that_are_none_are_refused_by_name(option, size, backbone):
+    with pytest.raises(ValueError, match=rf"`{option}={size!r}`.*at least 1"):
+        build_encoder(backbone("qwen2_vl"), device="cpu", **{option: size})
+
+
+def test_embeddings_are_truncated_when_asked_for(backbone, tmp_path):
+    model = build_encoder(backbone("qwen2_vl"), device="cpu")
+    whole = model.encode(["a", "b"])
+    export_encoder(model, tmp_path / "e")
+    short = load_encoder(tmp_path / "e", device="cpu", truncate_dim=8)
+    np.testing.assert_allclose(short.encode(["a", "b"]), whole[:, :8], atol=1e-6)
+    assert build_encoder(backbone("qwen2_vl"), device="cpu", truncate_dim=4).encode(["a"]).shape == (1, 4)
+
+
+def damaged(folder, name, content):
+    path = folder / name
+    if content is None:
+        with path.open("rb+") as file:
+            file.truncate(path.stat().st_size // 2)
+    else:
+        path.write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("modules.json", '[{"path": ""}]', "modules.json is damaged"),
+        ("modules.json", "{}", "modules.json is damaged: it holds a dict"),
+        ("modules.json", '[{"idx"', "modules.json is damaged"),
+        ("config_sentence_transformers.json", "[]", "config_sentence_transformers.json is damaged"),
+        ("model.safetensors", None, "encoder.*damaged or cut short"),
+        ("modules.json", '[{"type": "sentence_transformers.base.modules.Transformer", "path": "../x"}]', "outside"),
+    ],
+)
+def test_damaged_files_are_named(name, content, words, backbone, tmp_path):
+    folder = export_encoder(build_encoder(backbone("llava_next"), device="cpu"), tmp_path / "encoder")
+    damaged(folder, name, content)
+    with pytest.raises(ValueError, match=words):
+        load_encoder(folder, device="cpu")
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_so(backbone, tmp_path):
+    export_encoder(build_encoder(backbone("llava_next"), device="cpu"), tmp_path / "encoder")
+    for path in (str(tmp_path / "encodr"), tmp_path / "encodr"):
+        with pytest.raises(FileNotFoundError, match=r"no folder .*encodr'. Beside it there is encoder"):
+            load_encoder(path)
+    with pytest.raises(FileNotFoundError, match=r"no folder '\./nope/x'"):
+        load_encoder("./nope/x")
+
+
+@pytest.mark.parametrize("what", ["config.json", "processor_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_code_in_a_checkpoint_is_neither_run_nor_asked_about(what, saved, backbone, tmp_path):
+    """Also after "y" on the terminal: transformers asks there unless it is told not to."""
+    folder = tmp_path / "model"
+    if saved:
+        export_encoder(build_encoder(backbone("qwen2_vl"), device="cpu"), folder)
+    else:
+        shutil.copytree(backbone("qwen2_vl"), folder)
+    mark = tmp_path / "RAN"
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w').write('x')\nclass C: pass\n")
+    settings = json.loads((folder / what).read_text())
+    kinds = {"config.json": "AutoConfig", "processor_config.json": "AutoProcessor"}
+    name = kinds.get(what, "AutoTokenizer")
+    settings["auto_map"] = {name: ["evil.C", "evil.C"] if name == "AutoTokenizer" else "evil.C"}
+    if name == "AutoConfig":
+        settings["model_type"] = "evil"
+    elif name == "AutoProcessor":
+        settings["processor_class"] = "Evil"
+    else:
+        settings["tokenizer_class"] = "Evil"
+    (folder / what).write_text(json.dumps(settings))
+    load = "load_encoder" if saved else "build_encoder"
+    code = f"import unime_st; unime_st.{load}({str(folder)!r}, device='cpu')"
+    done = subprocess.run([sys.executable, "-c", code], input="y\n" * 9, text=True, capture_output=True)
+    assert not mark.exists()
+    assert "[y/N]" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava_next", "smolvlm"])
+def test_a_model_compiled_as_a_whole_encodes_as_before(family, backbone):
+    model = build_encoder(backbone(family), device="cpu")
+    inputs = ["a cat", "a dog that is longer", picture("green")]
+    want = model.encode(inputs)
+    model[0].model = torch.compile(model[0].model, backend="eager")
+    np.testing.assert_allclose(model.encode(inputs), want, atol=1e-5)

@@ -1,6 +1,7 @@
 """What the guide tells of rows, against loops; through the index, in files, and on two processes."""
 
 import builtins
+import json
 
 import numpy as np
 import pytest
@@ -160,6 +161,40 @@ def test_what_was_found_is_kept_and_nothing_half(tmp_path, monkeypatch):
     store.load_or_find(*sides, **options)
     assert len(calls) == 7
     assert not list((tmp_path / "plan").glob(".*"))
+
+
+def test_no_flipped_or_missing_byte_of_what_was_kept_is_served(tmp_path, caplog):
+    sides, store = guides(*clustered(60)), NeighborStore(tmp_path / "plan")
+    options = {"margin": 0.1, "num_hardest": 2}
+    first = store.load_or_find(*sides, **options)
+    files = sorted((tmp_path / "plan").iterdir())
+    whole = [path.read_bytes() for path in files]
+    for path, good in zip(files, whole, strict=True):
+        places = range(0, len(good), 1 + len(good) // 40)
+        harmed = [good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :] for place in places]
+        for content in [*harmed, good[:-1], good[: len(good) // 2], b"", None, b"[]"]:
+            path.unlink() if content is None else path.write_bytes(content)
+            caplog.clear()
+            again = store.load_or_find(*sides, **options)
+            assert "are found again" in caplog.text or (content is None and path.suffix == ".json")
+            for name in ("pairs", "hardest", "twins"):
+                assert np.array_equal(getattr(first, name), getattr(again, name)), path
+            assert again.recall == first.recall
+            assert [one.read_bytes() for one in files] == whole
+    caplog.clear()
+    store.load_or_find(*sides, **options)
+    assert not caplog.text
+
+
+def test_what_was_kept_before_there_were_checksums_is_found_again(tmp_path, caplog):
+    sides, store = guides(*clustered(60)), NeighborStore(tmp_path)
+    store.load_or_find(*sides, margin=0.1, num_hardest=2)
+    (record,) = tmp_path.glob("*.json")
+    told = json.loads(record.read_text())
+    record.write_text(json.dumps({name: value for name, value in told.items() if name not in ("arrays", "checksum")}))
+    store.load_or_find(*sides, margin=0.1, num_hardest=2)
+    assert f"{record} is not used (it is of an earlier version, without checksums)" in caplog.text
+    assert json.loads(record.read_text()) == told
 
 
 def plan_on_two(rank, folder):

@@ -10,6 +10,7 @@ from unime_st.data.images import ItemReader, resolve_image
 from unime_st.data.mmeb import load_mmeb_eval, load_mmeb_train
 from unime_st.data.nli import load_nli
 from unime_st.data.teacher import teacher_embeddings, with_teacher_labels
+from unime_st.data.with_images import with_images
 
 __all__ = [
     "BrokenInputError",
@@ -26,5 +27,6 @@ __all__ = [
     "mine_hard_negatives",
     "resolve_image",
     "teacher_embeddings",
+    "with_images",
     "with_teacher_labels",
 ]

@@ -18,8 +18,8 @@ class Place(NamedTuple):
 
     Attributes:
         dataset: Name of the data set, or of all those it may be in.
-        row: Number of the row in its file; None when not known.
-        file: The file's name; None when not known.
+        row: Number of the row in its file or data set; None when not known.
+        file: The file's name; None when not known, or for rows of a data set in memory.
     """
 
     dataset: str
@@ -27,7 +27,8 @@ class Place(NamedTuple):
     file: str | None = None
 
     def __str__(self) -> str:
-        return self.dataset if self.row is None else f"{self.dataset}, row {self.row} of {self.file}"
+        row = "" if self.row is None else f", row {self.row}"
+        return f"{self.dataset}{row}{f' of {self.file}' if self.file else ''}"
 
 
 class BadImages:

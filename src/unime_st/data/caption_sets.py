@@ -10,11 +10,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, config, load_dataset
 from datasets import Image as ImageFeature
 
 from unime_st.data.images import resolve_image
 from unime_st.fingerprint import fingerprint
+from unime_st.images import DATA_PREFIX, REMOTE_PREFIXES
+from unime_st.paths import resolve_below
 
 _IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
@@ -51,7 +53,7 @@ def read_karpathy_split(
             for entry in chosen
         ]
         captions = [[sentence["raw"].strip() for sentence in entry["sentences"]] for entry in chosen]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(
             f'{file}: {error!r}. Expected {{"images": [{{"filename", "split", "sentences"}}]}}.'
         ) from error
@@ -73,6 +75,7 @@ def read_paired_folders(images: str | Path, captions: str | Path) -> Captioned:
 
     Raises:
         FileNotFoundError: If there are no images, or an image or a text has no partner; says which.
+        ValueError: If one is a link that leaves its folder, or a text is not UTF-8.
     """
     pictures = {path.stem: path for path in sorted(Path(images).iterdir()) if path.suffix.lower() in _IMAGE_SUFFIXES}
     texts = {path.stem: path for path in Path(captions).glob("*.txt")}
@@ -83,7 +86,15 @@ def read_paired_folders(images: str | Path, captions: str | Path) -> Captioned:
             f"{len(alone)} names are in only one of {images} and {captions}: {', '.join(alone[:5])}. Each image needs "
             "a text of its name."
         )
-    return list(pictures.values()), [[texts[name].read_text(encoding="utf-8").strip()] for name in pictures]
+    found = [resolve_image(images, path.name) for path in pictures.values()]
+    return list(found), [[_read_text(captions, texts[name].name)] for name in pictures]
+
+
+def _read_text(folder: str | Path, name: str) -> str:
+    try:
+        return resolve_below(folder, name, what="text").read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{Path(folder) / name} is not UTF-8 ({error}). Write it again.") from error
 
 
 def read_caption_dataset(
@@ -93,6 +104,7 @@ def read_caption_dataset(
     image_column: str = "image",
     caption_columns: Sequence[str] = ("caption",),
     captions_per_image: int | None = None,
+    image_root: str | Path | None = None,
 ) -> Captioned:
     """Read a data set, or one of the Hub, with an image and its captions in each row; rows of one image add up.
 
@@ -102,21 +114,22 @@ def read_caption_dataset(
         image_column: Holds images, which stay encoded until they are used.
         caption_columns: Each holds a caption or a list of them.
         captions_per_image: The first so many captions of each image; None for all.
+        image_root: Folder that the paths lead to (or below, if they are absolute) where the column holds those in place
+            of images. None refuses them, but for the files that came with a data set given by its name.
 
     Returns:
         Images as ``{"bytes", "path"}``, and captions.
 
     Raises:
-        ValueError: If a column is missing, or an image has no caption.
+        FileNotFoundError: If an image is missing.
+        ValueError: If a column is missing, an image has no caption, or a path leads out of ``image_root``.
     """
-    rows = load_dataset(dataset, split=split) if isinstance(dataset, str) else dataset
+    rows, folder = rows_and_folder(dataset, split, image_root)
     require_columns(rows, [image_column, *caption_columns])
-    if isinstance(rows.features[image_column], ImageFeature):
-        rows = rows.cast_column(image_column, ImageFeature(decode=False))
     images: dict[str, Any] = {}
     captions: dict[str, list[str]] = {}
-    for number, row in enumerate(rows):
-        image = row[image_column]
+    for number, row in enumerate(undecoded(rows, image_column)):
+        image = image_below(row[image_column], folder, f"Row {number}")
         key = fingerprint({"image": image})
         images.setdefault(key, {"image": image})
         own = [text for column in caption_columns for text in _texts(row[column])]
@@ -124,6 +137,54 @@ def read_caption_dataset(
             raise ValueError(f"Row {number} has no caption in {', '.join(caption_columns)}.")
         captions.setdefault(key, []).extend(own)
     return list(images.values()), [own[:captions_per_image] for own in captions.values()]
+
+
+def rows_and_folder(
+    dataset: Dataset | str, split: str, image_root: str | Path | None, config_name: str | None = None
+) -> tuple[Any, str | Path | None]:
+    """Rows, fetched if they are given by a name, and the folder that their images' files may lie in.
+
+    Returns:
+        The rows; ``image_root`` or, for a name without it, the folder that has it or the Hub's cache.
+    """
+    if not isinstance(dataset, str):
+        return dataset, image_root
+    rows = load_dataset(dataset, config_name, split=split) if config_name else load_dataset(dataset, split=split)
+    return rows, image_root or (dataset if Path(dataset).is_dir() else config.HF_CACHE_HOME)
+
+
+def undecoded(rows: Dataset, image_column: str) -> Dataset:
+    """Rows whose images stay encoded until they are used."""
+    if isinstance(rows.features[image_column], ImageFeature):
+        return rows.cast_column(image_column, ImageFeature(decode=False))
+    return rows
+
+
+def image_below(image: Any, folder: str | Path | None, where: str) -> Any:
+    """An image of a data set as it is, unless it is a path: then the file below a folder.
+
+    Args:
+        image: ``{"bytes", "path"}``, a path, an address, or an image in another form.
+        folder: See ``image_root`` of :func:`read_caption_dataset`.
+        where: What errors call its row.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the path leads out of the folder, or there is none.
+    """
+    if isinstance(image, dict) and image.get("bytes") is None and image.get("path") is not None:
+        image = image["path"]
+    if not isinstance(image, str | Path) or str(image).startswith((DATA_PREFIX, *REMOTE_PREFIXES)):
+        return image
+    if folder is None:
+        raise ValueError(
+            f"{where} names a file, {str(image)!r}, in place of holding an image. Give the folder of the images as "
+            "`image_root`: what lies outside it is not opened."
+        )
+    try:
+        return str(resolve_image(folder, image))
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def require_columns(rows: Dataset, names: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ from unime_st.data.corpus_run import CorpusRun
 from unime_st.data.corpus_stream import CACHE_BYTES, check_arguments, progress_bar
 from unime_st.data.corpus_windows import read_windows
 from unime_st.data.embed_once import own_share
-from unime_st.data.encoded_corpus import FORMAT_VERSION, EncodedCorpus, open_manifest
+from unime_st.data.encoded_corpus import FORMAT_VERSION, EncodedCorpus, claimed
 from unime_st.data.window_encoder import Encoder, RecentEmbeddings, WindowEncoder
 from unime_st.model_identity import model_fingerprint
 
@@ -41,8 +41,9 @@ def encode_corpus(
     Each window becomes one part file, there whole or not at all. When called again, a part that is there is compared
     with its inputs by their fingerprints and not encoded; memory of earlier inputs is taken up from the files, so that
     the result is that of a run never killed, to the last bit (given the same batch size, cache and number of
-    processes). Parts that are deleted are encoded anew; to encode everything anew, delete the folder. A corpus that
-    has grown at its end goes on once its last part is deleted.
+    processes, and the same processor and threads). Parts that are deleted or damaged are encoded anew; to encode
+    everything anew, delete the folder. Rows can be appended: called with the inputs of before and more of them, it
+    encodes what is new, and the last part again if it was not full.
 
     Several processes (a process group, or torchrun's variables) each take every W-th window and return when theirs are
     done. All must give the same inputs and settings, and see one folder; each iterates over all rows of what is no
@@ -72,7 +73,7 @@ def encode_corpus(
         OSError: When the disk is full.
         TypeError: For an option that would change the kind of result, a model without identity, or ids of another kind.
         ValueError: When there are no inputs; when the folder holds a corpus of another model, prompt or other setting,
-            naming it, or of other inputs, naming the first row that differs; when a file is damaged.
+            naming it, or of other inputs, naming the first row that differs; when another run is at work in it.
 
     Example:
         >>> import tempfile
@@ -109,22 +110,22 @@ def encode_corpus(
         "options": _deciding(options),
     }
     folder = Path(output_dir)
-    manifest = open_manifest(folder, settings)
     encoder = WindowEncoder(model, options, RecentEmbeddings(cache_bytes), dtype)
-    run = CorpusRun(FORMATS[output_format](folder), manifest, encoder, with_ids)
     share = own_share()
     total = _own_rows(inputs, window_size, share)
     rows = count = 0
     with (
+        claimed(folder, settings) as manifest,
         progress_bar(total, show_progress_bar) as bar,
         closing(read_windows(inputs, window_size, prefetch=prefetch, with_ids=with_ids, share=share)) as coming,
     ):
+        run = CorpusRun(FORMATS[output_format](folder), manifest, encoder, with_ids)
         for window in coming:
             rows, count = window.start + window.size, window.number + 1
             if window.items:
                 run.take(window)
                 bar.update(window.size)
-    return run.finish(rows, count)
+        return run.finish(rows, count)
 
 
 def _own_rows(inputs: Iterable[Any], window_size: int, share: tuple[int, int]) -> int | None:

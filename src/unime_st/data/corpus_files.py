@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,37 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unime_st.files import write_atomically
+from unime_st.files import checksum, write_atomically
 
 _KEY_BYTES = 16
-_UNREADABLE = (ValueError, EOFError, pa.ArrowInvalid, FileNotFoundError)
+_CHECKSUM = "unime_st.checksum"
+
+
+class DamagedPartError(ValueError):
+    """A part file does not hold what was written."""
+
+
+def part_checksum(keys: Sequence[bytes], embeddings: np.ndarray, ids: Sequence[Any] | None) -> str:
+    """Checksum of all that a part holds."""
+    return checksum(b"".join(keys), embeddings, "" if ids is None else json.dumps(list(ids)))
 
 
 class Parts(ABC):
     """The part files of one folder, numbered from 0; a part is there when its file of embeddings is.
 
+    Each part carries the checksum of all it holds, which is compared when the part is first read.
+
     Args:
         folder: Where they are.
+        verified: Whether parts have checksums: those of format version 1 have none.
     """
 
     suffix: str
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, verified: bool = True) -> None:
         self.folder = folder
+        self.verified = verified
+        self._sound: set[int] = set()  # parts whose checksum was compared
 
     def path(self, number: int) -> Path:
         """File that holds a part's embeddings."""
@@ -45,17 +60,55 @@ class Parts(ABC):
     def write(self, number: int, start: int, keys: Sequence[bytes], embeddings: np.ndarray, ids: list | None) -> None:
         """Write a part: fingerprints, embeddings ``(n, D)`` and ids of the rows from ``start`` on."""
 
-    @abstractmethod
+    def check(self, number: int) -> None:
+        """Compare a part with its checksum, once.
+
+        Raises:
+            DamagedPartError: When it is not what was written.
+        """
+        if self.verified and number not in self._sound:
+            if self._stored_checksum(number) != self._checksum(number):
+                raise self.unreadable(self.path(number), ValueError("its bytes are not those that were written"))
+            self._sound.add(number)
+
+    def _checksum(self, number: int) -> str:
+        ids = self._read_ids(number) if self._has_ids(number) else None
+        return part_checksum(self._read_keys(number), self._read_embeddings(number), ids)
+
     def embeddings(self, number: int) -> np.ndarray:
         """Read a part's embeddings ``(n, D)``, through a memory map where the format allows it."""
+        self.check(number)
+        return self._read_embeddings(number)
 
-    @abstractmethod
     def keys(self, number: int) -> list[bytes]:
         """Read the fingerprints of a part's inputs."""
+        self.check(number)
+        return self._read_keys(number)
 
-    @abstractmethod
     def ids(self, number: int) -> list[Any]:
         """Read the ids of a part's inputs."""
+        self.check(number)
+        return self._read_ids(number)
+
+    @abstractmethod
+    def _stored_checksum(self, number: int) -> str: ...
+
+    @abstractmethod
+    def _has_ids(self, number: int) -> bool: ...
+
+    @abstractmethod
+    def _read_embeddings(self, number: int) -> np.ndarray: ...
+
+    @abstractmethod
+    def _read_keys(self, number: int) -> list[bytes]: ...
+
+    @abstractmethod
+    def _read_ids(self, number: int) -> list[Any]: ...
+
+    def _named(self, path: Path, error: Exception) -> Exception:
+        """What a library raised, which may be anything if the file is damaged; errors of the disk stay as they are."""
+        of_disk = isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError)
+        return error if of_disk else self.unreadable(path, error)
 
     def unreadable(self, path: Path, error: Exception) -> Exception:
         """The error for a file that is missing or damaged."""
@@ -64,7 +117,7 @@ class Parts(ABC):
                 f"There is no {path}: it was deleted, or another process has yet to write it. Call `encode_corpus` as "
                 "before to have it written."
             )
-        return ValueError(
+        return DamagedPartError(
             f"{path} is damaged ({error}). Delete {self.path(int(path.stem.partition('-')[2]))} and call "
             "`encode_corpus` again: that part alone is encoded anew."
         )
@@ -85,68 +138,88 @@ class ParquetParts(Parts):
             "fingerprint": pa.array(keys, pa.binary()),
         }
         sink = pa.BufferOutputStream()
+        table = pa.table(columns).replace_schema_metadata({_CHECKSUM: part_checksum(keys, embeddings, ids)})
         # Neither a dictionary nor statistics help with embeddings.
         options: dict[str, Any] = {"use_dictionary": False, "write_statistics": ["row"], "write_page_checksum": True}
-        pq.write_table(pa.table(columns), sink, **options)
+        pq.write_table(table, sink, **options)
         write_atomically(self.path(number), sink.getvalue().to_pybytes())
+        self._sound.discard(number)
 
-    def embeddings(self, number: int) -> np.ndarray:
-        """See :meth:`Parts.embeddings`."""
+    def _stored_checksum(self, number: int) -> str:
+        metadata = self._opened(number, lambda file: file.schema_arrow.metadata) or {}
+        return metadata.get(_CHECKSUM.encode(), b"").decode("ascii", "replace")
+
+    def _has_ids(self, number: int) -> bool:
+        return "id" in self._opened(number, lambda file: file.schema_arrow.names)
+
+    def _read_embeddings(self, number: int) -> np.ndarray:
         column = self._column(number, "embedding")
+        if not pa.types.is_fixed_size_list(column.type):
+            raise self.unreadable(self.path(number), ValueError(f"its embeddings are of type {column.type}"))
         return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
 
-    def keys(self, number: int) -> list[bytes]:
-        """See :meth:`Parts.keys`."""
+    def _read_keys(self, number: int) -> list[bytes]:
         return self._column(number, "fingerprint").to_pylist()
 
-    def ids(self, number: int) -> list[Any]:
-        """See :meth:`Parts.ids`."""
+    def _read_ids(self, number: int) -> list[Any]:
         return self._column(number, "id").to_pylist()
 
     def _column(self, number: int, name: str) -> Any:
+        return self._opened(number, lambda file: pa.concat_arrays(file.read(columns=[name]).column(name).chunks))
+
+    def _opened(self, number: int, read: Callable[[pq.ParquetFile], Any]) -> Any:
         path = self.path(number)
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                return pa.concat_arrays(file.read(columns=[name]).column(name).chunks)
-        except OSError as error:
-            if error.errno is not None:  # of the disk; pyarrow's own have none
-                raise self.unreadable(path, error) if isinstance(error, FileNotFoundError) else error from error
-            raise self.unreadable(path, error) from error
-        except _UNREADABLE as error:
-            raise self.unreadable(path, error) from error
+                return read(file)
+        except Exception as error:
+            raise self._named(path, error) from error
 
 
 class NpyParts(Parts):
-    """One array ``(n, D)`` a part; fingerprints ``(n, 16)`` and ids in folders beside."""
+    """One array ``(n, D)`` a part; fingerprints and ids in folders beside.
+
+    The fingerprints are ``(n + 1, 16)`` bytes, the last row being the part's checksum.
+    """
 
     suffix = ".npy"
 
     def write(self, number: int, start: int, keys: Sequence[bytes], embeddings: np.ndarray, ids: list | None) -> None:  # noqa: ARG002 (its place says where it starts)
         """See :meth:`Parts.write`; the embeddings come last, for with them the part is there."""
         name = self.path(number).name
-        packed = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), _KEY_BYTES)
+        total = bytes.fromhex(part_checksum(keys, embeddings, ids))
+        packed = np.frombuffer(b"".join([*keys, total]), dtype=np.uint8).reshape(len(keys) + 1, _KEY_BYTES)
         write_atomically(self.folder / "fingerprints" / name, packed)
         if ids is not None:
             write_atomically(self.folder / "ids" / name, np.array(ids, None if isinstance(ids[0], str) else np.int64))
         write_atomically(self.path(number), embeddings)
+        self._sound.discard(number)
 
-    def embeddings(self, number: int) -> np.ndarray:
-        """See :meth:`Parts.embeddings`."""
+    def _stored_checksum(self, number: int) -> str:
+        rows = self._fingerprints(number)
+        return rows[-1].tobytes().hex() if len(rows) else ""
+
+    def _has_ids(self, number: int) -> bool:
+        return (self.folder / "ids" / self.path(number).name).exists()
+
+    def _read_embeddings(self, number: int) -> np.ndarray:
         return self._load(self.path(number))
 
-    def keys(self, number: int) -> list[bytes]:
-        """See :meth:`Parts.keys`."""
-        return [row.tobytes() for row in self._load(self.folder / "fingerprints" / self.path(number).name)]
+    def _read_keys(self, number: int) -> list[bytes]:
+        rows = self._fingerprints(number)
+        return [row.tobytes() for row in (rows[:-1] if self.verified else rows)]
 
-    def ids(self, number: int) -> list[Any]:
-        """See :meth:`Parts.ids`."""
+    def _read_ids(self, number: int) -> list[Any]:
         return self._load(self.folder / "ids" / self.path(number).name).tolist()
+
+    def _fingerprints(self, number: int) -> np.ndarray:
+        return self._load(self.folder / "fingerprints" / self.path(number).name)
 
     def _load(self, path: Path) -> np.ndarray:
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
-        except _UNREADABLE as error:
-            raise self.unreadable(path, error) from error
+        except Exception as error:
+            raise self._named(path, error) from error
 
 
 FORMATS: dict[str, type[Parts]] = {"parquet": ParquetParts, "npy": NpyParts}

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 from typing import Any
 
-from unime_st.data.corpus_files import Parts
+import numpy as np
+
+from unime_st.data.corpus_files import DamagedPartError, Parts
 from unime_st.data.corpus_windows import Window, shown
 from unime_st.data.encoded_corpus import EncodedCorpus, write_manifest
 from unime_st.data.window_encoder import WindowEncoder
+from unime_st.files import FULL
 
 logger = logging.getLogger(__name__)
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+class _GrownError(Exception):
+    """The last part holds the first inputs of its window."""
 
 
 class CorpusRun:
@@ -37,14 +41,27 @@ class CorpusRun:
     def take(self, window: Window) -> None:
         """See to it that a window's part is there."""
         ids = self._ids(window)
-        if self.parts.exists(window.number):
-            self._compare(window, ids)
+        if self.parts.exists(window.number) and self._is_this(window, ids):
             self.found += 1
             self.found_rows += window.size
             self.behind = True
         else:
             self._encode(window, ids)
         self.finished.append(window.number)
+
+    def _is_this(self, window: Window, ids: list[Any] | None) -> bool:
+        """Whether a part that is there stands for a window; not so if it is damaged, or if the inputs went on."""
+        try:
+            self._compare(window, ids)
+        except DamagedPartError:
+            logger.warning("%s is damaged, so it is encoded anew.", self.parts.path(window.number))
+            return False
+        except _GrownError:
+            logger.info(
+                "The inputs go on after %s, the last part, so it is encoded anew.", self.parts.path(window.number)
+            )
+            return False
+        return True
 
     def _encode(self, window: Window, ids: list[Any] | None) -> None:
         if self.behind and self.encoder.recent.max_bytes:
@@ -60,7 +77,7 @@ class CorpusRun:
         try:
             self.parts.write(window.number, window.start, window.keys, embeddings, ids)
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in FULL:
                 raise
             raise OSError(
                 error.errno,
@@ -79,6 +96,8 @@ class CorpusRun:
         if old == new:
             return
         shorter = min(len(old), len(new))
+        if len(old) < len(new) and old == new[:shorter] and number == self.parts.numbers()[-1]:
+            raise _GrownError
         place = next((place for place in range(shorter) if old[place] != new[place]), shorter)
         now = f"is {shown(window.items[place])}" if place < len(new) else "is missing"
         before = "another input" if place < len(old) else "no input"
@@ -93,6 +112,12 @@ class CorpusRun:
         if not self.with_ids:
             return None
         given = [item[0] for item in window.items]
+        logical = next((place for place, value in enumerate(given) if isinstance(value, bool | np.bool_)), None)
+        if logical is not None:
+            raise TypeError(
+                f"Row {window.start + logical} has the id {given[logical]!r}, but ids are strings or integers. Are id "
+                "and input in the right order?"
+            )
         self.first_id = given[0] if self.first_id is None else self.first_id
         text = isinstance(self.first_id, str)
         other = next((place for place, value in enumerate(given) if isinstance(value, str) != text), None)

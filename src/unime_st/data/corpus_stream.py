@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from unime_st.arguments import require_number
 from unime_st.data.corpus_windows import read_windows
 from unime_st.data.window_encoder import Encoder, RecentEmbeddings, WindowEncoder
 
@@ -94,6 +95,8 @@ def check_arguments(window_size: int, cache_bytes: int, inputs: Any, options: Ma
             f"`inputs` is a {type(inputs).__name__}, but a list or another iterable of inputs is needed. Put a single "
             "input into a list; of a data set give a column."
         )
+    require_number("window_size", window_size)
+    require_number("cache_bytes", cache_bytes)
     if window_size < 1 or cache_bytes < 0:
         raise ValueError(
             f"`window_size={window_size}` and `cache_bytes={cache_bytes}`, but a window holds at least one input, and "

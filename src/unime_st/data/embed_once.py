@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from unime_st import distributed
+from unime_st.data.arguments import check_count, check_number
 from unime_st.data.embedding_store import EmbeddingStore
+from unime_st.data.waiting import PATIENCE, Waiting
 
 logger = logging.getLogger(__name__)
-
-_PATIENCE = 1800.0
-_LONGEST_PAUSE = 2.0
 
 
 def embed_missing(
@@ -28,7 +26,7 @@ def embed_missing(
     shard_size: int,
     description: str,
     show_progress_bar: bool = False,
-    patience: float = _PATIENCE,
+    patience: float = PATIENCE,
 ) -> None:
     """Embed the inputs whose keys a store lacks; when this returns, it has all of them.
 
@@ -49,8 +47,10 @@ def embed_missing(
     Raises:
         ValueError: When ``shard_size`` is below 1.
     """
+    check_count("shard_size", shard_size, least=0)
     if shard_size < 1:
         raise ValueError(f"`shard_size={shard_size}`, but a file holds at least one embedding.")
+    check_number("patience", patience, above=0)  # now, not when it is needed
     rank, processes = own_share()
     missing = np.flatnonzero(store.find(keys) < 0)
     logger.info(
@@ -68,15 +68,7 @@ def embed_missing(
     work_off(missing[_owners(keys[missing], processes) == rank])
     if processes == 1:
         return
-    if len(owed := _wait(store, keys, missing, patience)):
-        logger.warning(
-            "%s: another of the %d processes owes %d inputs, and none came for %.0f s; embedding them here. Is it "
-            "still running, and does it make this call?",
-            description,
-            processes,
-            len(owed),
-            patience,
-        )
+    if len(owed := _wait(store, keys, missing, processes, Waiting(description, store.folder, patience))):
         work_off(owed)
 
 
@@ -97,14 +89,17 @@ def _owners(keys: np.ndarray, processes: int) -> np.ndarray:
     return keys.view("<u8").reshape(len(keys), 2)[:, 0] % processes
 
 
-def _wait(store: EmbeddingStore, keys: np.ndarray, missing: np.ndarray, patience: float) -> np.ndarray:
+def _wait(store: EmbeddingStore, keys: np.ndarray, missing: np.ndarray, processes: int, waiting: Waiting) -> np.ndarray:
     """Wait for the files of other processes; returns what has not come when patience ends."""
-    last, pause = time.monotonic(), 0.02
     missing = missing[store.find(keys[missing]) < 0]
-    while len(missing) and time.monotonic() - last < patience:
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def owed() -> tuple[list[int], str]:
+        return np.unique(_owners(keys[missing], processes)).tolist(), f"{len(missing)} inputs"
+
+    while len(missing) and waiting.goes_on(*owed()):
         if store.refresh():
-            last = time.monotonic()
+            waiting.news()
             missing = missing[store.find(keys[missing]) < 0]
+    if len(missing):
+        waiting.give_up(*owed())
     return missing

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 import torch
 
 from unime_st.columns import LABEL
-from unime_st.files import remove_leftovers, write_atomically
+from unime_st.files import checksum, remove_leftovers, write_atomically
+
+logger = logging.getLogger(__name__)
 
 KEY_BYTES = 16
 _KEY = np.dtype(f"S{KEY_BYTES}")
+_NUMBER = np.dtype("<f4")
+_FIELDS = ("keys", "embeddings", "checksum")
+_DAMAGE = (ValueError, EOFError, TypeError, SyntaxError, TokenError, OverflowError, MemoryError)  # what numpy says
 _FILE_BYTES = 1 << 30
 _OPEN_FILES = 256  # each map holds a file descriptor, and every worker of a data loader has its own
 
@@ -33,13 +41,16 @@ def key_array(keys: Iterable[bytes]) -> np.ndarray:
 class EmbeddingStore:
     """A folder of embeddings, in files that are written whole and read through memory maps.
 
-    Each file is one numpy record: first the keys ``(n,)``, then their embeddings ``(n, D)``. So the keys of a folder
-    are found without reading its embeddings. As a data set's transform, it replaces numbers in the ``label`` column by
-    the embeddings with those numbers.
+    Each file is one numpy record: the keys ``(n,)``, their embeddings ``(n, D)`` and a checksum of both, which is
+    compared once, when the file is found; copies in other processes, such as a data loader's, rely on that. As a data
+    set's transform, it replaces numbers in the ``label`` column by the embeddings with those numbers.
 
     Attributes:
         folder: Where it is.
         dimension: Of the embeddings; None while there are none.
+
+    Raises:
+        ValueError: When a file is damaged, naming it, or holds embeddings of another dimension.
 
     Example:
         >>> import tempfile
@@ -58,6 +69,7 @@ class EmbeddingStore:
         self._keys: list[np.ndarray] = []
         self._index: tuple[np.ndarray, np.ndarray] | None = None  # sorted keys, and the number of each
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._unverified = self._told = 0
         remove_leftovers(folder)
         self.refresh()
 
@@ -68,8 +80,15 @@ class EmbeddingStore:
         """Take in the files that other processes have written; returns whether there were any."""
         known = set(self._files)
         names = sorted(path.name for path in self.folder.glob("shard-*.npy") if path.name not in known)
-        for name in names:
-            self._register(name)
+        with ThreadPoolExecutor() as pool:  # hashing leaves other threads alone
+            for name, sound in zip(names, pool.map(self._verify, names), strict=True):
+                self._register(name)
+                self._unverified += not sound
+        if self._unverified > self._told:
+            logger.warning(
+                "%d files of %s are of an earlier version, without checksums: damage to them would not be seen. Delete "
+                "them to have what they hold embedded again.", self._unverified, self.folder)  # fmt: skip
+            self._told = self._unverified
         return bool(names)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
@@ -93,9 +112,10 @@ class EmbeddingStore:
         for start in range(0, len(keys), rows):
             part = slice(start, start + rows)
             shape = embeddings[part].shape
-            record = np.empty(1, dtype=[("keys", _KEY, shape[:1]), ("embeddings", "<f4", shape)])
+            record = np.empty(1, dtype=[("keys", _KEY, shape[:1]), ("embeddings", _NUMBER, shape), ("checksum", "S32")])
             record["keys"][0] = keys[part]
             record["embeddings"][0] = embeddings[part]
+            record["checksum"] = checksum(record["keys"][0], record["embeddings"][0])
             name = f"shard-{len(self._files):06d}-{uuid.uuid4().hex[:8]}.npy"
             write_atomically(self.folder / name, record)
             self._register(name)
@@ -125,14 +145,30 @@ class EmbeddingStore:
         if file in self._open:
             self._open.move_to_end(file)
             return self._open[file]
-        path = self.folder / self._files[file]
-        try:
-            self._open[file] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is damaged ({error}). Delete it; what it held is embedded again.") from error
+        self._open[file] = self._load(self._files[file])
         if len(self._open) > _OPEN_FILES:
             self._open.popitem(last=False)
         return self._open[file]
+
+    def _load(self, name: str) -> np.ndarray:
+        path = self.folder / name
+        try:
+            record = np.load(path, mmap_mode="r", allow_pickle=False)
+            if unlike := _unlike(record):
+                raise ValueError(unlike)
+        except _DAMAGE as error:
+            raise _damaged(path, error) from error
+        return record
+
+    def _verify(self, name: str) -> bool:
+        """Compare a file with its checksum; whether it has one."""
+        record = self._load(name)
+        if "checksum" not in (record.dtype.names or ()):
+            return False
+        told = bytes(record["checksum"][0]).decode("ascii", "replace")
+        if told != checksum(record["keys"][0], record["embeddings"][0]):
+            raise _damaged(self.folder / name, "its content differs from its checksum")
+        return True
 
     def _register(self, name: str) -> None:
         self._files.append(name)
@@ -147,6 +183,22 @@ class EmbeddingStore:
         self._keys.append(np.array(record["keys"][0]))
         self._index = None
         self._starts.append(self._starts[-1] + rows)
+
+
+def _damaged(path: Path, why: Exception | str) -> ValueError:
+    return ValueError(f"{path} is damaged ({why}). Delete it; what it held is embedded again.")
+
+
+def _unlike(record: np.ndarray) -> str:
+    """How a file differs from one that a store writes, with a checksum or before there were any; "" for not at all."""
+    names: Sequence[str] = record.dtype.names or ()
+    if record.shape != (1,) or tuple(names) not in (_FIELDS, _FIELDS[:2]):
+        return f"it holds {record.shape} x {record.dtype}, not one record of {', '.join(_FIELDS)}"
+    keys, embeddings = record.dtype["keys"], record.dtype["embeddings"]
+    kinds = (keys.base, embeddings.base) == (_KEY, _NUMBER)
+    if not kinds or embeddings.ndim != 2 or keys.shape != embeddings.shape[:1]:
+        return f"its keys are {keys}, its embeddings {embeddings}"
+    return ""
 
 
 def _groups(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -17,18 +15,19 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
+from unime_st.data.arguments import check_count, check_number
 from unime_st.data.embed_once import own_share
 from unime_st.data.images import ItemReader
 from unime_st.data.mining_contents import Contents
 from unime_st.data.mining_encoder import MiningEncoder
-from unime_st.data.mining_rows import COUNTS, Miner, MiningSettings
-from unime_st.files import remove_leftovers, write_atomically
+from unime_st.data.mining_files import MinedFiles, claim, read_mined, read_result, write_result
+from unime_st.data.mining_rows import Miner, MiningSettings
+from unime_st.data.waiting import PATIENCE, Waiting
+from unime_st.files import write_atomically
 from unime_st.model_identity import model_fingerprint
 
 logger = logging.getLogger(__name__)
 
-_SETTINGS = "settings.json"
-_RESULT = "mined.json"
 _EXACT_PAIRS = 2e10  # beyond, an index pays on a CPU
 
 
@@ -53,6 +52,7 @@ def mine_hard_negatives(
     shard_size: int = 1024,
     rows_per_file: int = 4096,
     show_progress_bar: bool = False,
+    patience: float = PATIENCE,
 ) -> Path:
     """Find each row's hardest negatives in the whole set, and write the set with them to parquet files.
 
@@ -63,7 +63,8 @@ def mine_hard_negatives(
     ``label``; and one with the content of the query. Equal candidates count once.
 
     A run that was killed goes on where it was: embeddings are kept in ``output_dir/embeddings``, each distinct input
-    once, and rows in files of ``rows_per_file``, all written whole. Several processes share both.
+    once, and rows in files of ``rows_per_file``, all written whole and with checksums; a damaged file of rows is mined
+    again. Several processes share both.
 
     sentence-transformers' ``mine_hard_negatives`` gives the options their names, but cannot do the work: inputs are
     keys of a dictionary there, so ``{"image", "text"}`` fails; labels are not known; the margin is measured from the
@@ -93,13 +94,16 @@ def mine_hard_negatives(
         shard_size: Inputs opened at a time, which make one file of embeddings.
         rows_per_file: Rows mined at a time.
         show_progress_bar: Show how many inputs are embedded.
+        patience: Seconds without a new file after which this process does what another owes; the log tells of it.
 
     Returns:
         ``output_dir``, for :func:`load_mined_negatives`.
 
     Raises:
-        ValueError: When an option is out of range, columns are missing, an embedding is not finite, no row has a
-            negative, or ``output_dir`` holds the result of another set, model or other options.
+        TypeError: When a size or the margin is no number.
+        ValueError: When an option is out of range, columns are missing, a query or positive is None, an embedding is
+            not finite, no row has a negative, ``output_dir`` holds the result of another set, model or other options,
+            or embeddings there are damaged, naming the file.
 
     Example:
         >>> import numpy as np, tempfile, torch
@@ -111,6 +115,11 @@ def mine_hard_negatives(
         >>> load_mined_negatives(folder)["negative_1"][:2]
         ['bba', 'cb']
     """
+    for name, size in (("batch_size", batch_size), ("shard_size", shard_size)):
+        check_count(name, size)
+    for name, size in (("num_negatives", num_negatives), ("range_min", range_min), ("rows_per_file", rows_per_file)):
+        check_count(name, size, least=-(2**63))  # MiningSettings says how large they must be
+    check_number("patience", patience, above=0)
     contents = Contents(dataset, by_subset=by_subset, hash_images=hash_images)
     depth = range_min + num_negatives * (10 if sampling_strategy == "random" else 1)
     device = getattr(model, "device", torch.device("cpu"))
@@ -130,7 +139,10 @@ def mine_hard_negatives(
     folder = Path(output_dir)
     model_identity = model_fingerprint(model)
     prompts = {"query_prompt": query_prompt, "corpus_prompt": corpus_prompt}
-    _claim(folder, asdict(settings) | prompts | {"model": model_identity, "data": contents.digest()})
+    reader = contents.reader
+    images = None if reader is None else [reader.max_pixels, reader.image_size]
+    identity = {"model": model_identity, "data": contents.digest(), "images": images}
+    claimed = claim(folder, asdict(settings) | prompts | identity)
     encoder = MiningEncoder(
         model,
         model_identity,
@@ -139,20 +151,20 @@ def mine_hard_negatives(
         batch_size=batch_size,
         shard_size=shard_size,
         show_progress_bar=show_progress_bar,
+        patience=patience,
     )
     queries = encoder.embed(contents.query_keys, contents.query_cells, query_prompt)
     targets = encoder.embed(
         contents.target_keys, lambda numbers: contents.target_cells(numbers).to_pylist(), corpus_prompt
     )
     miner = Miner(contents, settings, queries, targets, device)
-    files = -(-len(contents) // rows_per_file)
-    rank, processes = own_share()
-    paths = [folder / f"part-{number:05d}-of-{files:05d}.parquet" for number in range(files)]
-    for number, path in enumerate(paths):
-        if number % processes == rank and not path.exists():
-            _write(path, miner.mine(number))
-    _await(paths, lambda number: _write(paths[number], miner.mine(number)))
-    return _finish(folder, paths, contents)
+    files = MinedFiles(folder, -(-len(contents) // rows_per_file), claimed)
+
+    def mine(number: int) -> None:
+        _write(files.paths[number], files.stamped(number, *miner.mine(number)))
+
+    _mine_all(files, mine, Waiting("Mining", folder, patience))
+    return _finish(files, contents, claimed)
 
 
 def load_mined_negatives(
@@ -170,35 +182,20 @@ def load_mined_negatives(
 
     Raises:
         FileNotFoundError: When there is no finished result.
+        ValueError: When a file is damaged, naming it.
     """
     folder = Path(output_dir)
+    result = read_result(folder)
     try:
-        result = json.loads((folder / _RESULT).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{str(folder)!r} has no {_RESULT}, so mining has not been there or has not ended. Run "
-            "`mine_hard_negatives` with the same arguments again; it goes on where it was."
+        tables = [read_mined(folder / name, result["settings"]) for name in result["files"]]
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Run `mine_hard_negatives` with the same arguments again: it mines that file anew."
         ) from error
-    tables = [pq.read_table(folder / name) for name in result["files"]]
-    dataset = Dataset(pa.concat_tables([table.replace_schema_metadata(_features_only(table)) for table in tables]))
+    dataset = Dataset(pa.concat_tables(tables))
     if result["image_root"] is None:
         return dataset
     return dataset.with_transform(ItemReader(image_root or result["image_root"], **reader_options))
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep what decides the result, or refuse a folder that holds another one."""
-    remove_leftovers(folder)
-    path = folder / _SETTINGS
-    if not path.exists():
-        write_atomically(path, json.dumps(settings, indent=1))
-        return
-    there = json.loads(path.read_text(encoding="utf-8"))
-    if differing := sorted(name for name in {*there, *settings} if there.get(name) != settings.get(name)):
-        raise ValueError(
-            f"{str(folder)!r} holds negatives mined otherwise: {', '.join(differing)} differ. Give another "
-            "`output_dir`, or delete that one; its folder `embeddings` may stay if the model is the same."
-        )
 
 
 def _write(path: Path, table: pa.Table) -> None:
@@ -207,31 +204,40 @@ def _write(path: Path, table: pa.Table) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _await(paths: Sequence[Path], mine: Callable[[int], None], patience: float = 1800.0) -> None:
-    """Wait for the files of other processes; mine here what does not come."""
-    last, missing = time.monotonic(), [number for number, path in enumerate(paths) if not path.exists()]
-    while missing and time.monotonic() - last < patience:
-        time.sleep(0.2)
-        left = [number for number in missing if not paths[number].exists()]
+def _mine_all(files: MinedFiles, mine: Callable[[int], None], waiting: Waiting) -> None:
+    """Mine this process's files, wait for those of others, and mine here what does not come."""
+    rank, processes = own_share()
+    numbers = range(len(files.paths))
+    for number in numbers:
+        if number % processes == rank and not files.is_there(number):
+            mine(number)
+    missing = [number for number in numbers if not files.is_there(number)]
+
+    def owed() -> tuple[set[int], str]:
+        return {number % processes for number in missing}, f"{len(missing)} files of rows"
+
+    while missing and waiting.goes_on(*owed()):
+        left = [number for number in missing if not files.is_there(number)]
         if len(left) < len(missing):
-            last, missing = time.monotonic(), left
+            waiting.news()
+            missing = left
+    if missing:
+        waiting.give_up(*owed())
     for number in missing:
-        logger.warning("%s has not come from another process; mining it here.", paths[number])
         mine(number)
 
 
-def _finish(folder: Path, paths: Sequence[Path], contents: Contents) -> Path:
+def _finish(files: MinedFiles, contents: Contents, claimed: str) -> Path:
     """Add the counts up, and say that all is there."""
-    counts = [json.loads(pq.read_schema(path).metadata[COUNTS]) for path in paths]
-    total = {name: sum(count[name] for count in counts) for name in counts[0]}
+    folder, total = files.folder, files.counts()
     if not total["kept"]:
         raise ValueError(
             f"None of {total['rows']} rows has a valid negative. Raise `margin` or set it to None, lower `range_min`, "
             "or set `by_subset=False`."
         )
-    root = None if contents.reader is None else str(contents.reader.image_root.absolute())
-    result = {**total, "image_root": root, "files": [path.name for path in paths]}
-    write_atomically(folder / _RESULT, json.dumps(result, indent=1))
+    images = None if contents.reader is None else contents.reader.image_root
+    root = None if images is None else str(images.absolute())
+    write_result(folder, {**total, "image_root": root, "files": [path.name for path in files.paths]}, claimed)
     logger.info(
         "Mined negatives for %d of %d rows, %d of them with fewer than asked for and filled up; %d rows had none: %s",
         total["kept"],
@@ -241,7 +247,3 @@ def _finish(folder: Path, paths: Sequence[Path], contents: Contents) -> Path:
         folder,
     )
     return folder
-
-
-def _features_only(table: pa.Table) -> dict[bytes, bytes]:
-    return {key: value for key, value in (table.schema.metadata or {}).items() if key != COUNTS}

@@ -15,6 +15,7 @@ from unime_st.columns import SUBSET, Columns, training_columns
 from unime_st.data.embedding_store import key_array
 from unime_st.data.images import ItemReader
 from unime_st.data.mining_search import Forbidden
+from unime_st.data.stored_images import stored_path
 from unime_st.fingerprint import fingerprint
 
 _READ_ROWS = 4096
@@ -40,7 +41,7 @@ class Contents:
         groups: ``(N,)`` number of each row's data set.
 
     Raises:
-        ValueError: When a column is missing, or rows are made by another transform.
+        ValueError: When a column is missing, rows are made by another transform, or a query or positive is None.
     """
 
     def __init__(self, dataset: Dataset, *, by_subset: bool, hash_images: bool) -> None:
@@ -61,6 +62,8 @@ class Contents:
         self._hash_images = hash_images
         names = [self.columns.anchor, self.columns.positive, *self.columns.negatives]
         self.table: pa.Table = dataset.with_format("arrow")[:]
+        for name in (self.columns.anchor, self.columns.positive):
+            _refuse_none(name, self.table.column(name))
         rows = len(dataset)
         keys = [key_array(self._keys(name)) for name in names]
         self.query_keys, self._query_rows, self.queries = np.unique(keys[0], return_index=True, return_inverse=True)
@@ -125,9 +128,11 @@ class Contents:
             FileNotFoundError: When its image is missing.
             ValueError: When its image is damaged.
         """
-        if isinstance(cell, dict) and "bytes" not in cell:
-            return self.reader.read(cell) if self.reader else {key: v for key, v in cell.items() if v is not None}
-        return cell
+        if not isinstance(cell, dict):
+            return cell
+        if self.reader is not None:
+            return self.reader.read(cell)
+        return cell if "bytes" in cell else {key: value for key, value in cell.items() if value is not None}
 
     def _keys(self, name: str) -> Iterator[bytes]:
         column = self.table.column(name)
@@ -140,11 +145,14 @@ class Contents:
 
     def _located(self, cell: Any) -> Any:
         """Cell with its image's path as it can be read; an image that is missing is content of its own."""
-        if self.reader is None or not self._hash_images or not isinstance(cell, dict) or not cell.get("image"):
+        if self.reader is None or not self._hash_images or not isinstance(cell, dict):
             return cell
-        if self.reader.check(cell["image"]) is None:
-            return {**cell, "image": self.reader.path(cell["image"])}
-        return {"text": f"missing image {cell['image']}\0{cell.get('text')}"}
+        image = stored_path(cell.get("image", cell))
+        if image is None:
+            return cell
+        if self.reader.check(image) is None:
+            return {**({"text": cell["text"]} if cell.get("text") else {}), "image": self.reader.path(image)}
+        return {"text": f"missing image {image}\0{cell.get('text')}"}
 
     def _codes(self, name: str) -> np.ndarray:
         """Equal numbers for equal values; each missing one is a value of its own."""
@@ -153,6 +161,23 @@ class Contents:
         missing = values < 0
         values[missing] = values.max(initial=0) + 1 + np.arange(missing.sum())
         return values
+
+
+def _refuse_none(name: str, column: pa.ChunkedArray) -> None:
+    """Refuse a cell that says nothing; of a dict, one in which nothing is given."""
+    missing = np.concatenate([_nothing(chunk) for chunk in column.chunks] or [np.zeros(0, bool)])
+    if missing.any():
+        raise ValueError(
+            f"Row {int(np.argmax(missing))} has no {name!r} (None), as have {int(missing.sum()) - 1} more. Mining "
+            "needs a query and a positive in each row: leave those rows out, e.g. with `dataset.filter`."
+        )
+
+
+def _nothing(cells: pa.Array) -> np.ndarray:
+    missing = np.asarray(cells.is_null())
+    if pa.types.is_struct(cells.type) and cells.type.num_fields:
+        missing = missing | np.logical_and.reduce([_nothing(part) for part in cells.flatten()])
+    return missing
 
 
 class _Answers:

@@ -32,6 +32,7 @@ class MiningEncoder:
         batch_size: Inputs embedded at a time.
         shard_size: Inputs opened at a time, which make one file.
         show_progress_bar: Show how many are done.
+        patience: See :func:`~unime_st.data.embed_once.embed_missing`.
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class MiningEncoder:
         batch_size: int,
         shard_size: int,
         show_progress_bar: bool,
+        patience: float,
     ) -> None:
         self._model, self._contents, self._folder = model, contents, folder
         self._batch_size, self._shard_size, self._show_progress_bar = batch_size, shard_size, show_progress_bar
+        self._patience = patience
         reader = contents.reader
         self._identity = [identity] + ([reader.max_pixels, reader.image_size] if reader else [])
 
@@ -70,6 +73,7 @@ class MiningEncoder:
             shard_size=self._shard_size,
             description="Mining",
             show_progress_bar=self._show_progress_bar,
+            patience=self._patience,
         )
         return store, store.find(keys)
 
@@ -107,11 +111,11 @@ class MiningEncoder:
             if (
                 reader is None
                 or reader.bad_images is None
-                or (bad := reader.check(cell["image"], by_opening=True)) is None
+                or (bad := reader.check(image := cell.get("image", cell), by_opening=True)) is None
             ):
                 raise
-            reader.report(cell["image"], bad)
-            logger.debug("Mining without %s: %s", cell["image"], error)
+            reader.report(image, bad)
+            logger.debug("Mining without a cell: %s", error)
             return None
 
 

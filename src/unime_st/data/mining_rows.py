@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +12,10 @@ import torch
 from datasets import Features
 
 from unime_st.columns import LABEL_COLUMNS, SUBSET, negative_column
+from unime_st.data.arguments import check_number
 from unime_st.data.embedding_store import EmbeddingStore
 from unime_st.data.mining_contents import Contents
 from unime_st.data.mining_search import FaissIndex, Forbidden, Nearest, exact_nearest
-
-COUNTS = b"mining_counts"
-"""Key of a file's counts in the metadata of its schema."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,11 @@ class MiningSettings:
         """Refuse what is out of range.
 
         Raises:
-            ValueError: with what is allowed.
+            TypeError: When the margin is no number.
+            ValueError: With what is allowed.
         """
+        if self.margin is not None:
+            check_number("margin", self.margin)
         if self.num_negatives < 1:
             raise ValueError(f"`num_negatives={self.num_negatives}`, but at least 1 must be mined.")
         if not 0 <= self.range_min <= self.range_max - self.num_negatives:
@@ -82,8 +82,8 @@ class Miner:
         self._queries, self._targets = queries, targets
         self._indexes: dict[int, tuple[np.ndarray, FaissIndex | None]] = {}
 
-    def mine(self, number: int) -> pa.Table:
-        """Rows of a file, with their negatives; its counts are in the schema's metadata."""
+    def mine(self, number: int) -> tuple[pa.Table, dict[str, int]]:
+        """Rows of a file, with their negatives, and what was counted."""
         settings, contents = self._settings, self._contents
         start = number * settings.rows_per_file
         rows = np.arange(start, min(start + settings.rows_per_file, len(contents)))
@@ -103,7 +103,7 @@ class Miner:
             "filled": int((keep & (found < settings.num_negatives)).sum()),
             "without_negatives": int((found == 0).sum()),
         }
-        return self._table(rows[keep], filled, counts)
+        return self._table(rows[keep], filled), counts
 
     def _nearest(self, group: int, rows: np.ndarray) -> Nearest:
         """The nearest valid targets of rows of one data set, by their numbers among all targets."""
@@ -155,7 +155,7 @@ class Miner:
         store, places = embeddings
         return torch.nn.functional.normalize(torch.from_numpy(store.rows(places[numbers])), dim=1)
 
-    def _table(self, rows: np.ndarray, negatives: np.ndarray, counts: dict[str, int]) -> pa.Table:
+    def _table(self, rows: np.ndarray, negatives: np.ndarray) -> pa.Table:
         contents = self._contents
         names = contents.columns
         taken = contents.table.take(pa.array(rows))
@@ -167,5 +167,4 @@ class Miner:
         last = [name for name in (*LABEL_COLUMNS, SUBSET) if name in taken.column_names]
         columns |= {name: taken.column(name) for name in last}
         features = {name: contents.features.get(name, contents.features[str(names.positive)]) for name in columns}
-        metadata = Features(features).arrow_schema.metadata or {}
-        return pa.table(columns).replace_schema_metadata({**metadata, COUNTS: json.dumps(counts)})
+        return pa.table(columns).replace_schema_metadata(Features(features).arrow_schema.metadata)

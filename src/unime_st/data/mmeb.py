@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from unime_st.arguments import require_number
 from unime_st.data.images import ItemReader, resolve_image
 from unime_st.data.mmeb_eval import EVAL_COLUMNS, OPTIONAL_EVAL_COLUMNS, check_row, eval_pairs
 from unime_st.data.mmeb_train import NEGATIVE_COLUMNS, TRAIN_COLUMNS, read_train
@@ -42,6 +43,7 @@ def load_mmeb_train(
     shuffle_seed: int | None = None,
     max_pixels: int | None = None,
     image_size: int | tuple[int, int] | None = None,
+    max_aspect_ratio: float | None = 200.0,
     check_images: bool | Literal["open"] = False,
     max_bad_images: int = 0,
     bad_images_log: str | Path | None = None,
@@ -74,6 +76,7 @@ def load_mmeb_train(
         shuffle_seed: Draws ``max_rows`` at random, the same for a subset whichever others are loaded.
         max_pixels: See :class:`~unime_st.data.ItemReader`.
         image_size: See :class:`~unime_st.data.ItemReader`.
+        max_aspect_ratio: See :class:`~unime_st.data.ItemReader`: more elongated images count as damaged.
         check_images: Look now whether every image is there; with ``"open"``, whether it can be opened, which reads all
             of them once.
         max_bad_images: Different images that may be missing or damaged, over all workers, processes and resumed runs;
@@ -99,6 +102,14 @@ def load_mmeb_train(
         >>> load_mmeb_train(root)[0]
         {'anchor': {'text': 'What is it?'}, 'positive': {'text': 'cat'}}
     """
+    if isinstance(subsets, str) or not (subsets is None or isinstance(subsets, Iterable)):
+        raise TypeError(f"`subsets={subsets!r}`, but it must be a list of names; None takes all.")
+    if subsets is not None and not (subsets := list(subsets)):
+        raise ValueError("`subsets` is empty; None takes all.")
+    require_number("num_negatives", num_negatives, optional=True)
+    require_number("max_rows", max_rows, least=1, whole=False, optional=True)
+    if check_images not in (True, False, "open"):
+        raise ValueError(f"`check_images={check_images!r}`; choose True, False or 'open'.")
     if num_negatives is not None and num_negatives < 0:
         raise ValueError(f"`num_negatives={num_negatives}`, but it must be 0 or more; None takes all there are.")
     sources = find_sources(root, subsets, split)
@@ -107,6 +118,7 @@ def load_mmeb_train(
         default_image_root(root, image_root),
         max_pixels=max_pixels,
         image_size=image_size,
+        max_aspect_ratio=max_aspect_ratio,
         origin=origin,
         max_bad_images=max_bad_images,
         bad_images_log=bad_images_log,
@@ -174,6 +186,7 @@ def load_mmeb_eval(
         open_images=max_pixels is not None or image_size is not None,
         max_pixels=max_pixels,
         image_size=image_size,
+        max_aspect_ratio=None,  # the model says what it takes
         origin=Origin([source], [name for name in (*EVAL_COLUMNS, *OPTIONAL_EVAL_COLUMNS) if "img" in name]),
     )
     return Dataset(pa.table({"query": _cells(queries), "candidates": lists})).with_transform(reader)

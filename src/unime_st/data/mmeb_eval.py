@@ -123,7 +123,7 @@ def read_eval_task(
         The task, with local pools; images by absolute path, not looked for yet.
 
     Raises:
-        FileNotFoundError: When the task is missing.
+        FileNotFoundError: When the task is missing or, with "raise", an image's name cannot be one.
         ValueError: When a file is damaged, its columns are not as they should be or, with "raise", a row is broken.
     """
     (source,) = find_sources(root, [name], split)
@@ -148,8 +148,8 @@ def read_eval_task(
         try:
             check_row(where, query, pairs)
             own = [place(query), *(place(pair) for pair in pairs if any(pair))]
-        except ValueError as error:
-            located = error if str(error).startswith(where) else ValueError(f"{where}: {error}")
+        except (ValueError, FileNotFoundError) as error:  # no file can have such a name
+            located = error if str(error).startswith(where) else type(error)(f"{where}: {error}")
             if on_error == "raise":
                 raise located from error
             broken[rows - 1] = str(located)

@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, load_dataset
 
+from unime_st.arguments import require_number
 from unime_st.data.text_files import READERS, read_text_columns, text_file_columns
+from unime_st.paths import resolve_below
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,8 @@ def load_nli(
 
     Raises:
         FileNotFoundError: When a folder has no file of the kind, or none of the split.
-        ValueError: When a column is missing or holds no text, a file is damaged, no column is known, or no row is left.
+        ValueError: When a column is missing or holds no text, a file is damaged or a link that leaves its folder, no
+            column is known, or no row is left.
 
     Example:
         >>> import tempfile
@@ -77,7 +80,12 @@ def load_nli(
         >>> load_nli(path)[:]
         {'premise': ['A cat sleeps.'], 'hypothesis': ['An animal rests.']}
     """
-    if max_rows is not None and max_rows < 1:
+    if not isinstance(source, str | Path):
+        raise TypeError(f"`source={source!r}`, but it must be a path or a name.")
+    if columns is not None and not columns:
+        raise ValueError(f"`columns={columns!r}` names none; None takes the usual ones.")
+    require_number("max_rows", max_rows, whole=False, optional=True)
+    if max_rows is not None and not max_rows >= 1:
         raise ValueError(f"`max_rows={max_rows}`, but it must be 1 or more; None takes all there are.")
     path = Path(source)
     if path.exists():
@@ -107,6 +115,8 @@ def _find_files(path: Path, name: str | None, split: str) -> list[Path]:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in READERS and file.is_file())
     if not files:
         raise FileNotFoundError(f"{str(folder)!r} has no file that ends in {', '.join(READERS)}.")
+    for file in files:
+        resolve_below(folder, file.relative_to(folder), what="text")
     splits = [_split_of(file) for file in files]
     if not any(splits):
         return files

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unime_st.data.bad_images import Place
+from unime_st.paths import resolve_below
 
 _PLACEHOLDER = re.compile(r"<\|image_\d+\|>")
 
@@ -108,7 +109,9 @@ def find_sources(root: str | Path, names: Iterable[str] | None, split: str) -> l
 
     Raises:
         FileNotFoundError: When the folder, one of the data sets or all of them are missing; says what is there.
+        ValueError: When ``split`` is a path, or a file is a link that leaves the folder.
     """
+    check_split(split)
     folder = Path(root)
     if not folder.is_dir():
         raise FileNotFoundError(f"{str(root)!r} is no folder. Give the one that holds <name>/{split}-*.parquet.")
@@ -121,7 +124,20 @@ def find_sources(root: str | Path, names: Iterable[str] | None, split: str) -> l
         raise FileNotFoundError(
             f"{str(root)!r} has no {' nor '.join(missing) or 'data set'} with files named {split}-*.parquet; {found}."
         )
-    return [Source(name, tuple(sorted((folder / name).glob(f"{split}-*.parquet")))) for name in wanted]
+    files = {name: sorted((folder / name).glob(f"{split}-*.parquet")) for name in wanted}
+    for file in (file for own in files.values() for file in own):
+        resolve_below(folder, file.relative_to(folder), what="data")
+    return [Source(name, tuple(own)) for name, own in files.items()]
+
+
+def check_split(split: str) -> None:
+    """Refuse a split that would lead to another folder.
+
+    Raises:
+        ValueError: with it.
+    """
+    if re.search(r"[/\\*?\[]", split):
+        raise ValueError(f"The split {split!r} is no beginning of files' names, such as 'test', but a path or pattern.")
 
 
 def default_image_root(root: str | Path, image_root: str | Path | None) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,15 +9,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import torch
 from datasets import Dataset, concatenate_datasets
 
 from unime_st.columns import LABEL, LABEL_COLUMNS
+from unime_st.data.arguments import check_count
 from unime_st.data.embed_once import embed_missing
 from unime_st.data.embedding_store import EmbeddingStore, key_array
-from unime_st.files import write_atomically
+from unime_st.data.teacher_identity import teacher_folder, teacher_identity
+from unime_st.data.teacher_rows import check_embeddings, checked_labels, refuse_one_text
+from unime_st.data.waiting import PATIENCE
 from unime_st.fingerprint import fingerprint
-from unime_st.model_identity import model_fingerprint
 
 _CHUNK_NUMBERS = 1 << 28
 
@@ -43,6 +42,7 @@ def teacher_embeddings(
     batch_size: int = 32,
     shard_size: int = 4096,
     show_progress_bar: bool = False,
+    patience: float = PATIENCE,
 ) -> np.ndarray:
     """Embed texts with a teacher, each distinct text once ever.
 
@@ -51,6 +51,7 @@ def teacher_embeddings(
 
     Several processes, as torchrun or accelerate start them, share the work: each embeds its part of what is missing,
     and waits for the files of the others. The folder must be one that all of them see, and all must make this call.
+    What is read is compared with checksums once, when the cache is opened (about a second per gigabyte and thread).
 
     Args:
         teacher: A ``SentenceTransformer``, or anything whose ``encode`` takes texts, ``batch_size``,
@@ -65,15 +66,16 @@ def teacher_embeddings(
         shard_size: Texts a file: what a kill can cost each process. Texts are sorted by length before, so large files
             are no faster than small ones.
         show_progress_bar: Show how many of this process's texts are done.
+        patience: Seconds without a new file after which this process embeds what another owes; the log tells of it.
 
     Returns:
         ``(N, D)`` float32, rows in the order of ``texts``.
 
     Raises:
-        TypeError: When a text is not a string, naming its row.
+        TypeError: When a text is not a string, naming its row, or ``texts`` is one; when ``teacher`` has no ``encode``.
         ValueError: When both prompts are given, or the teacher has none of that name; when the teacher gives a wrong
-            number of rows or a number that is not finite, naming the row, and nothing of that file is kept; when there
-            are no texts, or the cache holds a damaged file.
+            number of rows, a number that is not finite or only zeros, naming the row, and nothing of that file is kept;
+            when there are no texts, a size is below 1, or the cache holds a damaged file, naming it.
 
     Example:
         >>> import tempfile
@@ -94,6 +96,7 @@ def teacher_embeddings(
         batch_size=batch_size,
         shard_size=shard_size,
         show_progress_bar=show_progress_bar,
+        patience=patience,
     )
     return store.rows(numbers)
 
@@ -119,8 +122,8 @@ def with_teacher_labels(
         The text columns and ``label``: ``(D,)`` float32 for one text column, ``(n, D)`` for ``n``.
 
     Raises:
-        ValueError: When the data set has a label column already, or embeddings do not fit its rows; and whatever
-            :func:`teacher_embeddings` raises.
+        ValueError: When the data set has a label column already, or embeddings do not fit its rows, are not finite or
+            only zeros, naming the row; and whatever :func:`teacher_embeddings` raises.
 
     Example:
         >>> import tempfile
@@ -132,7 +135,11 @@ def with_teacher_labels(
         tensor([[2., 1.],
                 [1., 1.]])
     """
-    plain = dataset.with_format(None) if isinstance(dataset, Dataset) else Dataset.from_dict({"text": list(dataset)})
+    if isinstance(dataset, Dataset):
+        plain = dataset.with_format(None)
+    else:
+        refuse_one_text("dataset", dataset)
+        plain = Dataset.from_dict({"text": list(dataset)})
     columns = plain.column_names
     taken = [name for name in columns if name in LABEL_COLUMNS]
     if taken:
@@ -144,7 +151,7 @@ def with_teacher_labels(
                 f"The embeddings have shape {teacher.shape}, but {len(plain)} rows of {len(columns)} text column(s) "
                 f"need ({', '.join(map(str, shape))}, D)."
             )
-        return _with_label(plain, teacher.astype(np.float32)).with_format("torch")
+        return _with_label(plain, checked_labels(teacher)).with_format("torch")
     if cache_dir is None:
         raise ValueError("With a teacher, `cache_dir` is needed: the folder that keeps its embeddings.")
     texts = [text for name in columns for text in plain[name][:]]
@@ -183,22 +190,27 @@ def _fill_store(
     batch_size: int = 32,
     shard_size: int = 4096,
     show_progress_bar: bool = False,
+    patience: float = PATIENCE,
 ) -> tuple[EmbeddingStore, np.ndarray]:
     """Compute what is missing; return the store and the number in it of each text."""
+    if not hasattr(teacher, "encode"):
+        raise TypeError(f"The teacher is a {type(teacher).__name__}, which has no `encode`. Give a model or an array.")
+    refuse_one_text("texts", texts)
+    check_count("batch_size", batch_size)
     if not len(texts):
         raise ValueError("There are no texts to embed.")
     by_row = key_array(_text_keys(texts))
     first_rows = np.sort(np.unique(by_row, return_index=True)[1])  # of each distinct text
     options = _prompt_options(teacher, prompt, prompt_name)
     default = (_own_prompts(teacher) or {}).get(getattr(teacher, "default_prompt_name", None) or "")
-    identity = {"teacher": teacher_name or _teacher_identity(teacher), "prompt": default or ""} | options
-    store = EmbeddingStore(_folder(Path(cache_dir), identity))
+    identity = {"teacher": teacher_name or teacher_identity(teacher), "prompt": default or ""} | options
+    store = EmbeddingStore(teacher_folder(Path(cache_dir), identity))
 
     def embed(places: np.ndarray) -> np.ndarray:
         chunk = [texts[row] for row in first_rows[places].tolist()]
         found = teacher.encode(chunk, batch_size=batch_size, show_progress_bar=False, **options)
         embeddings = np.asarray(found, dtype=np.float32)
-        _check(embeddings, chunk, first_rows[places], store.dimension)
+        check_embeddings(embeddings, chunk, first_rows[places], store.dimension)
         return embeddings
 
     embed_missing(
@@ -209,6 +221,7 @@ def _fill_store(
         shard_size=shard_size,
         description="Teacher",
         show_progress_bar=show_progress_bar,
+        patience=patience,
     )
     return store, store.find(by_row)
 
@@ -240,41 +253,3 @@ def _prompt_options(teacher: Teacher, prompt: str | None, prompt_name: str | Non
 def _own_prompts(teacher: Teacher) -> Mapping[str, str] | None:
     prompts = getattr(teacher, "prompts", None)
     return prompts if isinstance(prompts, Mapping) else None
-
-
-def _check(embeddings: np.ndarray, texts: Sequence[str], rows: np.ndarray, dimension: int | None) -> None:
-    if (
-        embeddings.ndim != 2
-        or len(embeddings) != len(texts)
-        or embeddings.shape[1] != (dimension or embeddings.shape[1])
-    ):
-        expected = f"({len(texts)}, {dimension or 'D'})"
-        raise ValueError(
-            f"The teacher gave embeddings of shape {embeddings.shape} for {len(texts)} texts, expected {expected}. One "
-            "row a text is needed; another dimension than the cache's needs another `teacher_name`."
-        )
-    broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
-    if len(broken):
-        raise ValueError(
-            f"The teacher's embedding of row {rows[broken[0]]} ({texts[broken[0]]!r:.80}) is not finite, as are "
-            f"{len(broken) - 1} more of {len(texts)}. Half precision overflows in some teachers: load it in bfloat16 "
-            "or float32, or remove the row."
-        )
-
-
-def _folder(cache_dir: Path, identity: dict[str, str]) -> Path:
-    """Folder of one teacher and prompt, with a readable note of what it is."""
-    folder = cache_dir / hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "identity.json").exists():
-        write_atomically(folder / "identity.json", json.dumps(identity, indent=1).encode())
-    return folder
-
-
-def _teacher_identity(teacher: Any) -> str:
-    """Hash what decides a teacher's embeddings: its weights, the settings of its modules, and its own prompts."""
-    if not isinstance(teacher, torch.nn.Module):
-        raise TypeError(f"A {type(teacher).__name__} has no weights to know it by. Give `teacher_name`.")
-    names = ("max_seq_length", "prompts", "default_prompt_name")
-    settings = [f"{name}={getattr(teacher, name, None)}" for name in names]
-    return hashlib.blake2b("".join([model_fingerprint(teacher), *settings]).encode(), digest_size=16).hexdigest()

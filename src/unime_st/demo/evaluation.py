@@ -24,8 +24,8 @@ def emoji_tasks(benchmark: EmojiBenchmark, split: str = "test") -> tuple[list[MM
     tasks, metas = [], {}
     for kind, addition in KINDS.items():
         for task, meta in benchmark.meta_tasks.items():
-            entry = {"dataset_name": task, "image_root": benchmark.image_root.absolute()}
-            tasks.append(image_task(f"{task}{addition}", entry, benchmark.eval_root(split, kind)))
+            root, images = benchmark.eval_root(split, kind), benchmark.image_root.absolute()
+            tasks.append(image_task(f"{task}{addition}", {"dataset_name": task}, root, images))
             metas[f"{task}{addition}"] = meta
     return tasks, metas
 

@@ -13,6 +13,7 @@ from unime_st.evaluation.comparison import compare
 from unime_st.evaluation.report import Report
 
 _DAY = 86400.0
+_OUTDATED = ", of an earlier version: not used any more, `cache clear --outdated` deletes it"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("folder", type=Path)
     clearing.add_argument("--model", default="", help="beginning of a model's fingerprint; all by default")
     clearing.add_argument("--unused-for", type=float, default=0.0, help="days; all by default")
+    clearing.add_argument("--outdated", action="store_true", help="only what no model finds any more")
     given = parser.parse_args(arguments)
     if given.command == "compare":
         options = {name: getattr(given, name) for name in ("resamples", "seed", "confidence", "intersection")}
@@ -49,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif given.action == "info":
         _show(EmbeddingCache(given.folder))
     else:
-        freed = EmbeddingCache(given.folder).clear(model=given.model, unused_for=_DAY * given.unused_for)
+        kinds = {"model": given.model, "unused_for": _DAY * given.unused_for, "outdated": given.outdated}
+        freed = EmbeddingCache(given.folder).clear(**kinds)
         sys.stdout.write(f"freed {freed / 1e6:.1f} MB in {given.folder}\n")
 
 
@@ -61,7 +64,7 @@ def _show(cache: EmbeddingCache) -> None:
         prompt = f", prompt {section.prompt!r}" if section.prompt else ""
         sys.stdout.write(
             f"{section.model[:12]}  {section.items:9,} embeddings  {section.num_bytes / 1e6:9.1f} MB  used {used}"
-            f"{prompt}{', ' if told else ''}{told}\n"
+            f"{prompt}{', ' if told else ''}{told}{_OUTDATED if section.outdated else ''}\n"
         )
     sys.stdout.write(f"{len(sections)} sections, {sum(section.num_bytes for section in sections) / 1e6:.1f} MB\n")
 

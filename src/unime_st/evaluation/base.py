@@ -7,13 +7,13 @@ import io
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 
+from unime_st.arguments import require_number
 from unime_st.distributed import rank
 from unime_st.evaluation.cache import EmbeddingCache
 from unime_st.evaluation.encoding import BrokenItemError, Section, encode_indexed, open_section
@@ -49,7 +49,9 @@ class EmbeddingEvaluator(SentenceEvaluator):
         write_csv: bool = True,
     ) -> None:
         super().__init__()
-        whole_number(batch_size=batch_size)
+        require_number("batch_size", batch_size)
+        if batch_size < 1:
+            raise ValueError(f"`batch_size={batch_size}`, but it must be at least 1.")
         self.name = name
         self.batch_size = batch_size
         self.prompt = prompt
@@ -79,10 +81,13 @@ class EmbeddingEvaluator(SentenceEvaluator):
         """Encode items by this evaluator's settings, see :func:`~unime_st.evaluation.encoding.encode_indexed`.
 
         Args:
-            model: The model evaluated.
+            model: A ``SentenceTransformer``.
             items: What to encode.
-            where: Names the row of the data that has the item of this number, for the error if it cannot be encoded.
+            where: From an item's number to what its users know it by, such as its row.
             **options: Of ``encode_indexed``.
+
+        Raises:
+            ValueError: If an item cannot be read; says where it stands.
         """
         try:
             return encode_indexed(
@@ -131,23 +136,21 @@ class EmbeddingEvaluator(SentenceEvaluator):
         return named
 
 
-def whole_number(least: int = 1, **arguments: Any) -> None:
-    """Refuse arguments that are no whole number of at least so much.
-
-    Example:
-        >>> whole_number(k=0)
-        Traceback (most recent call last):
-        ...
-        ValueError: `k=0`, but it must be a whole number of at least 1.
-    """
-    for name, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-            raise ValueError(f"`{name}={value!r}`, but it must be a whole number of at least {least}.")
-
-
 def image_item(image: Any) -> Any:
     """Mark a path or URL as an image, for a bare string is text; other images are given as they are."""
     return {"image": str(image)} if isinstance(image, str | Path) else image
+
+
+def text_item(text: str) -> dict[str, str]:
+    """Mark a data set's text as one, for a bare string that names a file stands for an image."""
+    return {"text": text}
+
+
+def check_shown(k: int, kept: int) -> None:
+    """Refuse to show no results, or more of a query than are kept."""
+    require_number("k", k, least=1)
+    if k > kept:
+        raise ValueError(f"`k={k}`, but of each query the best {kept} are kept.")
 
 
 def device_of(model: Any) -> Any:

@@ -7,77 +7,35 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 from torch import nn
 
-from unime_st.files import write_atomically
+from unime_st.evaluation.sections import (
+    MARKER,
+    SectionInfo,
+    read_description,
+    remove_half_deleted,
+    remove_section,
+    section_info,
+)
+from unime_st.files import checksum, remove_leftovers, write_atomically
 from unime_st.model_identity import model_fingerprint
 
 logger = logging.getLogger(__name__)
 
-
 _MOST_SHARDS = 64  # of a section, before they are merged
-
-
-class Section(Protocol):
-    """Where embeddings of one model under one prompt are kept, on disk or in memory."""
-
-    def get(self, fingerprints: Iterable[str]) -> list[np.ndarray | None]:
-        """Look up embeddings, None where there is none."""
-
-    def add(self, fingerprints: Sequence[str], embeddings: np.ndarray) -> None:
-        """Store embeddings (N, D)."""
-
-
-class MemorySection:
-    """Keeps embeddings for as long as it lives: one evaluation's several tasks encode nothing twice."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str, np.ndarray] = {}
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def get(self, fingerprints: Iterable[str]) -> list[np.ndarray | None]:
-        """Look up embeddings, None where there is none."""
-        return [self._rows.get(fingerprint) for fingerprint in fingerprints]
-
-    def add(self, fingerprints: Sequence[str], embeddings: np.ndarray) -> None:
-        """Store embeddings (N, D)."""
-        self._rows.update(zip(fingerprints, embeddings, strict=True))
-
-
-@dataclass(frozen=True)
-class SectionInfo:
-    """What a section of a cache holds.
-
-    Attributes:
-        folder: Where it is.
-        model: Fingerprint of the model, 64 hexadecimal digits.
-        prompt: The prompt text, "" for none.
-        settings: What else decides the embeddings, e.g. the resolution.
-        items: How many embeddings, as far as its shards can be read.
-        num_bytes: On disk.
-        last_used: When it was last opened or written, in seconds since 1970.
-    """
-
-    folder: Path
-    model: str
-    prompt: str
-    settings: dict[str, Any]
-    items: int
-    num_bytes: int
-    last_used: float
+_CHECKSUM = "checksum"
+_TRIES = 20  # to write into a section that others delete
+_DAMAGE = (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError)  # what is made of bad files
+_told: set[tuple[str, Path]] = set()  # what was said in this process, and of which folder
 
 
 class EmbeddingCache:
@@ -85,8 +43,9 @@ class EmbeddingCache:
 
     A section is a folder of safetensors shards beside a ``section.json`` that says what it holds. Shards are written
     under a name of their own and renamed when complete: several processes may write into one cache, and what was
-    written before a kill is found again. ``python -m unime_st.evaluation cache info FOLDER`` shows a cache, ``cache
-    clear FOLDER`` empties it.
+    written before a kill is found again. Each has a checksum, compared when its section is opened; what is damaged is
+    made again. Where nothing can be written, a cache serves what it has. ``python -m unime_st.evaluation cache info
+    FOLDER`` shows a cache, ``cache clear FOLDER`` empties it.
 
     Args:
         folder: Where the cache is, or will be at the first write.
@@ -126,6 +85,7 @@ class EmbeddingCache:
         """
         description = {"model": model_fingerprint(model), "prompt": prompt or "", "settings": dict(settings or {})}
         name = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
+        self._tell_of_outdated()
         return CacheSection(self.folder / name, description, cache=self)
 
     def info(self) -> list[SectionInfo]:
@@ -138,23 +98,25 @@ class EmbeddingCache:
             >>> [(section.items, section.prompt) for section in cache.info()]
             [(1, '')]
         """
-        found = [_info(marker) for marker in self.folder.glob("*/section.json")]
+        found = [section_info(marker) for marker in self._markers()]
         return sorted((info for info in found if info is not None), key=lambda info: -info.last_used)
 
-    def clear(self, *, model: str = "", unused_for: float = 0.0) -> int:
+    def clear(self, *, model: str = "", unused_for: float = 0.0, outdated: bool = False) -> int:
         """Delete sections. Other files in the folder stay.
 
         Args:
             model: Beginning of the model's fingerprint; "" for every model.
             unused_for: Only what was not used for so many seconds.
+            outdated: Only what no model finds any more, see :attr:`SectionInfo.outdated`.
 
         Returns:
             Bytes freed.
         """
         now = time.time()
         gone = [info for info in self.info() if info.model.startswith(model) and now - info.last_used >= unused_for]
+        gone = [info for info in gone if info.outdated or not outdated]
         for info in gone:
-            shutil.rmtree(info.folder, ignore_errors=True)
+            remove_section(info.folder)
         return sum(info.num_bytes for info in gone)
 
     def make_room(self, section: Path, num_bytes: int) -> bool:
@@ -168,35 +130,23 @@ class EmbeddingCache:
                 break
             if info.folder != section:
                 logger.info("%s is deleted to make room in the cache.", info.folder)
-                shutil.rmtree(info.folder, ignore_errors=True)
+                remove_section(info.folder)
                 used -= info.num_bytes
         return used <= self.max_bytes
 
+    def _markers(self) -> list[Path]:
+        return [marker for marker in self.folder.glob(f"*/{MARKER}") if not marker.parent.name.startswith(".")]
 
-def _info(marker: Path) -> SectionInfo | None:
-    """What is in a section, None when another process has just deleted it."""
-    try:
-        told = json.loads(marker.read_text(encoding="utf-8"))
-        shards = list(marker.parent.glob("*.safetensors"))
-        num_bytes = sum(path.stat().st_size for path in (marker, *shards))
-        last_used = marker.stat().st_mtime
-    except FileNotFoundError:
-        return None
-    except json.JSONDecodeError:
-        told, shards, num_bytes, last_used = {}, [], 0, 0.0
-    items = 0
-    for shard in shards:
-        with contextlib.suppress(SafetensorError, OSError), safe_open(shard, framework="np") as tensors:
-            items += tensors.get_slice("keys").get_shape()[0]
-    return SectionInfo(
-        marker.parent,
-        told.get("model", ""),
-        told.get("prompt", ""),
-        told.get("settings", {}),
-        items,
-        num_bytes,
-        last_used,
-    )
+    def _tell_of_outdated(self) -> None:
+        """Say once a process that there are sections which no model finds any more."""
+        if ("outdated", self.folder) in _told:
+            return
+        _told.add(("outdated", self.folder))
+        if count := sum(info.outdated for info in self.info()):
+            logger.warning(
+                "%d sections of %s are of an earlier version of unime_st, which knew models by less and prepared some "
+                "images otherwise: they are not used any more. `python -m unime_st.evaluation cache clear --outdated "
+                "%s` deletes them.", count, self.folder, self.folder)  # fmt: skip
 
 
 class CacheSection:
@@ -214,12 +164,16 @@ class CacheSection:
         self.cache = cache
         self._full = False
         self._rows: dict[str, np.ndarray] = {}
+        with contextlib.suppress(OSError):  # on a disk that is not to be written they stay
+            remove_leftovers(folder)
+            remove_half_deleted(cache.folder)
         shards: set[Path] = set()
         while fresh := set(folder.glob("*.safetensors")) - shards:  # another process may merge them meanwhile
             for shard in sorted(fresh):
                 self._read(shard)
             shards |= fresh
         if shards:
+            self._check_marker()
             self._touch()
         if len(shards) > _MOST_SHARDS:
             self._merge(shards)
@@ -264,38 +218,73 @@ class CacheSection:
 
     def _write(self, fingerprints: Sequence[str], embeddings: np.ndarray) -> None:
         keys = np.frombuffer(bytes.fromhex("".join(fingerprints)), dtype=np.uint8).reshape(len(fingerprints), -1)
-        shard = save({"keys": keys, "embeddings": embeddings})
+        shard = save({"keys": keys, "embeddings": embeddings}, {_CHECKSUM: checksum(keys, embeddings)})
         if not self.cache.make_room(self.folder, len(shard)):
             logger.warning(
                 "%s alone would be larger than the cache's `max_bytes=%s`: what is encoded from here on is not kept.",
                 self.folder, self.cache.max_bytes)  # fmt: skip
             self._full = True
             return
-        marker = self.folder / "section.json"
-        if not marker.exists():
-            write_atomically(marker, json.dumps(self.description, indent=2, sort_keys=True))
-        write_atomically(self.folder / f"{uuid.uuid4().hex}.safetensors", shard)
+        try:
+            self._put(f"{uuid.uuid4().hex}.safetensors", shard)
+            if not (self.folder / MARKER).exists():
+                self._put(MARKER, json.dumps(self.description, indent=2, sort_keys=True))
+        except OSError as error:
+            self._full = True
+            if ("unwritable", self.cache.folder) not in _told:
+                _told.add(("unwritable", self.cache.folder))
+                logger.warning(
+                    "The cache %s cannot be written (%s): what is there is served, what is encoded from here on is not "
+                    "kept. Make room, make it writable, or give another folder.", self.cache.folder, error)  # fmt: skip
+            return
         self._touch()
 
+    def _put(self, name: str, content: bytes | str) -> None:
+        """Write a file; again when another process deletes the section at that moment to make room."""
+        for _ in range(_TRIES):
+            with contextlib.suppress(FileNotFoundError):
+                write_atomically(self.folder / name, content)
+                return
+        raise FileNotFoundError(f"{self.folder} was deleted {_TRIES} times while it was written")
+
+    def _check_marker(self) -> None:
+        """Write the note of what the section holds anew where it is gone or damaged."""
+        with contextlib.suppress(OSError):
+            marker = self.folder / MARKER
+            if not marker.exists() or read_description(marker) != self.description:
+                self._put(MARKER, json.dumps(self.description, indent=2, sort_keys=True))
+
     def _touch(self) -> None:
-        """Note that the section was used now."""
-        with contextlib.suppress(FileNotFoundError):
-            os.utime(self.folder / "section.json")
+        """Note that the section was used now, where that can be written."""
+        with contextlib.suppress(OSError):
+            os.utime(self.folder / MARKER)
 
     def _merge(self, shards: Iterable[Path]) -> None:
         """Write all rows as one shard, then delete those they came from; a kill in between leaves copies only."""
         if self.cache.make_room(self.folder, sum(row.nbytes for row in self._rows.values())):
             self._write(list(self._rows), np.stack(list(self._rows.values())))
+            if self._full:
+                return
             for shard in shards:
                 shard.unlink(missing_ok=True)
 
     def _read(self, shard: Path) -> None:
         try:
             tensors = load_file(shard)
+            with safe_open(shard, framework="np") as opened:
+                told = (opened.metadata() or {}).get(_CHECKSUM)
             keys, embeddings = tensors["keys"], tensors["embeddings"]
+            why = "" if told == checksum(keys, embeddings) else "its checksum is another"
         except FileNotFoundError:
             return  # merged into another by a process that works beside this one
-        except (SafetensorError, KeyError, OSError) as error:
-            logger.warning("%s cannot be read (%s): its embeddings are made again. Delete it.", shard, error)
+        except OSError as error:
+            logger.warning("%s cannot be read (%s): its embeddings are made again.", shard, error)
+            return
+        except _DAMAGE as error:
+            why = str(error)
+        if why:
+            logger.warning("%s cannot be read (%s): it is deleted, and its embeddings are made again.", shard, why)
+            with contextlib.suppress(OSError):
+                shard.unlink()
             return
         self._rows.update((bytes(key).hex(), row) for key, row in zip(keys, embeddings, strict=True))

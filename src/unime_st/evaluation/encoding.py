@@ -24,7 +24,7 @@ OnError = Literal["raise", "report"]
 
 # And what else libraries raise for one item, such as the processor of another package's model.
 _ANY_ITEM_ERROR = (*ITEM_ERRORS, ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError)
-_ROW_OF_ONE = re.compile(r"\b([Rr])ow 0\b(?: of the batch)?")  # of an item that was encoded alone
+_ROW_OF_ONE = re.compile(r"\b[Rr]ow 0( of the batch)?\b")  # an item is looked at alone
 
 _BATCHES_A_CHUNK = 8
 _LETTERS_AN_IMAGE = 1000
@@ -351,14 +351,10 @@ class _Run:
         return items if self.prepare is None else [self.prepare(item) for item in items]
 
     def _broken(self, row: int, error: Exception) -> None:
-        message = f"{type(error).__name__}: {_ROW_OF_ONE.sub(_this_input, str(error))}"
+        message = f"{type(error).__name__}: {_ROW_OF_ONE.sub('the item', str(error))}"
         if self.on_error == "raise":
             raise BrokenItemError(row, f"{shown(self.items[row])}: {message}") from error
         self.errors[row] = message
-
-
-def _this_input(row: re.Match[str]) -> str:
-    return "This input" if row[1] == "R" else "this input"
 
 
 def _name(item: Any) -> Any:

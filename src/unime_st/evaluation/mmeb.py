@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from unime_st.arguments import require_number
 from unime_st.data.images import ItemReader
 from unime_st.data.mmeb_eval import EvalTask
-from unime_st.evaluation.base import EmbeddingEvaluator, device_of, whole_number
+from unime_st.evaluation.base import EmbeddingEvaluator, check_shown, device_of
 from unime_st.evaluation.encoding import OnError
 from unime_st.evaluation.mmeb_inputs import as_tasks, distinct_inputs
 from unime_st.evaluation.mmeb_tasks import IN_DISTRIBUTION, META_TASKS, Metric, MMEBTask, Parser, tasks_from_yaml
@@ -127,9 +128,8 @@ class MMEBEvaluator(EmbeddingEvaluator):
         super().__init__(name=name, **arguments)
         if on_error not in {"raise", "report"}:
             raise ValueError(f"`on_error={on_error!r}`; choose 'raise' or 'report'.")
-        if limit is not None:
-            whole_number(limit=limit)
-        whole_number(0, seed=seed)
+        require_number("limit", limit, least=1, optional=True)
+        require_number("seed", seed, least=0)
         if isinstance(tasks, str):
             raise TypeError(f"`tasks={tasks!r}` is one name; give a list of them.")
         self._tasks = as_tasks(root, tasks, image_root)
@@ -137,7 +137,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
         self.tasks = [task.name for task in self._tasks]
         self.meta_tasks = dict(META_TASKS if meta_tasks is None else meta_tasks)
         self.max_pixels, self.image_size = max_pixels, image_size
-        self._reader = ItemReader("/", max_pixels=max_pixels, image_size=image_size)
+        self._reader = ItemReader("/", max_pixels=max_pixels, image_size=image_size, max_aspect_ratio=None)
         self.on_error: OnError = on_error
         self.limit = limit
         self.seed = seed
@@ -294,9 +294,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
         Raises:
             ValueError: If the task was not evaluated, or ``k`` is out of range.
         """
-        whole_number(k=k)
-        if k > _SHOWN:
-            raise ValueError(f"`k={k}`, but the best {_SHOWN} of each row are kept.")
+        check_shown(k, _SHOWN)
         if task not in self.results:
             raise ValueError(f"Nothing is known of {task!r}: there are {list(self.results)}. Evaluate a model first.")
         result = self.results[task]

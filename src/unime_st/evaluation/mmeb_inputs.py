@@ -18,6 +18,8 @@ def as_tasks(
     root: str | Path | None, tasks: Sequence[str | MMEBTask] | None, image_root: str | Path | None
 ) -> list[MMEBTask]:
     """Tasks as :class:`~unime_st.evaluation.MMEBEvaluator` is given them: by name below a folder, or ready made."""
+    if wrong := [task for task in tasks or [] if not isinstance(task, str | MMEBTask)]:
+        raise TypeError(f"`tasks` holds {wrong[0]!r}; give names or `MMEBTask`s.")
     names = [task for task in tasks or [] if isinstance(task, str)]
     if root is None and (tasks is None or names):
         raise ValueError("`root=None`, but tasks are given by name or not at all. Give the folder that holds them.")
@@ -27,8 +29,8 @@ def as_tasks(
     wanted = list(tasks) if tasks is not None else list(found_tasks(folder))
     if not wanted:
         raise FileNotFoundError(f"No task to evaluate: {root} holds no <Task>/test-*.parquet, or `tasks` is empty.")
-    entry = {} if image_root is None else {"image_root": Path(image_root).absolute()}
-    return [image_task(task, entry, folder) if isinstance(task, str) else task for task in wanted]
+    images = None if image_root is None else Path(image_root).absolute()
+    return [image_task(task, {}, folder, images) if isinstance(task, str) else task for task in wanted]
 
 
 def _folder(root: str | Path, image_root: str | Path | None) -> Path:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from unime_st.data.mmeb_eval import EvalTask, read_eval_task
+from unime_st.data.parquet import check_split
+from unime_st.paths import resolve_below
 
 # Meta-task -> tasks with a training set, tasks without one (VLM2Vec, arXiv 2410.05160, table 1).
 _PUBLISHED: dict[str, tuple[str, str]] = {
@@ -61,22 +63,31 @@ Parser = Callable[[str, Mapping[str, Any], Path], MMEBTask]
 """From a task's name, its entry in the YAML file and the root folder to the task."""
 
 
-def image_task(name: str, entry: Mapping[str, Any], root: Path) -> MMEBTask:
+def image_task(name: str, entry: Mapping[str, Any], root: Path, image_root: str | Path | None = None) -> MMEBTask:
     """Make a task in MMEB-eval's layout, with or without instructions in columns of their own.
 
     Args:
         name: Of the task.
         entry: ``dataset_name``, ``dataset_split`` and ``image_root``, which is below ``root``.
         root: Holds ``<dataset_name>/<split>-*.parquet``.
+        image_root: Folder of the images, wherever it is, in place of the entry's.
+
+    Raises:
+        ValueError: If the entry's ``image_root``, ``dataset_name`` or ``dataset_split`` leads out of ``root``.
     """
-    images = entry.get("image_root")
+    images = image_root
+    if images is None and entry.get("image_root") is not None:
+        images = resolve_below(root, entry["image_root"], what="data", must_exist=False)
+    check_split(entry.get("dataset_split", "test"))
+    if "dataset_name" in entry:
+        resolve_below(root, entry["dataset_name"], what="data", must_exist=False)
 
     def load(*, on_error: Literal["raise", "report"]) -> EvalTask:
         return read_eval_task(
             root,
             entry.get("dataset_name", name),
             split=entry.get("dataset_split", "test"),
-            image_root=None if images is None else root / images,
+            image_root=images,
             on_error=on_error,
         )
 
@@ -103,8 +114,8 @@ def tasks_from_yaml(path: str | Path, root: str | Path, parsers: Mapping[str, Pa
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If PyYAML is not installed.
-        ValueError: If the file is no mapping of tasks, an entry names no parser or an unknown one, or asks for a pool
-            its parser does not make; says which entry.
+        ValueError: If the file is no mapping of tasks, an entry names no parser or an unknown one, asks for a pool its
+            parser does not make, or names a folder outside ``root``; says which entry.
     """
     try:
         import yaml
@@ -128,7 +139,10 @@ def tasks_from_yaml(path: str | Path, root: str | Path, parsers: Mapping[str, Pa
             )
         if known[parser] is image_task and entry.get("eval_type", "local") != "local":
             raise ValueError(f"{path}, task {name!r}: {parser!r} has candidates for each row, eval_type 'local'.")
-        tasks.append(known[parser](str(name), entry, Path(root)))
+        try:
+            tasks.append(known[parser](str(name), entry, Path(root)))
+        except ValueError as error:
+            raise ValueError(f"{path}, task {name!r}: {error}") from error
     return tasks
 
 

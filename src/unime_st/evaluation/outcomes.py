@@ -1,4 +1,4 @@
-"""Results by row: what two evaluations are compared by, and how many of them only an order decides."""
+"""Results by row: what two evaluations are compared by, and how many of them only a rule for ties decides."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 from unime_st.files import checksum, write_atomically
 
 _COLUMNS = ("task", "row", "score", "tied")
-_METADATA = b"unime_st"
+_CHECKSUM = b"unime_st_checksum"
+_RULES = b"unime_st_ties"
+_UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError)
 _MOST_TIED = 0.01
 _TASKS_NAMED = 5
 
@@ -67,7 +69,7 @@ def told_of_ties(outcomes: Mapping[str, TaskOutcomes]) -> str:
 
 
 def write_outcomes(path: str | Path, outcomes: Mapping[str, TaskOutcomes]) -> None:
-    """Write results by row as one parquet file with the columns task, row, score, tied; the rule for ties beside them.
+    """Write results by row as one parquet file with the columns task, row, score, tied; beside them the rules for ties.
 
     Args:
         path: The file; replaced whole.
@@ -88,15 +90,15 @@ def write_outcomes(path: str | Path, outcomes: Mapping[str, TaskOutcomes]) -> No
         return pa.array(np.concatenate(parts) if parts else np.zeros(0)).cast(kind)
 
     columns = [tasks, column("rows", pa.int64()), column("scores", pa.float64()), column("tied", pa.bool_())]
-    table = pa.table(columns, names=list(_COLUMNS))
-    noted = {"ties": {task: own.rule for task, own in outcomes.items()}, "checksum": _checksum(table)}
     file = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata({_METADATA: json.dumps(noted)}), file)
+    table = pa.table(columns, names=list(_COLUMNS))
+    rules = json.dumps({task: own.rule for task, own in outcomes.items()})
+    pq.write_table(table.replace_schema_metadata({_CHECKSUM: _checksum(table), _RULES: rules}), file)
     write_atomically(Path(path), file.getvalue())
 
 
 def read_outcomes(path: str | Path) -> dict[str, TaskOutcomes]:
-    """Read what :func:`write_outcomes` wrote, or an earlier version of it, without the rule for ties.
+    """Read what :func:`write_outcomes` wrote.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -104,16 +106,19 @@ def read_outcomes(path: str | Path) -> dict[str, TaskOutcomes]:
     """
     try:
         table = pq.read_table(path, columns=list(_COLUMNS))
-        noted = json.loads((table.schema.metadata or {}).get(_METADATA, "{}"))
-        if noted and noted["checksum"] != _checksum(table):
-            raise ValueError("its values are not those that were written")  # noqa: TRY301 (worded below)
+        told = (table.schema.metadata or {}).get(_CHECKSUM)
+        rules = json.loads((table.schema.metadata or {}).get(_RULES, "{}"))
+        damaged = told is not None and told.decode("ascii", "replace") != _checksum(table)
+        if told is None and table.schema.metadata:
+            damaged = True  # what is written without a checksum, by an earlier version, has no metadata at all
     except FileNotFoundError:
         raise
-    except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{path} holds no results by row ({error}). Evaluate again.") from error
+    if damaged:
+        raise ValueError(f"{path} is damaged: its checksum is another. Evaluate again.")
     tasks = np.array(table["task"].to_pylist(), dtype=object)
     arrays = [table[name].to_numpy() for name in _COLUMNS[1:]]
-    rules = noted.get("ties", {})
     return {
         task: TaskOutcomes(*(array[tasks == task] for array in arrays), rule=rules.get(task, NOT_TOLD))
         for task in dict.fromkeys(tasks.tolist())
@@ -121,5 +126,5 @@ def read_outcomes(path: str | Path) -> dict[str, TaskOutcomes]:
 
 
 def _checksum(table: pa.Table) -> str:
-    tasks, *arrays = (table[name] for name in _COLUMNS)
-    return checksum(json.dumps(tasks.to_pylist()), *(array.to_numpy() for array in arrays))
+    tasks = "\0".join(table["task"].to_pylist())
+    return checksum(tasks, *(np.asarray(table[name].to_numpy()) for name in _COLUMNS[1:]))

@@ -12,11 +12,13 @@ from typing import Any, Literal, Self
 import numpy as np
 from datasets import Dataset
 
+from unime_st.arguments import require_number
 from unime_st.data.caption_sets import read_caption_dataset, read_karpathy_split, read_paired_folders
 from unime_st.data.images import resolve_image
-from unime_st.evaluation.base import EmbeddingEvaluator, device_of, image_item, whole_number
+from unime_st.evaluation.base import EmbeddingEvaluator, check_shown, device_of, image_item, text_item
 from unime_st.evaluation.outcomes import TIE_IS_WRONG, TaskOutcomes
 from unime_st.evaluation.scoring import Ranking, rank_pool
+from unime_st.paths import resolve_below
 
 Direction = Literal["text_to_image", "image_to_text"]
 DIRECTIONS: tuple[Direction, Direction] = ("text_to_image", "image_to_text")
@@ -35,7 +37,8 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
 
     Args:
         images: N images: paths, or what else ``encode`` takes.
-        captions: For each image its captions, at least one (UniME's protocol: five; COCO's first five).
+        captions: For each image its captions, at least one (UniME's protocol: five; COCO's first five). The model gets
+            them as ``{"text": caption}``, so that none is taken for the name of a file.
         name: Put before the metrics' names.
         ks: The k of recall@k, at least 1 each.
         shuffle_images_seed: Deals the images out anew among the captions: a check, not a result, since recall
@@ -52,18 +55,18 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         primary_metric: ``mean_recall@k`` over both directions, at the smallest k.
 
     Raises:
-        ValueError: If there are no images, an image has no caption, a caption is no text, the lengths differ, or a k or
-            ``chunk_size`` is no whole number of at least 1.
+        ValueError: If there are no images, an image has no caption, the lengths differ, or a k is below 1.
 
     Metrics:
         ``text_to_image_recall@k``, ``image_to_text_recall@k`` and ``mean_recall@k`` for each k, all in [0, 1];
         ``text_to_image_ties`` and ``image_to_text_ties``, the number of queries that another order of equal scores
-        would make right at one of the k. A warning tells when there are many.
+        would make right at one of the k. A warning tells when they are many.
 
     Example:
         >>> class Brightness:  # stands for a model
         ...     def encode(self, items, **kwargs):
-        ...         white = [item.startswith("white") if isinstance(item, str) else item.max() > 0 for item in items]
+        ...         shown = [item["text"] if isinstance(item, dict) else item.max() for item in items]
+        ...         white = [x.startswith("white") if isinstance(x, str) else x > 0 for x in shown]
         ...         return np.array([[is_white, not is_white] for is_white in white])
         >>> black, white = np.zeros((2, 2, 3)), np.ones((2, 2, 3))
         >>> evaluator = ImageTextRetrievalEvaluator([black, white], [["a night"], ["white", "a cloud"]], ks=(1,))
@@ -84,19 +87,19 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
     ) -> None:
         super().__init__(name=name, **arguments)
         if isinstance(images, str | Path) or isinstance(captions, str):
-            raise TypeError("`images` and `captions` are lists. For folders there are `from_folder` and others.")
+            raise TypeError("`images` and `captions` are lists. To read a folder there is `from_folder`, among others.")
         if len(images) == 0 or len(images) != len(captions):
             raise ValueError(f"{len(images)} images, but captions for {len(captions)}: give each image its list.")
         for number, own in enumerate(captions):
-            if isinstance(own, str) or len(own) == 0:
+            if isinstance(own, str) or not isinstance(own, Sequence) or len(own) == 0:
                 raise ValueError(f"Image {number} has captions {own!r}: give a list with at least one.")
-            if other := [caption for caption in own if not isinstance(caption, str)]:
-                raise ValueError(f"Image {number} has the caption {other[0]!r}, which is no text.")
-        if isinstance(ks, int) or not ks:
-            raise ValueError(f"`ks={ks!r}`: give a list of those k whose recall@k you want.")
+            if wrong := [caption for caption in own if not isinstance(caption, str)]:
+                raise ValueError(f"Image {number} has the caption {wrong[0]!r}: captions are strings.")
         for k in ks:
-            whole_number(ks=k)
-        whole_number(chunk_size=chunk_size)
+            require_number("ks", k)
+        require_number("chunk_size", chunk_size, least=1)
+        if not ks or min(ks) < 1:
+            raise ValueError(f"`ks={tuple(ks)}`, but recall@k needs k of at least 1.")
         self.images = list(images)
         if shuffle_images_seed is not None:
             order = np.random.default_rng(shuffle_images_seed).permutation(len(images))
@@ -128,19 +131,20 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         """
         folder = Path(folder)
         captions: dict[Path, list[str]] = {}
-        with (folder / "metadata.jsonl").open(encoding="utf-8") as lines:
+        with resolve_below(folder, "metadata.jsonl", what="captions").open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line)
                     path, text = resolve_image(folder, row["file_name"]), row["text"]
+                    own = [text] if isinstance(text, str) else [str(caption) for caption in text]
                 except (KeyError, TypeError, ValueError) as error:
                     raise ValueError(
                         f'{folder / "metadata.jsonl"}, line {number}: {error!r}. A line is {{"file_name": "a.jpg", '
                         '"text": "a caption"}.'
                     ) from error
-                captions.setdefault(path, []).extend([text] if isinstance(text, str) else text)
+                captions.setdefault(path, []).extend(own)
         return cls(list(captions), list(captions.values()), **{"name": folder.name, **arguments})
 
     @classmethod
@@ -170,10 +174,10 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
 
         Args:
             dataset: Rows, or a name on the Hub.
-            **arguments: ``split``, ``image_column``, ``caption_columns`` and ``captions_per_image`` of the reader, and
-                arguments of the class.
+            **arguments: ``split``, ``image_column``, ``caption_columns``, ``captions_per_image`` and ``image_root`` of
+                the reader, and arguments of the class.
         """
-        names = ("split", "image_column", "caption_columns", "captions_per_image")
+        names = ("split", "image_column", "caption_columns", "captions_per_image", "image_root")
         reading = {name: arguments.pop(name) for name in names if name in arguments}
         return cls(*read_caption_dataset(dataset, **reading), **arguments)
 
@@ -197,7 +201,8 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         Returns:
             The metrics, see the class.
         """
-        embeddings, index, _ = self.encode(model, [*map(image_item, self.images), *self.texts], self._where)
+        items = [*map(image_item, self.images), *map(text_item, self.texts)]
+        embeddings, index, _ = self.encode(model, items, self._where)
         images, image_place = _once(index[: len(self.images)])
         texts, text_place = _once(index[len(self.images) :])
         of_distinct: list[dict[int, None]] = [{} for _ in images]  # an image that comes twice has the captions of both
@@ -220,10 +225,9 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         }
         return self.finish(model, self._metrics(), output_path, epoch, steps)
 
-    def _where(self, number: int) -> str:
-        """Name an item by its number among images and texts."""
-        text = number - len(self.images)
-        return f"image {number}" if text < 0 else f"caption {text}, of image {self.image_of[text]}"
+    def _where(self, item: int) -> str:
+        number = item - len(self.images)
+        return f"Image {item}" if number < 0 else f"Caption {number}, of image {self.image_of[number]}"
 
     @property
     def last_details(self) -> dict[Direction, list[dict[str, Any]]]:
@@ -259,9 +263,7 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         Raises:
             ValueError: If there was no call yet, or ``k`` is out of range.
         """
-        whole_number(k=k)
-        if k > _KEPT:
-            raise ValueError(f"`k={k}`, but the best {_KEPT} of each query are kept.")
+        check_shown(k, _KEPT)
         if direction not in self.rankings:
             raise ValueError(
                 f"Nothing is known of {direction!r}: there are {list(self.rankings)}. Evaluate a model first."

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, load_dataset
-from datasets import Image as ImageFeature
+from datasets import Dataset
 
-from unime_st.data.caption_sets import require_columns
+from unime_st.data.caption_sets import image_below, require_columns, rows_and_folder, undecoded
 from unime_st.data.images import resolve_image
-from unime_st.evaluation.base import EmbeddingEvaluator, image_item
+from unime_st.evaluation.base import EmbeddingEvaluator, image_item, text_item
 from unime_st.evaluation.outcomes import TIE_IS_WRONG, TaskOutcomes
 from unime_st.evaluation.scoring import unit_rows
+from unime_st.paths import resolve_below
 
 SUGARCREPE_GROUPS: dict[str, tuple[str, ...]] = {
     "Replace": ("replace_att", "replace_obj", "replace_rel"),
@@ -58,7 +58,8 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
     A group's score is the plain mean of its sets.
 
     Args:
-        sets: Set name -> rows of (image, caption, negative caption).
+        sets: Set name -> rows of (image, caption, negative caption). The model gets captions as ``{"text": caption}``,
+            so that none is taken for the name of a file.
         groups: Group name -> names of its sets. None means the published Replace, Swap and Add if every set is one of
             theirs (a group is scored over the sets given), else no groups.
         name: Put before the metrics' names.
@@ -70,17 +71,16 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
         primary_metric: ``mean_of_groups_accuracy``, or ``mean_of_sets_accuracy`` without groups.
 
     Raises:
-        ValueError: If there are no sets, a set is empty, a row has not three cells or a caption that is no text, or a
-            group names an unknown set.
+        ValueError: If there are no sets, a set is empty, a row has not three cells, or a group names an unknown set.
 
     Metrics:
         ``<set>_accuracy``, ``<group>_accuracy``, ``mean_of_sets_accuracy``, ``mean_of_groups_accuracy`` and ``ties``,
-        the number of tied rows. A warning tells when there are many.
+        the number of tied rows. A warning tells when they are many.
 
     Example:
         >>> class Lengths:  # stands for a model
         ...     def encode(self, items, **kwargs):
-        ...         return np.array([[1.0, len(item)] for item in items])
+        ...         return np.array([[1.0, len(item["text"] if isinstance(item, dict) else item)] for item in items])
         >>> image = np.zeros((3, 3, 3), dtype=np.uint8)
         >>> evaluator = SugarCrepeEvaluator({"swap_att": [(image, "abc", "abcde"), (image, "abcdef", "abc")]})
         >>> evaluator(Lengths())["sugarcrepe_Swap_accuracy"]
@@ -96,6 +96,8 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
         **arguments: Any,
     ) -> None:
         super().__init__(name=name, **arguments)
+        if not isinstance(sets, Mapping):
+            raise TypeError(f"`sets` is a {type(sets).__name__}; give {{name: [(image, caption, negative caption)]}}.")
         if not sets:
             raise ValueError("No sets to evaluate: give at least one, as {name: [(image, caption, negative caption)]}.")
         for set_name, rows in sets.items():
@@ -106,8 +108,8 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
                     raise ValueError(
                         f"{set_name!r}, row {number}: {len(row)} cells in place of (image, caption, negative)."
                     )
-                if other := [caption for caption in row[1:] if not isinstance(caption, str)]:
-                    raise ValueError(f"{set_name!r}, row {number}: the caption {other[0]!r} is no text.")
+                if wrong := [caption for caption in row[1:] if not isinstance(caption, str)]:
+                    raise ValueError(f"{set_name!r}, row {number}: the caption {wrong[0]!r} is no string.")
         self.sets = {set_name: list(rows) for set_name, rows in sets.items()}
         self.groups = self._groups(groups)
         self.primary_metric = "mean_of_groups_accuracy" if self.groups else "mean_of_sets_accuracy"
@@ -158,6 +160,7 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
         *,
         split: str = "test",
         columns: Sequence[str] = ("image", "caption", "negative_caption"),
+        image_root: str | Path | None = None,
         **arguments: Any,
     ) -> SugarCrepeEvaluator:
         """Read data sets, or some of the Hub, with an image, a right and a wrong caption in each row.
@@ -166,26 +169,26 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
             sets: Set name -> rows, or the name of a data set on the Hub (``"owner/name"`` or ``"owner/name:config"``).
             split: Of data sets on the Hub.
             columns: Names of image, caption and negative caption.
+            image_root: Folder that the paths lead to where the first column holds those, see
+                :func:`~unime_st.data.caption_sets.read_caption_dataset`.
             **arguments: Arguments of the class.
 
         Returns:
             The evaluator.
 
         Raises:
-            ValueError: If a column is missing.
+            FileNotFoundError: If an image is missing.
+            ValueError: If a column is missing, or a path leads out of ``image_root``.
         """
         read = {}
         for name, given in sets.items():
-            rows: Any = given
-            if isinstance(given, str):
-                path, _, config = given.partition(":")
-                rows = load_dataset(path, config or None, split=split)
+            path, _, config = given.partition(":") if isinstance(given, str) else (given, "", "")
+            rows, folder = rows_and_folder(path, split, image_root, config)
             require_columns(rows, columns)
-            if isinstance(rows.features[columns[0]], ImageFeature):
-                rows = rows.cast_column(columns[0], ImageFeature(decode=False))
+            cells = zip(*(undecoded(rows, columns[0])[column] for column in columns), strict=True)
             read[name] = [
-                ({"image": image}, right, wrong)
-                for image, right, wrong in zip(*(rows[c] for c in columns), strict=True)
+                ({"image": image_below(image, folder, f"{name}, row {number}")}, right, wrong)
+                for number, (image, right, wrong) in enumerate(cells)
             ]
         return cls(read, **arguments)
 
@@ -209,10 +212,12 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
             The metrics, see the class.
         """
         cells = [
-            cell for rows in self.sets.values() for image, *captions in rows for cell in (image_item(image), *captions)
+            cell
+            for rows in self.sets.values()
+            for image, *captions in rows
+            for cell in (image_item(image), *map(text_item, captions))
         ]
-        rows_of_all = [f"{name!r}, row {row}" for name, rows in self.sets.items() for row in range(len(rows))]
-        embeddings, index, _ = self.encode(model, cells, lambda cell: rows_of_all[cell // 3])
+        embeddings, index, _ = self.encode(model, cells, self._where)
         vectors, same = unit_rows(embeddings)
         unit = vectors.numpy()
         places = same[index].reshape(-1, 3)  # image, caption, negative caption
@@ -223,6 +228,14 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
             self.scores[set_name] = PreferenceScores(positive, negative)
             start += len(rows)
         return self.finish(model, self._metrics(), output_path, epoch, steps)
+
+    def _where(self, item: int) -> str:
+        row, cell = divmod(item, 3)
+        for set_name, rows in self.sets.items():
+            if row < len(rows):
+                return f"{set_name!r}, row {row}, {('image', 'caption', 'negative caption')[cell]}"
+            row -= len(rows)
+        raise IndexError(item)
 
     def outcomes(self) -> dict[str, TaskOutcomes]:
         """Whether each row is right, by set, of the last call."""
@@ -243,7 +256,14 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
 
 
 def _read_set(path: Path, image_root: Path) -> list[Triplet]:
-    entries = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        entries = json.loads(resolve_below(path.parent, path.name, what="set").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or no JSON ({error}). Download it again.") from error
+    if not isinstance(entries, dict | list):
+        raise ValueError(  # noqa: TRY004 (of a file)
+            f"{path} holds {entries!r:.50} in place of a list of entries, or a mapping from ids to them."
+        )
     rows: list[Triplet] = []
     for number, entry in enumerate(entries.values() if isinstance(entries, dict) else entries):
         try:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper, get_pattern_key
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _LINEAR_LAYERS = "q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|down_proj|gate_up_proj"
 _LANGUAGE_MODELS = r"((.*\.)?(language_model|text_model)\.|(model\.)?)"  # Phi-3-Vision is its own language model
 _LOADED = "_hf_peft_config_loaded"  # how transformers marks a model with adapters
+_HEADS = ("lm_head.", "model.lm_head.", "language_model.lm_head.", "model.language_model.lm_head.")
+_WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+_CHANGE_THE_BACKBONE = ("corda", "loftq", "lora_ga", "mica", "olora", "pissa")
 
 
 def default_lora_config(
@@ -55,14 +60,77 @@ def default_lora_config(
     )
 
 
-def tuner_layers(model: nn.Module) -> list[tuple[nn.Module, str, BaseTunerLayer]]:
-    """(parent, name, layer) of every adapted layer."""
+def check_config(config: PeftConfig) -> None:
+    """Refuse adapters that would train, and then not load, resume or merge as they were.
+
+    Args:
+        config: of peft.
+
+    Raises:
+        ValueError: it is no LoRA, or changes more than LoRA's own tensors, added modules and tokens; with the option.
+    """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(
+            f"`peft_config` is a {type(config).__name__}, but encoders take LoRA alone (DoRA and rank stabilisation "
+            "among it): others do not merge into every family. Give a `LoraConfig`, e.g. `default_lora_config()`."
+        )
+    if config.bias != "none":
+        raise ValueError(
+            f"`bias={config.bias!r}` of the LoRA settings trains biases of the backbone, whose names in a file are not "
+            'those in the model, so they would not load again. Use `bias="none"`.'
+        )
+    start = config.init_lora_weights
+    if isinstance(start, str) and start.startswith(_CHANGE_THE_BACKBONE):
+        raise ValueError(
+            f"`init_lora_weights={start!r}` changes the backbone's own weights, so the adapter would be wrong on the "
+            'backbone it is loaded onto. Use True, "gaussian" or "eva".'
+        )
+    for option in ("layer_replication", "target_parameters", "alora_invocation_tokens", "megatron_config"):
+        if getattr(config, option, None):
+            raise ValueError(f"`{option}` of the LoRA settings is not supported by encoders. Leave it out.")
+
+
+def tuner_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name, layer) of every adapted layer, and of every module or embedding that is trained beside them."""
     return [
         (parent, name, child)
         for parent in list(model.modules())
         for name, child in parent.named_children()
-        if isinstance(child, BaseTunerLayer) and not isinstance(parent, BaseTunerLayer)
+        if isinstance(child, _WRAPPERS) and not _inside(parent)
     ]
+
+
+def check_adapted(model: nn.Module) -> None:
+    """Refuse a model whose adapters sit where they would be lost, or nowhere.
+
+    Raises:
+        ValueError: no layer is adapted, or an embedding is.
+    """
+    layers = tuner_layers(model)
+    if not layers:
+        raise ValueError(f"`peft_config` adapts no layer of {type(model).__name__}. Check its `target_modules`.")
+    for _, name, layer in layers:
+        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), nn.Embedding):
+            raise ValueError(  # noqa: TRY004 (of the settings)
+                f"`peft_config` adapts the embedding {name!r}, which peft then saves whole under a name that does not "
+                "load again. Take it out of `target_modules`; to train new tokens, name them in "
+                "`trainable_token_indices`, to train all, name it in `modules_to_save`."
+            )
+
+
+def _inside(parent: nn.Module) -> bool:
+    return isinstance(parent, _WRAPPERS)
+
+
+def _without_adapter(layer: nn.Module) -> nn.Module:
+    """The plain layer that does what an adapted one does; its weights are changed in place."""
+    if isinstance(layer, ModulesToSaveWrapper):
+        if layer.disable_adapters or not layer.active_adapters:
+            return layer.original_module
+        return layer.modules_to_save[layer.active_adapters[0]]
+    tuner: Any = layer.token_adapter if isinstance(layer, TrainableTokensWrapper) else layer
+    tuner.merge(safe_merge=True)
+    return tuner.get_base_layer()
 
 
 def merge_adapters(model: nn.Module) -> int:
@@ -76,8 +144,7 @@ def merge_adapters(model: nn.Module) -> int:
     """
     layers = tuner_layers(model)
     for parent, name, layer in layers:
-        layer.merge(safe_merge=True)
-        setattr(parent, name, layer.get_base_layer())
+        setattr(parent, name, _without_adapter(layer))
     if layers:
         for module in model.modules():
             if getattr(module, _LOADED, False):
@@ -108,22 +175,29 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> int:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds an adapter, but no adapter_model.safetensors. Convert its weights.")
     config = PeftConfig.from_pretrained(str(folder))
-    linear = {name for name, module in model.named_modules() if name}
-    placed: dict[str, Any] = {}
+    check_config(config)
+    stored = {key.removeprefix("base_model.model."): value for key, value in load_file(file).items()}
+    stored = {key: value for key, value in stored.items() if not key.startswith(_HEADS)}  # an encoder has none
+    modules = {name for name, _ in model.named_modules() if name}
+    placed: dict[str, Tensor] = {}
+    owners: dict[str, str] = {}  # name in the model -> name in the file
+    saved: list[str] = []
     homeless = []
-    for key, value in load_file(file).items():
-        path, mark, rest = adapter_tensor(key).partition(".lora_")
-        owner = next((name for name in _renamed(path) if name in linear), None)
-        if owner is None or not mark:
+    for key, value in stored.items():
+        path, rest = _owner(key)
+        owner = next((name for name in renamed(path) if name in modules), None)
+        if owner is None:
             homeless.append(key)
-        else:
-            placed[f"{owner}.lora_{rest}"] = value
-    owners = {name.partition(".lora_")[0] for name in placed}
+            continue
+        placed[f"{owner}.{rest}"] = value
+        if "lora_" in rest:
+            owners[owner] = path
+        elif _is_saved(path, config):
+            saved.append(owner)
     homeless += [f"{name}.lora_A" for name in _targets(model, config) if name not in owners]
     if not homeless:
-        config.target_modules = sorted(owners)
-        model.add_adapter(config)
-        own = {name.replace(".default", ""): value for name, value in model.named_parameters() if "lora_" in name}
+        model.add_adapter(_for_these_names(config, owners, saved))
+        own = adapter_state(model)
         homeless = [name for name, value in placed.items() if name not in own or own[name].shape != value.shape]
         homeless += sorted(set(own) - set(placed))
     if homeless:
@@ -132,10 +206,47 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> int:
             f"or differ in shape ({', '.join(homeless[:4])}). It belongs to another backbone: that of its "
             f"adapter_config.json is {config.base_model_name_or_path!r}."
         )
-    with torch.no_grad():
-        for name, value in placed.items():
-            own[name].copy_(value)
+    set_peft_model_state_dict(model, placed)
     return len(owners)
+
+
+def adapter_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of a model's adapter, under the names they have in its file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on embeddings, which it saves only when they are adapted
+        return dict(get_peft_model_state_dict(model, adapter_name=model.active_adapters()[0]))
+
+
+def _owner(key: str) -> tuple[str, str]:
+    """The module that a stored tensor belongs to, and the rest of its name.
+
+    >>> _owner("layers.0.q_proj.lora_A.weight"), _owner("norm.weight"), _owner("embed.token_adapter.trainable_tokens")
+    (('layers.0.q_proj', 'lora_A.weight'), ('norm', 'weight'), ('embed', 'token_adapter.trainable_tokens'))
+    """
+    for mark in (".lora_", ".token_adapter."):
+        path, found, rest = key.partition(mark)
+        if found:
+            return path, f"{mark[1:]}{rest}"
+    path, _, rest = key.rpartition(".")
+    return path, rest
+
+
+def _is_saved(path: str, config: LoraConfig) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in config.modules_to_save or ())
+
+
+def _for_these_names(config: LoraConfig, owners: Mapping[str, str], saved: Sequence[str]) -> LoraConfig:
+    """Settings that say of the model's own names what the stored ones say of those of the model trained."""
+    config = copy.copy(config)
+    for option in ("rank_pattern", "alpha_pattern"):
+        given = getattr(config, option) or {}
+        keys = {name: get_pattern_key(list(given), path) for name, path in owners.items()}
+        named = {f"^{re.escape(name)}": given[key] for name, key in keys.items() if key in given}
+        setattr(config, option, named)
+    config.target_modules = sorted(owners)
+    config.modules_to_save = sorted(set(saved)) or None
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    return config
 
 
 def _targets(model: nn.Module, config: PeftConfig) -> list[str]:
@@ -146,17 +257,7 @@ def _targets(model: nn.Module, config: PeftConfig) -> list[str]:
     return [name for name in linear if any(check_target_module_exists(config, form) for form in forms[name])]
 
 
-def adapter_tensor(key: str) -> str:
-    """Name of a parameter, the adapter's own name left out, from its key in a file of peft's.
-
-    >>> adapter_tensor("base_model.model.layers.0.mlp.up_proj.lora_magnitude_vector")
-    'layers.0.mlp.up_proj.lora_magnitude_vector.weight'
-    """
-    name = key.removeprefix("base_model.model.")
-    return f"{name}.weight" if name.endswith(".lora_magnitude_vector") else name
-
-
-def _renamed(path: str) -> list[str]:
+def renamed(path: str) -> list[str]:
     """What a module of a model with a head may be called in the model without."""
     inner = path.removeprefix("model.")
     nested = path.replace("language_model.model.", "language_model.")
@@ -170,9 +271,7 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     flags: list[tuple[nn.Module, Any]] = []
     try:
         for parent, name, layer in layers:
-            merged = copy.deepcopy(layer)
-            merged.merge(safe_merge=True)
-            setattr(parent, name, merged.get_base_layer())
+            setattr(parent, name, _without_adapter(copy.deepcopy(layer)))
         for module in model.modules():
             if getattr(module, _LOADED, False):
                 flags.append((module, module.__dict__.pop("peft_config", None)))

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 import logging
-import shutil
-import tempfile
-from collections.abc import Mapping
-from contextlib import nullcontext
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, prepare_model_for_kbit_training
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 from transformers import AutoConfig
 
-from unime_st.modules.adapters import attach_adapter, default_lora_config, merged_adapters, tuner_layers
+from unime_st.folders import new_folder, recover
+from unime_st.modules.adapters import (
+    attach_adapter,
+    check_adapted,
+    check_config,
+    default_lora_config,
+    merged_adapters,
+)
+from unime_st.modules.card_data import EncoderCardData, rows_hidden
 from unime_st.modules.checks import check_family
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
 from unime_st.modules.sentence_transformer import MultimodalSentenceTransformer
@@ -30,6 +39,7 @@ from unime_st.published import PUBLISHED, published_checkpoint
 logger = logging.getLogger(__name__)
 
 _MODEL_CONFIG = "config_sentence_transformers.json"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def build_encoder(
@@ -42,6 +52,7 @@ def build_encoder(
     attn_implementation: str | None = None,
     device: str | None = None,
     peft_config: PeftConfig | bool | None = None,
+    truncate_dim: int | None = None,
     prompts: Mapping[str, str] | None = None,
     allow_remote_images: bool = False,
     vision_cache_bytes: int = 2**28,
@@ -64,6 +75,8 @@ def build_encoder(
         attn_implementation: of transformers, e.g. "sdpa" or "flash_attention_2".
         device: where to put the model; None chooses.
         peft_config: adapters to train; True takes :func:`default_lora_config`.
+        truncate_dim: keep that many numbers of each embedding, the first ones (Matryoshka). As in stock code this comes
+            after normalisation: give ``encode`` ``normalize_embeddings=True`` for dot products.
         prompts: named instructions, for ``encode(prompt_name=...)``.
         allow_remote_images: open images at ``http(s)`` addresses.
         vision_cache_bytes: memory, where the model is, for features of a frozen vision tower; enough for the images of
@@ -76,12 +89,17 @@ def build_encoder(
         processor_kwargs: more arguments of the processor.
 
     Raises:
-        ValueError: weights are missing, the family has no template, or it takes no ``max_pixels``.
+        ValueError: weights are missing, the family has no template, it takes no ``max_pixels``, a size is not positive,
+            or the adapters would not load again. Code in a checkpoint is refused, never asked about.
     """
+    _check_sizes(max_pixels=max_pixels, max_seq_length=max_seq_length, truncate_dim=truncate_dim)
+    if isinstance(peft_config, PeftConfig):
+        check_config(peft_config)
     name, adapter = str(backbone), Path(backbone)
     if (adapter / "adapter_config.json").is_file():
         name = str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
-    config = AutoConfig.from_pretrained(name)
+    trusted = bool((model_kwargs or {}).get("trust_remote_code", False))
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
     template = prompt_template or MultimodalEncoder.template_for(config)
     weights: dict[str, Any] = {"dtype": torch_dtype, **(model_kwargs or {})}
     if attn_implementation is not None:
@@ -102,16 +120,17 @@ def build_encoder(
         _bound_pixels(encoder, max_pixels)
     pooling = Pooling(encoder.get_embedding_dimension(), pooling_mode="lasttoken")
     model = MultimodalSentenceTransformer(
-        modules=[encoder, pooling, Normalize()], device=device, prompts=dict(prompts or {}), similarity_fn_name="cosine"
+        modules=[encoder, pooling, Normalize()],
+        device=device,
+        prompts=dict(prompts or {}),
+        similarity_fn_name="cosine",
+        truncate_dim=truncate_dim,
     )
     if peft_config:
         if getattr(encoder.model, "is_quantized", False):  # QLoRA
             prepare_model_for_kbit_training(encoder.model, use_gradient_checkpointing=False)  # the Trainer's to switch
         model.add_adapter(default_lora_config() if peft_config is True else peft_config)
-        if not tuner_layers(encoder):
-            raise ValueError(
-                f"`peft_config` adapts no layer of {type(encoder.model).__name__}. Check its `target_modules`."
-            )
+        check_adapted(encoder.model)
     return model
 
 
@@ -122,6 +141,7 @@ def load_encoder(
     torch_dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
     device: str | None = None,
+    truncate_dim: int | None = None,
     allow_remote_images: bool = False,
     text_only: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -136,17 +156,20 @@ def load_encoder(
         torch_dtype: of the weights; "auto" keeps the checkpoint's.
         attn_implementation: of transformers.
         device: where to put the model; None chooses.
-        allow_remote_images: open images at ``http(s)`` addresses.
+        truncate_dim: as in :func:`build_encoder`; it is not saved, as in stock code.
+        allow_remote_images: open images at ``http(s)`` addresses; a checkpoint's own settings never allow it.
         text_only: as in :func:`build_encoder`.
         model_kwargs: more arguments of ``from_pretrained``.
         processor_kwargs: more arguments of the processor.
 
     Raises:
-        FileNotFoundError: the folder holds no sentence-transformers checkpoint, and no published model is named.
-        ValueError: weights are missing, an adapter was not loaded, or the folder holds another model than
-            `published`.
+        FileNotFoundError: there is no such folder, or it holds no sentence-transformers checkpoint and no published
+            model is named.
+        ValueError: weights are missing, a file is damaged, an adapter was not loaded, or the folder holds another model
+            than `published`.
     """
-    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
+    _check_sizes(truncate_dim=truncate_dim)
+    folder = _folder_of(path)
     if not (folder / "modules.json").is_file():
         if published is None and str(path) not in PUBLISHED:
             raise FileNotFoundError(
@@ -160,6 +183,7 @@ def load_encoder(
             torch_dtype=torch_dtype,
             attn_implementation=attn_implementation,
             device=device,
+            truncate_dim=truncate_dim,
             allow_remote_images=allow_remote_images,
             text_only=text_only,
             model_kwargs=model_kwargs,
@@ -174,38 +198,43 @@ def load_encoder(
     if attn_implementation is not None:
         weights["attn_implementation"] = attn_implementation
     modules: list[nn.Module] = []
-    for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
-        source = str(folder / entry["path"])
-        if entry["type"].rpartition(".")[2] == Transformer.__name__:
-            encoder = MultimodalEncoder.load(
-                source,
-                model_kwargs=weights,
-                processor_kwargs=dict(processor_kwargs or {}),
-                init_defaults={"allow_remote_images": allow_remote_images, "text_only": text_only},
-            )
+    for kind, source in _listed_modules(folder):
+        if kind.rpartition(".")[2] == Transformer.__name__:
+            with _damage_named(source):
+                encoder = MultimodalEncoder.load(
+                    source,
+                    model_kwargs=weights,
+                    processor_kwargs=dict(processor_kwargs or {}),
+                    init_defaults={"allow_remote_images": allow_remote_images, "text_only": text_only},
+                )
             modules.append(encoder)
         else:
-            modules.append(_stock_class(entry["type"]).load(source))
-    settings = json.loads((folder / _MODEL_CONFIG).read_text(encoding="utf-8"))
+            modules.append(_stock_class(kind).load(source))
+    settings = _read_json(folder / _MODEL_CONFIG, dict) if (folder / _MODEL_CONFIG).is_file() else {}
     return MultimodalSentenceTransformer(
         modules=modules,
         device=device,
         prompts=settings.get("prompts"),
         default_prompt_name=settings.get("default_prompt_name"),
         similarity_fn_name=settings.get("similarity_fn_name"),
+        truncate_dim=truncate_dim,
     )
 
 
-def export_encoder(model: SentenceTransformer, path: str | Path, merge_adapters: bool = True) -> Path:
+def export_encoder(
+    model: SentenceTransformer, path: str | Path, merge_adapters: bool = True, *, widget_images: bool | None = None
+) -> Path:
     """Write an encoder as a stock sentence-transformers folder; the model in memory stays as it is.
 
-    The folder appears only when complete. An architecture that transformers lacks (phi3_v) loads in stock
-    sentence-transformers only after ``import unime_st``; the folder's card says so.
+    The folder appears only when complete; one that it replaces is there until then. An architecture that transformers
+    lacks (phi3_v) loads in stock sentence-transformers only after ``import unime_st``; the folder's card says so.
 
     Args:
         model: the encoder.
         path: the folder to make.
         merge_adapters: merge LoRA weights into the backbone; False saves adapters alone, which then need the backbone.
+        widget_images: show rows of the training set, images (copied into ``assets/``) and texts, in the card, as stock
+            code does. None follows ``model.model_card_data.widget_images``, which is False at first.
 
     Returns:
         The folder.
@@ -216,21 +245,86 @@ def export_encoder(model: SentenceTransformer, path: str | Path, merge_adapters:
     target = Path(path)
     if target.exists() and any(target.iterdir()) and not (target / "modules.json").is_file():
         raise FileExistsError(f"{target} exists and holds something other than a saved encoder. Give another `path`.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    replaced = scratch.with_name(f"{scratch.name}-replaced")
-    try:
-        with merged_adapters(model) if merge_adapters else nullcontext():
-            model.save_pretrained(str(scratch))
-        scratch.chmod(0o755)
-        if target.exists():  # moved away whole: a kill while it is deleted must not leave half of it
-            target.rename(replaced)
-        scratch.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    shown = _card_shows_rows(model, widget_images)
+    with shown, new_folder(target) as scratch, merged_adapters(model) if merge_adapters else nullcontext():
+        model.save_pretrained(str(scratch))
     logger.info("Saved the encoder in %s", target)
     return target
+
+
+def _check_sizes(**sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"`{name}={size!r}`, but it must be a whole number of at least 1, or None for no limit.")
+
+
+def _folder_of(path: str | Path) -> Path:
+    """The folder of a path, or of a name on the Hub."""
+    given = Path(path)
+    recover(given)
+    if given.is_dir():
+        return given
+    text = str(path)
+    is_name = isinstance(path, str) and _HUB_NAME.fullmatch(text) and not text.endswith(".")
+    beside = given.parent if given.parent.is_dir() else None
+    near = difflib.get_close_matches(given.name, [entry.name for entry in beside.iterdir()] if beside else [], n=3)
+    if not is_name or near:
+        hint = f" Beside it there is {', '.join(near)}." if near else ""
+        raise FileNotFoundError(f"There is no folder {text!r}.{hint} Check the path, or give a name on the Hub.")
+    return Path(snapshot_download(text))
+
+
+def _read_json(file: Path, kind: type) -> Any:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}). Restore it from where the encoder was saved.") from error
+    if not isinstance(found, kind):
+        raise ValueError(f"{file} is damaged: it holds a {type(found).__name__}. Restore it.")  # noqa: TRY004 (of a file)
+    return found
+
+
+def _listed_modules(folder: Path) -> list[tuple[str, str]]:
+    """Class and folder of each module of a saved encoder."""
+    file = folder / "modules.json"
+    listed = _read_json(file, list)
+    for entry in listed:
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("type", "path")):
+            raise ValueError(f"{file} is damaged: {entry!r} lacks the `type` and `path` of a module. Restore it.")
+        if not (folder / entry["path"]).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{file} names the module folder {entry['path']!r}, which lies outside of {folder}; refused."
+            )
+    return [(entry["type"], str(folder / entry["path"])) for entry in listed]
+
+
+@contextmanager
+def _damage_named(source: str) -> Iterator[None]:
+    """Within this context, what libraries say of a damaged file is said of the folder too."""
+    try:
+        yield
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"A file of the encoder in {source} is damaged or cut short ({type(error).__name__}: {error}). Restore its "
+            "weights and settings from where it was saved, or export it again."
+        ) from error
+
+
+@contextmanager
+def _card_shows_rows(model: SentenceTransformer, asked: bool | None) -> Iterator[None]:
+    """Within this context the model's card shows rows of data sets if that is asked for, and else does not."""
+    card: Any = model.model_card_data
+    before = getattr(card, "widget_images", False)
+    wanted = before if asked is None else asked
+    if not isinstance(card, EncoderCardData):  # stock card data always show them
+        with nullcontext() if wanted else rows_hidden(card):
+            yield
+        return
+    card.widget_images = wanted
+    try:
+        yield
+    finally:
+        card.widget_images = before
 
 
 def _stock_class(reference: str) -> Any:

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from unime_st.modules.adapters import adapter_tensor
+from unime_st.modules.adapters import adapter_state, renamed
 from unime_st.published import PublishedCheckpoint
 
 _IMAGE_TOKENS = ("image_token_id", "image_token_index")
@@ -50,16 +50,17 @@ def check_adapter(model: PreTrainedModel, folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         return  # on the Hub: transformers has fetched it; only a local file can be compared
-    loaded = {name.replace(".default", ""): value for name, value in model.state_dict().items()}
-    unfilled = {name for name in loaded if "lora_" in name}
+    loaded = adapter_state(model)
+    unfilled = set(loaded)
     wrong = []
     with safe_open(file, framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 (not a dict)
-            name = adapter_tensor(key)
-            value = loaded.get(name)
-            unfilled.discard(name)
-            if value is None or not torch.equal(value.cpu().float(), tensors.get_tensor(key).float()):
-                wrong.append(name)
+        values = {key: tensors.get_tensor(key) for key in tensors.keys() if _HEAD not in key}  # noqa: SIM118 (no dict)
+    for key, stored in values.items():
+        name = next((name for name in renamed(key.removeprefix("base_model.model.")) if name in loaded), key)
+        unfilled.discard(name)
+        value = loaded.get(name)
+        if value is None or not torch.equal(value.cpu().float(), stored.float()):
+            wrong.append(name)
     wrong += sorted(unfilled)
     if wrong:
         raise ValueError(

@@ -98,6 +98,10 @@ class MultimodalEncoder(Transformer):
         **kwargs: Any,
     ) -> None:
         processor_kwargs = {"padding_side": "left", **(kwargs.pop("processor_kwargs", None) or {})}
+        for key in ("model_kwargs", "processor_kwargs", "config_kwargs"):  # else transformers asks on the terminal
+            given = processor_kwargs if key == "processor_kwargs" else dict(kwargs.get(key) or {})
+            kwargs[key] = {"trust_remote_code": False, **given}
+        processor_kwargs = kwargs.pop("processor_kwargs")
         if text_only:  # read by `_load_model`, which the stock module calls
             kwargs["model_kwargs"] = {**(kwargs.get("model_kwargs") or {}), _TEXT_ONLY: True}
         super().__init__(model_name_or_path, processor_kwargs=processor_kwargs, **kwargs)

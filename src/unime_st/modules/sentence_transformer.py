@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import batch_to_device, truncate_embeddings
 from tqdm.auto import tqdm
 
 from unime_st.files import write_atomically
+from unime_st.modules.card_data import EncoderCardData
 from unime_st.modules.checks import loading_note
 from unime_st.modules.inference import CPU_TOKENS, NumberedInputs, encoding_order, holds_video, passes, prepared
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
@@ -31,24 +30,6 @@ _OWN_ARGUMENTS = frozenset(
 _OURS = f"{MultimodalEncoder.__module__}.{MultimodalEncoder.__name__}"
 
 
-class _CardData(SentenceTransformerModelCardData):
-    """Card data whose widget examples are drawn from stored texts alone.
-
-    Stock code (6.2) fails on several data sets whose rows are made by a transform, as images opened lazily are.
-    """
-
-    def set_widget_examples(self, dataset: Any) -> None:
-        """Draw examples from the data sets that have no transform."""
-        named = {"dataset": dataset} if isinstance(dataset, Dataset) else dataset
-        stored = {name: rows for name, rows in named.items() if _is_stored(rows)}
-        if stored:
-            super().set_widget_examples(DatasetDict(stored))
-
-
-def _is_stored(rows: Any) -> bool:
-    return isinstance(rows, Dataset) and rows.format["type"] != "custom"
-
-
 class MultimodalSentenceTransformer(SentenceTransformer):
     """A ``SentenceTransformer`` whose saved form names stock modules only.
 
@@ -57,7 +38,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
     An architecture that transformers lacks (phi3_v) needs ``import unime_st`` before that; its card says so.
     """
 
-    model_card_data_class = _CardData
+    model_card_data_class = EncoderCardData
     numbers_rows = True
     """``preprocess`` takes ``row_numbers``, the caller's, for its errors."""
 

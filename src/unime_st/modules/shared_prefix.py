@@ -40,6 +40,8 @@ def shares_prefixes(model: nn.Module) -> bool:
     """
     decoder = language_model(model)
     config: Any = getattr(decoder, "config", None)
+    if hasattr(model, "_orig_mod"):  # compiled as a whole: its parts are not ours to replace
+        return False
     if config is None or getattr(config, "_attn_implementation", None) not in _ATTENTION:
         return False
     layers = getattr(config, "layer_types", None) or ["full_attention"]

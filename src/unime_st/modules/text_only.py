@@ -98,7 +98,7 @@ def whole_model(model: PreTrainedModel, source: str) -> Iterator[None]:
         yield
         return
     try:
-        backbone = AutoModel.from_pretrained(source, dtype=model.dtype, device_map={"": "cpu"})
+        backbone = AutoModel.from_pretrained(source, dtype=model.dtype, device_map={"": "cpu"}, trust_remote_code=False)
     except OSError as error:
         raise OSError(
             f"The model was loaded with `text_only=True` from {source}, whose files are needed again to save the "

@@ -6,11 +6,12 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 
-from unime_st.files import remove_leftovers, write_atomically
+from unime_st.files import checksum, remove_leftovers, write_atomically
 from unime_st.samplers.guide import GuideEmbeddings
 from unime_st.samplers.neighbors import Neighbors, find_neighbors
 
@@ -18,13 +19,25 @@ logger = logging.getLogger(__name__)
 
 _VERSION = 1  # of what find_neighbors computes: raise it when its results change
 _ARRAYS = ("pairs", "hardest", "twins")
+_DAMAGE = (
+    ValueError,
+    EOFError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    SyntaxError,
+    TokenError,
+    OverflowError,
+    MemoryError,
+)
 
 
 class NeighborStore:
     """A folder of :class:`~unime_st.samplers.neighbors.Neighbors`, each known by all that it depends on.
 
     Files are ``neighbors-<digest>.<array>.npy`` and, written last, ``neighbors-<digest>.json``, without which the
-    arrays count as not there: a process that is killed leaves nothing that would be taken for whole.
+    arrays count as not there: a process that is killed leaves nothing that would be taken for whole. It holds checksums
+    of all; what is damaged, or of before there were any, is found again, and the log says so.
 
     Args:
         folder: Made when missing.
@@ -51,19 +64,40 @@ class NeighborStore:
         """
         digest = _digest(queries, targets, options)
         record = self._path(digest, "json")
-        if record.exists():
+        if record.exists() and (kept := self._load(digest)) is not None:
             logger.info("The guide's neighbours are taken from %s.", record)
-            recall = json.loads(record.read_text())["recall"]
-            arrays = {name: np.load(self._path(digest, f"{name}.npy")) for name in _ARRAYS}
-            return Neighbors(**arrays, recall=recall)
+            return kept
         found = find_neighbors(queries, targets, **options)
         if self.folder.exists():
             remove_leftovers(self.folder)
+        record.unlink(missing_ok=True)  # first: it must not speak for other arrays
         for name in _ARRAYS:
             write_atomically(self._path(digest, f"{name}.npy"), getattr(found, name))
         settings = {name: value for name, value in options.items() if name != "groups"}
-        write_atomically(record, json.dumps({"recall": found.recall, "rows": queries.rows, **settings}, indent=1))
+        told = {"recall": found.recall, "rows": queries.rows, **settings}
+        told["arrays"] = checksum(*(getattr(found, name) for name in _ARRAYS))
+        write_atomically(record, json.dumps({**told, "checksum": checksum(json.dumps(told))}, indent=1))
         return found
+
+    def _load(self, digest: str) -> Neighbors | None:
+        """What was found before; None, and a line in the log, when it is damaged."""
+        record = self._path(digest, "json")
+        try:
+            told = json.loads(record.read_bytes())
+            own = told.pop("checksum", None)
+            arrays = {name: np.load(self._path(digest, f"{name}.npy"), allow_pickle=False) for name in _ARRAYS}
+            if own is None and "arrays" not in told:
+                why = "it is of an earlier version, without checksums"
+            elif own != checksum(json.dumps(told)) or told["arrays"] != checksum(*arrays.values()):
+                why = "its checksum, or that of an array beside it, is another"
+            else:
+                return Neighbors(**arrays, recall=told["recall"])
+        except FileNotFoundError as error:
+            why = str(error)
+        except _DAMAGE as error:
+            why = f"it or an array beside it is damaged: {error}"
+        logger.warning("%s is not used (%s): the guide's neighbours are found again.", record, why)
+        return None
 
     def _path(self, digest: str, ending: str) -> Path:
         return self.folder / f"neighbors-{digest}.{ending}"

@@ -1,0 +1,136 @@
+"""Where embeddings are kept: in memory, or in a folder of a cache; and what such a folder says of itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from unime_st.model_identity import is_outdated
+
+logger = logging.getLogger(__name__)
+
+MARKER = "section.json"
+_GONE = ".evicted"
+
+
+class Section(Protocol):
+    """Where embeddings of one model under one prompt are kept, on disk or in memory."""
+
+    def get(self, fingerprints: Iterable[str]) -> list[np.ndarray | None]:
+        """Look up embeddings, None where there is none."""
+
+    def add(self, fingerprints: Sequence[str], embeddings: np.ndarray) -> None:
+        """Store embeddings (N, D)."""
+
+
+class MemorySection:
+    """Keeps embeddings for as long as it lives: one evaluation's several tasks encode nothing twice."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def get(self, fingerprints: Iterable[str]) -> list[np.ndarray | None]:
+        """Look up embeddings, None where there is none."""
+        return [self._rows.get(fingerprint) for fingerprint in fingerprints]
+
+    def add(self, fingerprints: Sequence[str], embeddings: np.ndarray) -> None:
+        """Store embeddings (N, D)."""
+        self._rows.update(zip(fingerprints, embeddings, strict=True))
+
+
+@dataclass(frozen=True)
+class SectionInfo:
+    """What a section of a cache holds.
+
+    Attributes:
+        folder: Where it is.
+        model: Fingerprint of the model, 64 hexadecimal digits.
+        prompt: The prompt text, "" for none.
+        settings: What else decides the embeddings, e.g. the resolution.
+        items: How many embeddings, as far as its shards can be read.
+        num_bytes: On disk.
+        last_used: When it was last opened or written, in seconds since 1970.
+        outdated: Whether its model is known by the rule of another version: no model finds it any more.
+    """
+
+    folder: Path
+    model: str
+    prompt: str
+    settings: dict[str, Any]
+    items: int
+    num_bytes: int
+    last_used: float
+
+    @property
+    def outdated(self) -> bool:  # noqa: D102 see the attributes
+        return is_outdated(self.model)
+
+
+def read_description(marker: Path) -> dict[str, Any] | None:
+    """What a section's ``section.json`` says; None, and a line in the log, for one that is damaged.
+
+    Raises:
+        OSError: When it is not there or cannot be read.
+    """
+    try:
+        told = json.loads(marker.read_bytes())
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or not isinstance(told.get("settings", {}), dict):
+        logger.warning(
+            "%s is damaged: it does not say what its section holds. It is written anew when a model opens the section; "
+            "`cache clear` deletes it.", marker)  # fmt: skip
+        return None
+    return told
+
+
+def section_info(marker: Path) -> SectionInfo | None:
+    """What is in a section, None when another process has just deleted it."""
+    try:
+        told = read_description(marker) or {}
+        files = [path for path in marker.parent.iterdir() if path.is_file()]
+        num_bytes = sum(path.stat().st_size for path in files)
+        last_used = marker.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    items = 0
+    for shard in (path for path in files if path.suffix == ".safetensors"):
+        with contextlib.suppress(SafetensorError, OSError, IndexError), safe_open(shard, framework="np") as tensors:
+            items += tensors.get_slice("keys").get_shape()[0]
+    return SectionInfo(
+        marker.parent,
+        str(told.get("model", "")),
+        str(told.get("prompt", "")),
+        told.get("settings", {}),
+        items,
+        num_bytes,
+        last_used,
+    )
+
+
+def remove_section(folder: Path) -> None:
+    """Delete a section at once, whoever reads or writes there: first it loses its name.
+
+    A process that was about to write into it finds no folder, and makes it anew; one that reads has fewer embeddings.
+    """
+    with contextlib.suppress(OSError):  # gone already, or on a disk that is not to be written
+        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.{uuid.uuid4().hex}{_GONE}")), ignore_errors=True)
+
+
+def remove_half_deleted(folder: Path) -> None:
+    """Delete what processes that were killed while they deleted sections have left."""
+    for left in folder.glob(f".*{_GONE}"):
+        shutil.rmtree(left, ignore_errors=True)
