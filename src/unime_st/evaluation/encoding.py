@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from unime_st.data.corpus_windows import ITEM_ERRORS, shown
 from unime_st.distributed import gather_objects, rank, world_size
-from unime_st.evaluation.cache import EmbeddingCache, MemorySection, Section
+from unime_st.evaluation.cache import EmbeddingCache
+from unime_st.evaluation.sections import MemorySection, Section
 from unime_st.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
