@@ -174,9 +174,8 @@ def _other_rule(before: TaskOutcomes, after: TaskOutcomes) -> str:
     if before.rule == after.rule:
         return ""
     tied = [int(own.tied.sum()) for own in (before, after)]
-    return (
-        f"{before.rule} (before), {after.rule} (after); {tied[0]} and {tied[1]} rows are tied"
-        + (", and may differ for that alone. Evaluate both by one version." if any(tied) else ", so that changes nothing.")
+    return f"{before.rule} (before), {after.rule} (after); {tied[0]} and {tied[1]} rows are tied" + (
+        ", and may differ for that alone. Evaluate both by one version." if any(tied) else ", so that changes nothing."
     )
 
 

@@ -34,7 +34,8 @@ class TaskResult:
         rows: Numbers of the rows in the task; all of them, unless ``limit`` draws some.
         right: Whether each row is right; a row with something unreadable is not, shape (rows,).
         tied: Whether only the order of equal scores decides the row's score, shape (rows,).
-        rank: Rank of the right answer, from 1; 0 in a row with something unreadable, shape (rows,).
+        rank: Rank of the best right answer, from 1; 0 in a row with something unreadable, shape (rows,).
+        best: Its place in the row, or in the pool, shape (rows,).
         top: The best candidates' places in each row, or in the pool, best first, -1 past the last, shape (rows, k).
         errors: Row number -> what could not be read.
         metric: What ``scores`` are.
@@ -45,6 +46,7 @@ class TaskResult:
     right: np.ndarray
     tied: np.ndarray
     rank: np.ndarray
+    best: np.ndarray
     top: np.ndarray
     errors: dict[int, str] = field(default_factory=dict)
     metric: Metric = "hit@1"
@@ -96,8 +98,8 @@ class MMEBEvaluator(EmbeddingEvaluator):
 
     Raises:
         FileNotFoundError: If ``root`` is no folder, or holds no task.
-        ValueError: If ``on_error``, ``limit``, ``seed``, a metric or the resolution is something else, or two tasks have
-            one name.
+        ValueError: If ``on_error``, ``limit``, ``seed``, a metric or the resolution is something else, or if two tasks
+            have one name.
 
     Metrics:
         ``<task>_precision@1`` (``<task>_ndcg@5`` for tasks scored so) and ``<task>_ties`` (rows whose score only the
@@ -257,7 +259,8 @@ class MMEBEvaluator(EmbeddingEvaluator):
             if place is not None and index[own.queries[place]] >= 0 and (index[own.own(place)] >= 0).all():
                 readable.append(number)
                 at.append(place)
-        right, tied, rank = np.zeros(count, bool), np.zeros(count, bool), np.zeros(count, np.int64)
+        right, tied = np.zeros(count, bool), np.zeros(count, bool)
+        rank, best = np.zeros(count, np.int64), np.zeros(count, np.int64)
         top, scores = np.full((count, _SHOWN), -1, dtype=np.int64), np.zeros(count)
         if at:
             found = score_candidates(
@@ -270,12 +273,12 @@ class MMEBEvaluator(EmbeddingEvaluator):
                 device=device_of(model),
             )
             right[readable], rank[readable] = found.right, found.rank
-            top[readable] = found.top if pool is None else _places(found.top, np.flatnonzero(pool >= 0))
+            top[readable], best[readable] = found.top, found.best
+            if pool is not None:
+                top, best = (_places(places, np.flatnonzero(pool >= 0)) for places in (top, best))
             by_hit = task.metric == "hit@1"
-            scores[readable], tied[readable] = (
-                (found.right, found.tied) if by_hit else (found.ndcg, found.ndcg_tied)
-            )
-        return TaskResult(rows, right, tied, rank, top, {}, task.metric, scores)
+            scores[readable], tied[readable] = (found.right, found.tied) if by_hit else (found.ndcg, found.ndcg_tied)
+        return TaskResult(rows, right, tied, rank, best, top, {}, task.metric, scores)
 
     def top(
         self, task: str, k: int = _SHOWN, places: Sequence[int] | None = None, *, with_right: bool = False
@@ -286,7 +289,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
             task: Its name.
             k: Results a query, at most five.
             places: Which of the evaluated rows, as in ``results[task].right``; None takes all that were readable.
-            with_right: Whether a right answer comes last where none is among the results.
+            with_right: Whether the best right answer comes after them where none is among them, with its rank.
 
         Returns:
             For each row `query`, `results` (each with `image`, `text` or both, and whether it is `right`) and `rank`.
@@ -305,10 +308,11 @@ class MMEBEvaluator(EmbeddingEvaluator):
             query = at[int(result.rows[place])]
             shown, right = (own.own(query) if own.corpus is None else own.corpus), own.right_of(query)
             best = [int(shown[number]) for number in result.top[place][:k] if number >= 0]
-            if with_right and not set(best) & set(right):
-                best.append(right[0])
             results = [{**_shown(own.items[item]), "right": item in right} for item in best]
             rank = int(result.rank[place]) or None
+            if with_right and rank and not set(best) & set(right):
+                item = own.items[int(shown[result.best[place]])]
+                results.append({**_shown(item), "right": True, "rank": rank})
             entries.append({"query": _shown(own.items[own.queries[query]]), "results": results, "rank": rank})
         return entries
 
@@ -360,7 +364,9 @@ class MMEBEvaluator(EmbeddingEvaluator):
 def _check_tasks(tasks: Sequence[MMEBTask]) -> None:
     for number, task in enumerate(tasks):
         if task.metric not in _METRIC_NAMES:
-            raise ValueError(f"Task {task.name!r} has the metric {task.metric!r}; there are {', '.join(_METRIC_NAMES)}.")
+            raise ValueError(
+                f"Task {task.name!r} has the metric {task.metric!r}; there are {', '.join(_METRIC_NAMES)}."
+            )
         if task.name in {other.name for other in tasks[:number]}:
             raise ValueError(f"Two tasks are called {task.name!r}. Give each once, under a name of its own.")
 

@@ -54,11 +54,12 @@ def told_of_ties(outcomes: Mapping[str, TaskOutcomes]) -> str:
     many = {task: own for task, own in outcomes.items() if own.tied.sum() > _MOST_TIED * len(own.tied)}
     if not many:
         return ""
-    named = [
-        f"{task} ({own.tied.sum()} of {len(own.tied)}; score {100 * own.scores.mean():.1f} %, "
-        f"{100 * (own.scores * ~own.tied).mean():.1f} % without them)"
-        for task, own in list(many.items())[:_TASKS_NAMED]
-    ]
+    named = []
+    for task, own in list(many.items())[:_TASKS_NAMED]:
+        luck, word = (1.0, "were they right") if own.rule == TIE_IS_WRONG else (0.0, "without them")
+        score, other = (100 * np.mean(values) for values in (own.scores, np.where(own.tied, luck, own.scores)))
+        share = f"{own.tied.sum()} of {len(own.tied)}"
+        named.append(f"{task} ({share}; score {score:.1f} %, {other:.1f} % {word})")
     if len(many) > _TASKS_NAMED:
         named.append(f"and {len(many) - _TASKS_NAMED} more")
     return (
@@ -119,10 +120,11 @@ def read_outcomes(path: str | Path) -> dict[str, TaskOutcomes]:
         raise ValueError(f"{path} is damaged: its checksum is another. Evaluate again.")
     tasks = np.array(table["task"].to_pylist(), dtype=object)
     arrays = [table[name].to_numpy() for name in _COLUMNS[1:]]
-    return {
-        task: TaskOutcomes(*(array[tasks == task] for array in arrays), rule=rules.get(task, NOT_TOLD))
-        for task in dict.fromkeys(tasks.tolist())
-    }
+    found = {}
+    for task in dict.fromkeys(tasks.tolist()):
+        numbers, scores, tied = (array[tasks == task] for array in arrays)
+        found[task] = TaskOutcomes(numbers, scores, tied, rules.get(task, NOT_TOLD))
+    return found
 
 
 def _checksum(table: pa.Table) -> str:

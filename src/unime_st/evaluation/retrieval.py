@@ -216,8 +216,8 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         )
         by_image = rank_pool(image_vectors[image_place], text_vectors, captions_of, **options)
         self.rankings = {
-            "text_to_image": replace(by_text, top=images[by_text.top]),
-            "image_to_text": replace(by_image, top=texts[by_image.top]),
+            "text_to_image": replace(by_text, best=images[by_text.best], top=images[by_text.top]),
+            "image_to_text": replace(by_image, best=texts[by_image.best], top=texts[by_image.top]),
         }
         self._right = {
             "text_to_image": [[int(place)] for place in images[image_place[self.image_of]]],
@@ -248,7 +248,12 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         }
 
     def top(
-        self, k: int = _SHOWN, direction: Direction = "text_to_image", queries: Sequence[int] | None = None
+        self,
+        k: int = _SHOWN,
+        direction: Direction = "text_to_image",
+        queries: Sequence[int] | None = None,
+        *,
+        with_right: bool = False,
     ) -> list[dict[str, Any]]:
         """Show what queries found in the last call, as entries of :meth:`~unime_st.evaluation.Report.add_gallery`.
 
@@ -256,6 +261,7 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
             k: Results a query, at most ten.
             direction: Of the search.
             queries: Numbers of captions or images; None takes all.
+            with_right: Whether the best right answer comes after them where none is among them, with its rank.
 
         Returns:
             For each query `query`, `results` (each an `image` or a `text`, and whether it is `right`) and `rank`.
@@ -276,8 +282,11 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         for query in range(len(right)) if queries is None else queries:
             best = [int(number) for number in ranking.top[query][:k] if number >= 0]
             results = [{kind: targets[number], "right": number in right[query]} for number in best]
+            rank = int(ranking.ranks[query]) + 1
+            if with_right and not any(result["right"] for result in results):
+                results.append({kind: targets[int(ranking.best[query])], "right": True, "rank": rank})
             source = sources[query] if kind == "image" else {"image": sources[query]}
-            entries.append({"query": source, "results": results, "rank": int(ranking.ranks[query]) + 1})
+            entries.append({"query": source, "results": results, "rank": rank})
         return entries
 
     def outcomes(self) -> dict[str, TaskOutcomes]:

@@ -59,7 +59,8 @@ class CandidateScores:
     Attributes:
         right: Whether a right answer comes first, shape (Q,).
         tied: Whether the order decides that: right and wrong candidates share the best score, shape (Q,).
-        rank: Rank of the best right answer, from 1, shape (Q,).
+        best: Place of the best right answer among the query's own candidates, or in the pool, shape (Q,).
+        rank: Its rank, from 1, shape (Q,).
         ndcg: nDCG@5, the gain of a result being its relevance ("linear"), shape (Q,).
         ndcg_tied: Whether the order of equal scores decides that, shape (Q,).
         top: The best candidates' places among the query's own, or in the pool, best first and equal ones in their
@@ -69,6 +70,7 @@ class CandidateScores:
 
     right: np.ndarray
     tied: np.ndarray
+    best: np.ndarray
     rank: np.ndarray
     ndcg: np.ndarray
     ndcg_tied: np.ndarray
@@ -117,7 +119,9 @@ def score_candidates(
     queries = np.asarray(queries, dtype=np.int64)
     _check(k=k, chunk_size=chunk_size, queries=len(queries))
     if len(candidates) != len(queries) or (gains is not None and list(map(len, gains)) != list(map(len, candidates))):
-        raise ValueError(f"{len(queries)} queries need as many lists of candidates, and of their gains, of equal length.")
+        raise ValueError(
+            f"{len(queries)} queries need as many lists of candidates, and of their gains, of equal length."
+        )
     if empty := [number for number, own in enumerate(candidates) if len(own) == 0]:
         raise ValueError(f"Query {empty[0]} has no candidates to choose from.")
     rows, same = unit_rows(embeddings, device)
@@ -143,7 +147,8 @@ def score_candidates(
         found = np.where(top >= 0, np.take_along_axis(gain, np.maximum(top, 0), axis=1), 0.0)
         tied = _order_decides(cosine, gain > 0, scores[:, :1], found[:, :1] > 0)
         ndcg_tied = _order_decides(cosine, gain, scores[:, :_CUTOFF], found[:, :_CUTOFF])
-        parts.append((rank == 1, tied, rank, _ndcg(found, gain), ndcg_tied, top[:, :k], scores[:, :k]))
+        ndcg = _ndcg(found, gain)
+        parts.append((rank == 1, tied, first[:, 0], rank, ndcg, ndcg_tied, top[:, :k], scores[:, :k]))
     return CandidateScores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
@@ -228,12 +233,14 @@ class Ranking:
     Attributes:
         ranks: Wrong candidates that score at least as well as the query's best right one, shape (Q,).
         better: Those that score better, shape (Q,).
+        best: That right one, shape (Q,).
         top: Best candidates, best first, -1 past the last, shape (Q, k).
         scores: Their cosines, shape (Q, k).
     """
 
     ranks: np.ndarray
     better: np.ndarray
+    best: np.ndarray
     top: np.ndarray
     scores: np.ndarray
 
@@ -291,7 +298,9 @@ def rank_pool(
         if len(own) == 0:
             raise ValueError(f"Query {number} has no right candidate.")
         if min(own) < 0 or max(own) >= len(candidates):
-            raise ValueError(f"Query {number} has right candidates {list(own)}, but there are {len(candidates)}, from 0.")
+            raise ValueError(
+                f"Query {number} has right candidates {list(own)}, but there are {len(candidates)}, from 0."
+            )
     query_rows, query_index = unit_rows(queries, device)
     pool, pool_index = unit_rows(candidates, device)
     expand = torch.from_numpy(pool_index).to(device)
@@ -303,9 +312,9 @@ def rank_pool(
         is_right = torch.zeros_like(cosine, dtype=torch.bool)
         for row, own in enumerate(right[start : start + chunk_size]):
             is_right[row, torch.as_tensor(list(own), device=device)] = True
-        best = cosine.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
+        best, place = cosine.masked_fill(~is_right, -torch.inf).max(dim=1, keepdim=True)
         ranks = ((cosine >= best) & ~is_right).sum(dim=1)
         better = (cosine > best).sum(dim=1)
         top, scores = best_first(cosine.cpu().numpy(), k)
-        parts.append([ranks.cpu().numpy(), better.cpu().numpy(), top, scores])
+        parts.append([*(part.cpu().numpy() for part in (ranks, better, place[:, 0])), top, scores])
     return Ranking(*(np.concatenate(column) for column in zip(*parts, strict=True)))
