@@ -140,3 +140,24 @@ def forget_kept_features(model: Any) -> None:
         cache = getattr(module, "vision_cache", None)
         if cache is not None:
             cache.clear()
+
+
+def check_finite(embeddings: Any, inputs: Sequence[Any]) -> Any:
+    """Refuse NaN and infinity among the embeddings (N, D) of inputs; whatever else is asked of a model passes through.
+
+    Raises:
+        ValueError: With the first such row, by its number among the caller's.
+
+    Example:
+        >>> check_finite(torch.tensor([[1.0], [float("nan")]]), ["a", "b"])
+        Traceback (most recent call last):
+        ValueError: The model gave NaN or infinity for row 1 ('b') and 0 more of 2. Its weights may have diverged; ...
+    """
+    if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or bool(torch.isfinite(embeddings).all()):
+        return embeddings
+    broken = (~torch.isfinite(embeddings).all(dim=1)).nonzero()[:, 0].tolist()
+    row = getattr(inputs, "first_row", 0) + broken[0]
+    raise ValueError(
+        f"The model gave NaN or infinity for row {row} ({inputs[broken[0]]!r:.80}) and {len(broken) - 1} more of "
+        f"{len(embeddings)}. Its weights may have diverged; if not, load it in float32 or bfloat16, not in float16."
+    )

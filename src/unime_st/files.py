@@ -92,7 +92,7 @@ def checksum(*values: np.ndarray | bytes | str) -> str:
         >>> checksum(np.zeros(2)) == checksum(np.zeros(2)), checksum("ab", "c") == checksum("a", "bc")
         (True, False)
     """
-    total = hashlib.blake2b(digest_size=16)
+    total = hashlib.sha256()  # twice as fast as blake2b where the processor helps
     for value in values:
         if isinstance(value, np.ndarray):
             content: Any = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
@@ -102,7 +102,7 @@ def checksum(*values: np.ndarray | bytes | str) -> str:
             kind = type(value).__name__
         total.update(f"{kind}:{len(content)}:".encode())
         total.update(content)
-    return total.hexdigest()
+    return total.hexdigest()[:32]
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -119,6 +119,8 @@ def remove_leftovers(folder: Path) -> None:
         try:
             if _hold(descriptor):
                 partial.unlink(missing_ok=True)
+        except OSError:  # of a disk that is read-only
+            continue
         finally:
             os.close(descriptor)
 

@@ -126,7 +126,7 @@ def encoder_card(model: SentenceTransformer, *, repo_id: str = "path/to/this/fol
 def _rendered(processor: Any, parts: list[dict[str, str]]) -> str:
     """One prompt on one line, as it stands in a cell of a table."""
     messages = [{"role": "user", "content": parts}]
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = processor.apply_chat_template(messages, tokenize=False)  # as encoders render it
     return on_one_line(str(text))
 
 

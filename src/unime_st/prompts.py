@@ -10,6 +10,7 @@ instruction is chosen by what the content holds; a system message (sentence-tran
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 INSTRUCTIONS = {
@@ -18,6 +19,9 @@ INSTRUCTIONS = {
     "image_text": "Summary above image and sentence in one word: ",
 }
 """What the content holds -> UniME's instruction (evaluation code of arXiv 2504.17432; the third is its union)."""
+
+
+_OPENS = "add_generation_prompt"
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,49 @@ TURN_FORMATS: dict[str, TurnFormat] = {
 }
 """Name of a family (``config.model_type``) -> its turn. ``chatml_open`` leaves the turn open after the instruction."""
 
-_TEMPLATE = """\
+IMAGE_PROMPT_V2 = "Find an image caption describing the given image."
+"""What UniME-V2 reads after an image that comes without words (its authors' utils/utils.py)."""
+
+
+@dataclass(frozen=True)
+class BareFormat:
+    """How UniME-V2 writes an input: media, then what the user says, or its image prompt; no instruction of its own.
+
+    A system message (``prompt``) goes on a line before the text, or in the place of the image prompt.
+
+    Attributes:
+        start: before everything.
+        end: after everything.
+        image: placeholder of one image.
+        video: placeholder of one video.
+        before_text: between media and text.
+        before_prompt: between media and a prompt without text.
+        before_any: before words without media.
+        strips: whether white space around the words goes.
+    """
+
+    start: str
+    end: str
+    image: str
+    video: str
+    before_text: str
+    before_prompt: str
+    before_any: str
+    strips: bool
+
+
+BARE_FORMATS: dict[str, BareFormat] = {
+    "unime_v2_qwen2_vl": BareFormat("", "", "<|image_pad|>", "<|video_pad|>", "\n", " ", "", strips=False),
+    "unime_v2_llava_onevision": BareFormat(
+        "<|im_start|>user ", "<|im_end|><|im_start|>assistant\n", "<image>", "<video>", "\n", "\n", "\n", strips=True
+    ),
+}
+"""Name of a template -> the form of UniME-V2's published models (Embedding/src/model_utils.py of its authors).
+
+Qwen2-VL reads no turn markers at all, and a lone placeholder; LLaVA-OneVision its own chat template.
+"""
+
+_READ = """\
 {%- set ns = namespace(media='', images=0, text='', instruction=none, has_media=false) -%}
 {%- for message in messages -%}
 {%- if message['content'] is string -%}
@@ -81,6 +127,22 @@ _TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 {%- endfor -%}
+"""
+_BARE = (
+    _READ
+    + """\
+{%- set words = ns.text -%}
+{%- if ns.instruction -%}{%- set words = ns.instruction + (NEWLINE + ns.text if ns.text else '') -%}{%- endif -%}
+{%- if ns.media and not words -%}{%- set words = PROMPT -%}{%- endif -%}
+{%- if STRIPS -%}{%- set words = words | trim -%}{%- endif -%}
+{%- set between = BEFORE_ANY -%}
+{%- if ns.media -%}{%- set between = BEFORE_TEXT if ns.text else BEFORE_PROMPT -%}{%- endif -%}
+{{- START + ns.media + between + words + END -}}
+"""
+)
+_TEMPLATE = (
+    _READ
+    + """\
 {%- if ns.instruction is none -%}
 {%- if ns.media and ns.text -%}{%- set ns.instruction = BOTH -%}
 {%- elif ns.media -%}{%- set ns.instruction = ONLY_IMAGE -%}
@@ -92,13 +154,14 @@ _TEMPLATE = """\
 {%- if ns.text or not MEDIA_ENDS_LINE -%}{{- NEWLINE -}}{%- endif -%}
 {{- ns.instruction + END -}}
 """
+)
 
 
 def chat_template(name: str) -> str:
     r"""Jinja chat template of a family.
 
     Args:
-        name: A key of :data:`TURN_FORMATS`.
+        name: A key of :data:`TURN_FORMATS` or :data:`BARE_FORMATS`.
 
     Raises:
         ValueError: For an unknown name, with those that are known.
@@ -109,10 +172,12 @@ def chat_template(name: str) -> str:
         >>> template.render(messages=[{"role": "user", "content": [{"type": "image"}]}])
         '[INST] <image>\nSummary above image in one word: [/INST]'
     """
+    if name in BARE_FORMATS:
+        return _bare_template(BARE_FORMATS[name])
     if name not in TURN_FORMATS:
+        known = ", ".join(sorted([*TURN_FORMATS, *BARE_FORMATS]))
         raise ValueError(
-            f"There is no prompt template {name!r}. Give one of {', '.join(sorted(TURN_FORMATS))}, or a Jinja chat "
-            "template of your own."
+            f"There is no prompt template {name!r}. Give one of {known}, or a Jinja chat template of your own."
         )
     turn = TURN_FORMATS[name]
     before, _, after = turn.image.partition("{n}")
@@ -128,7 +193,50 @@ def chat_template(name: str) -> str:
         "NEWLINE": _quoted("\n"),
         "END": _quoted(turn.end),
     }
-    template = _TEMPLATE
+    return _filled(_TEMPLATE, values)
+
+
+def with_generation_prompt(template: str) -> str:
+    """A Jinja chat template that always opens the model's turn, where it does so on ``add_generation_prompt`` alone.
+
+    Encoders render without that argument, stock ones too; written into the template, it is saved with it.
+
+    Example:
+        >>> from jinja2 import Environment
+        >>> own = "{{ messages[0]['content'] }}{% if add_generation_prompt %}<answer>{% endif %}"
+        >>> template = Environment().from_string(with_generation_prompt(own))
+        >>> template.render(messages=[{"role": "user", "content": "a cat"}], add_generation_prompt=False)
+        'a cat<answer>'
+    """
+    return f"{{%- set {_OPENS} = true -%}}{template}"
+
+
+def lacks_generation_prompt(template: str) -> bool:
+    """Whether a template opens the model's turn only when asked to, which nobody does.
+
+    >>> lacks_generation_prompt("{% if add_generation_prompt %}<answer>{% endif %}"), lacks_generation_prompt("x")
+    (True, False)
+    """
+    return _OPENS in template and not template.startswith(f"{{%- set {_OPENS} = true")
+
+
+def _bare_template(bare: BareFormat) -> str:
+    values = {
+        "IMAGE": _quoted(bare.image),
+        "VIDEO": _quoted(bare.video),
+        "PROMPT": _quoted(IMAGE_PROMPT_V2),
+        "STRIPS": str(bare.strips).lower(),
+        "BEFORE_TEXT": _quoted(bare.before_text),
+        "BEFORE_PROMPT": _quoted(bare.before_prompt),
+        "BEFORE_ANY": _quoted(bare.before_any),
+        "START": _quoted(bare.start),
+        "NEWLINE": _quoted("\n"),
+        "END": _quoted(bare.end),
+    }
+    return _filled(_BARE, values)
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
     for key in sorted(values, key=len, reverse=True):  # longest first: IMAGE is part of ONLY_IMAGE
         template = _replaced(template, key, values[key])
     return template

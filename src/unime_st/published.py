@@ -1,6 +1,8 @@
 """What must be known of the UniME models on the Hub to make encoders of them: they are plain transformers repositories.
 
-Sources: their repositories and model cards; UniME (arXiv 2504.17432) and UniME-V2 (arXiv 2510.13515).
+Sources: their repositories, model cards and authors' scripts; UniME (arXiv 2504.17432) and UniME-V2 (arXiv 2510.13515).
+The prompts of UniME's Phi-3.5-V are those of its card; its authors' evaluation script leaves out the space before
+``<|end|>``.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ class PublishedCheckpoint:
 
     Attributes:
         repo_id: on the Hub.
-        family: its ``config.model_type``, and the name of its prompts in :data:`unime_st.prompts.TURN_FORMATS`.
-        trained_at: side of the square that training images were resized to, in pixels. Encoding resizes as the
-            repository's own processor does; to repeat the published evaluation, resize images before.
+        family: its ``config.model_type``.
+        trained_at: side of the square that training images were resized to, in pixels.
         paper: arXiv identifier.
         results: its name in :func:`unime_st.evaluation.published_results`.
+        template: name of its prompts in :data:`unime_st.prompts.TURN_FORMATS` or ``BARE_FORMATS``; None is the family.
+        evaluated_at: side of the square that its authors' evaluation forces images to, whatever their shape; None where
+            it leaves them to the processor. Encoding leaves them to the repository's processor; to repeat the
+            evaluation, resize images before (``MMEBEvaluator`` has ``image_size``).
     """
 
     repo_id: str
@@ -26,10 +31,18 @@ class PublishedCheckpoint:
     trained_at: int
     paper: str
     results: str
+    template: str | None = None
+    evaluated_at: int | None = None
+
+    @property
+    def prompts(self) -> str:
+        """Name of its prompt template."""
+        return self.template or self.family
 
 
 _UNIME = "2504.17432"
 _UNIME_V2 = "2510.13515"
+_V2_QWEN = "unime_v2_qwen2_vl"
 
 PUBLISHED: dict[str, PublishedCheckpoint] = {
     row.repo_id: row
@@ -43,14 +56,20 @@ PUBLISHED: dict[str, PublishedCheckpoint] = {
             _UNIME,
             "UniME LLaVA-OV-7B",
         ),
-        PublishedCheckpoint("TianchengGu/UniME-V2-Qwen2VL-2B", "qwen2_vl", 672, _UNIME_V2, "UniME-V2 Qwen2-VL-2B"),
-        PublishedCheckpoint("TianchengGu/UniME-V2-Qwen2VL-7B", "qwen2_vl", 672, _UNIME_V2, "UniME-V2 Qwen2-VL-7B"),
+        PublishedCheckpoint(
+            "TianchengGu/UniME-V2-Qwen2VL-2B", "qwen2_vl", 672, _UNIME_V2, "UniME-V2 Qwen2-VL-2B", _V2_QWEN, 1344
+        ),
+        PublishedCheckpoint(
+            "TianchengGu/UniME-V2-Qwen2VL-7B", "qwen2_vl", 672, _UNIME_V2, "UniME-V2 Qwen2-VL-7B", _V2_QWEN, 1344
+        ),
         PublishedCheckpoint(
             "TianchengGu/UniME-V2-LLaVA-OneVision-8B",
             "llava_onevision",
-            672,
+            336,
             _UNIME_V2,
             "UniME-V2 LLaVA-OV-7B",
+            "unime_v2_llava_onevision",
+            1344,
         ),
     )
 }

@@ -14,6 +14,18 @@ from unime_st.published import PublishedCheckpoint
 _NEEDS_US = " transformers lacks this architecture, so `import unime_st` before loading that."
 
 
+_UNIME_V2_CITATION = """
+@article{gu2025unimev2,
+    title={UniME-V2: MLLM-as-a-Judge for Universal Multimodal Embedding Learning},
+    author={Gu, Tiancheng and Yang, Kaicheng and Zhang, Kaichen and An, Xiang and Feng, Ziyong and Zhang, Yueyi
+        and Cai, Weidong and Deng, Jiankang and Bing, Lidong},
+    journal={arXiv preprint arXiv:2510.13515},
+    year={2025}
+}
+"""
+_CITATIONS = {"2504.17432": UNIME_CITATION, "2510.13515": _UNIME_V2_CITATION}
+
+
 def published_card(known: PublishedCheckpoint) -> str:
     """Write the card of a published model as an encoder of this package: its prompts, its results, how to load it.
 
@@ -23,7 +35,7 @@ def published_card(known: PublishedCheckpoint) -> str:
     Returns:
         Markdown with a YAML header. Numbers are those its authors published, with their source; none is ours.
     """
-    template = Environment(autoescape=False).from_string(chat_template(known.family))  # noqa: S701 (not HTML)
+    template = Environment(autoescape=False).from_string(chat_template(known.prompts))  # noqa: S701 (not HTML)
     prompts = [(kind, template.render(messages=[{"role": "user", "content": p}])) for kind, p in KINDS.items()]
     header = ModelCardData(
         library_name="sentence-transformers",
@@ -59,6 +71,7 @@ def published_card(known: PublishedCheckpoint) -> str:
         (
             f"Last token, L2-normalised, padded on the left. Trained on images resized to {known.trained_at} x "
             f"{known.trained_at} pixels (arXiv {known.paper}); the encoder resizes as the repository's processor does."
+            f"{_evaluated(known)}"
         ),
         "",
         f"## MMEB, as published ({scores['source']}; {str(scores['average']).replace('_', ' ')})",
@@ -73,7 +86,17 @@ def published_card(known: PublishedCheckpoint) -> str:
         ),
         "",
         "```bibtex",
-        UNIME_CITATION.strip(),
+        _CITATIONS[known.paper].strip(),
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _evaluated(known: PublishedCheckpoint) -> str:
+    if known.evaluated_at is None:
+        return ""
+    side = known.evaluated_at
+    return (
+        f" Its authors' evaluation forces every image to {side} x {side} pixels, whatever its shape: give "
+        f"`MMEBEvaluator` `image_size={side}` to repeat it."
+    )

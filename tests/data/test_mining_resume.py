@@ -1,5 +1,6 @@
 """Mining when it is killed, and when several processes share it."""
 
+import errno
 import hashlib
 from pathlib import Path
 
@@ -135,3 +136,36 @@ def test_two_processes_share_the_work_and_equal_one(tmp_path):
     halves = [notes(shared / f"rank{rank}") for rank in range(2)]
     assert sorted(halves[0] + halves[1]) == sorted(TEXTS)
     assert min(len(half) for half in halves) > len(TEXTS) * 0.3
+
+
+def test_a_dead_process_is_waited_for_as_long_as_asked_and_its_files_are_mined(tmp_path, monkeypatch, caplog):
+    (tmp_path / "alone").mkdir()
+    expected = rows_of(mine(tmp_path / "alone"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    options = {"num_negatives": 4, "sampling_strategy": "random", "rows_per_file": FILE_ROWS, "patience": 0.3}
+    with caplog.at_level("INFO"):
+        folder = mine_hard_negatives(SET, Hashing(), tmp_path / "mined", **options)
+    assert rows_of(folder) == expected
+    for told in ("inputs from rank 0 in", "13 files of rows from rank 0 in", "rank 0 owes 13 files of rows"):
+        assert told in caplog.text
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_full_disk_names_the_folder_and_is_gone_on_from(tmp_path, monkeypatch, at):
+    real, left = hard_negatives.write_atomically, [at]
+
+    def full(path, content):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, content)
+
+    options = {"num_negatives": 4, "rows_per_file": FILE_ROWS}
+    monkeypatch.setattr(hard_negatives, "write_atomically", full)
+    with pytest.raises(OSError, match=rf"The disk of {tmp_path} is full .*call again with the same arguments"):
+        mine_hard_negatives(SET, Hashing(), tmp_path, **options)
+    monkeypatch.undo()
+    model = Hashing()
+    assert len(load_mined_negatives(mine_hard_negatives(SET, model, tmp_path, **options)))
+    assert model.asked == []

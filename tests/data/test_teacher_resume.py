@@ -1,5 +1,6 @@
 """The teacher's cache when it is killed, and when several processes fill it."""
 
+import errno
 import logging
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from sentence_transformers import SentenceTransformer
 
 from tiny_data import COLOURS, tiny_teacher
 from two_processes import run_two
-from unime_st.data import teacher_embeddings
+from unime_st.data import embedding_store, teacher_embeddings
 from unime_st.data.embed_once import embed_missing
 from unime_st.data.embedding_store import EmbeddingStore, key_array
+from unime_st.data.full_disk import explained_full_disk
 from unime_st.fingerprint import fingerprint
 
 TEXTS = [" ".join(COLOURS[(number >> shift) % 8] for shift in (0, 3, 6)[: 1 + number % 3]) for number in range(700)]
@@ -135,3 +137,40 @@ def test_a_default_prompt_may_be_left_out(tmp_path):
     np.testing.assert_allclose(default, teacher.encode([PROMPT + "red"], prompt=""), atol=1e-6)
     np.testing.assert_allclose(without, teacher.encode(["red"], prompt=""), atol=1e-6)
     assert abs(default - without).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), OSError("3 requested and 1 written")]
+)
+def test_a_full_disk_names_the_folder_and_is_gone_on_from(tmp_path, monkeypatch, error):
+    real, written = embedding_store.write_atomically, []
+
+    def full(path, content):
+        if len(written) == 2:
+            raise error
+        real(path, content)
+        written.append(path)
+
+    class Ones:
+        asked = 0
+
+        def encode(self, texts, **options):
+            self.asked += len(texts)
+            return np.ones((len(texts), 2))
+
+    texts = [f"t{number}" for number in range(10)]
+    monkeypatch.setattr(embedding_store, "write_atomically", full)
+    with pytest.raises(OSError, match=rf"The disk of {tmp_path}.* is full .*free some space and call again") as found:
+        teacher_embeddings(Ones(), texts, tmp_path, teacher_name="ones", shard_size=3)
+    assert found.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    teacher = Ones()
+    assert teacher_embeddings(teacher, texts, tmp_path, teacher_name="ones").shape == (10, 2)
+    assert teacher.asked == 4
+
+
+def test_other_errors_of_the_disk_are_left_alone(tmp_path):
+    error = OSError(errno.EACCES, "no")
+    with pytest.raises(OSError) as found, explained_full_disk(tmp_path):
+        raise error
+    assert found.value is error

@@ -163,17 +163,19 @@ def test_the_example_writes_report_and_metadata(checkpoint, tmp_path, capsys, mo
 
 
 def test_agreement_with_mtebs_own_wrapper(backbone, monkeypatch):
-    """The same prompt and resolution: the wrapper's conversation, images forced to its square, given to our encoder."""
+    """UniME-V2's prompts and resolution: images forced to the wrapper's square, the task's instruction as prompt."""
     folder = backbone("llava_onevision")
     monkeypatch.setattr("mteb.models.model_implementations.unime_v2_models._IMAGE_SIZE", (56, 56))
     theirs = UniMEV2Wrapper(str(folder), device="cpu", dtype=torch.float32)
     theirs.processor.chat_template = TEMPLATE
-    ours = build_encoder(folder, device="cpu", prompt_template=TEMPLATE)
+    ours = load_encoder(folder, published="TianchengGu/UniME-V2-LLaVA-OneVision-8B", device="cpu")
     images = [picture("red", (80, 30)), picture("green", (30, 90)), picture("yellow")]
-    texts = ["What is it?", "a much longer question about the picture", "x"]
+    texts = ["What is it?", "a much longer question about the picture", "x\n"]
     columns = {"text": texts, "image": images}
-    metadata = task("MockSTSTask").metadata.model_copy(update={"prompt": "Find it."})
-    for kind in ({"text"}, {"image"}, {"text", "image"}):
+    for kind, instruction in [
+        (kind, words) for kind in ({"text"}, {"image"}, {"text", "image"}) for words in ("Find it.", None)
+    ]:
+        metadata = task("MockSTSTask").metadata.model_copy(update={"prompt": instruction or {"document": "x"}})
         batch = {name: columns[name] for name in kind}
 
         class Loader(list):
@@ -182,18 +184,11 @@ def test_agreement_with_mtebs_own_wrapper(backbone, monkeypatch):
 
         arguments = {"task_metadata": metadata, "hf_split": "test", "hf_subset": "x", "prompt_type": PromptType.query}
         expected = theirs.encode(Loader([batch]), show_progress_bar=False, **arguments).numpy()
-        conversations = [
-            theirs._build_conversation(
-                text=texts[row] if "text" in kind else None,
-                image=images[row] if "image" in kind else None,
-                video=None,
-                instruction="Find it.",
-            )
+        items = [
+            {name: columns[name][row] if name == "text" else images[row].resize((56, 56)) for name in kind}
             for row in range(3)
         ]
-        sizes = {part["image"].size for talk in conversations for part in talk[0]["content"] if part["type"] == "image"}
-        assert sizes <= {(56, 56)}
-        np.testing.assert_allclose(ours.encode(conversations), expected, atol=1e-5)
+        np.testing.assert_allclose(ours.encode(items, prompt=instruction), expected, atol=1e-5)
         distances = np.abs(expected[:, None] - expected[None]).max(-1)[np.triu_indices(3, 1)]
         assert distances.min() > 1e-4
 
@@ -201,7 +196,7 @@ def test_agreement_with_mtebs_own_wrapper(backbone, monkeypatch):
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }} "
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}\n{{ part['text'] }}{% endif %}{% endfor %}"
-    "<|im_end|>{% endfor %}<|im_start|>assistant\n"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}"
+    "{{ '\\n' + part['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}{{ '<|im_start|>assistant\\n' }}"
 )
-"""Stands for the published chat template, which a tiny processor has not; used by both."""
+"""Stands for the published chat template, which a tiny processor has not; used by the wrapper."""

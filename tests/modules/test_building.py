@@ -294,5 +294,37 @@ def test_a_model_compiled_as_a_whole_encodes_as_before(family, backbone):
     model = build_encoder(backbone(family), device="cpu")
     inputs = ["a cat", "a dog that is longer", picture("green")]
     want = model.encode(inputs)
+    torch.compiler.reset()  # what was compiled of another family would be looked at first
     model[0].model = torch.compile(model[0].model, backend="eager")
     np.testing.assert_allclose(model.encode(inputs), want, atol=1e-5)
+
+
+OWN = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }} {% for c in m['content'] %}{{ c['text'] }}{% endfor %}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("load", ["built", "ours", "stock"])
+def test_a_template_of_ones_own_opens_the_models_turn_when_asked_to(load, backbone, tmp_path, caplog):
+    model = build_encoder(
+        backbone("llava_onevision"), device="cpu", prompt_template=OWN, add_generation_prompt=True, max_seq_length=64
+    )
+    assert "add_generation_prompt" not in caplog.text
+    if load != "built":
+        folder = export_encoder(model, tmp_path / "encoder")
+        model = load_encoder(folder, device="cpu") if load == "ours" else SentenceTransformer(str(folder), device="cpu")
+    talk = [[{"role": "user", "content": [{"type": "text", "text": "a cat"}]}]]
+    for inputs in (["a cat"], talk):
+        read = model.tokenizer.decode(model.preprocess(inputs)["input_ids"][0])
+        assert read.endswith("a cat<|im_end|><|im_start|>assistant\n")
+    if load != "stock":  # which cuts the end off
+        long = model.tokenizer.decode(model.preprocess(["words " * 99])["input_ids"][0])
+        assert long.endswith("<|im_end|><|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(("asked", "told"), [(None, True), (False, False)])
+def test_a_turn_that_is_not_opened_is_told(asked, told, backbone, caplog):
+    model = build_encoder(backbone("llava_onevision"), device="cpu", prompt_template=OWN, add_generation_prompt=asked)
+    assert ("`add_generation_prompt=True` to `build_encoder`" in caplog.text) is told
+    assert model.tokenizer.decode(model.preprocess(["a cat"])["input_ids"][0]).endswith("a cat<|im_end|>")

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers.util import quantize_embeddings
 
-from tiny import picture
+from tiny import FAMILIES, PLUGIN_FAMILIES, picture
 from unime_st import build_encoder
 from unime_st.modules.shared_prefix import shares_prefixes
 
@@ -185,3 +186,25 @@ def test_budgets_that_cannot_be(encoder):
         encoder.encode(ITEMS, batch_num_tokens=64, output_value="token_embeddings")
     with pytest.raises(ValueError, match="does not use"):
         encoder.encode(ITEMS, max_tokens=64)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *PLUGIN_FAMILIES])
+@pytest.mark.parametrize("options", [{}, {"normalize_embeddings": True, "truncate_dim": 4}])
+def test_nan_is_refused_by_name_in_every_family(backbone, family, options):
+    model = build_encoder(backbone(family), device="cpu")
+    table = model[0].model.get_input_embeddings().weight
+    (number,) = model.tokenizer("~", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        table[number] = torch.nan
+    texts = ["a", "b", "c ~", "d", "c ~"]
+    with pytest.raises(
+        ValueError, match=r"NaN or infinity for row 2 \('c ~'\) and [12] more of 5.*float32 or bfloat16"
+    ):
+        model.encode(texts, batch_size=2, **options)
+    assert np.isfinite(np.asarray(model.encode(texts[:2], **options))).all()
+    with torch.no_grad():
+        table.fill_(torch.inf)
+    with pytest.raises(ValueError, match=r"row 0 \('a'\) and 4 more of 5"):
+        model.encode(texts, **options)
+    tokens = model.encode(texts[:1], output_value="token_embeddings")  # what is there may be looked at
+    assert not np.isfinite(np.asarray(tokens[0].float())).all()

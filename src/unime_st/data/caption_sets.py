@@ -15,9 +15,9 @@ from datasets import Image as ImageFeature
 
 from unime_st.data.images import resolve_image
 from unime_st.fingerprint import fingerprint
-from unime_st.images import DATA_PREFIX, REMOTE_PREFIXES
 from unime_st.paths import resolve_below
 
+_ADDRESSES = ("http://", "https://", "data:")  # the model decides whether it opens those
 _IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
 Captioned = tuple[list[Any], list[list[str]]]
@@ -174,7 +174,7 @@ def image_below(image: Any, folder: str | Path | None, where: str) -> Any:
     """
     if isinstance(image, dict) and image.get("bytes") is None and image.get("path") is not None:
         image = image["path"]
-    if not isinstance(image, str | Path) or str(image).startswith((DATA_PREFIX, *REMOTE_PREFIXES)):
+    if not isinstance(image, str | Path) or str(image).startswith(_ADDRESSES):
         return image
     if folder is None:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
 from collections import OrderedDict
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from unime_st.columns import LABEL
+from unime_st.data.full_disk import explained_full_disk
 from unime_st.files import checksum, remove_leftovers, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,8 @@ class EmbeddingStore:
         self._index: tuple[np.ndarray, np.ndarray] | None = None  # sorted keys, and the number of each
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
         self._unverified = self._told = 0
-        remove_leftovers(folder)
+        with contextlib.suppress(OSError):  # on a disk that is not to be written they stay
+            remove_leftovers(folder)
         self.refresh()
 
     def __len__(self) -> int:
@@ -107,6 +110,9 @@ class EmbeddingStore:
         """Write embeddings ``(n, D)`` in one file; it is there when this returns, and not in parts before.
 
         Embeddings of more than a gigabyte become several files.
+
+        Raises:
+            OSError: When the disk is full, with the folder and what to do.
         """
         rows = max(1, _FILE_BYTES // (KEY_BYTES + 4 * embeddings.shape[1]))
         for start in range(0, len(keys), rows):
@@ -117,7 +123,8 @@ class EmbeddingStore:
             record["embeddings"][0] = embeddings[part]
             record["checksum"] = checksum(record["keys"][0], record["embeddings"][0])
             name = f"shard-{len(self._files):06d}-{uuid.uuid4().hex[:8]}.npy"
-            write_atomically(self.folder / name, record)
+            with explained_full_disk(self.folder):
+                write_atomically(self.folder / name, record)
             self._register(name)
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:

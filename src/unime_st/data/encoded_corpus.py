@@ -15,6 +15,7 @@ import numpy as np
 
 from unime_st.data.corpus_files import FORMATS
 from unime_st.files import FolderLock, checksum, create_exclusively, remove_leftovers, write_atomically
+from unime_st.model_identity import explain_outdated
 
 logger = logging.getLogger(__name__)
 
@@ -305,7 +306,9 @@ def _claim(folder: Path, settings: dict[str, Any], lock: FolderLock) -> dict[str
             "which knew models and images by another rule. `load_corpus` reads it if it is complete; to encode, give "
             "another `output_dir`."
         )
+    outdated = explain_outdated(str(manifest.get("model"))) if manifest.get("model") != settings["model"] else ""
     raise ValueError(
         f"The corpus in {folder} was begun with other settings: {'; '.join(differing)}. Go on with the ones "
         "it has, or give another `output_dir` (or delete this one) to encode everything anew."
+        f"{outdated}"
     )

@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 
 from unime_st.data.arguments import check_count, check_number
 from unime_st.data.embed_once import own_share
+from unime_st.data.full_disk import explained_full_disk
 from unime_st.data.images import ItemReader
 from unime_st.data.mining_contents import Contents
 from unime_st.data.mining_encoder import MiningEncoder
@@ -100,6 +101,7 @@ def mine_hard_negatives(
         ``output_dir``, for :func:`load_mined_negatives`.
 
     Raises:
+        OSError: When the disk is full.
         TypeError: When a size or the margin is no number.
         ValueError: When an option is out of range, columns are missing, a query or positive is None, an embedding is
             not finite, no row has a negative, ``output_dir`` holds the result of another set, model or other options,
@@ -201,7 +203,8 @@ def load_mined_negatives(
 def _write(path: Path, table: pa.Table) -> None:
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
-    write_atomically(path, buffer.getvalue())
+    with explained_full_disk(path.parent):
+        write_atomically(path, buffer.getvalue())
 
 
 def _mine_all(files: MinedFiles, mine: Callable[[int], None], waiting: Waiting) -> None:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from unime_st.data.full_disk import explained_full_disk
 from unime_st.files import checksum, remove_leftovers, write_atomically
 from unime_st.model_identity import explain_outdated
 
@@ -132,7 +133,8 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> str:
 def write_result(folder: Path, result: Mapping[str, Any], settings: str) -> None:
     """Say that all files are there."""
     told = {**result, "format": _FORMAT, "settings": settings}
-    write_atomically(folder / RESULT, json.dumps({**told, "checksum": checksum(json.dumps(told))}, indent=1))
+    with explained_full_disk(folder):
+        write_atomically(folder / RESULT, json.dumps({**told, "checksum": checksum(json.dumps(told))}, indent=1))
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -183,7 +185,8 @@ def _wrong(result: dict[str, Any]) -> str:
 def _write_first(path: Path, content: str) -> None:
     """Write a file whole, unless another process is faster."""
     own = path.with_name(f"{path.name}.{os.getpid()}")
-    write_atomically(own, content)
+    with explained_full_disk(path.parent):
+        write_atomically(own, content)
     try:
         os.link(own, path)
     except FileExistsError:

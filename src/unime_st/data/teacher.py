@@ -72,6 +72,7 @@ def teacher_embeddings(
         ``(N, D)`` float32, rows in the order of ``texts``.
 
     Raises:
+        OSError: When the disk is full.
         TypeError: When a text is not a string, naming its row, or ``texts`` is one; when ``teacher`` has no ``encode``.
         ValueError: When both prompts are given, or the teacher has none of that name; when the teacher gives a wrong
             number of rows, a number that is not finite or only zeros, naming the row, and nothing of that file is kept;

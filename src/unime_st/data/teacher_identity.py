@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from unime_st.data.full_disk import explained_full_disk
 from unime_st.files import write_atomically
 from unime_st.model_identity import is_outdated, model_fingerprint
 
@@ -25,7 +26,8 @@ def teacher_folder(cache_dir: Path, identity: dict[str, str]) -> Path:
     folder = cache_dir / hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
     if not (folder / _NOTE).exists():
         _tell_of_outdated(cache_dir)
-        write_atomically(folder / _NOTE, json.dumps(identity, indent=1).encode())
+        with explained_full_disk(folder):
+            write_atomically(folder / _NOTE, json.dumps(identity, indent=1).encode())
     return folder
 
 

@@ -34,6 +34,7 @@ from unime_st.modules.card_data import EncoderCardData, rows_hidden
 from unime_st.modules.checks import check_family
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
 from unime_st.modules.sentence_transformer import MultimodalSentenceTransformer
+from unime_st.prompts import lacks_generation_prompt, with_generation_prompt
 from unime_st.published import PUBLISHED, published_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def build_encoder(
     backbone: str | Path,
     *,
     prompt_template: str | None = None,
+    add_generation_prompt: bool | None = None,
     max_pixels: int | None = None,
     max_seq_length: int | None = None,
     torch_dtype: str | torch.dtype = "auto",
@@ -67,8 +69,11 @@ def build_encoder(
     Args:
         backbone: a Hub name or a folder of a transformers checkpoint; a folder with an adapter alone is attached to the
             backbone that its ``adapter_config.json`` names.
-        prompt_template: a name of :data:`unime_st.prompts.TURN_FORMATS` or a Jinja chat template; None takes the
-            family's.
+        prompt_template: a name of :data:`unime_st.prompts.TURN_FORMATS` or ``BARE_FORMATS``, or a Jinja chat template;
+            None takes the family's.
+        add_generation_prompt: let a Jinja template of your own open the model's turn at the end, which chat templates
+            do only on that argument; it is written into the template and so saved. False leaves it out, None too, with
+            a warning. The named templates end where the model would answer in any case.
         max_pixels: bound on an image's pixels, for families that keep an image's own resolution (Qwen-VL).
         max_seq_length: tokens of an input at the most; longer texts lose their last tokens, never the instruction.
         torch_dtype: of the weights; "auto" keeps the checkpoint's.
@@ -100,7 +105,7 @@ def build_encoder(
         name = str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
     trusted = bool((model_kwargs or {}).get("trust_remote_code", False))
     config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
-    template = prompt_template or MultimodalEncoder.template_for(config)
+    template = _opened(prompt_template or MultimodalEncoder.template_for(config), add_generation_prompt)
     weights: dict[str, Any] = {"dtype": torch_dtype, **(model_kwargs or {})}
     if attn_implementation is not None:
         weights["attn_implementation"] = attn_implementation
@@ -179,7 +184,7 @@ def load_encoder(
         known = published_checkpoint(published or str(path))
         model = build_encoder(
             folder,
-            prompt_template=known.family,
+            prompt_template=known.prompts,
             torch_dtype=torch_dtype,
             attn_implementation=attn_implementation,
             device=device,
@@ -250,6 +255,20 @@ def export_encoder(
         model.save_pretrained(str(scratch))
     logger.info("Saved the encoder in %s", target)
     return target
+
+
+def _opened(template: str, asked: bool | None) -> str:
+    """A prompt template, or its name, that opens the model's turn if that is asked for."""
+    if "{" not in template:  # a name
+        return template
+    if asked and lacks_generation_prompt(template):
+        return with_generation_prompt(template)
+    if asked is None and lacks_generation_prompt(template):
+        logger.warning(
+            "The prompt template opens the model's turn only on `add_generation_prompt`, so inputs end before it. Pass "
+            "`add_generation_prompt=True` to `build_encoder` to have it, or False if it is not wanted."
+        )
+    return template
 
 
 def _check_sizes(**sizes: int | None) -> None:

@@ -14,6 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import batch_to_device, truncate_embeddings
 from tqdm.auto import tqdm
 
+from unime_st.features import check_finite
 from unime_st.files import write_atomically
 from unime_st.modules.card_data import EncoderCardData
 from unime_st.modules.checks import loading_note
@@ -78,7 +79,8 @@ class MultimodalSentenceTransformer(SentenceTransformer):
                     f"`{_BUDGET}` bounds passes for sentence embeddings of a `MultimodalEncoder` only. Leave it "
                     "out, and choose `batch_size` instead."
                 )
-            return super()._inference(inputs, **{name: value for name, value in kwargs.items() if name != _BUDGET})
+            rest = {name: value for name, value in kwargs.items() if name != _BUDGET}
+            return check_finite(super()._inference(inputs, **rest), inputs)
         options = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
         device = self._resolve_inference_device(kwargs.get("device"))
         if budget is None and device.type == "cpu":
@@ -115,7 +117,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         encoded = torch.cat(parts)
         place = np.empty(len(order.distinct), dtype=np.int64)
         place[np.concatenate(encoded_places)] = np.arange(len(place))
-        return encoded[torch.from_numpy(place[order.index]).to(encoded.device)]
+        return check_finite(encoded[torch.from_numpy(place[order.index]).to(encoded.device)], inputs)
 
     def _multi_process(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """What ``encode`` does in several processes; their errors name the caller's rows."""
