@@ -12,22 +12,34 @@ import re
 import shutil
 import statistics
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import speed_tables
+from unime_st.demo.settings import DemoSettings
 from unime_st.published import PUBLISHED
 from unime_st.published_card import published_card
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 8: "eight"}
 COLUMNS = ("text→image R@1", "R@5", "R@10", "image→text R@1", "attribute swaps", "MMEB-like P@1")
 
 
 def keep(output: Path) -> None:
-    """Copy the numbers, the settings and the pictures of a finished demo."""
+    """Copy the numbers, the settings and the pictures of a finished demo.
+
+    Raises:
+        ValueError: if it was a short one, whose numbers mean nothing.
+    """
+    settings = _read(output / "settings.json")
+    full = json.loads(json.dumps(asdict(DemoSettings())))
+    if settings != full:
+        other = sorted(name for name in full if settings.get(name) != full[name])
+        raise ValueError(f"{output} is a demo of other settings ({', '.join(other)}). Give that of `make demo`.")
     target = RESULTS / "demo"
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(output / "report", target, ignore=shutil.ignore_patterns("report.html", "report.json"))
@@ -127,9 +139,11 @@ def evaluate_table(result: dict[str, Any]) -> str:
     inputs, tokens = result["inputs"], result["tokens"]
     differences = result["largest difference of an embedding"].values()
     count, style = len(result["seconds"]["unime_st"]), result["batch size"]["published style"]
+    cores = _word(result["machine"]["cores"])
     text = (
-        f"Medians of {count} alternating runs, two CPU cores: `python benchmarks/evaluate.py`. Of {inputs['total']:,} "
-        f"inputs {inputs['distinct within tasks']:,} are distinct within tasks, {inputs['distinct']:,} over all; for "
+        f"Medians of {count} alternating runs, {cores} CPU cores: `python benchmarks/evaluate.py`. Of "
+        f"{inputs['total']:,} inputs {inputs['distinct within tasks']:,} are distinct within tasks, "
+        f"{inputs['distinct']:,} over all; for "
         f"their {tokens['of distinct inputs']:,} tokens the language model runs over "
         f"{tokens['computed by the language model']:,} places, padding included. Embeddings differ by at most "
         f"{max(differences):.0e}. The published-style loop has batches of {style}, in the order given, and computes "
@@ -155,7 +169,8 @@ def stage1_sweep_table(summary: dict[str, Any]) -> str:
         lines.append(f"| {temperature:g} | {' | '.join(values)} |")
     base, teacher = (100 * summary["anchors"][name][criterion] for name in ("base", "teacher"))
     stage, pairs = summary["settings"]["stage1"], summary["settings"]["held_out_pairs"]
-    lines += ["", "| three seeds | mean reciprocal rank | behind the first, seed by seed |", "|---|---|---|"]
+    seeds = _word(len(summary["table"][next(iter(summary["finalists"]))]["seeds"]))
+    lines += ["", f"| {seeds} seeds | mean reciprocal rank | behind the first, seed by seed |", "|---|---|---|"]
     for name, row in summary["finalists"].items():
         both = (summary["table"][name][criterion], row["behind_best"])
         cells_of = [f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}" for value in both]
@@ -271,6 +286,10 @@ def filled(text: str) -> str:
         if count != 1:
             raise ValueError(f"README.md has {count} places between <!-- {name} --> and <!-- /{name} -->, not one.")
     return text
+
+
+def _word(number: int) -> str:
+    return _WORDS.get(number, str(number))
 
 
 def _read(path: Path) -> Any:

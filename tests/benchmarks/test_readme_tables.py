@@ -1,10 +1,12 @@
 import importlib.util
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
+from unime_st.demo.settings import SHORT, DemoSettings
 from unime_st.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
@@ -39,3 +41,13 @@ def test_the_cards_of_published_models_are_those_generated_and_parse(readme):
         assert f'load_encoder("{data.base_model}")' in card
         assert "Summary above image in one word: " in card
     assert len(readme.cards()) == len(PUBLISHED)
+
+
+def test_a_short_demo_is_not_kept(readme, tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
+    (tmp_path / "demo").mkdir()
+    for settings, named in ((SHORT, "eval_limit.*stage1"), (replace(DemoSettings(), seed=1), "seed")):
+        (tmp_path / "demo" / "settings.json").write_text(json.dumps(asdict(settings)))
+        with pytest.raises(ValueError, match=f"of other settings \\({named}"):
+            readme.keep(tmp_path / "demo")
+    assert not (tmp_path / "results").exists()

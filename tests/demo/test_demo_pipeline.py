@@ -1,11 +1,11 @@
 """The whole demo on made-up packages and a tiny model: each of its steps, kept, and none of them twice."""
 
 import json
-import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from sentence_transformers import SentenceTransformer
 
 from tiny_data import tiny_teacher
@@ -14,7 +14,8 @@ from unime_st.demo.emoji import build_benchmark
 from unime_st.demo.evaluation import evaluate_demo
 from unime_st.demo.measure import VENDOR_OF
 from unime_st.demo.pipeline import Demo
-from unime_st.demo.settings import DemoSettings, StageSettings
+from unime_st.demo.reporting import does_it_see, write_report
+from unime_st.demo.settings import MEANS_NOTHING, SHORT, DemoSettings, StageSettings
 from unime_st.evaluation import encoding
 
 SETTINGS = DemoSettings(
@@ -84,7 +85,13 @@ def test_the_demo_ends_with_report_table_gallery_and_checkpoint(demo, monkeypatc
     measured = results["tables"]["trained"]["+ stage 2 (contrastive)"]["text→image R@1"]
     assert right == pytest.approx(measured, abs=1e-9)
     assert f"{100 * measured:.1f} %" in card
-    assert re.search(r"trained for minutes", card)
+    assert "2 steps of stage 1 and 2 of stage 2" in card
+    for text in (html, card):
+        assert MEANS_NOTHING in text[: text.index("text→image")]
+    assert "model-index" not in card
+    assert "|---" not in html  # Markdown of the benchmark's card
+    assert "Licences of the parts and drawings" in html
+    assert "Outcomes that only ties decide" in html
 
     def never(*arguments, **options):
         raise AssertionError("the second run did again what was done")
@@ -92,6 +99,47 @@ def test_the_demo_ends_with_report_table_gallery_and_checkpoint(demo, monkeypatc
     for module, name in ((training, "SentenceTransformerTrainer"), (measure, "evaluate"), (pipeline, "caption_states")):
         monkeypatch.setattr(module, name, never)
     assert Demo(demo.cache, demo.output, SETTINGS, demo.lines.append).run() == page
+
+
+@pytest.mark.slow
+def test_a_whole_run_publishes_what_it_measured(demo, monkeypatch):
+    """The same run, as if its settings were those that results are stated for."""
+    demo.run()
+    monkeypatch.setattr(DemoSettings, "is_short", False)
+    monkeypatch.setattr(pipeline, "write_report", write_report)
+    page = Demo(demo.cache, demo.output, SETTINGS, demo.lines.append).run()
+    card = (demo.output / "unime-emoji-miniature" / "README.md").read_text()
+    assert ModelCard(card).data.eval_results
+    for text in (page.read_text(), card):
+        assert MEANS_NOTHING not in text
+
+
+def test_which_run_is_short():
+    full = DemoSettings()
+    assert SHORT.is_short
+    assert SETTINGS.is_short
+    assert not full.is_short
+    assert not replace(full, seed=3, margin=0.2).is_short
+    assert replace(full, eval_limit=13).is_short
+    assert replace(full, stage2=replace(full.stage2, steps=59)).is_short
+
+
+@pytest.mark.parametrize(
+    ("recall", "shuffled", "told"),
+    [
+        (0.13, 0.0, "1 %): the answers depend on what is in the images."),
+        (0.5, 0.003, "1 %): the answers depend on what is in the images."),
+        (0.0, 0.0, "does not show that the answers depend on what is in the images."),
+        (0.006, 0.003, "does not show that the answers depend on what is in the images."),
+        (0.003, 0.13, "does not show that the answers depend on what is in the images."),
+        (0.13, 0.12, "does not show that the answers depend on what is in the images."),
+        (0.5, 0.2, "the answers depend on what is in the images, but more are right than chance makes right."),
+    ],
+)
+def test_what_is_said_of_seeing_follows_the_figures(recall, shuffled, told):
+    said = does_it_see(recall, shuffled, 1000)
+    assert said.endswith(told)
+    assert f"{100 * shuffled:.1f} % in place of {100 * recall:.1f} % (chance 0.1 %)" in said
 
 
 def test_an_output_of_other_settings_is_refused(demo):

@@ -55,7 +55,11 @@ def random_task(rng, name, metric, *, shared):
 
 
 def expected(task, metric):
-    """Right, tied, rank and score of each row, None for one that cannot be read."""
+    """Right, tied, rank and score of each row, None for one that cannot be read.
+
+    As published: candidates are sorted by score, equal ones in their order; a row is tied when another order would
+    change its score.
+    """
 
     def number(item):
         text = task.items[item]["text"]
@@ -76,18 +80,26 @@ def expected(task, metric):
             pairs = [(item, relevance.get(item, 0)) for item in task.corpus.tolist() if number(item) is not None]
         query = number(task.queries[place])
         scored = [(cosine(query, number(item)), gain) for item, gain in pairs]
-        best = max(score for score, gain in scored if gain > 0)
-        rank = 1 + sum(score > best for score, _ in scored)
-        tied = rank == 1 and any(score == best and gain <= 0 for score, gain in scored)
-        if metric == "hit@1":
-            score = float(rank == 1)
-        else:
-            order = sorted(range(len(scored)), key=lambda at: (-scored[at][0], at))[:5]
-            dcg = sum(scored[at][1] / math.log2(position + 2) for position, at in enumerate(order))
-            ideal = sorted((gain for _, gain in scored), reverse=True)[:5]
-            score = dcg / sum(gain / math.log2(position + 2) for position, gain in enumerate(ideal))
-        outcome.append((rank == 1, tied, rank, score))
+        found = sorted(scored, key=lambda one: -one[0])  # stable: equal ones stay in their order
+        rank = 1 + next(place for place, (_, gain) in enumerate(found) if gain > 0)
+        lucky = sorted(scored, key=lambda one: (-one[0], -one[1]))
+        unlucky = sorted(scored, key=lambda one: (-one[0], one[1]))
+        value = hit if metric == "hit@1" else ndcg
+        tied = not math.isclose(value(lucky), value(unlucky), abs_tol=1e-12)
+        outcome.append((rank == 1, tied, rank, value(found)))
     return outcome
+
+
+def hit(found):
+    """Whether the first of (score, gain) is right."""
+    return float(found[0][1] > 0)
+
+
+def ndcg(found):
+    """nDCG@5 of (score, gain) in this order."""
+    dcg = sum(gain / math.log2(position + 2) for position, (_, gain) in enumerate(found[:5]))
+    ideal = sorted((gain for _, gain in found), reverse=True)[:5]
+    return dcg / sum(gain / math.log2(position + 2) for position, gain in enumerate(ideal))
 
 
 class ExactModel(TableModel):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unime_st.evaluation import Report
+from unime_st.evaluation import Report, plots
 from unime_st.evaluation.report_markdown import escape
 
 NASTY = "<script>alert('x')</script> & | `code` *b* [a](b) $x$ \"q\""
@@ -177,3 +177,81 @@ def test_escape_keeps_lines_from_becoming_lists():
 @pytest.mark.parametrize("number", ["0.5", "-0.5", "12", "+3"])
 def test_numbers_stay_as_they_are(number):
     assert escape(number) == number
+
+
+def found_far_down():
+    """A query whose right answer is among those found, and one whose right answer is not."""
+    near = {"query": "near", "rank": 2, "results": [{"text": "a", "right": False}, {"text": "b", "right": True}]}
+    far = {
+        "query": "far",
+        "rank": 152,
+        "results": [
+            {"text": "c", "right": False},
+            {"text": "d", "right": False},
+            {"text": "e", "right": True, "rank": 152},
+        ],
+    }
+    return [near, far]
+
+
+def test_a_right_answer_that_is_out_of_place_is_shown_with_its_rank(tmp_path):
+    made = Report("x")
+    made.add_gallery("Found", found_far_down())
+    page = made.write(tmp_path).read_text()
+    assert page.count("✓ right<") == 1
+    assert page.count("✓ right, rank 152<") == 1
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert "| query | 1 | 2 | further down |" in lines
+    assert "| near<br>rank 2 | a<br>✗ wrong | b<br>✓ right |  |" in lines
+    assert "| far<br>rank 152 | c<br>✗ wrong | d<br>✗ wrong | e<br>✓ right, rank 152 |" in lines
+    made = Report("x")
+    made.add_gallery("Found", found_far_down()[:1])
+    made.write(tmp_path)
+    assert "| query | 1 | 2 |" in (tmp_path / "report.md").read_text().splitlines()
+
+
+def limits(monkeypatch, draw, *arguments, **options):
+    """Horizontal and vertical limits of a plot."""
+    seen = []
+    plain = plots._finish
+    monkeypatch.setattr(
+        plots, "_finish", lambda figure, axes, *rest, **kept: seen.append(axes) or plain(figure, axes, *rest, **kept)
+    )
+    draw(*arguments, **options)
+    (axes,) = seen
+    return axes.get_xlim(), axes.get_ylim()
+
+
+@pytest.mark.parametrize("values", [[0.0, 3.0, 0.5], [0.0, 0.0, 0.0], [0.0, float("nan"), 9.0], [0.2, 5.0, 0.2]])
+def test_axes_of_what_is_never_negative_begin_at_zero_or_above(monkeypatch, values):
+    (left, _), (low, high) = limits(monkeypatch, plots.line_plot, {"loss": ([0, 1, 2], values)}, "step", "loss")
+    assert (left, low >= 0, high >= np.nanmax(values)) == (0, True, True)
+    (_, _), (low, _) = limits(monkeypatch, plots.bar_plot, ["a", "b", "c"], {"x": values})
+    assert low == 0
+
+
+def test_what_is_negative_is_not_cut_off(monkeypatch):
+    (left, _), (low, _) = limits(monkeypatch, plots.line_plot, {"cosine": ([-1, 2], [-0.4, 0.3])}, "", "")
+    assert left < -1
+    assert low < -0.4
+    bars = {"difference": [0.1, 0.2]}
+    _, (low, _) = limits(monkeypatch, plots.bar_plot, ["a", "b"], bars, errors={"difference": [0.3, 0.1]})
+    assert low < -0.2  # a whisker below zero says that the difference may be none
+
+
+def test_many_groups_lie_below_each_other(monkeypatch):
+    groups = [f"task {number}" for number in range(36)]
+    (left, right), (bottom, top) = limits(monkeypatch, plots.bar_plot, groups, {"mine": list(range(36))}, "percent")
+    assert (left, bottom, top) == (0, 35.5, -0.5)
+    assert right >= 35
+    with Image.open(io.BytesIO(plots.bar_plot(groups, {"mine": list(range(36)), "theirs": [1] * 36}))) as picture:
+        assert picture.width < 1000 < picture.height
+
+
+def test_a_wide_table_may_leave_the_column(tmp_path):
+    made = Report("x")
+    made.add_table("wide", [f"a column of some length {n}" for n in range(14)], [list(range(14))])
+    page = made.write(tmp_path).read_text()
+    assert '<div class="scroll wide"><table>' in page
+    assert not re.search(r"\nth \{[^}]*nowrap", page)  # headings wrap, so that numbers need no room for words
+    assert re.search(r"section > \.wide \{[^}]*grid-column: 1 / -1", page)

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from evaluation_fakes import TableModel
+from evaluation_fakes import HashModel, TableModel
 from test_mmeb import write_task
 
-from unime_st.evaluation import EmbeddingCache, MMEBEvaluator, Report, published_results
+from unime_st.evaluation import EmbeddingCache, ImageTextRetrievalEvaluator, MMEBEvaluator, Report, published_results
 from unime_st.evaluation.mmeb_tasks import META_TASKS
-from unime_st.evaluation.summary import add_mmeb, worst_mistakes
+from unime_st.evaluation.summary import add_mmeb, add_retrieval, worst_mistakes
 
 
 def sections(report):
@@ -77,3 +77,58 @@ def test_the_resolution_decides_the_pixels_and_the_cache(tmp_path):
     (tmp_path / "bench" / "images" / "pictures" / "4.png").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"VOC2007, row 1: .*4\.png"):
         MMEBEvaluator(tmp_path / "bench", image_size=3)(Sizes(np.eye(6)))
+
+
+def test_right_answers_that_were_not_found_come_after_the_found_ones_with_their_rank(tmp_path):
+    order = [3, 5, 7, 9, 11, 1]  # by nearness to 1, the right one last
+    table = np.zeros((12, 3))
+    table[1] = (1, 0, 0)
+    for place, number in enumerate([*order[:5], 0]):
+        table[number] = (1, 0.1 * place, 0)
+    table[1] = (1, -0.9, 0)
+    write_task(tmp_path, "VOC2007", [(3, [1, *order[:5]]), (3, [3, 5, 7, 9, 11, 1]), (3, [7, 3, 5, 9, 11, 1])])
+    evaluator = MMEBEvaluator(tmp_path)
+    evaluator(TableModel(table))
+    far, first, near = evaluator.top("VOC2007", 4, with_right=True)
+    assert (far["rank"], first["rank"], near["rank"]) == (6, 1, 3)
+    assert far["results"][4:] == [{"text": "find #1", "right": True, "rank": 6}]
+    assert [len(entry["results"]) for entry in (first, near)] == [4, 4]
+    assert not any("rank" in result for entry in (first, near) for result in entry["results"])
+    assert all(len(entry["results"]) == 4 for entry in evaluator.top("VOC2007", 4))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_of_several_right_captions_the_best_is_shown_with_its_rank(seed):
+    rng = np.random.default_rng(seed)
+    vectors = {f"caption {number}": rng.normal(size=6) for number in range(60)}
+
+    class Model(HashModel):
+        def vector(self, item, prompt=""):
+            return (
+                vectors[item["text"]]
+                if isinstance(item, dict)
+                else np.random.default_rng(int(item.flat[0])).normal(size=6)
+            )
+
+    images = [np.full((2, 2, 3), number, dtype=np.uint8) for number in range(20)]
+    captions = [[f"caption {3 * number + c}" for c in range(3)] for number in range(20)]
+    evaluator = ImageTextRetrievalEvaluator(images, captions)
+    model = Model()
+    evaluator(model)
+    far = 0
+    for number, entry in enumerate(evaluator.top(5, "image_to_text", with_right=True)):
+        query = model.encode([images[number]])[0]
+        unit = {text: (row := model.encode([{"text": text}])[0]) / np.linalg.norm(row) for text in vectors}
+        order = sorted(vectors, key=lambda text: -float(unit[text] @ query))
+        best = min(captions[number], key=order.index)
+        if order.index(best) >= 5:
+            far += 1
+            assert entry["results"][5:] == [{"text": best, "right": True, "rank": order.index(best) + 1}]
+        else:
+            assert len(entry["results"]) == 5
+    assert far
+    report = Report("x")
+    add_retrieval(report, evaluator, evaluator(model))
+    entries = report.sections[-1].data["entries"]
+    assert all(any(result["right"] for result in entry["results"]) for entry in entries)
+    assert any("rank" in result for entry in entries for result in entry["results"])

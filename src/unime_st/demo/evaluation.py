@@ -9,6 +9,7 @@ from pathlib import Path
 
 from unime_st.demo.emoji import EmojiBenchmark
 from unime_st.demo.pipeline import Demo
+from unime_st.demo.settings import MEANS_NOTHING
 from unime_st.evaluation import MMEBEvaluator, Report
 from unime_st.evaluation.mmeb_tasks import MMEBTask, image_task
 from unime_st.evaluation.summary import add_mmeb
@@ -63,8 +64,12 @@ def evaluate_demo(demo: Demo, *, limit: int | None = None) -> Path:
     rows = sum(len(result.rows) for result in evaluator.results.values())
     demo.say(f"{rows} rows of {len(tasks)} tasks evaluated in {seconds:.1f} s")
     report = Report(f"Emoji benchmark: {checkpoint.name}")
+    if demo.settings.is_short:
+        report.add_text(MEANS_NOTHING)
+    chances = [task["chance"] for kind in KINDS for task in benchmark.info["eval"]["test"][kind].values()]
     report.add_text(
-        "The tasks of the emoji benchmark, in MMEB's layout, on concepts never trained on; chance is about a tenth."
+        "The tasks of the emoji benchmark, in MMEB's layout, on concepts never trained on; chance is "
+        f"{100 * sum(chances) / len(chances):.1f} % on average."
     )
     add_mmeb(report, evaluator, metrics, model=checkpoint.name)
     report.add_settings({"checkpoint": checkpoint.name, **evaluator.get_config_dict()})

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from sentence_transformers import SentenceTransformer
 
 from unime_st.demo import measure
-from unime_st.demo.card import card
+from unime_st.demo.card import add_card
 from unime_st.demo.emoji import EmojiBenchmark
 from unime_st.demo.measure import VENDOR_OF, metric
+from unime_st.demo.settings import MEANS_NOTHING, DemoSettings
 from unime_st.demo.training import LOG_FILE
 from unime_st.evaluation import Report
 from unime_st.files import write_atomically
@@ -31,8 +32,8 @@ NAMES = {
 COLUMNS = ("text→image R@1", "R@5", "R@10", "image→text R@1", "R@5 ", "R@10 ", "attribute swaps", "MMEB-like P@1")
 _ORIGIN = (
     "A demonstration, not a useful embedder: parts of SmolLM2-135M-Instruct (de-quantised from 4 bits) and "
-    "EfficientNet-lite0, trained for minutes on emoji with the UniME recipe. The weights of the parts and the drawings "
-    "keep their own licences; see the report of the demo."
+    "EfficientNet-lite0, trained on emoji with the UniME recipe, {} steps of stage 1 and {} of stage 2. The weights of "
+    "the parts and the drawings keep their own licences; see the report of the demo."
 )
 RECALLS = [f"{way}_recall@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
 
@@ -49,6 +50,8 @@ def write_report(  # noqa: PLR0917
     summary = summarise(benchmark, ridge, results)
     write_atomically(demo.output / "results.json", json.dumps(summary, indent=1) + "\n")
     report = Report("UniME on a miniature: emoji")
+    if demo.settings.is_short:
+        report.add_text(MEANS_NOTHING)
     report.add_text(
         "A miniature multimodal LLM of real pretrained parts (SmolLM2-135M-Instruct with "
         f"{len(demo.settings.layers)} of its 30 layers, EfficientNet-lite0) goes through the UniME recipe. All numbers "
@@ -59,12 +62,10 @@ def write_report(  # noqa: PLR0917
         seen = "seen in training" if drawings == "trained" else "never seen in training"
         rows = [[name, *(values.get(column) for column in COLUMNS)] for name, values in table.items()]
         report.add_table(f"Drawings by a vendor {seen} ({VENDOR_OF[drawings]})", ["", *COLUMNS], rows, percent=True)
+    report.add_text(f"Outcomes that only ties decide, in all of these evaluations: {_ties(results)}.")
+    measured = summary["tables"]["trained"][NAMES["stage2"]][COLUMNS[0]]
     shuffled = summary["shuffled_text_to_image_recall@1"]
-    report.add_text(
-        f"With the images shuffled among the captions, text→image R@1 falls to {100 * shuffled:.1f} % (chance "
-        f"{100 * summary['chance']:.1f} %): the model's answers depend on what is in the images.",
-        title="Does it see?",
-    )
+    report.add_text(does_it_see(measured, shuffled, round(1 / summary["chance"])), title="Does it see?")
     _meta_tasks(report, results)
     _training(report, checkpoints)
     model = load_encoder(final, device="cpu")
@@ -73,10 +74,52 @@ def write_report(  # noqa: PLR0917
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     report.add_table("Seconds a step took", ["step", "seconds"], list(demo.seconds.items()), digits=0)
     report.add_text(f"{json.dumps(asdict(demo.settings))}\n\n{versions}", title="Settings and versions")
-    report.add_text(card(benchmark.info), title="The benchmark and its licences")
+    add_card(report, benchmark.info)
     page = report.write(demo.output / "report")
-    write_atomically(final / "README.md", _model_card(model, summary))
+    write_atomically(final / "README.md", _model_card(model, summary, demo.settings))
     return page
+
+
+def does_it_see(recall: float, shuffled: float, images: int) -> str:
+    """What text→image R@1 says when the images are shuffled among the captions, and no more than that.
+
+    Args:
+        recall: R@1, in [0, 1].
+        shuffled: R@1 after the shuffling.
+        images: Of which one is right; as many queries.
+
+    Example:
+        >>> does_it_see(0.13, 0.0, 315)
+        'With the images ..., text→image R@1 is 0.0 % in place of 13.0 % (chance 0.3 %): the answers depend on ...'
+        >>> does_it_see(0.005, 0.003, 315).rpartition(": ")[2]
+        'no more than chance may differ, so this does not show that the answers depend on what is in the images.'
+    """
+    figures = (
+        f"With the images shuffled among the captions, text→image R@1 is {100 * shuffled:.1f} % in place of "
+        f"{100 * recall:.1f} % (chance {100 / images:.1f} %)"
+    )
+    hits, left = recall * images, shuffled * images
+    if hits - left <= 2 * (hits + left) ** 0.5:  # counts of rare events: the variance is the count
+        return (
+            f"{figures}: no more than chance may differ, so this does not show that the answers depend on what is in "
+            "the images."
+        )
+    if left - 1 > 2:  # one hit is expected by chance, give or take one
+        return f"{figures}: the answers depend on what is in the images, but more are right than chance makes right."
+    return f"{figures}: the answers depend on what is in the images."
+
+
+def _ties(results: dict[str, Any]) -> int:
+    """Rows of all evaluations, but those of the shuffled images, whose outcome a tie decides."""
+    told = [own for stage in NAMES for drawings in VENDOR_OF for own in results[stage][drawings].items()]
+    return int(
+        sum(
+            value
+            for kind, metrics in told
+            for name, value in metrics.items()
+            if name.endswith("_ties") or (kind == "swaps" and name == "ties")
+        )
+    )
 
 
 def summarise(benchmark: EmojiBenchmark, ridge: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
@@ -122,25 +165,16 @@ def _training(report: Report, checkpoints: dict[str, Path]) -> None:
             for row in json.loads((checkpoints[name] / LOG_FILE).read_text(encoding="utf-8"))["log"]
             if "loss" in row
         ]
-        steps = [row["step"] for row in log]
-        report.add_line_plot(
-            f"Loss of {NAMES[name][2:]}", {"loss": (steps, [row["loss"] for row in log])}, "step", "loss"
-        )
+        plots: dict[str, tuple[tuple[str, ...], str]] = {f"Loss of {NAMES[name][2:]}": (("loss",), "loss")}
         if name == "stage2":
-            wanted = ("false_negatives_by_identity", "false_negatives_by_margin")
-            report.add_line_plot(
-                "False negatives filtered, a row",
-                {key: (steps, [row[key] for row in log]) for key in wanted if key in log[0]},
-                "step",
-                "candidates",
-            )
-            wanted = ("positive_similarity", "hard_negative_similarity")
-            report.add_line_plot(
-                "Hardness of the negatives kept",
-                {key: (steps, [row[key] for row in log]) for key in wanted if key in log[0]},
-                "step",
-                "cosine",
-            )
+            filtered = ("false_negatives_by_identity", "false_negatives_by_margin")
+            plots["False negatives filtered, a row"] = filtered, "candidates"
+            plots["Hardness of the negatives kept"] = ("positive_similarity", "hard_negative_similarity"), "cosine"
+        for title, (wanted, unit) in plots.items():
+            lines = {key: [(row["step"], row[key]) for row in log if key in row] for key in wanted}
+            drawn = {key: tuple(zip(*points, strict=True)) for key, points in lines.items() if points}
+            if drawn:
+                report.add_line_plot(title, drawn, "step", unit)  # type: ignore[arg-type]
 
 
 def _galleries(report: Report, demo: Demo, benchmark: EmojiBenchmark, model: SentenceTransformer) -> None:
@@ -150,15 +184,21 @@ def _galleries(report: Report, demo: Demo, benchmark: EmojiBenchmark, model: Sen
         for direction, shown in (("text_to_image", "Text→image"), ("image_to_text", "Image→text")):
             count = len(evaluator.images)
             queries = list(range(0, count, max(1, count // 8)))[:8]
-            entries = evaluator.top(5, direction, queries=queries)  # type: ignore[arg-type]
-            report.add_gallery(f"{shown}, {vendor}: every {max(1, count // 8)}th query, top 5", entries)
+            entries = evaluator.top(5, direction, queries=queries, with_right=True)  # type: ignore[arg-type]
+            note = "Where the right answer is not among the five, it stands after them, with its rank."
+            report.add_gallery(f"{shown}, {vendor}: every {max(1, count // 8)}th query, top 5", entries, note=note)
 
 
-def _model_card(model: SentenceTransformer, summary: dict[str, Any]) -> str:
-    """Card of the demo's checkpoint: that of any encoder, with the demo's table; results of the galleries are in it."""
+def _model_card(model: SentenceTransformer, summary: dict[str, Any], settings: DemoSettings) -> str:
+    """Card of the demo's checkpoint: that of any encoder, with the demo's table; results of the galleries are in it.
+
+    That of a short run gives no results to the Hub, and says above all that they mean nothing.
+    """
     data: Any = model.model_card_data
     data.license = "apache-2.0"
     data.tags = ["miniature"]
+    if settings.is_short:
+        data.eval_results_dict = {}
     text = encoder_card(model, repo_id="unime-emoji-miniature", title="UniME on a miniature: emoji")
     lines = [
         "## Before and after each stage",
@@ -171,5 +211,6 @@ def _model_card(model: SentenceTransformer, summary: dict[str, Any]) -> str:
             cells = [values.get(column) for column in (COLUMNS[0], COLUMNS[3], COLUMNS[6])]
             shown = " | ".join("–" if cell is None else f"{100 * cell:.1f} %" for cell in cells)
             lines.append(f"| {name}, {drawings} drawings | {shown} |")
-    lines += ["", "## Limits", "", _ORIGIN, ""]
-    return text.replace("## Limits\n", "\n".join(lines), 1)
+    lines += ["", "## Limits", "", _ORIGIN.format(settings.stage1.steps, settings.stage2.steps), ""]
+    text = text.replace("## Limits\n", "\n".join(lines), 1)
+    return text.replace("\n# ", f"\n> **{MEANS_NOTHING}**\n\n# ", 1) if settings.is_short else text

@@ -65,6 +65,17 @@ class DemoSettings:
     swap_limit: int = 60
     seed: int = 0
 
+    @property
+    def is_short(self) -> bool:
+        """Whether it trains for fewer steps, or looks at fewer rows, than the results are stated for."""
+        full = DemoSettings()
+        return (
+            self.stage1.steps < full.stage1.steps
+            or self.stage2.steps < full.stage2.steps
+            or self.eval_limit < full.eval_limit
+            or self.swap_limit < full.swap_limit
+        )
+
     def key(self, *names: str) -> str:
         """Short digest of some settings, so that a cache made with others is not taken for its own."""
         values = {name: value for name, value in asdict(self).items() if name in names}
@@ -79,3 +90,8 @@ SHORT = DemoSettings(
     swap_limit=4,
 )
 """A few steps of everything, to see that it runs: its numbers mean nothing."""
+
+MEANS_NOTHING = (
+    "A short run, to see that every step works: it hardly trained and looked at few rows. Its numbers mean nothing."
+)
+"""Stands above the results of a short run."""

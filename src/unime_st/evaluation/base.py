@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from sentence_transformers.sentence_transformer.evaluation import SentenceEvalua
 from unime_st.arguments import require_number
 from unime_st.distributed import rank
 from unime_st.evaluation.cache import EmbeddingCache
-from unime_st.evaluation.encoding import BrokenItemError, OnError, Section, encode_indexed, open_section
-from unime_st.evaluation.outcomes import TaskOutcomes, write_outcomes
+from unime_st.evaluation.encoding import BrokenItemError, Section, encode_indexed, open_section
+from unime_st.evaluation.outcomes import TaskOutcomes, told_of_ties, write_outcomes
 from unime_st.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 class EmbeddingEvaluator(SentenceEvaluator):
@@ -73,7 +76,7 @@ class EmbeddingEvaluator(SentenceEvaluator):
         return {}
 
     def encode(
-        self, model: Any, items: Sequence[Any], where: Callable[[int], str], on_error: OnError = "raise"
+        self, model: Any, items: Sequence[Any], where: Callable[[int], str], **options: Any
     ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
         """Encode items by this evaluator's settings, see :func:`~unime_st.evaluation.encoding.encode_indexed`.
 
@@ -81,7 +84,7 @@ class EmbeddingEvaluator(SentenceEvaluator):
             model: A ``SentenceTransformer``.
             items: What to encode.
             where: From an item's number to what its users know it by, such as its row.
-            on_error: "raise", or "report" to go on without the items that cannot be read.
+            **options: Of ``encode_indexed``.
 
         Raises:
             ValueError: If an item cannot be read; says where it stands.
@@ -90,12 +93,11 @@ class EmbeddingEvaluator(SentenceEvaluator):
             return encode_indexed(
                 model,
                 items,
-                cache=self.cache_dir,
+                **{"cache": self.cache_dir, **options},
                 batch_size=self.batch_size,
                 prompt=self.prompt,
                 prompt_name=self.prompt_name,
                 show_progress_bar=self.show_progress_bar,
-                on_error=on_error,
             )
         except BrokenItemError as error:
             raise ValueError(f"{where(error.position)}: {error.reason}") from error
@@ -120,13 +122,16 @@ class EmbeddingEvaluator(SentenceEvaluator):
             The metrics with the evaluator's name.
         """
         named = self.prefix_name_to_metrics(dict(metrics), self.name)
+        outcomes = self.outcomes()
+        if rank() == 0 and (told := told_of_ties(outcomes)):
+            logger.warning("%s: %s", self.name or type(self).__name__, told)
         if hasattr(model, "model_card_data"):
             self.store_metrics_in_model_card_data(model, named, int(epoch), steps)
         if output_path is not None and self.write_csv and rank() == 0:
             stem = f"{self.name or type(self).__name__}_results".replace("/", "-")
             folder = Path(output_path)
             write_atomically(folder / f"{stem}.json", json.dumps(named, indent=2))
-            write_outcomes(folder / f"{stem}_rows.parquet", self.outcomes())
+            write_outcomes(folder / f"{stem}_rows.parquet", outcomes)
             append_row(folder / f"{stem}.csv", {"epoch": epoch, "steps": steps, **metrics})
         return named
 
@@ -139,6 +144,13 @@ def image_item(image: Any) -> Any:
 def text_item(text: str) -> dict[str, str]:
     """Mark a data set's text as one, for a bare string that names a file stands for an image."""
     return {"text": text}
+
+
+def check_shown(k: int, kept: int) -> None:
+    """Refuse to show no results, or more of a query than are kept."""
+    require_number("k", k, least=1)
+    if k > kept:
+        raise ValueError(f"`k={k}`, but of each query the best {kept} are kept.")
 
 
 def device_of(model: Any) -> Any:

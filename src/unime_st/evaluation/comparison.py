@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from unime_st.evaluation.outcomes import TaskOutcomes, read_outcomes
 from unime_st.evaluation.report import Report
+
+logger = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 1 << 22  # numbers drawn at a time, so that memory stays bounded
 _FLIPS_SHOWN = 20
@@ -58,14 +61,22 @@ class Comparison:
         tasks: ``<evaluator>: <task>`` -> difference.
         means: Evaluator -> difference of the mean over its tasks; those of several do not mix.
         confidence: Of the intervals.
+        other_rules: Tasks whose ties were treated by different rules -> what that was, and what hangs on it.
     """
 
     tasks: dict[str, Difference]
     means: dict[str, Difference]
     confidence: float
+    other_rules: dict[str, str] = field(default_factory=dict)
 
     def add_to(self, report: Report) -> None:
         """Add tables and a plot to a report."""
+        if self.other_rules:
+            tasks_of: dict[str, list[str]] = {}
+            for task, why in self.other_rules.items():
+                tasks_of.setdefault(why, []).append(task)
+            told = "\n\n".join(f"{', '.join(tasks)}: {why}" for why, tasks in tasks_of.items())
+            report.add_text(told, title="Ties were treated differently")
         means = {f"{name}: {MEAN}": difference for name, difference in self.means.items()}
         named = {**self.tasks, **means}
         level = f"{100 * self.confidence:.0f} %"
@@ -132,7 +143,8 @@ def compare(
     """
     if resamples < 1 or not 0 < confidence < 1:
         raise ValueError(f"`resamples={resamples}`, `confidence={confidence}`: give at least 1, and less than 1.")
-    pairs = _paired(_outcomes(Path(before)), _outcomes(Path(after)), intersection=intersection)
+    sides = _outcomes(Path(before)), _outcomes(Path(after))
+    pairs = _paired(*sides, intersection=intersection)
     tails = (100 * (1 - confidence) / 2, 100 * (1 + confidence) / 2)
     tasks: dict[str, Difference] = {}
     by_evaluator: dict[str, list[tuple[Difference, np.ndarray]]] = {}
@@ -151,7 +163,20 @@ def compare(
         )
         for evaluator, parts in by_evaluator.items()
     }
-    return Comparison(tasks, means, confidence)
+    other_rules = {": ".join(key): told for key in pairs if (told := _other_rule(*(side[key] for side in sides)))}
+    if other_rules:
+        logger.warning("Ties were treated differently. %s", "; ".join(map(": ".join, other_rules.items())))
+    return Comparison(tasks, means, confidence, other_rules)
+
+
+def _other_rule(before: TaskOutcomes, after: TaskOutcomes) -> str:
+    """Say that two results treat ties differently, and how many rows may differ for that; "" if they do not."""
+    if before.rule == after.rule:
+        return ""
+    tied = [int(own.tied.sum()) for own in (before, after)]
+    return f"{before.rule} (before), {after.rule} (after); {tied[0]} and {tied[1]} rows are tied" + (
+        ", and may differ for that alone. Evaluate both by one version." if any(tied) else ", so that changes nothing."
+    )
 
 
 def _interval(drawn: np.ndarray, tails: tuple[float, float]) -> tuple[float, float]:

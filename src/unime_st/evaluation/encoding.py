@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from unime_st.data.corpus_windows import ITEM_ERRORS, shown
@@ -17,15 +18,17 @@ from unime_st.distributed import gather_objects, rank, world_size
 from unime_st.evaluation.cache import EmbeddingCache
 from unime_st.evaluation.sections import MemorySection, Section
 from unime_st.fingerprint import fingerprint
-from unime_st.images import open_image
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "report"]
 
+# And what else libraries raise for one item, such as the processor of another package's model.
+_ANY_ITEM_ERROR = (*ITEM_ERRORS, ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError)
+_ROW_OF_ONE = re.compile(r"\b[Rr]ow 0( of the batch)?\b")  # an item is looked at alone
+
 _BATCHES_A_CHUNK = 8
 _LETTERS_AN_IMAGE = 1000
-_ROW_OF_ONE = re.compile(r"\b[Rr]ow 0( of the batch)?\b")  # an item is looked at alone
 
 
 class BrokenItemError(ValueError):
@@ -161,7 +164,8 @@ def encode_indexed(
         prompt: Instruction for all items.
         prompt_name: Name of one of the model's prompts.
         show_progress_bar: Whether to show progress.
-        on_error: "raise", or "report" to go on without the items that cannot be read.
+        on_error: "raise", or "report" to go on without the items that cannot be read or encoded. Those of a batch that
+            fails are found by halving it; the rest of it is kept.
         prepare: Makes of an item what the model encodes, late: opens and resizes its image. What it does must be part
             of the cache's settings.
 
@@ -170,9 +174,12 @@ def encode_indexed(
         shape (N,), -1 for one that failed; and item number -> error for those. (0, 0) when all failed.
 
     Raises:
-        BrokenItemError: With "raise", if an item cannot be read or encoded.
-        ValueError: If there are no items, ``prompt_name`` is not one of the model's, or an embedding is not finite.
+        BrokenItemError: With "raise", if an item cannot be read or encoded; with both, if its embedding is not finite.
+        TypeError: If ``items`` is a single one.
+        ValueError: If there are no items, or ``prompt_name`` is not one of the model's.
     """
+    if isinstance(items, str | bytes | Mapping):
+        raise TypeError(f"`items` is one item, {shown(items)}, and not a list of them: give [item].")
     if not len(items):
         raise ValueError("There is nothing to encode: `items` is empty.")
     if batch_size < 1:
@@ -185,6 +192,7 @@ def encode_indexed(
     distinct = [key for key in dict.fromkeys(keys) if key]
     found = {key: row for key, row in zip(distinct, section.get(distinct), strict=True) if row is not None}
     missing = {key for key in distinct if key not in found}
+    run.has_worked = bool(found)
     alone = getattr(model, "_distributed_inference", None) is not None  # the Trainer shares out `encode` itself
     share, of = (0, 1) if alone else (rank(), world_size())
     if of > 1:  # all have looked before any writes; what one lacks, all take as missing
@@ -265,6 +273,7 @@ class _Run:
     Attributes:
         errors: Item number -> what is wrong with it, with "report".
         first: Fingerprint -> number of the first item that has it.
+        has_worked: Whether the model has ever encoded something: a fault of its own shows at once.
     """
 
     model: Any
@@ -275,6 +284,7 @@ class _Run:
     prepare: Callable[[Any], Any] | None = None
     errors: dict[int, str] = field(default_factory=dict)
     first: dict[str, int] = field(default_factory=dict)
+    has_worked: bool = False
 
     def fingerprints(self) -> list[str]:
         """Content of each item, "" for one that cannot be read."""
@@ -286,7 +296,7 @@ class _Run:
             if key is None:
                 try:
                     key = fingerprint(item)
-                except ITEM_ERRORS as error:
+                except _ANY_ITEM_ERROR as error:
                     key = ""
                     self._broken(row, error)
                 if key and name is not None:
@@ -295,9 +305,20 @@ class _Run:
         return keys
 
     def encode(self, keys: list[str]) -> dict[str, np.ndarray]:
-        """Encode items by fingerprint, without those that turn out to hold no readable image."""
-        if not keys:
-            return {}
+        """Encode items by fingerprint, without those that cannot be."""
+        failed: dict[str, Exception] = {}
+        made = self._halved(keys, failed)
+        self.has_worked |= bool(made)
+        if not made and len(keys) > 1 and len(set(map(repr, failed.values()))) == 1:
+            error = failed[keys[0]]
+            if not self.has_worked or not isinstance(error, ITEM_ERRORS):
+                raise error  # the same whatever the item: it is the model's own
+        for key in sorted(failed, key=self.first.__getitem__):
+            self._broken(self.first[key], failed[key])
+        return made
+
+    def _halved(self, keys: list[str], failed: dict[str, Exception]) -> dict[str, np.ndarray]:
+        """Encode items; those that make a batch fail are found by halving, and noted."""
         try:
             embeddings = self.model.encode(
                 self._prepared([self.items[self.first[key]] for key in keys]),
@@ -306,37 +327,29 @@ class _Run:
                 show_progress_bar=False,
                 convert_to_numpy=True,
             )
-        except ITEM_ERRORS:
-            readable = [key for key in keys if self._is_readable(self.first[key])]
-            if len(readable) == len(keys):
-                raise  # no item's fault
-            return self.encode(readable)
-        embeddings = np.asarray(embeddings, dtype=np.float32)
+        except torch.OutOfMemoryError:
+            raise
+        except _ANY_ITEM_ERROR as error:
+            if len(keys) == 1:
+                failed[keys[0]] = error
+                return {}
+        else:
+            return self._finite(keys, np.asarray(embeddings, dtype=np.float32))
+        half = len(keys) // 2
+        return self._halved(keys[:half], failed) | self._halved(keys[half:], failed)
+
+    def _finite(self, keys: list[str], embeddings: np.ndarray) -> dict[str, np.ndarray]:
         for row in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
             number = self.first[keys[row]]
-            raise ValueError(
+            raise BrokenItemError(
+                number,
                 f"The model gave NaN or infinity for item {number} ({shown(self.items[number])}). Its weights may "
-                "have diverged; if not, try float32 or bfloat16 in place of float16."
+                "have diverged; if not, try float32 or bfloat16 in place of float16.",
             )
         return dict(zip(keys, embeddings, strict=True))
 
     def _prepared(self, items: list[Any]) -> list[Any]:
         return items if self.prepare is None else [self.prepare(item) for item in items]
-
-    def _is_readable(self, row: int) -> bool:
-        """Whether an item can be prepared, by the model where it tells, which knows more limits than the opener."""
-        preprocess = getattr(self.model, "preprocess", None)
-        try:
-            (item,) = self._prepared([self.items[row]])
-            if preprocess is not None:
-                preprocess([item], prompt=self.prompt)
-            else:
-                for image in _encoded_images(item):
-                    open_image(image)
-        except ITEM_ERRORS as error:
-            self._broken(row, error)
-            return False
-        return True
 
     def _broken(self, row: int, error: Exception) -> None:
         message = f"{type(error).__name__}: {_ROW_OF_ONE.sub('the item', str(error))}"
@@ -352,21 +365,3 @@ def _name(item: Any) -> Any:
     if isinstance(item, dict) and all(isinstance(value, str) for value in item.values()):
         return tuple(item.items())
     return None
-
-
-def _encoded_images(item: Any) -> Iterator[Any]:
-    """Files and bytes below an item that must open as images; a bare string is text."""
-    if isinstance(item, Path | bytes):
-        yield item
-    elif isinstance(item, Mapping):
-        images = item.get("image")
-        for image in images if isinstance(images, list | tuple) else [images]:
-            if isinstance(image, str) and not image.startswith(("http://", "https://", "data:")):
-                yield Path(image)
-            else:
-                yield from _encoded_images(image)
-        if isinstance(item.get("content"), list):  # a chat message
-            yield from _encoded_images(item["content"])
-    elif isinstance(item, list | tuple):
-        for part in item:
-            yield from _encoded_images(part)

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from unime_st.arguments import require_number
 from unime_st.data.images import ItemReader
 from unime_st.data.mmeb_eval import EvalTask
-from unime_st.evaluation.base import EmbeddingEvaluator, device_of
-from unime_st.evaluation.encoding import BrokenItemError, OnError, encode_indexed
+from unime_st.evaluation.base import EmbeddingEvaluator, check_shown, device_of
+from unime_st.evaluation.encoding import OnError
 from unime_st.evaluation.mmeb_inputs import as_tasks, distinct_inputs
 from unime_st.evaluation.mmeb_tasks import IN_DISTRIBUTION, META_TASKS, Metric, MMEBTask, Parser, tasks_from_yaml
 from unime_st.evaluation.outcomes import TaskOutcomes
@@ -32,8 +33,9 @@ class TaskResult:
     Attributes:
         rows: Numbers of the rows in the task; all of them, unless ``limit`` draws some.
         right: Whether each row is right; a row with something unreadable is not, shape (rows,).
-        tied: Whether the right answer shares the best score with a candidate of other content, shape (rows,).
-        rank: Rank of the right answer, from 1; 0 in a row with something unreadable, shape (rows,).
+        tied: Whether only the order of equal scores decides the row's score, shape (rows,).
+        rank: Rank of the best right answer, from 1; 0 in a row with something unreadable, shape (rows,).
+        best: Its place in the row, or in the pool, shape (rows,).
         top: The best candidates' places in each row, or in the pool, best first, -1 past the last, shape (rows, k).
         errors: Row number -> what could not be read.
         metric: What ``scores`` are.
@@ -44,6 +46,7 @@ class TaskResult:
     right: np.ndarray
     tied: np.ndarray
     rank: np.ndarray
+    best: np.ndarray
     top: np.ndarray
     errors: dict[int, str] = field(default_factory=dict)
     metric: Metric = "hit@1"
@@ -64,9 +67,10 @@ class MMEBEvaluator(EmbeddingEvaluator):
     """MMEB (36 image tasks), or any tasks in its layout, or tasks of one's own.
 
     A query is right when, among its own candidates, the right one (the first) has the highest cosine. As published, the
-    first of equal scores wins, so a tie counts as right; ties are counted, and a model that gives everything one
-    embedding is seen by them. All tasks are read first; each distinct input is then encoded once over all of them, from
-    one queue, which several processes share.
+    first of equal scores wins: among a query's own candidates a tie is right, and in a pool that all queries share the
+    pool's order decides. Rows that this decides are counted, and a warning tells when they are many: a model that gives
+    everything one embedding is seen by them. All tasks are read first; each distinct input is then encoded once over
+    all of them, from one queue, which several processes share.
 
     Args:
         root: Folder of the benchmark: ``<root>/<Task>/test-*.parquet``; or its name on the Hub
@@ -94,10 +98,12 @@ class MMEBEvaluator(EmbeddingEvaluator):
 
     Raises:
         FileNotFoundError: If ``root`` is no folder, or holds no task.
-        ValueError: If ``on_error``, ``limit`` or the resolution is something else.
+        ValueError: If ``on_error``, ``limit``, ``seed``, a metric or the resolution is something else, or if two tasks
+            have one name.
 
     Metrics:
-        ``<task>_precision@1`` (``<task>_ndcg@5`` for tasks scored so) and ``<task>_ties`` (rows) for each task;
+        ``<task>_precision@1`` (``<task>_ndcg@5`` for tasks scored so) and ``<task>_ties`` (rows whose score only the
+        order of equal candidates decides) for each task, ``ties`` over all;
         ``meta_<meta-task>_precision@1``, the mean of its tasks; ``mean_precision@1`` over tasks;
         ``meta_mean_precision@1``, the mean of the meta-tasks (the UniME paper's "Overall");
         ``in_distribution_precision@1`` and ``out_of_distribution_precision@1`` over the published tasks with and
@@ -124,9 +130,12 @@ class MMEBEvaluator(EmbeddingEvaluator):
         super().__init__(name=name, **arguments)
         if on_error not in {"raise", "report"}:
             raise ValueError(f"`on_error={on_error!r}`; choose 'raise' or 'report'.")
-        if limit is not None and limit < 1:
-            raise ValueError(f"`limit={limit}`, but each task needs at least one row.")
+        require_number("limit", limit, least=1, optional=True)
+        require_number("seed", seed, least=0)
+        if isinstance(tasks, str):
+            raise TypeError(f"`tasks={tasks!r}` is one name; give a list of them.")
         self._tasks = as_tasks(root, tasks, image_root)
+        _check_tasks(self._tasks)
         self.tasks = [task.name for task in self._tasks]
         self.meta_tasks = dict(META_TASKS if meta_tasks is None else meta_tasks)
         self.max_pixels, self.image_size = max_pixels, image_size
@@ -197,7 +206,8 @@ class MMEBEvaluator(EmbeddingEvaluator):
                 self.results[task.name] = result
                 if result.errors:
                     self.errors[task.name] = [f"row {row}: {why}" for row, why in sorted(result.errors.items())]
-                logger.info("%s: %s %.4f, %d rows", task.name, task.metric, result.score, len(result.rows))
+                told = task.name, task.metric, result.score, len(result.rows), result.tied.sum()
+                logger.info("%s: %s %.4f, %d rows, %d of them decided by ties", *told)
         if not self.results:
             raise ValueError(f"None of the tasks could be evaluated; the first: {next(iter(self.errors.values()))[0]}")
         return self.finish(model, self._metrics(), output_path, epoch, steps)
@@ -226,21 +236,14 @@ class MMEBEvaluator(EmbeddingEvaluator):
     def _encode(
         self, model: Any, items: list[Any], owner: list[tuple[str, int]]
     ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-        try:
-            return encode_indexed(
-                model,
-                items,
-                cache=self.open_cache(model),
-                batch_size=self.batch_size,
-                prompt=self.prompt,
-                prompt_name=self.prompt_name,
-                show_progress_bar=self.show_progress_bar,
-                on_error=self.on_error,
-                prepare=self._reader.read_absolute if self.encoding_settings() else None,
-            )
-        except BrokenItemError as error:
-            task, row = owner[error.position]
-            raise ValueError(f"{task}, row {row}: {error.reason}") from error
+        return self.encode(
+            model,
+            items,
+            lambda item: "{}, row {}".format(*owner[item]),
+            cache=self.open_cache(model),
+            on_error=self.on_error,
+            prepare=self._reader.read_absolute if self.encoding_settings() else None,
+        )
 
     @staticmethod
     def _score(  # noqa: PLR0917
@@ -256,7 +259,8 @@ class MMEBEvaluator(EmbeddingEvaluator):
             if place is not None and index[own.queries[place]] >= 0 and (index[own.own(place)] >= 0).all():
                 readable.append(number)
                 at.append(place)
-        right, tied, rank = np.zeros(count, bool), np.zeros(count, bool), np.zeros(count, np.int64)
+        right, tied = np.zeros(count, bool), np.zeros(count, bool)
+        rank, best = np.zeros(count, np.int64), np.zeros(count, np.int64)
         top, scores = np.full((count, _SHOWN), -1, dtype=np.int64), np.zeros(count)
         if at:
             found = score_candidates(
@@ -268,10 +272,13 @@ class MMEBEvaluator(EmbeddingEvaluator):
                 k=_SHOWN,
                 device=device_of(model),
             )
-            right[readable], tied[readable], rank[readable] = found.right, found.tied, found.rank
-            top[readable] = found.top if pool is None else _places(found.top, np.flatnonzero(pool >= 0))
-            scores[readable] = found.right if task.metric == "hit@1" else found.ndcg
-        return TaskResult(rows, right, tied, rank, top, {}, task.metric, scores)
+            right[readable], rank[readable] = found.right, found.rank
+            top[readable], best[readable] = found.top, found.best
+            if pool is not None:
+                top, best = (_places(places, np.flatnonzero(pool >= 0)) for places in (top, best))
+            by_hit = task.metric == "hit@1"
+            scores[readable], tied[readable] = (found.right, found.tied) if by_hit else (found.ndcg, found.ndcg_tied)
+        return TaskResult(rows, right, tied, rank, best, top, {}, task.metric, scores)
 
     def top(
         self, task: str, k: int = _SHOWN, places: Sequence[int] | None = None, *, with_right: bool = False
@@ -282,14 +289,15 @@ class MMEBEvaluator(EmbeddingEvaluator):
             task: Its name.
             k: Results a query, at most five.
             places: Which of the evaluated rows, as in ``results[task].right``; None takes all that were readable.
-            with_right: Whether a right answer comes last where none is among the results.
+            with_right: Whether the best right answer comes after them where none is among them, with its rank.
 
         Returns:
             For each row `query`, `results` (each with `image`, `text` or both, and whether it is `right`) and `rank`.
 
         Raises:
-            ValueError: If the task was not evaluated.
+            ValueError: If the task was not evaluated, or ``k`` is out of range.
         """
+        check_shown(k, _SHOWN)
         if task not in self.results:
             raise ValueError(f"Nothing is known of {task!r}: there are {list(self.results)}. Evaluate a model first.")
         result = self.results[task]
@@ -300,10 +308,11 @@ class MMEBEvaluator(EmbeddingEvaluator):
             query = at[int(result.rows[place])]
             shown, right = (own.own(query) if own.corpus is None else own.corpus), own.right_of(query)
             best = [int(shown[number]) for number in result.top[place][:k] if number >= 0]
-            if with_right and not set(best) & set(right):
-                best.append(right[0])
             results = [{**_shown(own.items[item]), "right": item in right} for item in best]
             rank = int(result.rank[place]) or None
+            if with_right and rank and not set(best) & set(right):
+                item = own.items[int(shown[result.best[place]])]
+                results.append({**_shown(item), "right": True, "rank": rank})
             entries.append({"query": _shown(own.items[own.queries[query]]), "results": results, "rank": rank})
         return entries
 
@@ -333,6 +342,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
         if precision:
             metrics["mean_precision@1"] = _mean(precision, precision)
         metrics |= self._mixed_metrics()
+        metrics["ties"] = sum(int(result.tied.sum()) for result in self.results.values())
         metrics["tasks"] = len(self.results)
         if self.on_error == "report":
             metrics["unreadable_rows"] = sum(len(result.errors) for result in self.results.values())
@@ -349,6 +359,16 @@ class MMEBEvaluator(EmbeddingEvaluator):
         for kind in dict.fromkeys(modality.values()):
             metrics[f"{kind}_mean"] = _mean(scores, [task for task in scores if modality[task] == kind])
         return {**metrics, "overall_mean": _mean(scores, scores)}
+
+
+def _check_tasks(tasks: Sequence[MMEBTask]) -> None:
+    for number, task in enumerate(tasks):
+        if task.metric not in _METRIC_NAMES:
+            raise ValueError(
+                f"Task {task.name!r} has the metric {task.metric!r}; there are {', '.join(_METRIC_NAMES)}."
+            )
+        if task.name in {other.name for other in tasks[:number]}:
+            raise ValueError(f"Two tasks are called {task.name!r}. Give each once, under a name of its own.")
 
 
 def _explain(result: TaskResult, own: EvalTask, rows: np.ndarray, place: np.ndarray, errors: Mapping[int, str]) -> None:

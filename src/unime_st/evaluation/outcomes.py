@@ -1,8 +1,9 @@
-"""Results by row: what two evaluations are compared by."""
+"""Results by row: what two evaluations are compared by, and how many of them only a rule for ties decides."""
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,15 @@ from unime_st.files import checksum, write_atomically
 
 _COLUMNS = ("task", "row", "score", "tied")
 _CHECKSUM = b"unime_st_checksum"
+_RULES = b"unime_st_ties"
 _UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError)
+_MOST_TIED = 0.01
+_TASKS_NAMED = 5
+
+FIRST_WINS = "the first of equal scores wins"
+TIE_IS_WRONG = "a tie is wrong"
+NOT_TOLD = "not told: right in MMEB, wrong elsewhere"
+"""Of files written before the rule was noted in them."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +34,43 @@ class TaskOutcomes:
     Attributes:
         rows: Number of each row in the task, shape (rows,).
         scores: Its share of the task's metric (hit@1, nDCG@5, recall@1 ...), in [0, 1], shape (rows,).
-        tied: Whether a wrong candidate scored exactly as well as the right one, shape (rows,).
+        tied: Whether only the rule for ties decided that, for a wrong candidate scored exactly as well, shape (rows,).
+        rule: What becomes of ties.
     """
 
     rows: np.ndarray
     scores: np.ndarray
     tied: np.ndarray
+    rule: str = FIRST_WINS
+
+
+def told_of_ties(outcomes: Mapping[str, TaskOutcomes]) -> str:
+    """Say which tasks are decided by ties in more than 1 % of their rows; "" if none is.
+
+    Example:
+        >>> told_of_ties({"VQA": TaskOutcomes(np.arange(2), np.ones(2), np.array([True, False]))})
+        'Equal scores decide more than 1 % of the rows of: VQA (1 of 2; score 100.0 %, 50.0 % without them). ...'
+    """
+    many = {task: own for task, own in outcomes.items() if own.tied.sum() > _MOST_TIED * len(own.tied)}
+    if not many:
+        return ""
+    named = []
+    for task, own in list(many.items())[:_TASKS_NAMED]:
+        luck, word = (1.0, "were they right") if own.rule == TIE_IS_WRONG else (0.0, "without them")
+        score, other = (100 * np.mean(values) for values in (own.scores, np.where(own.tied, luck, own.scores)))
+        share = f"{own.tied.sum()} of {len(own.tied)}"
+        named.append(f"{task} ({share}; score {score:.1f} %, {other:.1f} % {word})")
+    if len(many) > _TASKS_NAMED:
+        named.append(f"and {len(many) - _TASKS_NAMED} more")
+    return (
+        f"Equal scores decide more than 1 % of the rows of: {', '.join(named)}. The embeddings may have collapsed into "
+        "one, or inputs differ only in what the model does not see, such as the end of a text that it cuts: these "
+        "scores say little."
+    )
 
 
 def write_outcomes(path: str | Path, outcomes: Mapping[str, TaskOutcomes]) -> None:
-    """Write results by row as one parquet file with the columns task, row, score, tied.
+    """Write results by row as one parquet file with the columns task, row, score, tied; beside them the rules for ties.
 
     Args:
         path: The file; replaced whole.
@@ -57,7 +93,8 @@ def write_outcomes(path: str | Path, outcomes: Mapping[str, TaskOutcomes]) -> No
     columns = [tasks, column("rows", pa.int64()), column("scores", pa.float64()), column("tied", pa.bool_())]
     file = io.BytesIO()
     table = pa.table(columns, names=list(_COLUMNS))
-    pq.write_table(table.replace_schema_metadata({_CHECKSUM: _checksum(table)}), file)
+    rules = json.dumps({task: own.rule for task, own in outcomes.items()})
+    pq.write_table(table.replace_schema_metadata({_CHECKSUM: _checksum(table), _RULES: rules}), file)
     write_atomically(Path(path), file.getvalue())
 
 
@@ -71,6 +108,7 @@ def read_outcomes(path: str | Path) -> dict[str, TaskOutcomes]:
     try:
         table = pq.read_table(path, columns=list(_COLUMNS))
         told = (table.schema.metadata or {}).get(_CHECKSUM)
+        rules = json.loads((table.schema.metadata or {}).get(_RULES, "{}"))
         damaged = told is not None and told.decode("ascii", "replace") != _checksum(table)
         if told is None and table.schema.metadata:
             damaged = True  # what is written without a checksum, by an earlier version, has no metadata at all
@@ -82,7 +120,11 @@ def read_outcomes(path: str | Path) -> dict[str, TaskOutcomes]:
         raise ValueError(f"{path} is damaged: its checksum is another. Evaluate again.")
     tasks = np.array(table["task"].to_pylist(), dtype=object)
     arrays = [table[name].to_numpy() for name in _COLUMNS[1:]]
-    return {task: TaskOutcomes(*(array[tasks == task] for array in arrays)) for task in dict.fromkeys(tasks.tolist())}
+    found = {}
+    for task in dict.fromkeys(tasks.tolist()):
+        numbers, scores, tied = (array[tasks == task] for array in arrays)
+        found[task] = TaskOutcomes(numbers, scores, tied, rules.get(task, NOT_TOLD))
+    return found
 
 
 def _checksum(table: pa.Table) -> str:

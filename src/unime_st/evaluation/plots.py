@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _INK = {"light": "#1f2328", "dark": "#e6edf3"}
 _PAPER = {"light": "#ffffff", "dark": "#15191f"}
+_MOST_UPRIGHT = 8  # groups of bars
 _HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
 
 
@@ -45,6 +47,10 @@ def line_plot(series: Series, xlabel: str, ylabel: str, theme: str = "light", *,
         )
     if log_y:
         axes.set_yscale("log")
+    if all(isinstance(x, Integral) for xs, _ in series.values() for x in xs):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    _not_below_zero(axes, "x", [xs for xs, _ in series.values()])
+    _not_below_zero(axes, "y", [ys for _, ys in series.values()])
     return _finish(figure, axes, xlabel, ylabel, theme, legend=bool(series))
 
 
@@ -56,13 +62,18 @@ def bar_plot(
     *,
     errors: Mapping[str, Sequence[float]] | None = None,
 ) -> bytes:
-    """Draw bars, one a series in each group; `errors` are drawn as whiskers of that length to both sides."""
-    figure, axes = _figure(theme, width=max(7.0, 0.35 * len(groups) * max(1, len(series))))
+    """Draw bars, one a series in each group; `errors` are drawn as whiskers of that length to both sides.
+
+    Many groups lie one below the other, so that their names can be read on any screen.
+    """
+    lying = len(groups) > _MOST_UPRIGHT
+    height = 0.5 + len(groups) * max(0.24, 0.14 * len(series))
+    figure, axes = _figure(theme, height=height) if lying else _figure(theme)
     width = 0.8 / max(1, len(series))
     centres = np.arange(len(groups))
     for number, (name, values) in enumerate(series.items()):
         whiskers = (errors or {}).get(name)
-        axes.bar(
+        (axes.barh if lying else axes.bar)(
             centres + (number - (len(series) - 1) / 2) * width,
             [float(value) for value in values],
             width,
@@ -70,14 +81,19 @@ def bar_plot(
             color=_COLOURS[number % len(_COLOURS)],
             hatch=_HATCHES[number % len(_HATCHES)],
             edgecolor=_PAPER[theme],
-            yerr=None if whiskers is None else [float(value) for value in whiskers],
             ecolor=_INK[theme],
             capsize=2,
+            **{"xerr" if lying else "yerr": None if whiskers is None else [float(value) for value in whiskers]},
         )
+    lengths = [(np.asarray(own, float) - np.asarray((errors or {}).get(name, 0))) for name, own in series.items()]
+    _not_below_zero(axes, "x" if lying else "y", lengths)
+    names = [_plain(group) for group in groups]
+    if lying:
+        axes.set_yticks(centres, names)
+        axes.set_ylim(len(groups) - 0.5, -0.5)  # the first on top
+        return _finish(figure, axes, ylabel, "", theme, legend=bool(series), grid="x")
     slanted = len(groups) > 4 or any(len(group) > 14 for group in groups)
-    axes.set_xticks(
-        centres, [_plain(group) for group in groups], **({"rotation": 30, "ha": "right"} if slanted else {})
-    )
+    axes.set_xticks(centres, names, **({"rotation": 30, "ha": "right"} if slanted else {}))
     return _finish(figure, axes, "", ylabel, theme, legend=bool(series))
 
 
@@ -103,7 +119,7 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, th
             )
     axes.set_xticks(range(len(columns)), [_plain(name) for name in columns], rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), [_plain(name) for name in rows])
-    return _finish(figure, axes, "", "", theme, legend=False, grid=False)
+    return _finish(figure, axes, "", "", theme, legend=False, grid=None)
 
 
 def _plain(text: str) -> str:
@@ -121,19 +137,29 @@ def _figure(theme: str, width: float = 7.0, height: float = 3.6) -> tuple[Any, A
     return figure, axes
 
 
-def _finish(figure: Any, axes: Any, xlabel: str, ylabel: str, theme: str, *, legend: bool, grid: bool = True) -> bytes:
+def _not_below_zero(axes: Any, axis: str, values: Sequence[Any]) -> None:
+    """Keep the margin around numbers that are never negative from reaching below zero."""
+    numbers = np.concatenate([np.zeros(0), *(np.asarray(own, dtype=float) for own in values)])
+    low, high = getattr(axes, f"get_{axis}lim")()
+    if low < 0 and not (numbers < 0).any():
+        getattr(axes, f"set_{axis}lim")(0, high)
+
+
+def _finish(
+    figure: Any, axes: Any, xlabel: str, ylabel: str, theme: str, *, legend: bool, grid: str | None = "y"
+) -> bytes:
     ink = _INK[theme]
     axes.set_xlabel(_plain(xlabel), color=ink)
     axes.set_ylabel(_plain(ylabel), color=ink)
     axes.tick_params(colors=ink)
-    if grid:
-        axes.grid(visible=True, axis="y", color=ink, alpha=0.15)
+    if grid is not None:
+        axes.grid(visible=True, axis=grid, color=ink, alpha=0.15)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side in {"left", "bottom"})
         spine.set_color(ink)
     if legend:
-        axes.legend(frameon=False, labelcolor=ink, fontsize=8)
+        figure.legend(loc="outside upper center", ncols=3, frameon=False, labelcolor=ink, fontsize=8)
     png = io.BytesIO()
     figure.savefig(png, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
     return png.getvalue()

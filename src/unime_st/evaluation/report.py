@@ -215,8 +215,8 @@ class Report:
         Args:
             title: its heading.
             entries: each has a `query` (text, a PIL image, the path of one, or `{"image", "text"}`), `results` (best
-                first, each with an `image` or a `text` and `right`, whether it is a right answer) and, if known,
-                `rank`, that of the best right answer.
+                first, each with an `image` or a `text`, `right`, whether it is a right answer, and its `rank` if that
+                is not its place here) and, if known, `rank`, that of the best right answer.
             note: text below the gallery.
 
         Raises:
@@ -224,7 +224,10 @@ class Report:
         """
         section = Section("gallery", title, {"note": note, "entries": []})
         for entry in entries:
-            results = [{**_side(found, section.pictures), "right": bool(found["right"])} for found in entry["results"]]
+            results: list[dict[str, Any]] = []
+            for found in entry["results"]:
+                rank = {} if found.get("rank") is None else {"rank": int(found["rank"])}
+                results.append({**_side(found, section.pictures), "right": bool(found["right"]), **rank})
             shown = {"query": _side(entry["query"], section.pictures), "results": results, "rank": entry.get("rank")}
             section.data["entries"].append(shown)
         self.sections.append(section)

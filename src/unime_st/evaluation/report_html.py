@@ -18,14 +18,21 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --paper: #15191f; --faint: #9aa4af; --line: #3a424c;
   --box: #1d232b; --right: #57d27f; --wrong: #ff8a85; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 1rem clamp(.8rem, 4vw, 2.5rem) 3rem; color: var(--ink);
-  background: var(--paper); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+body { margin: 0; padding: 1rem clamp(.8rem, 4vw, 2.5rem) 3rem; color: var(--ink); background: var(--paper);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+/* One column of 72rem in the middle; a wide table may leave it to both sides. */
+section, header { display: grid; grid-template-columns: 1fr minmax(0, 72rem) 1fr; }
+section > *, header > * { grid-column: 2; }
+section > .wide { grid-column: 1 / -1; justify-self: center; min-width: min(72rem, 100%); max-width: 100%; }
 h1 { font-size: 1.7rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
 p { max-width: 46rem; } .note { color: var(--faint); font-size: .9rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .92rem; overflow-wrap: normal; }
+td:first-child { min-width: 8rem; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { background: var(--box); } .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-figure { margin: 0; } figure img { max-width: 100%; height: auto; border-radius: .4rem; }
+th { background: var(--box); vertical-align: bottom; } .number { text-align: right; min-width: 4.5rem; }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+figure { margin: 0; }
+figure img { width: 100%; min-width: 34rem; max-width: 60rem; height: auto; border-radius: .4rem; }
 .entry { display: grid; grid-template-columns: minmax(8rem, 13rem) 1fr; gap: 1rem; padding: .8rem 0;
   border-bottom: 1px solid var(--line); }
 .results { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr)); gap: .6rem; list-style: none;
@@ -41,7 +48,7 @@ figure { margin: 0; } figure img { max-width: 100%; height: auto; border-radius:
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
     """The whole report as a page; fits light and dark, small and large screens."""
-    body = [f"<h1>{escape(title)}</h1>"]
+    body = [f"<header><h1>{escape(title)}</h1></header>"]
     for section in sections:
         body.append("<section>")
         if section.title:
@@ -68,7 +75,7 @@ def _text(section: Section) -> Iterator[str]:
 def _table(section: Section) -> Iterator[str]:
     data = section.data
     classes = [' class="number"' if numeric else "" for numeric in data["numeric"]]
-    yield '<div class="scroll"><table>\n<thead><tr>'
+    yield '<div class="scroll wide"><table>\n<thead><tr>'
     yield "".join(
         f'<th scope="col"{css}>{escape(str(name))}</th>' for css, name in zip(classes, data["columns"], strict=True)
     )
@@ -85,7 +92,8 @@ def _plot(section: Section) -> Iterator[str]:
     name = section.data["picture"]
     alt = escape(f"Plot: {section.title}")
     yield (
-        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{_embedded(section.dark[name])}">'
+        '<figure class="scroll"><picture>'
+        f'<source media="(prefers-color-scheme: dark)" srcset="{_embedded(section.dark[name])}">'
         f'<img src="{_embedded(section.pictures[name])}" alt="{alt}"></picture></figure>'
     )
 
@@ -96,7 +104,7 @@ def _gallery(section: Section) -> Iterator[str]:
         yield f'<div class="entry"><div>{_side(entry["query"], section)}{rank}</div><ol class="results">'
         for result in entry["results"]:
             css = "right" if result["right"] else "wrong"
-            yield f'<li class="{css}">{_side(result, section)}<strong>{verdict(right=result["right"])}</strong></li>'
+            yield f'<li class="{css}">{_side(result, section)}<strong>{verdict(result)}</strong></li>'
         yield "</ol></div>"
 
 

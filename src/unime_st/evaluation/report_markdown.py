@@ -55,18 +55,26 @@ def _plot(title: str, data: dict[str, Any]) -> Iterator[str]:
 
 
 def _gallery(_: str, data: dict[str, Any]) -> Iterator[str]:
-    most = max((len(entry["results"]) for entry in data["entries"]), default=0)
+    entries = data["entries"]
+    most = max((sum("rank" not in result for result in entry["results"]) for entry in entries), default=0)
+    out_of_place = any("rank" in result for entry in entries for result in entry["results"])
+    columns = ["query", *(str(place) for place in range(1, most + 1)), *(["further down"] if out_of_place else [])]
     rows = []
-    for entry in data["entries"]:
-        found = [f"{_side(result)}<br>{verdict(right=result['right'])}" for result in entry["results"]]
-        rank = "" if entry["rank"] is None else f"<br>rank {entry['rank']}"
-        rows.append([_side(entry["query"]) + rank, *found, *[""] * (most - len(found))])
-    yield _rows(["query", *(str(place) for place in range(1, most + 1))], rows, [False] * (most + 1))
+    for entry in entries:
+        cells = [[_side(entry["query"]) + ("" if entry["rank"] is None else f"<br>rank {entry['rank']}")]]
+        for in_place in (True, False):
+            results = [result for result in entry["results"] if ("rank" not in result) == in_place]
+            cells.append([f"{_side(result)}<br>{verdict(result)}" for result in results])
+        query, found, further = cells
+        row = [*query, *found, *[""] * (most - len(found)), *further]
+        rows.append(row + [""] * (len(columns) - len(row)))
+    yield _rows(columns, rows, [False] * len(columns))
 
 
-def verdict(*, right: bool) -> str:
-    """A sign and a word."""
-    return "✓ right" if right else "✗ wrong"
+def verdict(result: dict[str, Any]) -> str:
+    """A sign and a word, and the rank of what does not stand in its place."""
+    word = "✓ right" if result["right"] else "✗ wrong"
+    return f"{word}, rank {result['rank']}" if "rank" in result else word
 
 
 def _side(side: dict[str, str | None]) -> str:

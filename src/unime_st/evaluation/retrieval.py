@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,8 +15,8 @@ from datasets import Dataset
 from unime_st.arguments import require_number
 from unime_st.data.caption_sets import read_caption_dataset, read_karpathy_split, read_paired_folders
 from unime_st.data.images import resolve_image
-from unime_st.evaluation.base import EmbeddingEvaluator, device_of, image_item, text_item
-from unime_st.evaluation.outcomes import TaskOutcomes
+from unime_st.evaluation.base import EmbeddingEvaluator, check_shown, device_of, image_item, text_item
+from unime_st.evaluation.outcomes import TIE_IS_WRONG, TaskOutcomes
 from unime_st.evaluation.scoring import Ranking, rank_pool
 from unime_st.paths import resolve_below
 
@@ -31,7 +32,8 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
 
     A direction is named by its query: ``text_to_image`` asks with each caption for its image, ``image_to_text`` with
     each image for *any* of its captions. Images and captions of the same content are one candidate; a caption that also
-    belongs to another image is right for both. A wrong candidate that scores exactly as well goes first.
+    belongs to another image is right for both. A wrong candidate that scores exactly as well goes first: the published
+    scripts leave that to ``torch.topk``, which promises no order.
 
     Args:
         images: N images: paths, or what else ``encode`` takes.
@@ -57,8 +59,8 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
 
     Metrics:
         ``text_to_image_recall@k``, ``image_to_text_recall@k`` and ``mean_recall@k`` for each k, all in [0, 1];
-        ``text_to_image_ties`` and ``image_to_text_ties``, the number of queries with a wrong candidate exactly level
-        with the right one.
+        ``text_to_image_ties`` and ``image_to_text_ties``, the number of queries that another order of equal scores
+        would make right at one of the k. A warning tells when they are many.
 
     Example:
         >>> class Brightness:  # stands for a model
@@ -84,6 +86,8 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         **arguments: Any,
     ) -> None:
         super().__init__(name=name, **arguments)
+        if isinstance(images, str | Path) or isinstance(captions, str):
+            raise TypeError("`images` and `captions` are lists. To read a folder there is `from_folder`, among others.")
         if len(images) == 0 or len(images) != len(captions):
             raise ValueError(f"{len(images)} images, but captions for {len(captions)}: give each image its list.")
         for number, own in enumerate(captions):
@@ -212,8 +216,8 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         )
         by_image = rank_pool(image_vectors[image_place], text_vectors, captions_of, **options)
         self.rankings = {
-            "text_to_image": Ranking(by_text.ranks, by_text.tied, images[by_text.top], by_text.scores),
-            "image_to_text": Ranking(by_image.ranks, by_image.tied, texts[by_image.top], by_image.scores),
+            "text_to_image": replace(by_text, best=images[by_text.best], top=images[by_text.top]),
+            "image_to_text": replace(by_image, best=texts[by_image.best], top=texts[by_image.top]),
         }
         self._right = {
             "text_to_image": [[int(place)] for place in images[image_place[self.image_of]]],
@@ -244,7 +248,12 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         }
 
     def top(
-        self, k: int = _SHOWN, direction: Direction = "text_to_image", queries: Sequence[int] | None = None
+        self,
+        k: int = _SHOWN,
+        direction: Direction = "text_to_image",
+        queries: Sequence[int] | None = None,
+        *,
+        with_right: bool = False,
     ) -> list[dict[str, Any]]:
         """Show what queries found in the last call, as entries of :meth:`~unime_st.evaluation.Report.add_gallery`.
 
@@ -252,13 +261,15 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
             k: Results a query, at most ten.
             direction: Of the search.
             queries: Numbers of captions or images; None takes all.
+            with_right: Whether the best right answer comes after them where none is among them, with its rank.
 
         Returns:
             For each query `query`, `results` (each an `image` or a `text`, and whether it is `right`) and `rank`.
 
         Raises:
-            ValueError: If there was no call yet.
+            ValueError: If there was no call yet, or ``k`` is out of range.
         """
+        check_shown(k, _KEPT)
         if direction not in self.rankings:
             raise ValueError(
                 f"Nothing is known of {direction!r}: there are {list(self.rankings)}. Evaluate a model first."
@@ -271,14 +282,22 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         for query in range(len(right)) if queries is None else queries:
             best = [int(number) for number in ranking.top[query][:k] if number >= 0]
             results = [{kind: targets[number], "right": number in right[query]} for number in best]
+            rank = int(ranking.ranks[query]) + 1
+            if with_right and not any(result["right"] for result in results):
+                results.append({kind: targets[int(ranking.best[query])], "right": True, "rank": rank})
             source = sources[query] if kind == "image" else {"image": sources[query]}
-            entries.append({"query": source, "results": results, "rank": int(ranking.ranks[query]) + 1})
+            entries.append({"query": source, "results": results, "rank": rank})
         return entries
 
     def outcomes(self) -> dict[str, TaskOutcomes]:
         """Recall at the smallest k of each query, by direction, of the last call."""
         return {
-            direction: TaskOutcomes(np.arange(len(ranking.ranks)), ranking.ranks < self.ks[0], ranking.tied)
+            direction: TaskOutcomes(
+                np.arange(len(ranking.ranks)),
+                ranking.ranks < self.ks[0],
+                ranking.tied_at(self.ks[0]),
+                rule=TIE_IS_WRONG,
+            )
             for direction, ranking in self.rankings.items()
         }
 
@@ -289,7 +308,7 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         for k in self.ks:
             metrics[f"mean_recall@{k}"] = sum(metrics[f"{direction}_recall@{k}"] for direction in DIRECTIONS) / 2
         for direction, ranking in self.rankings.items():
-            metrics[f"{direction}_ties"] = int(ranking.tied.sum())
+            metrics[f"{direction}_ties"] = int(np.any([ranking.tied_at(k) for k in self.ks], axis=0).sum())
         return metrics
 
     def chance(self) -> dict[str, float]:

@@ -1,5 +1,10 @@
 """Scores from embeddings: pure functions, a matrix product at a time, with ties always accounted for.
 
+What becomes of equal scores is what the published evaluations do. MMEB takes them in the order of the candidates
+(``numpy.argmax`` in V1, ``numpy.argsort`` in V2): where each query has its own, the right one first, a tie is therefore
+right, and in a pool that all share the pool's order decides. Retrieval scripts take ``torch.topk``, which promises no
+order: there a tie is wrong, so that a score is never luck. Copies of a right answer are right wherever they stand.
+
 Dimension letters: Q queries, C candidates of a query, U distinct embeddings, D dimension, k results.
 """
 
@@ -28,12 +33,18 @@ def unit_rows(embeddings: np.ndarray, device: torch.device | str = "cpu") -> tup
     Returns:
         Distinct rows of length 1 (a zero row stays zero), shape (U, D), and for each of the N its row, shape (N,).
 
+    Raises:
+        ValueError: If a number is not finite: it would win or lose every comparison.
+
     Example:
         >>> rows, index = unit_rows(np.array([[3.0, 4.0], [1.0, 0.0], [3.0, 4.0]]))
         >>> rows.shape, index.tolist()
         (torch.Size([2, 2]), [0, 1, 0])
     """
     embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
+    if not np.isfinite(embeddings).all():
+        row = int(np.flatnonzero(~np.isfinite(embeddings).all(axis=1))[0])
+        raise ValueError(f"Embedding {row} holds NaN or infinity, which cannot be compared. Encode it again.")
     first: dict[bytes, int] = {}
     index = np.fromiter((first.setdefault(row.tobytes(), len(first)) for row in embeddings), np.int64, len(embeddings))
     keep = np.unique(index, return_index=True)[1]
@@ -46,10 +57,12 @@ class CandidateScores:
     """Outcome for queries that choose among candidates.
 
     Attributes:
-        right: Whether a right answer has the best score, a tie counting as right, shape (Q,).
-        tied: Whether a wrong candidate shares that best score, shape (Q,).
-        rank: Rank of the best right answer from 1, behind better scores only, shape (Q,).
+        right: Whether a right answer comes first, shape (Q,).
+        tied: Whether the order decides that: right and wrong candidates share the best score, shape (Q,).
+        best: Place of the best right answer among the query's own candidates, or in the pool, shape (Q,).
+        rank: Its rank, from 1, shape (Q,).
         ndcg: nDCG@5, the gain of a result being its relevance ("linear"), shape (Q,).
+        ndcg_tied: Whether the order of equal scores decides that, shape (Q,).
         top: The best candidates' places among the query's own, or in the pool, best first and equal ones in their
             order, -1 past the last, shape (Q, k).
         scores: Their cosines, -inf past the last, shape (Q, k).
@@ -57,8 +70,10 @@ class CandidateScores:
 
     right: np.ndarray
     tied: np.ndarray
+    best: np.ndarray
     rank: np.ndarray
     ndcg: np.ndarray
+    ndcg_tied: np.ndarray
     top: np.ndarray
     scores: np.ndarray
 
@@ -76,7 +91,7 @@ def score_candidates(
 ) -> CandidateScores:
     """Compare each query with its own candidates, or with a pool that all share.
 
-    As in MMEB's published evaluation a tie counts as right; ``tied`` tells. Copies of a right answer are right, no tie.
+    Equal scores stand in the order of the candidates. Copies of a right answer are right, and no tie.
 
     Args:
         embeddings: Distinct embeddings, shape (U, D).
@@ -94,7 +109,7 @@ def score_candidates(
 
     Raises:
         ValueError: If a query has no candidates, none of its candidates is relevant, or a relevant one is not in the
-            pool.
+            pool; if there are no queries, not as many of one thing as of another, or a number below 1.
 
     Example:
         >>> vectors = np.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
@@ -102,6 +117,11 @@ def score_candidates(
         [True, False]
     """
     queries = np.asarray(queries, dtype=np.int64)
+    _check(k=k, chunk_size=chunk_size, queries=len(queries))
+    if len(candidates) != len(queries) or (gains is not None and list(map(len, gains)) != list(map(len, candidates))):
+        raise ValueError(
+            f"{len(queries)} queries need as many lists of candidates, and of their gains, of equal length."
+        )
     if empty := [number for number, own in enumerate(candidates) if len(own) == 0]:
         raise ValueError(f"Query {empty[0]} has no candidates to choose from.")
     rows, same = unit_rows(embeddings, device)
@@ -118,13 +138,26 @@ def score_candidates(
         cosines = rows[torch.from_numpy(same[queries[part]])] @ rows[torch.from_numpy(distinct)].T
         cosine = np.take_along_axis(cosines.cpu().numpy(), place.reshape(ids.shape), axis=1)  # (Q, C)
         cosine[ids == -1] = -np.inf
-        best = np.where(gain > 0, cosine, -np.inf).max(axis=1, keepdims=True)
-        rank = 1 + (cosine > best).sum(axis=1)
-        tied = (rank == 1) & ((cosine == best) & (gain <= 0)).any(axis=1)
+        right_ones = np.where(gain > 0, cosine, -np.inf)
+        first = right_ones.argmax(axis=1)[:, None]  # of equal ones the first
+        best = np.take_along_axis(right_ones, first, axis=1)
+        ahead = (cosine > best) | ((cosine == best) & (np.arange(cosine.shape[1]) < first))
+        rank = 1 + ahead.sum(axis=1)
         top, scores = best_first(cosine, width)
         found = np.where(top >= 0, np.take_along_axis(gain, np.maximum(top, 0), axis=1), 0.0)
-        parts.append((rank == 1, tied, rank, _ndcg(found, gain), top[:, :k], scores[:, :k]))
+        tied = _order_decides(cosine, gain > 0, scores[:, :1], found[:, :1] > 0)
+        ndcg_tied = _order_decides(cosine, gain, scores[:, :_CUTOFF], found[:, :_CUTOFF])
+        ndcg = _ndcg(found, gain)
+        parts.append((rank == 1, tied, first[:, 0], rank, ndcg, ndcg_tied, top[:, :k], scores[:, :k]))
     return CandidateScores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _order_decides(cosine: np.ndarray, gain: np.ndarray, scores: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Whether one of the results (Q, k) might as well be a candidate of equal score and another gain, shape (Q,)."""
+    decides = np.zeros(len(cosine), dtype=bool)
+    for score, own in zip(scores.T[..., None], found.T[..., None], strict=True):
+        decides |= ((cosine == score) & (gain != own)).any(axis=1)
+    return decides
 
 
 def _own(candidates: Sequence[np.ndarray], gains: Sequence[np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:
@@ -179,6 +212,12 @@ def best_first(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return top, kept
 
 
+def _check(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"`{name}={number}`, but there must be at least one.")
+
+
 def _ndcg(found: np.ndarray, gains: np.ndarray) -> np.ndarray:
     """nDCG@5 of gains in the order found (Q, k), against the best order of all gains (Q, C)."""
     discounts = 1 / np.log2(np.arange(2, _CUTOFF + 2))
@@ -192,16 +231,27 @@ class Ranking:
     """Outcome for queries that share one pool of candidates.
 
     Attributes:
-        ranks: Candidates that score at least as well as the query's best right one without being right, shape (Q,).
-        tied: Whether one of them scores exactly as well, shape (Q,).
+        ranks: Wrong candidates that score at least as well as the query's best right one, shape (Q,).
+        better: Those that score better, shape (Q,).
+        best: That right one, shape (Q,).
         top: Best candidates, best first, -1 past the last, shape (Q, k).
         scores: Their cosines, shape (Q, k).
     """
 
     ranks: np.ndarray
-    tied: np.ndarray
+    better: np.ndarray
+    best: np.ndarray
     top: np.ndarray
     scores: np.ndarray
+
+    @property
+    def tied(self) -> np.ndarray:
+        """Whether a wrong candidate scores exactly as well as the best right one, shape (Q,)."""
+        return self.ranks > self.better
+
+    def tied_at(self, k: int) -> np.ndarray:
+        """Whether another order of equal scores would make a query right at k that is not, shape (Q,)."""
+        return (self.better < k) & (self.ranks >= k)
 
     def recall(self, k: int) -> float:
         """Share of the queries with a right candidate among their first k."""
@@ -233,15 +283,24 @@ def rank_pool(
         Ranks and the best candidates.
 
     Raises:
-        ValueError: If a query has no right candidate.
+        ValueError: If a query has no right candidate or one that is not there, there are no queries or not as many as
+            lists of right ones, or a number is below 1.
 
     Example:
         >>> ranking = rank_pool(np.eye(2), np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), [[1], [2]])
         >>> ranking.ranks.tolist(), ranking.recall(1)
         ([1, 0], 0.5)
     """
-    if empty := [number for number, own in enumerate(right) if len(own) == 0]:
-        raise ValueError(f"Query {empty[0]} has no right candidate.")
+    _check(k=k, chunk_size=chunk_size, queries=len(queries))
+    if len(right) != len(queries):
+        raise ValueError(f"{len(queries)} queries, but right candidates of {len(right)}.")
+    for number, own in enumerate(right):
+        if len(own) == 0:
+            raise ValueError(f"Query {number} has no right candidate.")
+        if min(own) < 0 or max(own) >= len(candidates):
+            raise ValueError(
+                f"Query {number} has right candidates {list(own)}, but there are {len(candidates)}, from 0."
+            )
     query_rows, query_index = unit_rows(queries, device)
     pool, pool_index = unit_rows(candidates, device)
     expand = torch.from_numpy(pool_index).to(device)
@@ -253,9 +312,9 @@ def rank_pool(
         is_right = torch.zeros_like(cosine, dtype=torch.bool)
         for row, own in enumerate(right[start : start + chunk_size]):
             is_right[row, torch.as_tensor(list(own), device=device)] = True
-        best = cosine.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
+        best, place = cosine.masked_fill(~is_right, -torch.inf).max(dim=1, keepdim=True)
         ranks = ((cosine >= best) & ~is_right).sum(dim=1)
-        tied = ((cosine == best) & ~is_right).any(dim=1)
+        better = (cosine > best).sum(dim=1)
         top, scores = best_first(cosine.cpu().numpy(), k)
-        parts.append([ranks.cpu().numpy(), tied.cpu().numpy(), top, scores])
+        parts.append([*(part.cpu().numpy() for part in (ranks, better, place[:, 0])), top, scores])
     return Ranking(*(np.concatenate(column) for column in zip(*parts, strict=True)))

@@ -14,7 +14,7 @@ from datasets import Dataset
 from unime_st.data.caption_sets import image_below, require_columns, rows_and_folder, undecoded
 from unime_st.data.images import resolve_image
 from unime_st.evaluation.base import EmbeddingEvaluator, image_item, text_item
-from unime_st.evaluation.outcomes import TaskOutcomes
+from unime_st.evaluation.outcomes import TIE_IS_WRONG, TaskOutcomes
 from unime_st.evaluation.scoring import unit_rows
 from unime_st.paths import resolve_below
 
@@ -54,8 +54,8 @@ class PreferenceScores:
 class SugarCrepeEvaluator(EmbeddingEvaluator):
     """Accuracy of choosing the right of two captions for an image, by set and group of sets.
 
-    A row is right when cos(image, caption) > cos(image, negative caption); a tie is wrong. Chance is 0.5. A group's
-    score is the plain mean of its sets.
+    A row is right when cos(image, caption) > cos(image, negative caption); a tie is wrong, as published. Chance is 0.5.
+    A group's score is the plain mean of its sets.
 
     Args:
         sets: Set name -> rows of (image, caption, negative caption). The model gets captions as ``{"text": caption}``,
@@ -75,7 +75,7 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
 
     Metrics:
         ``<set>_accuracy``, ``<group>_accuracy``, ``mean_of_sets_accuracy``, ``mean_of_groups_accuracy`` and ``ties``,
-        the number of tied rows.
+        the number of tied rows. A warning tells when they are many.
 
     Example:
         >>> class Lengths:  # stands for a model
@@ -240,7 +240,7 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
     def outcomes(self) -> dict[str, TaskOutcomes]:
         """Whether each row is right, by set, of the last call."""
         return {
-            name: TaskOutcomes(np.arange(len(scores.right)), scores.right, scores.tied)
+            name: TaskOutcomes(np.arange(len(scores.right)), scores.right, scores.tied, rule=TIE_IS_WRONG)
             for name, scores in self.scores.items()
         }
 

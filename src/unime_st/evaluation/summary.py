@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from unime_st.evaluation.base import EmbeddingEvaluator
 from unime_st.evaluation.mmeb import MMEBEvaluator
+from unime_st.evaluation.outcomes import told_of_ties
 from unime_st.evaluation.published import published_results, published_task_scores
 from unime_st.evaluation.report import Report
 from unime_st.evaluation.retrieval import ImageTextRetrievalEvaluator
@@ -24,6 +26,7 @@ _COLUMNS = {  # of the table of averages -> metric, key of the published rows
     "mean of meta-tasks": ("meta_mean_precision@1", "mean_of_meta_tasks"),
 }
 _MISTAKES = 8
+_AFTER_THEM = "Where the right answer is not among those found, it stands after them, with its rank."
 
 
 def add_mmeb(
@@ -62,7 +65,11 @@ def add_mmeb(
         for task, result in results.items()
     ]  # fmt: skip
     columns = ["task", "meta-task", "rows", "metric", model, *([published] if known else []), "ties", "unreadable"]
-    note = "A tie counts as right, as published; many ties mean embeddings that do not tell inputs apart."
+    note = (
+        "Ties: rows whose score only the order of equal candidates decides. As published the first of them wins, so "
+        "among a row's own candidates, the right one first, a tie is right."
+    )
+    _add_ties(report, "MMEB", evaluator)
     report.add_table("MMEB: by task", columns, rows, percent=True, note=note)
     series = {model: [100 * result.score for result in results.values()]}
     if known:
@@ -77,7 +84,7 @@ def add_mmeb(
         report.add_gallery(
             "MMEB: the worst mistakes",
             mistakes,
-            note="Those whose right answer ranks lowest, by task; the right answer is the last one shown.",
+            note=f"Those whose right answer ranks lowest, by task. {_AFTER_THEM}",
         )
 
 
@@ -143,12 +150,19 @@ def add_retrieval(
         scores = next((own for name, own in row.items() if name.lower() == evaluator.name.lower()), None)
         if isinstance(scores, dict):
             rows.append([row["model"], *(scores[way] if k == 1 else None for way in directions for k in evaluator.ks)])
-    note = "A direction is named by its query. An image's query is right when any of its captions is among the first k."
+    ties = " and ".join(f"{int(metrics[f'{prefix}{way}_ties'])} ({way.replace('_', ' ')})" for way in directions)
+    note = (
+        "A direction is named by its query. An image's query is right when any of its captions is among the first k. "
+        f"Queries that are wrong only for a candidate of exactly equal score: {ties}."
+    )
+    _add_ties(report, title, evaluator)
     report.add_table(title, columns, rows, digits=1, note=note)
     ranks = evaluator.rankings["text_to_image"].ranks
     worst = np.argsort(-ranks, kind="stable")[: min(_MISTAKES, int((ranks > 0).sum()))]
     if len(worst):
-        report.add_gallery(f"{title}, the worst mistakes", evaluator.top(queries=worst.tolist()))
+        entries = evaluator.top(queries=worst.tolist(), with_right=True)
+        note = f"Captions whose image ranks lowest. {_AFTER_THEM}"
+        report.add_gallery(f"{title}, the worst mistakes", entries, note=note)
 
 
 def add_sugarcrepe(
@@ -167,4 +181,12 @@ def add_sugarcrepe(
     rows: list[list[Any]] = [[model, *(100 * metrics[f"{prefix}{name}_accuracy"] for name in names)]]
     if evaluator.groups:
         rows += [[row["model"], *(row.get(name) for name in names)] for row in published_results("sugarcrepe")]
-    report.add_table("SugarCrepe: accuracy (chance is 50)", ["model", *names], rows, digits=1)
+    note = f"Rows that are wrong only because both captions are equally near: {int(metrics[f'{prefix}ties'])}."
+    _add_ties(report, "SugarCrepe", evaluator)
+    report.add_table("SugarCrepe: accuracy (chance is 50)", ["model", *names], rows, digits=1, note=note)
+
+
+def _add_ties(report: Report, title: str, evaluator: EmbeddingEvaluator) -> None:
+    """Say above the numbers that ties decide many of them, if they do."""
+    if told := told_of_ties(evaluator.outcomes()):
+        report.add_text(told, title=f"{title}: ties")
