@@ -20,7 +20,7 @@ from unime_st import build_encoder
 
 NAN, INF = math.nan, math.inf
 _NUMBERED = re.compile(r"\b([Ii]tem|[Ii]mage|[Cc]aption) \d+\b")  # of a list of items
-_SAID_OTHERWISE = {"dataset": ("columns",), "task": ("data set",)}
+_SAID_OTHERWISE = {"inputs": ("row 0",), "dataset": ("columns",), "task": ("data set",)}
 _REFUSALS = (ValueError, TypeError, OSError, IndexError, KeyError)
 
 

@@ -163,3 +163,20 @@ def test_by_rows_in_chunks_gives_the_same_values_and_gradients():
     assert results[0][3].abs().min() > 0
     for whole, chunked in zip(*results, strict=True):
         torch.testing.assert_close(whole, chunked, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), "0.1", True])
+def test_temperatures_that_are_none(temperature):
+    scores = torch.eye(3)
+    with pytest.raises((TypeError, ValueError), match="`temperature="):
+        F.info_nce(torch.zeros(3), scores, temperature)
+    for side in ("student", "teacher"):
+        given = {"student_temperature": 0.1, "teacher_temperature": 0.1, f"{side}_temperature": temperature}
+        with pytest.raises((TypeError, ValueError), match=f"`{side}_temperature="):
+            F.in_batch_kl(scores, scores, **given)
+
+
+@pytest.mark.parametrize(("k", "margin"), [(0, 0.1), (True, 0.1), (1.5, 0.1), (1, float("nan")), (1, float("inf"))])
+def test_numbers_of_negatives_and_margins_that_are_none(k, margin):
+    with pytest.raises((TypeError, ValueError), match=r"`k=|`margin="):
+        F.hardest_valid_negatives(torch.eye(3), torch.arange(3), k, margin)

@@ -284,6 +284,14 @@ def test_routes_are_seen():
     assert len({model_fingerprint(each) for each in made}) == len(made)
 
 
+def test_a_subclass_that_logs_is_the_same_model():
+    class Logging(SentenceTransformer):
+        pass
+
+    plain = static(words())
+    assert model_fingerprint(Logging(modules=list(plain), device="cpu")) == model_fingerprint(plain)
+
+
 IN_ANOTHER_PROCESS = """
 import torch
 from test_model_identity import Slow, model_fingerprint, static, words

@@ -52,24 +52,6 @@ def test_a_resumed_corpus_has_the_same_bytes(family, backbone, images, tmp_path)
         assert found.tobytes() == wanted.tobytes()
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "fast_vlm"])
-def test_a_pool_gives_the_same_bytes_whichever_process_takes_a_chunk(family, backbone, images):
-    """Processes take chunks as they come, so none may read what it computed for an earlier one."""
-    drawn = np.random.default_rng(0).integers(12, size=24).tolist()
-    inputs = [{"image": str(images / f"{image}.png"), "text": f"question {row}"} for row, image in enumerate(drawn)]
-    model = build_encoder(backbone(family), device="cpu")
-    alone = []
-    for start in range(0, len(inputs), 4):
-        model[0].vision_cache.clear()
-        alone.append(model.encode(inputs[start : start + 4], batch_size=3))
-    pool = model.start_multi_process_pool(["cpu"])  # one process takes all chunks, one after the other
-    try:
-        found = model.encode(inputs, pool=pool, batch_size=3, chunk_size=4)
-    finally:
-        model.stop_multi_process_pool(pool)
-    assert found.tobytes() == np.concatenate(alone).tobytes()
-
-
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step

@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from unime_st.arguments import require_number
+
 SCORES_AT_ONCE = 2**22
 """Entries of the ``(Q, C)`` matrix of scores that exist at a time, see :func:`rows_at_once`."""
 
@@ -46,6 +48,36 @@ class HardNegatives(NamedTuple):
     scores: Tensor
     filtered_by_identity: Tensor
     filtered_by_margin: Tensor
+
+
+def check_temperature(name: str, value: float) -> float:
+    """Return the temperature, or say what is wrong with it.
+
+    Example:
+        >>> check_temperature("temperature", 0)
+        Traceback (most recent call last):
+        ...
+        ValueError: `temperature=0`, but a temperature must be a number above 0 (0.02 to 0.1 is usual).
+    """
+    require_number(name, value, whole=False)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"`{name}={value}`, but a temperature must be a number above 0 (0.02 to 0.1 is usual).")
+    return value
+
+
+def check_margin(margin: float | None, *, optional: bool = True) -> None:
+    """Refuse a margin that is no finite number: with NaN or infinity nothing would ever be filtered, or all.
+
+    Example:
+        >>> check_margin(float("nan"))
+        Traceback (most recent call last):
+        ...
+        ValueError: `margin=nan`, but it must be a finite number; None switches the filter off.
+    """
+    require_number("margin", margin, whole=False, optional=optional)
+    if margin is not None and not abs(margin) < float("inf"):
+        advice = "; None switches the filter off" if optional else ""
+        raise ValueError(f"`margin={margin}`, but it must be a finite number{advice}.")
 
 
 def rows_at_once(num_candidates: int) -> int:
@@ -134,7 +166,7 @@ def in_batch_kl(
         ``(Q,)`` divergence of each row, >= 0. A row with no column left has 0, with gradient 0.
 
     Raises:
-        ValueError: On an unknown direction.
+        ValueError: On an unknown direction, or a temperature that is not above 0.
 
     Example:
         >>> scores = torch.eye(3)
@@ -143,6 +175,8 @@ def in_batch_kl(
     """
     if direction not in KL_DIRECTIONS:
         raise ValueError(f"`direction={direction!r}`, but it must be one of {', '.join(KL_DIRECTIONS)}.")
+    check_temperature("student_temperature", student_temperature)
+    check_temperature("teacher_temperature", teacher_temperature)
     student = student_scores / student_temperature
     teacher = teacher_scores.detach() / teacher_temperature
     left_out = torch.zeros_like(student, dtype=torch.bool)
@@ -269,15 +303,17 @@ def hardest_valid_negatives(
         The chosen scores ``(Q, K)``, most preferred first unless ``k`` is None, and the counts of what was dropped.
 
     Raises:
-        ValueError: When ``k`` is below 1.
+        ValueError: When ``k`` is below 1, or the margin not finite.
 
     Example:
         >>> scores = torch.tensor([[0.5, 0.9, 0.4, 0.1]])
         >>> hardest_valid_negatives(scores, torch.tensor([0]), k=2, margin=0.1).scores
         tensor([[0.4000, 0.1000]])
     """
+    require_number("k", k, optional=True)
     if k is not None and k < 1:
         raise ValueError(f"`k={k}`, but at least 1 negative must be kept; None keeps all of them.")
+    check_margin(margin)
     own = positive[:, None]  # (Q, 1)
     by_identity = identity_mask(
         positive, scores.shape[1], candidate_ids=candidate_ids, query_ids=query_ids, labels=labels
@@ -319,6 +355,7 @@ def info_nce(positive_scores: Tensor, negative_scores: Tensor, temperature: floa
         >>> info_nce(torch.zeros(1), torch.zeros(1, 3), temperature=0.02)  # log 4
         tensor([1.3863])
     """
+    check_temperature("temperature", temperature)
     logits = torch.cat([positive_scores[:, None], negative_scores], dim=1) / temperature  # (Q, 1 + K)
     return -F.log_softmax(logits, dim=1)[:, 0]
 

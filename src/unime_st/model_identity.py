@@ -49,9 +49,9 @@ def model_fingerprint(model: nn.Module) -> str:
     """Hash the weights and settings that decide a model's embeddings.
 
     Covered: every weight of the state dict (names, dtypes, shapes, values), LoRA settings and the active adapters, the
-    kind and settings of each module, all of the tokenizers but what they decode by, the processors of images, videos
-    and sound (so the resolution), chat templates, ``truncate_dim`` and the text of the default prompt. Where the model
-    was loaded from is not, nor what a call leaves behind: a copy of a checkpoint has the same fingerprint.
+    kind and settings of each module inside, all of the tokenizers but what they decode by, the processors of images,
+    videos and sound (so the resolution), chat templates, ``truncate_dim`` and the text of the default prompt. Where the
+    model was loaded from is not, nor what a call leaves behind: a copy of a checkpoint has the same fingerprint.
 
     Nothing is remembered between calls, so weights changed in any way are seen; the cost is one pass over the weights
     (about a second per gigabyte and thread). Hold the result while the model stays as it is.
@@ -138,7 +138,8 @@ def _settings(model: nn.Module) -> Iterator[Any]:
     yield getattr(model, "truncate_dim", None), getattr(model, "max_seq_length", None)
     seen: set[int] = set()  # the layers of a model share its config
     for name, module in model.named_modules():
-        yield name, type(module).__name__, module.extra_repr()  # what has no weights, such as activations, too
+        kind = type(module).__name__ if name else ""  # the whole may be a subclass that only counts, or logs
+        yield name, kind, module.extra_repr()  # what has no weights, such as activations, too
         if hasattr(module, "get_config_dict"):
             yield module.get_config_dict()
         for part in ("processor", "tokenizer", "feature_extractor", "image_processor"):

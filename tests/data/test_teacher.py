@@ -1,3 +1,4 @@
+import errno
 import json
 import pickle
 
@@ -342,3 +343,18 @@ def test_given_labels_that_teach_nothing_are_refused_by_row(row, wrong):
 def test_given_labels_that_are_no_numbers_are_refused(labels):
     with pytest.raises(ValueError, match="must be real numbers"):
         with_teacher_labels(["a"], labels)
+
+
+def test_a_full_cache_on_a_disk_that_is_not_to_be_written_is_served(tmp_path, monkeypatch):
+    texts = texts_of(1, 2, 3)
+    expected = embed(Counting(), texts, tmp_path)
+    (shard,) = tmp_path.rglob("shard-*.npy")
+
+    def refuses(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("teacher_identity.write_atomically", "embedding_store.write_atomically"):
+        monkeypatch.setattr(f"unime_st.data.{name}", refuses)
+    monkeypatch.setattr("unime_st.data.embedding_store.remove_leftovers", refuses)
+    assert np.array_equal(embed(Counting(), texts, tmp_path), expected)
+    assert shard.exists()

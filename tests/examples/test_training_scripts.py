@@ -121,7 +121,7 @@ def test_a_stopped_run_goes_on_and_ends_where_it_would_have(script, world, encod
 
 def test_what_is_not_worth_much_is_said(script, encoder, capsys):
     stage = script("stage")
-    loss = script("train_stage2").HardNegativeInfoNCELoss(None)
+    loss = script("train_stage2").HardNegativeInfoNCELoss(None, num_hard_negatives=8)
 
     assert stage.count_negatives(loss, Arguments, candidates_a_row=2) == 7
     printed = capsys.readouterr().out

@@ -155,6 +155,36 @@ def test_teacher_that_is_not_finite_is_named_before_the_student_runs(text_model,
             loss(features(text_model, ANCHORS), labels)
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_teacher_of_zeros_is_named_with_its_text(text_model, columns):
+    labels = teacher(8, columns, 12)
+    labels[6, columns - 1] = 0
+    loss = DistillKLLoss(text_model, temperature=0.1)
+    with pytest.raises(
+        ValueError, match=r"nothing but zeros in row\(s\) \[6\].*1 of 8.*The first is of '(a small small|dog is)"
+    ):
+        loss(features(text_model, *(ANCHORS, POSITIVES)[:columns]), labels)
+    labels[6, columns - 1, 3] = 1e-20  # small, but it says something
+    assert torch.isfinite(loss(features(text_model, *(ANCHORS, POSITIVES)[:columns]), labels))
+
+
+def test_a_teacher_of_too_few_rows_is_told_before_the_student_runs(text_model):
+    loss = DistillKLLoss(text_model, temperature=0.1, mini_batch_size=2)
+    text_model.forward = lambda *_: pytest.fail("the student ran first")
+    with pytest.raises(ValueError, match="5 rows, but the student's embeddings have 8"):
+        loss(features(text_model, ANCHORS), teacher(5, 12))
+
+
+@pytest.mark.parametrize("options", [{}, {"include_diagonal": False}, {"mini_batch_size": 1}], ids=str)
+def test_a_text_alone_is_said_once(text_model, caplog, options):
+    loss = DistillKLLoss(text_model, temperature=0.1, **options).train()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            loss(features(text_model, ANCHORS[:1]), teacher(1, 12)).backward()
+    (record,) = caplog.records
+    assert "compared with itself alone. Raise `per_device_train_batch_size`" in record.getMessage()
+
+
 def test_missing_or_integer_teacher(text_model):
     loss = DistillKLLoss(text_model, temperature=0.1)
     with pytest.raises(ValueError, match=r"no label.*teacher_embeddings"):
@@ -170,10 +200,16 @@ def test_missing_or_integer_teacher(text_model):
         ({"temperature": 1.0, "teacher_temperature": -1.0}, "teacher_temperature=-1"),
         ({"temperature": 1.0, "student_temperature": 0.0}, "student_temperature=0"),
         ({"temperature": 1.0, "direction": "both"}, "'both'.*symmetric"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": None}, "temperature=None"),
+        ({"temperature": 1.0, "teacher_temperature": float("nan")}, "teacher_temperature=nan"),
+        ({"temperature": 1.0, "student_temperature": True}, "student_temperature=True"),
+        ({"temperature": 1.0, "mini_batch_size": 0}, "mini_batch_size=0"),
+        ({"temperature": 1.0, "mini_batch_num_tokens": 0.5}, "mini_batch_num_tokens=0.5"),
     ],
 )
 def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         DistillKLLoss(None, **arguments)
 
 

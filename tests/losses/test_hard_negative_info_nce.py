@@ -1,6 +1,8 @@
 import logging
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import ANCHORS, NEGATIVES, POSITIVES, assert_same_step, features, run
@@ -316,11 +318,86 @@ def test_unknown_images_warn_once_unless_labelled(text_model, caplog, labels):
         ({"negative_selection": "random", "num_hard_negatives": None}, "needs a `num_hard_negatives`"),
         ({"mini_batch_size": 0}, "mini_batch_size=0.*None embeds the batch at once"),
         ({"mini_batch_num_tokens": -1}, "mini_batch_num_tokens=-1"),
+        ({"temperature": float("inf")}, "temperature.*above 0"),
+        ({"temperature": "0.02"}, "`temperature='0.02'`.*a number"),
+        ({"temperature": True}, "`temperature=True`"),
+        ({"margin": float("nan")}, "margin=nan.*None switches the filter off"),
+        ({"margin": float("-inf")}, "margin=-inf"),
+        ({"margin": "0.1"}, "`margin='0.1'`"),
+        ({"margin": False}, "`margin=False`"),
+        ({"num_hard_negatives": -3}, "num_hard_negatives=-3.*None keeps all"),
+        ({"num_hard_negatives": True}, "`num_hard_negatives=True`.*a whole number"),
+        ({"num_hard_negatives": 8.0}, "`num_hard_negatives=8.0`.*a whole number"),
+        ({"mini_batch_size": 2.5}, "`mini_batch_size=2.5`.*a whole number"),
+        ({"mini_batch_size": True}, "`mini_batch_size=True`"),
+        ({"mini_batch_num_tokens": "100"}, "`mini_batch_num_tokens='100'`"),
     ],
 )
 def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         HardNegativeInfoNCELoss(None, **arguments)
+
+
+def test_numbers_of_numpy_are_numbers():
+    HardNegativeInfoNCELoss(
+        None, temperature=np.float32(0.5), margin=np.float64(-0.1), num_hard_negatives=np.int64(2), mini_batch_size=None
+    )
+
+
+# --- few of a small batch, and nothing at all -------------------------------------------------------------------------
+
+
+def warnings_of(caplog, loss, *batches):
+    with caplog.at_level(logging.WARNING):
+        for columns, labels in batches:
+            loss.compute_loss_from_embeddings(columns, labels)
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    ("k", "rows", "warned"),
+    [(8, 32, True), (4, 32, True), (4, 33, False), (31, 32, False), (30, 32, True), (None, 32, False), (1, 4, True)],
+)
+def test_a_few_of_a_small_batch_are_warned_of_once(caplog, k, rows, warned):
+    columns = [random_embeddings(rows, 8, seed=s) for s in range(2)]
+    told = warnings_of(caplog, HardNegativeInfoNCELoss(None, num_hard_negatives=k), (columns, None), (columns, None))
+    assert len(told) == warned
+    assert not warned or f"`num_hard_negatives={k}` keeps a few of only {rows - 1} candidates" in told[0]
+
+
+def test_evaluation_is_not_warned_of_few(caplog):
+    columns = [random_embeddings(32, 8, seed=s) for s in range(2)]
+    with torch.no_grad():
+        assert not warnings_of(caplog, HardNegativeInfoNCELoss(None, num_hard_negatives=8), (columns, None))
+
+
+@pytest.mark.parametrize("options", [{}, {"mini_batch_size": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "arguments", "labels", "reason"),
+    [
+        (1, {}, None, "no candidate but its own positive. Raise `per_device_train_batch_size`"),
+        (8, {}, [5] * 8, "none of its 8 rows has a negative left.* 7 for holding a right answer by content or label"),
+        (6, {"margin": -2.5}, None, "none of its 6 rows.* a row loses 5 for scoring above it.*`margin=-2.5`"),
+    ],
+)
+def test_a_step_without_any_negative_is_said_once(text_model, caplog, options, rows, arguments, labels, reason):
+    loss = HardNegativeInfoNCELoss(text_model, **arguments, **options).train()
+    labels = None if labels is None else torch.tensor(labels)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            value = loss(features(text_model, ANCHORS[:rows], POSITIVES[:rows]), labels)
+            value.backward()
+            assert value.item() == 0
+    (told,) = [record.getMessage() for record in caplog.records if "Nothing is learned" in record.getMessage()]
+    assert re.search(reason, told)
+
+
+def test_a_loss_of_zero_with_negatives_is_not_warned_of(text_model, caplog):
+    loss = HardNegativeInfoNCELoss(text_model, temperature=1e-6, margin=None).train()
+    with caplog.at_level(logging.WARNING):
+        value = loss(features(text_model, ANCHORS, ANCHORS), torch.arange(8))
+    assert value.item() == 0
+    assert not caplog.records
 
 
 def test_more_hard_negatives_than_the_first_batch_offers():
@@ -352,8 +429,20 @@ def test_bad_batches(text_model):
         loss.compute_loss_from_embeddings(columns, torch.ones(9, 2).long())
     with pytest.raises(ValueError, match="5 rows, but the embeddings have 9"):
         loss.compute_loss_from_embeddings(columns, torch.arange(5))
+    with pytest.raises(ValueError, match="one integer a row"):
+        loss.compute_loss_from_embeddings(columns, torch.full((9,), torch.nan))
     with pytest.raises(ValueError, match="each of the 2 columns, got 4"):
         loss.compute_loss_from_embeddings(columns, content_ids=[torch.arange(9)] * 4)
+    with pytest.raises(ValueError, match=r"column 1 have shape \(4,\)"):
+        loss.compute_loss_from_embeddings(columns, content_ids=[torch.arange(9), torch.arange(4)])
+    with pytest.raises(ValueError, match=r"column 0.*float32"):
+        loss.compute_loss_from_embeddings(columns, content_ids=[torch.rand(9), torch.arange(9)])
+    with pytest.raises(ValueError, match=r"one shape \(B, D\).*\(9, 8\), \(7, 8\)"):
+        loss.compute_loss_from_embeddings([columns[0], columns[1][:7]])
+    with pytest.raises(ValueError, match=r"one shape \(B, D\)"):
+        loss.compute_loss_from_embeddings(columns[:1])
+    with pytest.raises(ValueError, match="3 rows, but the embeddings have 8"):
+        HardNegativeInfoNCELoss(text_model)(features(text_model, ANCHORS, POSITIVES), torch.arange(3))
     with pytest.raises(ValueError, match="model=None"):
         loss(features(text_model, ANCHORS, POSITIVES))
     with pytest.raises(ValueError, match=r"got 1 column\(s\)"):

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import assert_same_step, features
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch.nn.parallel import DistributedDataParallel
 
 from tiny import picture
@@ -17,14 +18,27 @@ ANCHORS = ["a bus", "two", "three", picture("white"), "a bus", {"image": picture
 POSITIVES = [picture("green"), "words", picture("red"), "a train", picture("green"), picture("yellow")]
 NEGATIVES = ["four", "five", picture("purple"), "six", "seven", "words"]
 LOCAL = len(ANCHORS) // 2
-MODES = {  # GradCache with all weights trained; the vision tower frozen and the whole batch at once
-    "cached": {"mini_batch_size": 2},
-    "plain": {},
+PICTURES = [picture("green"), picture("red"), picture("navy"), picture("teal"), picture("gold"), picture("yellow")]
+BATCHES = {
+    "mixed": (ANCHORS, POSITIVES, NEGATIVES),
+    "images first": (PICTURES, ["green", "red", "navy", "teal", "gold", "yellow"]),
+    "images last": (["green", "red", "navy", "teal", "gold", "yellow"], PICTURES),
+    "images on one process": (["a", "b", "c", "d", "e", "f"], ["one", "two", "three", *PICTURES[:3]]),
+    "texts": (["a", "b", "c", "d", "e", "f"], ["one", "two", "three", "four", "five", "six"]),
 }
+MODES = {
+    "cached": {"mini_batch_size": 2},  # all weights trained, with GradCache and without
+    "whole": {},
+    "nested": {},  # in a loss that has its own way to call the model
+    "adapters": {},  # the vision tower frozen
+}
+CASES = [("mixed", mode) for mode in MODES]
+CASES += [(batch, mode) for batch in list(BATCHES)[1:] for mode in ("whole", "nested")]
 
 
-def step(folder, mode, rows, wrap):
-    encoder = build_encoder(folder, device="cpu", peft_config=mode == "plain").double()
+def step(folder, case, rows, wrap):
+    batch, mode = case
+    encoder = build_encoder(folder, device="cpu", peft_config=mode == "adapters").double()
     torch.manual_seed(0)
     for name, parameter in encoder.named_parameters():
         if "lora_" in name:
@@ -34,8 +48,12 @@ def step(folder, mode, rows, wrap):
     loss = HardNegativeInfoNCELoss(
         model, temperature=1.0, num_hard_negatives=3, gather_across_devices=True, **MODES[mode]
     )
-    columns = features(encoder, *(column[rows] for column in (ANCHORS, POSITIVES, NEGATIVES)))
-    value = loss([dict(column) for column in columns])  # as the collator has them: DDP looks into plain dicts only
+    columns = features(encoder, *(column[rows] for column in BATCHES[batch]))
+    whole = MatryoshkaLoss(encoder, loss, [32, 16]) if mode == "nested" else loss
+    whole.model = model  # as the Trainer does
+    value = whole(
+        [dict(column) for column in columns], None
+    )  # as the collator has them: DDP looks into plain dicts only
     value.backward()
     gradients = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
     return value.detach(), gradients, loss.last_metrics["false_negatives_by_identity"]
@@ -45,24 +63,35 @@ def job(rank, folder):
     rows = slice(rank * LOCAL, (rank + 1) * LOCAL)
     # As the Trainer wraps a model: a process may have no image for its vision tower.
     wrap = partial(DistributedDataParallel, find_unused_parameters=True)
-    return {mode: step(folder, mode, rows, wrap) for mode in MODES}
+    return {"-".join(case): step(folder, case, rows, wrap) for case in CASES}
 
 
 @pytest.fixture(scope="module")
 def two_processes(backbone, tmp_path_factory):
-    return run_two(job, tmp_path_factory.mktemp("ranks"), backbone("llava_next"))
+    return {
+        family: run_two(job, tmp_path_factory.mktemp("ranks"), backbone(family))
+        for family in ("llava_next", "qwen2_vl")
+    }
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_vl"])
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_two_processes_equal_one(two_processes, backbone, family, case):
+    one = step(backbone(family), case, slice(None), lambda model: model)
+    first, second = (result["-".join(case)] for result in two_processes[family])
+    assert first[0] != second[0]
+    for rank in (first, second):  # gradients are averaged, so equal on both
+        gradients = {name: gradient for name, gradient in rank[1].items() if name in one[1]}
+        assert all(not gradient.any() for name, gradient in rank[1].items() if name not in one[1])
+        assert_same_step(one[:2], ((first[0] + second[0]) / 2, gradients), least=10)
+    trained = case[1] != "adapters" and case[0] != "texts"
+    assert any("vis" in name and gradient.abs().max() > 1e-4 for name, gradient in one[1].items()) == trained
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_two_processes_equal_one(two_processes, backbone, mode):
-    one = step(backbone("llava_next"), mode, slice(None), lambda model: model)
-    first, second = (result[mode] for result in two_processes)
-    assert first[0] != second[0]
-    for rank in (first, second):  # gradients are averaged, so equal on both
-        assert_same_step(one, ((first[0] + second[0]) / 2, rank[1]), least=10)
-    assert any("vision" in name and gradient.abs().max() > 1e-4 for name, gradient in one[1].items()) == (
-        mode == "cached"
-    )
+def test_equal_rows_are_found_across_processes(two_processes, backbone, mode):
+    one = step(backbone("llava_next"), ("mixed", mode), slice(None), lambda model: model)
+    first, second = (result[f"mixed-{mode}"] for result in two_processes["llava_next"])
     # Rows 0 and 4 have one query and one target, row 1's target is row 5's explicit negative: all across processes.
     assert float(one[2]) == pytest.approx((first[2] + second[2]) / 2)
     assert float(first[2]) == pytest.approx(2 / LOCAL)

@@ -33,16 +33,17 @@ def test_nothing_is_wrong_with_one_process():
 
 
 MISTAKES = {
-    "gather_across_devices=True": {"world_size": 4},
-    "--num_processes 2": {"n_gpu": 2},
-    "GradCache": {"gradient_accumulation_steps": 4},
+    "gather_across_devices=True": {"world_size": 4, "per_device_train_batch_size": 128},
+    "--num_processes 2": {"n_gpu": 2, "per_device_train_batch_size": 128},
+    "GradCache": {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 128},
     "is more than the 3 there are": {"per_device_train_batch_size": 4},
+    "keeps a few of only 31 candidates": {"per_device_train_batch_size": 32},
 }
 
 
 @pytest.mark.parametrize("advice", MISTAKES)
 def test_each_mistake_is_told_with_what_to_do(advice):
-    found = effective_negatives(HardNegativeInfoNCELoss(None), arguments(**MISTAKES[advice]))
+    found = effective_negatives(HardNegativeInfoNCELoss(None, num_hard_negatives=8), arguments(**MISTAKES[advice]))
     assert len(found.warnings) == 1
     assert advice in found.warnings[0]
 

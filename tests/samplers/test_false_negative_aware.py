@@ -272,3 +272,28 @@ def test_accelerate_deals_global_batches_and_resumes_them(world_size):
         callback.on_epoch_begin(None, state, None, train_dataloader=loader)
         assert list(resumed) == expected[rank][3:]
         assert len(resumed) == len(expected[rank]) - 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": True}, "batch_size=True"),
+        ({"batch_size": 2.0}, "batch_size=2.0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": "3"}, "seed='3'"),
+        ({"world_size": -2}, "at least one process"),
+        ({"world_size": 1.5}, "world_size=1.5"),
+        ({"margin": float("nan")}, "margin=nan"),
+        ({"margin": float("-inf")}, "margin=-inf"),
+        ({"margin": "0.1"}, "margin='0.1'"),
+        ({"hard_negatives_together": -1}, "hard_negatives_together=-1"),
+        ({"hard_negatives_together": True}, "hard_negatives_together=True"),
+        ({"max_rows_per_dataset": 0}, "would leave no rows"),
+        ({"max_rows_per_dataset": 2.5}, "max_rows_per_dataset=2.5"),
+    ],
+)
+def test_arguments_out_of_range_are_named(options, message):
+    rows = Dataset.from_dict({"q": list("abcd"), "t": list("wxyz"), "subset": ["s"] * 4})
+    with pytest.raises((TypeError, ValueError), match=message):
+        FalseNegativeAwareBatchSampler(rows, **{"batch_size": 2, "drop_last": False, **options})

@@ -231,3 +231,40 @@ def test_two_processes_plan_alike(tmp_path):
     assert first["failure"].startswith("ValueError: `guide_queries` has shape (10, 32)")
     assert second["failure"].startswith("RuntimeError: Rank 0 failed, so this process stops too: ValueError")
     assert len(list((tmp_path / "plan").glob("*.json"))) == 1
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_a_row_of_zeros_is_named(row):
+    queries = np.eye(4)
+    queries[row] = 0
+    with pytest.raises(ValueError, match=f"`guide_q` holds nothing but zeros in row {row}"):
+        find_neighbors(*guides(queries, np.eye(4)), margin=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"margin": float("nan")}, "margin=nan"),
+        ({"margin": float("inf")}, "margin=inf"),
+        ({"margin": None}, "margin=None"),
+        ({"margin": 0.1, "num_hardest": -1}, "num_hardest=-1"),
+        ({"margin": 0.1, "num_hardest": 1.5}, "num_hardest=1.5"),
+    ],
+)
+def test_numbers_that_are_none(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        find_neighbors(*guides(np.eye(4), np.eye(4)), **options)
+
+
+def test_what_is_no_array_of_numbers_is_named(tmp_path):
+    np.save(tmp_path / "words.npy", np.array(["a", "b"]))
+    np.savez(tmp_path / "several.npz", np.eye(2))
+    (tmp_path / "damaged.npy").write_bytes(b"no array")
+    with pytest.raises(TypeError, match="`guide_q` must be an array of numbers"):
+        GuideEmbeddings("guide_q", tmp_path / "words.npy", 2)
+    with pytest.raises(TypeError, match="`guide_q` must be an array of numbers"):
+        GuideEmbeddings("guide_q", tmp_path / "several.npz", 2)
+    with pytest.raises(ValueError, match=r"`guide_q='.*damaged\.npy'` cannot be read"):
+        GuideEmbeddings("guide_q", tmp_path / "damaged.npy", 2)
+    with pytest.raises(FileNotFoundError, match=r"`guide_q='.*nowhere\.npy'`, but there is no such file"):
+        GuideEmbeddings("guide_q", str(tmp_path / "nowhere.npy"), 2)

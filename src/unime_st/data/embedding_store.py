@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
 from collections import OrderedDict
@@ -71,7 +72,8 @@ class EmbeddingStore:
         self._index: tuple[np.ndarray, np.ndarray] | None = None  # sorted keys, and the number of each
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
         self._unverified = self._told = 0
-        remove_leftovers(folder)
+        with contextlib.suppress(OSError):  # on a disk that is not to be written they stay
+            remove_leftovers(folder)
         self.refresh()
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from unime_st.data.corpus_windows import ITEM_ERRORS, BrokenInputError, shown
+from unime_st.features import forget_kept_features
 
 _ENTRY_BYTES = 256  # of a remembered embedding, besides its numbers: key, bytes objects, place in the dictionary
 
@@ -94,6 +95,7 @@ class WindowEncoder:
             if key not in known:
                 first.setdefault(key, place)
         if first:
+            forget_kept_features(self.model)  # a resumed run has none of earlier windows', and must give the same bytes
             missing = [items[place] for place in first.values()]
             known.update(zip(first, self._encode(missing, [start + place for place in first.values()]), strict=True))
         embeddings = np.stack([known[key] for key in keys])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from unime_st import distributed, functional
+from unime_st.features import num_rows
 from unime_st.functional import KL_DIRECTIONS, KLDirection
-from unime_st.losses.in_batch import InBatchLoss, check_temperature
+from unime_st.losses.checks import MORE_ROWS, check_columns, check_teacher
+from unime_st.losses.in_batch import InBatchLoss
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ class DistillKLLoss(InBatchLoss):
 
     Raises:
         ValueError: At construction on arguments out of range; on a batch when the teacher's embeddings are missing,
-            have the wrong shape or hold a number that is not finite.
+            have the wrong shape, hold a number that is not finite, or nothing but zeros.
 
     Inputs:
         +----------------------+--------------------------------------------------------------------+
@@ -106,20 +108,21 @@ class DistillKLLoss(InBatchLoss):
         )
         if direction not in KL_DIRECTIONS:
             raise ValueError(f"`direction={direction!r}`, but it must be one of {', '.join(KL_DIRECTIONS)}.")
-        self.temperature = check_temperature("temperature", temperature)
+        self.temperature = functional.check_temperature("temperature", temperature)
         for name, value in (("student_temperature", student_temperature), ("teacher_temperature", teacher_temperature)):
             if value is not None:
-                check_temperature(name, value)
+                functional.check_temperature(name, value)
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
         self.direction = direction
         self.include_diagonal = include_diagonal
         self._checked_first_batch = False
+        self._compared = 0
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """Embed the columns and compute the loss."""
         columns = list(sentence_features)
-        _check_teacher(labels, len(columns))  # before the expensive part
+        check_teacher(labels, len(columns), num_rows(columns[0]), self.model, columns)  # before the expensive part
         return self.embed_and_compute(columns, labels)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
@@ -133,20 +136,16 @@ class DistillKLLoss(InBatchLoss):
             The mean loss over this process's rows, a scalar.
 
         Raises:
-            ValueError: On a teacher that does not fit, or holds a number that is not finite.
+            ValueError: On a teacher that does not fit, or an embedding of it that is not finite or zero.
         """
-        _check_teacher(labels, len(embeddings))
+        check_columns(embeddings, 1, "The texts")
+        check_teacher(labels, len(embeddings), len(embeddings[0]))
         return self.compute_loss(embeddings, labels)
 
     def compute_loss(self, embeddings: list[Tensor], targets: Tensor | None) -> Tensor:
         """Compute the loss from embeddings and a teacher that was checked."""
-        students = embeddings
+        students, targets = embeddings, cast("Tensor", targets)
         batch, columns = len(students[0]), len(students)
-        if targets is None or len(targets) != batch:
-            given = None if targets is None else len(targets)
-            raise ValueError(
-                f"The teacher has {given} rows, but the student's embeddings have {batch}: one each is needed."
-            )
         teachers = list(targets.detach().reshape(batch, columns, -1).unbind(1))  # n times (B, Dt)
         student, teacher = torch.cat(students), torch.cat(teachers)  # (Q, D), (Q, Dt), Q = n * B
         rows = torch.arange(batch, device=student.device)
@@ -156,6 +155,7 @@ class DistillKLLoss(InBatchLoss):
             students, teachers = distributed.gather_columns(students), distributed.gather_columns(teachers)
         diagonal = torch.cat([rows + column * total for column in range(columns)])  # (Q,)
         all_students, all_teachers = torch.cat(students), torch.cat(teachers)  # (C, D), (C, Dt), C = n * N
+        self._compared = len(all_students)
         self._warn_when_saturated(teacher, all_teachers, diagonal)
 
         def by_row(some_students: Tensor, some_teachers: Tensor, own: Tensor) -> tuple[Tensor, ...]:
@@ -176,6 +176,12 @@ class DistillKLLoss(InBatchLoss):
         )
         self.record_metrics({name: values.mean() for name, values in zip(self.metric_names, told, strict=True)})
         return loss.mean()
+
+    def nothing_to_learn(self, rows: int) -> str:
+        """Why the last step had nothing to compare its rows with; empty where it had."""
+        if self._compared > 1:
+            return ""
+        return f"it has {rows} text, which is compared with itself alone. {MORE_ROWS}"
 
     @torch.no_grad()
     def _told(self, student_scores: Tensor, teacher_scores: Tensor, own: Tensor) -> tuple[Tensor, ...]:
@@ -232,29 +238,3 @@ class DistillKLLoss(InBatchLoss):
 def _self_probability(scores: Tensor, own: Tensor, temperature: float) -> Tensor:
     """Probability each row gives to itself, ``(q,)``."""
     return (scores / temperature).softmax(dim=1).gather(1, own).squeeze(1)
-
-
-def _check_teacher(labels: Tensor | None, columns: int) -> None:
-    """Refuse a teacher of the wrong shape or with numbers that are not finite.
-
-    Finiteness is read off the device in every batch, before the student runs: one bad row would spoil the weights.
-    """
-    if labels is None:
-        raise ValueError(
-            "DistillKLLoss got no label. Add a `label` column with the teacher's embedding of each text, e.g. from "
-            "`unime_st.data.teacher_embeddings`."
-        )
-    expected = "(B, Dt)" if columns == 1 else f"(B, {columns}, Dt)"
-    fits = (labels.ndim == 3 and labels.shape[1] == columns) or (labels.ndim == 2 and columns == 1)
-    if not (fits and labels.is_floating_point() and labels.shape[-1] > 0):
-        raise ValueError(
-            f"The teacher's embeddings have shape {tuple(labels.shape)} ({labels.dtype}), but {columns} text column(s) "
-            f"need floats of shape {expected}: one embedding a text, in the columns' order."
-        )
-    bad = ~labels.isfinite().flatten(1).all(dim=1)
-    if bad.any():
-        rows = bad.nonzero().flatten().tolist()
-        raise ValueError(
-            f"The teacher's embeddings hold NaN or infinite numbers in row(s) {rows[:10]} of the batch "
-            f"({len(rows)} of {len(labels)}), which would make every weight NaN. Embed these texts again, or drop them."
-        )

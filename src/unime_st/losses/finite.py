@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unime_st import distributed
-from unime_st.losses.grad_cache import encoder_of
+from unime_st.losses.described import described
 
 _MOST_ROWS = 5
 
 
 def refuse_non_finite(
-    loss: Tensor, model: Any, columns: Sequence[Mapping[str, Any]], embeddings: Sequence[Tensor]
+    loss: float, model: Any, columns: Sequence[Mapping[str, Any]], embeddings: Sequence[Tensor]
 ) -> None:
-    """Raise when a loss is NaN or infinite, before it reaches the weights; reads one number off the device.
+    """Raise when a loss is NaN or infinite, before it reaches the weights.
 
     Args:
-        loss: A scalar.
+        loss: Its value.
         model: Has the tokenizer that the rows are read by.
         columns: Features of the batch, one dict a column.
         embeddings: ``(B, D)`` a column.
@@ -29,19 +29,19 @@ def refuse_non_finite(
     Raises:
         FloatingPointError: With the rows whose embeddings are not finite.
     """
-    if bool(torch.isfinite(loss)):
+    if math.isfinite(loss):
         return
     process = f" on process {distributed.rank()}" if distributed.is_distributed() else ""
     broken = [(~torch.isfinite(column)).any(dim=1).nonzero().flatten().tolist() for column in embeddings]
     total = sum(map(len, broken))
     if not total:
         raise FloatingPointError(
-            f"The loss is {loss.item()}{process}, though all embeddings of the batch's rows there are finite. With "
+            f"The loss is {loss}{process}, though all embeddings of the batch's rows there are finite. With "
             "`gather_across_devices` see the other processes' errors; else raise the temperature, which divides "
             "similarities before they are exponentiated."
         )
     named = [
-        f"row {row} of column {number} ({_described(model, columns[number], row)})"
+        f"row {row} of column {number} ({described(model, columns[number], row)})"
         for number, rows in enumerate(broken)
         for row in rows
     ]
@@ -54,23 +54,6 @@ def refuse_non_finite(
         else "Look at these inputs and remove them, or train in bfloat16 in place of float16, which overflows."
     )
     raise FloatingPointError(
-        f"The loss is {loss.item()}{process}, since embeddings of {total} inputs of the batch are not finite: "
+        f"The loss is {loss}{process}, since embeddings of {total} inputs of the batch are not finite: "
         f"{'; '.join(named[:_MOST_ROWS])}{more}. Nothing was learned from this batch. {advice}"
     )
-
-
-def _described(model: Any, features: Mapping[str, Any], row: int) -> str:
-    """The row's text, and its images by number; its content's identity too, to find it in a data set."""
-    tokenizer = getattr(encoder_of(model), "tokenizer", None)
-    tokens, content = features.get("input_ids"), features.get("content_id")
-    parts = []
-    if tokenizer is not None and isinstance(tokens, Tensor):
-        mask = features.get("attention_mask")
-        kept = tokens[row] if mask is None else tokens[row][mask[row].bool()]
-        parts.append(repr(shorten(tokenizer.decode(kept, skip_special_tokens=True), 80)))
-    images = features.get("num_images_per_sample")
-    if isinstance(images, Tensor) and int(images[row]):
-        parts.append(f"{int(images[row])} image(s)")
-    if isinstance(content, Tensor):
-        parts.append(f"content_id {int(content[row])}")
-    return ", ".join(parts) or "no text"

@@ -58,6 +58,49 @@ def embedded(model: Any, features: dict[str, Any]) -> Tensor:
         return model(features)["sentence_embedding"]
 
 
+def embedded_together(model: Any, batches: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """Embeddings of several batches of a step whose activations are kept, ``(B, D)`` each.
+
+    DistributedDataParallel is called once for all of them. It takes weights that its *last* call before the backward
+    pass does not reach for unused, and fails when an earlier call has a gradient for them: the vision tower, where
+    texts follow images.
+    """
+    if not isinstance(model, DistributedDataParallel) or _is_compiled(model) or "forward" in vars(model):
+        return _images_last(model, batches)  # `MatryoshkaLoss` sets a forward of its own, which takes one batch
+    inner = model.module
+    own = vars(inner).get("forward")  # accelerate sets it, for autocast
+
+    def restore() -> None:
+        if own is None:
+            vars(inner).pop("forward", None)
+        else:
+            inner.forward = own
+
+    def one_by_one(several: Sequence[dict[str, Any]]) -> list[Tensor]:
+        restore()
+        return [embedded(inner, batch) for batch in several]
+
+    inner.forward = one_by_one
+    try:
+        return list(model(list(batches)))
+    finally:
+        restore()
+
+
+def _images_last(model: Any, batches: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """As above, by a call each: the one that reaches most weights is the last."""
+    order = list(range(len(batches)))
+    if distributed.is_distributed():
+        order.sort(key=lambda number: _shows_images(batches[number]))
+    found = {number: embedded(model, batches[number]) for number in order}
+    return [found[number] for number in range(len(batches))]
+
+
+def _shows_images(features: dict[str, Any]) -> bool:
+    count = features.get("num_images_per_sample")
+    return bool(count.any()) if isinstance(count, Tensor) else "pixel_values" in features
+
+
 class BatchEmbedder:
     """Embeds the inputs of one step by a plan, without keeping their activations; then sends gradients back.
 

@@ -11,8 +11,17 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from unime_st import distributed, functional
+from unime_st.features import num_rows
+from unime_st.losses.checks import (
+    all_left_out,
+    check_columns,
+    check_content_ids,
+    check_labels,
+    check_number_of_negatives,
+    few_of_a_small_batch,
+)
 from unime_st.losses.identity import batch_identities, equal_to_nothing
-from unime_st.losses.in_batch import InBatchLoss, check_temperature
+from unime_st.losses.in_batch import InBatchLoss
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +48,9 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         model: The model to train; None when only :meth:`compute_loss_from_embeddings` is used.
         temperature: Divides the cosine similarities, > 0.
         margin: See above; may be negative. None switches the filter by score off.
-        num_hard_negatives: ``k``, >= 1; None keeps all valid candidates.
+        num_hard_negatives: ``k``, >= 1; None keeps all valid candidates. The paper keeps 8 of 1,024. A few of a small
+            batch make embeddings alike (``benchmarks/ablation.py`` measures it): with more than an eighth of the first
+            batch's candidates, and fewer than all, a warning says so.
         negative_selection: ``"hardest"``, or ``"random"`` to draw ``k`` among the valid ones: the baseline that shows
             what hardness is worth. Draws come from torch's CPU generator, so the Trainer seeds and resumes them.
         filter_explicit_negatives: Whether the margin applies to a row's own explicit negatives too. False trusts them,
@@ -78,9 +89,9 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         ``MatryoshkaLoss`` may wrap it.
 
     References:
-        UniME, section 3.3: https://arxiv.org/abs/2504.17432. Defaults are the paper's; the temperature is the published
-        code's. The filter by identity and the count of repetitions go beyond it: a copy of the positive is as similar
-        as the positive and passes every margin >= 0.
+        UniME, section 3.3: https://arxiv.org/abs/2504.17432. The margin is the paper's, as ``num_hard_negatives=8``
+        is; the temperature is the published code's. The filter by identity and the count of repetitions go beyond it:
+        a copy of the positive is as similar as the positive and passes every margin >= 0.
 
     Example:
         >>> loss = HardNegativeInfoNCELoss(None, margin=0.1, num_hard_negatives=2)
@@ -106,7 +117,7 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         *,
         temperature: float = 0.02,
         margin: float | None = 0.1,
-        num_hard_negatives: int | None = 8,
+        num_hard_negatives: int | None = None,
         negative_selection: Literal["hardest", "random"] = "hardest",
         filter_explicit_negatives: bool = True,
         gather_across_devices: bool = False,
@@ -119,21 +130,20 @@ class HardNegativeInfoNCELoss(InBatchLoss):
             mini_batch_size=mini_batch_size,
             mini_batch_num_tokens=mini_batch_num_tokens,
         )
-        if num_hard_negatives is not None and num_hard_negatives < 1:
-            raise ValueError(f"`num_hard_negatives={num_hard_negatives}`, but at least 1 is needed; None keeps all.")
-        if margin is not None and not abs(margin) < float("inf"):
-            raise ValueError(f"`margin={margin}`, but it must be a finite number; None switches the filter off.")
+        check_number_of_negatives(num_hard_negatives)
+        functional.check_margin(margin)
         if negative_selection not in ("hardest", "random"):
             raise ValueError(f"`negative_selection={negative_selection!r}`, but it must be 'hardest' or 'random'.")
         if negative_selection == "random" and num_hard_negatives is None:
             raise ValueError("`negative_selection='random'` needs a `num_hard_negatives`: None keeps all of them.")
-        self.temperature = check_temperature("temperature", temperature)
+        self.temperature = functional.check_temperature("temperature", temperature)
         self.margin = margin
         self.num_hard_negatives = num_hard_negatives
         self.negative_selection = negative_selection
         self.filter_explicit_negatives = filter_explicit_negatives
         self._checked_first_batch = False
         self._warned_unknown = False
+        self._offered = 0
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """Embed the columns and compute the loss."""
@@ -152,6 +162,8 @@ class HardNegativeInfoNCELoss(InBatchLoss):
                 "`unime_st.load_encoder`, or give an integer `label` column that identifies the target.",
                 unknown,
             )
+        if labels is not None:
+            check_labels(labels, num_rows(columns[0]))
         return self.embed_and_compute(columns, _pack(labels, ids))
 
     def compute_loss_from_embeddings(
@@ -170,12 +182,18 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         Raises:
             ValueError: On columns or labels of the wrong shape or type, or too few candidates (see the class).
         """
+        check_columns(embeddings, 2, "Queries, positives and explicit negatives")
+        batch = len(embeddings[0])
+        if labels is not None:
+            check_labels(labels, batch)
+        if content_ids is not None:
+            check_content_ids(content_ids, len(embeddings), batch)
         ids = None if content_ids is None else torch.stack(list(content_ids), dim=1)
         return self.compute_loss(embeddings, _pack(labels, ids))
 
     def compute_loss(self, embeddings: list[Tensor], targets: Tensor | None) -> Tensor:
         """Compute the loss from embeddings and packed identities (see :func:`_pack`)."""
-        labels, ids = _unpack(targets, batch=len(embeddings[0]), columns=len(embeddings))
+        labels, ids = _unpack(targets, columns=len(embeddings))
         queries, documents = embeddings[0], embeddings[1:]
         batch = len(queries)
         first_row = 0
@@ -213,10 +231,12 @@ class HardNegativeInfoNCELoss(InBatchLoss):
 
     def _check_number_of_candidates(self, num_candidates: int) -> None:
         """Refuse a `num_hard_negatives` the first training batch cannot meet; by shapes alone, so no sync."""
+        offered = self._offered = num_candidates - 1
         if self._checked_first_batch or not (self.training and torch.is_grad_enabled()):
             return
         self._checked_first_batch = True
-        offered = num_candidates - 1
+        if (advice := few_of_a_small_batch(self.num_hard_negatives, offered)) and distributed.rank() == 0:
+            logger.warning(advice)
         if self.num_hard_negatives is not None and self.num_hard_negatives > offered:
             gathered = "" if self.gather_across_devices else ", set `gather_across_devices=True` on several processes"
             raise ValueError(
@@ -225,6 +245,13 @@ class HardNegativeInfoNCELoss(InBatchLoss):
                 "explicit negatives. If this is the small last batch of an epoch, met first after resuming, set "
                 "`dataloader_drop_last=True`."
             )
+
+    def nothing_to_learn(self, rows: int) -> str:
+        """Why the last step had nothing to compare its rows with; empty where it had."""
+        if int(self.last_metrics["rows_without_negatives"]) < rows:
+            return ""
+        lost = (float(self.last_metrics[f"false_negatives_by_{by}"]) for by in ("margin", "identity"))
+        return all_left_out(rows, self._offered, self.margin, *lost)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the constructor's arguments, for the model card."""
@@ -270,25 +297,14 @@ def _metrics(
 
 def _pack(labels: Tensor | None, ids: Tensor | None) -> Tensor | None:
     """Put labels ``(B,)`` and content ids ``(B, n)`` side by side: the one tensor the GradCache mixin hands through."""
-    if labels is not None:
-        if labels.is_floating_point() or labels.ndim != 1:
-            raise ValueError(
-                "The label must be one integer a row, identifying the row's target, equal for equal targets, got "
-                f"{tuple(labels.shape)} of {labels.dtype}. Remove or rename the column if it means something else."
-            )
-        labels = labels.long()[:, None]
-    present = [part for part in (labels, ids) if part is not None]
+    present = [part for part in (None if labels is None else labels.long()[:, None], ids) if part is not None]
     return torch.cat(present, dim=1) if present else None
 
 
-def _unpack(targets: Tensor | None, *, batch: int, columns: int) -> tuple[Tensor | None, Tensor | None]:
+def _unpack(targets: Tensor | None, *, columns: int) -> tuple[Tensor | None, Tensor | None]:
     """Undo :func:`_pack`: the width tells what is there, as there are always two columns or more."""
     if targets is None:
         return None, None
-    if len(targets) != batch:
-        raise ValueError(f"Labels or content ids have {len(targets)} rows, but the embeddings have {batch}.")
     width = targets.shape[1]
-    if width not in (1, columns, columns + 1):
-        raise ValueError(f"Content ids must be given for each of the {columns} columns, got {width}.")
     labels = targets[:, 0] if width in (1, columns + 1) else None
     return labels, targets[:, -columns:] if width >= columns else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 
 from unime_st import distributed
 from unime_st.features import num_rows, select_rows, token_counts
+from unime_st.losses.checks import check_mini_batch
 from unime_st.losses.finite import refuse_non_finite
-from unime_st.losses.grad_cache import BatchEmbedder, cached_backward, embedded, holding_vision
+from unime_st.losses.grad_cache import BatchEmbedder, cached_backward, embedded_together, holding_vision
 from unime_st.losses.identity import input_keys
 from unime_st.losses.mini_batches import MiniBatchPlan, plan_mini_batches
+
+logger = logging.getLogger(__name__)
 
 UNIME_CITATION = """
 @article{gu2025unime,
@@ -67,9 +71,8 @@ class InBatchLoss(nn.Module):
         mini_batch_num_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("mini_batch_size", mini_batch_size), ("mini_batch_num_tokens", mini_batch_num_tokens)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}={value}`, but at least 1 is needed; None embeds the batch at once.")
+        check_mini_batch("mini_batch_size", mini_batch_size)
+        check_mini_batch("mini_batch_num_tokens", mini_batch_num_tokens)
         self.model = model
         self.gather_across_devices = gather_across_devices
         self.mini_batch_size = mini_batch_size
@@ -86,6 +89,7 @@ class InBatchLoss(nn.Module):
         self.last_metrics: dict[str, Tensor] = {}
         self._metric_sums: dict[str, Tensor] = {}
         self._metric_steps = 0
+        self._told_of_nothing = False
 
     def compute_loss(self, embeddings: list[Tensor], targets: Tensor | None) -> Tensor:
         """Compute the loss of this process's rows from one ``(B, D)`` tensor a column."""
@@ -121,16 +125,15 @@ class InBatchLoss(nn.Module):
         # A data-parallel wrapper wants as many passes of each process, so as many as there are columns.
         plan = plan_mini_batches(keys.numpy()[None], tokens.numpy()[None], batch, least=len(columns))
         self.last_plan = plan
-        parts = []
-        for column, rows in plan.mini_batches:
-            features = columns[column]
-            whole = len(rows) == batch
-            parts.append(embedded(self.model, features if whole else select_rows(features, rows.tolist())))
-        table = torch.cat(parts)
+        parts = [
+            columns[column] if len(rows) == batch else select_rows(columns[column], rows.tolist())
+            for column, rows in plan.mini_batches
+        ]
+        table = torch.cat(embedded_together(self.model, parts))
         place = torch.from_numpy(plan.place).to(table.device)
         embeddings = list(table[place].unbind())
         loss = self.compute_loss(embeddings, targets)
-        self._check_finite(loss, columns, embeddings)
+        self._check(loss, columns, embeddings)
         return loss
 
     def _cached_step(self, columns: list[dict[str, Any]], targets: Tensor | None) -> Tensor:
@@ -144,7 +147,7 @@ class InBatchLoss(nn.Module):
             loss = self.calculate_loss([[column] for column in embeddings], targets, with_backward=training)
             if not training:
                 return loss
-            self._check_finite(loss, columns, embeddings)
+            self._check(loss, columns, embeddings)
             return cached_backward(loss, embedder, embedder.gradients(embeddings), step.pop_all().close)
 
     def _plan(self, columns: Sequence[dict[str, Any]], *, training: bool) -> MiniBatchPlan:
@@ -179,9 +182,22 @@ class InBatchLoss(nn.Module):
             plan = plan if least == len(plan.mini_batches) else planned(least)
         return plan
 
-    def _check_finite(self, loss: Tensor, columns: Sequence[dict[str, Any]], embeddings: Sequence[Tensor]) -> None:
-        if self.training and torch.is_grad_enabled():
-            refuse_non_finite(loss, self.model, columns, embeddings)
+    def nothing_to_learn(self, rows: int) -> str:
+        """Why the last step, whose loss is 0, had nothing to compare its rows with; empty where it had."""
+        raise NotImplementedError
+
+    def _check(self, loss: Tensor, columns: Sequence[dict[str, Any]], embeddings: Sequence[Tensor]) -> None:
+        """Look at a training step's loss: refuse one that is not finite, and say once when there is nothing to learn.
+
+        Reads one number off the device.
+        """
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        value = loss.item()
+        refuse_non_finite(value, self.model, columns, embeddings)
+        if value == 0 and not self._told_of_nothing and (reason := self.nothing_to_learn(len(embeddings[0]))):
+            self._told_of_nothing = True
+            logger.warning("Nothing is learned from a batch: %s This is said once.", reason)
 
     def record_metrics(self, metrics: dict[str, Tensor]) -> None:
         """Keep the numbers of a step, and add them to the running means when it is a training step.
@@ -212,10 +228,3 @@ class InBatchLoss(nn.Module):
     def citation(self) -> str:
         """BibTeX of the paper, for the model card."""
         return UNIME_CITATION
-
-
-def check_temperature(name: str, value: float) -> float:
-    """Return the temperature, or say what is wrong with it."""
-    if not value > 0 or value == float("inf"):
-        raise ValueError(f"`{name}={value}`, but a temperature must be a number above 0 (0.02 to 0.1 is usual).")
-    return value

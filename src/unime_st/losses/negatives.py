@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from sentence_transformers import SentenceTransformerTrainingArguments
 
+from unime_st.losses.checks import few_of_a_small_batch
 from unime_st.losses.hard_negative_info_nce import HardNegativeInfoNCELoss
 from unime_st.losses.in_batch import InBatchLoss
 
@@ -46,7 +47,7 @@ def effective_negatives(
         >>> arguments = SentenceTransformerTrainingArguments(
         ...     tempfile.mkdtemp(), per_device_train_batch_size=4, use_cpu=True, gradient_accumulation_steps=2
         ... )
-        >>> found = effective_negatives(HardNegativeInfoNCELoss(None), arguments)
+        >>> found = effective_negatives(HardNegativeInfoNCELoss(None, num_hard_negatives=8), arguments)
         >>> found.number, [text.partition(" ")[0] for text in found.warnings]
         (3, ['Accumulating', '`num_hard_negatives=8`'])
     """
@@ -85,4 +86,6 @@ def effective_negatives(
     k = loss.num_hard_negatives if isinstance(loss, HardNegativeInfoNCELoss) else None
     if k is not None and k > number:
         warnings.append(f"`num_hard_negatives={k}` is more than the {number} there are, and training will refuse it.")
+    elif advice := few_of_a_small_batch(k, number):
+        warnings.append(advice)
     return Negatives(number, rows, processes, tuple(warnings))

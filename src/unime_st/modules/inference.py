@@ -99,6 +99,8 @@ def encoding_order(inputs: Sequence[Any], batch_size: int, *, by_beginning: bool
 def _fingerprint(item: Any, row: int) -> str:
     try:
         return fingerprint(item)
+    except UnicodeError as error:  # made of more than a text
+        raise ValueError(f"Row {row}: {error}") from error
     except (OSError, TypeError, ValueError) as error:
         raise type(error)(f"Row {row}: {error}") from error
 

@@ -35,6 +35,7 @@ from unime_st.modules.shared_images import each_image_once
 from unime_st.modules.shared_prefix import SharedPrefixes, shares_prefixes
 from unime_st.modules.text_only import absent_parts, load_text_model, no_images, whole_model
 from unime_st.modules.token_tree import PREFIX_KEY
+from unime_st.modules.told_rows import told_row
 from unime_st.modules.vision_cache import VisionCache, is_frozen, vision_tower
 from unime_st.prompts import TURN_FORMATS, chat_template
 
@@ -224,10 +225,25 @@ class MultimodalEncoder(Transformer):
 
         Raises:
             ValueError: a row is empty, its text spells a media token, its media and instruction alone are longer than
-                the limit, or the processor refuses it.
+                the limit, or the processor refuses it. Without ``row_numbers`` a note tells what the row holds.
         """
         if not len(inputs):
             return {}
+        try:
+            return self._preprocess(inputs, prompt, processing_kwargs, row_numbers, **kwargs)
+        except (OSError, TypeError, ValueError) as error:
+            if row_numbers is None:
+                error.add_note(told_row(error, inputs))
+            raise
+
+    def _preprocess(
+        self,
+        inputs: Sequence[Any],
+        prompt: str | None,
+        processing_kwargs: Any,
+        row_numbers: Sequence[int] | None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         if prompt is not None:
             checked_text(prompt, "`prompt`")
         allow = self.allow_remote_images

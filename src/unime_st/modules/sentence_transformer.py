@@ -69,13 +69,6 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         but embeddings is asked for; results are the same to rounding.
         """
         encoder: Any = self[0]
-        if not isinstance(encoder, MultimodalEncoder):
-            return self._embed(inputs, **kwargs)
-        with encoder.prefixes.turns, encoder.vision_cache.anew():
-            return self._embed(inputs, **kwargs)
-
-    def _embed(self, inputs: list[Any], **kwargs: Any) -> Any:
-        encoder: Any = self[0]
         plain = not isinstance(encoder, MultimodalEncoder) or kwargs["output_value"] != "sentence_embedding"
         budget = kwargs.get(_BUDGET)
         if budget is not None and budget < 1:
@@ -108,7 +101,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         bar = tqdm(total=len(order.distinct), desc="Encoding", unit="input", disable=not kwargs["show_progress_bar"])
         reads_last = len(self) > 1 and isinstance(self[1], Pooling) and self[1].pooling_mode == "lasttoken"
         sharing = encoder.prefixes.encoding(last_token_only=reads_last, inference=True)
-        with bar, sharing:
+        with bar, encoder.prefixes.turns, sharing:
             coming = prepared(order.batches, prepare, ahead=device.type != "cpu")
             for batch, prepared_features in zip(order.batches, coming, strict=True):
                 cut = None if holds_video(inputs[order.distinct[batch[0]]]) else budget

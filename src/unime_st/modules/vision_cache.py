@@ -2,8 +2,8 @@
 
 GradCache runs every row twice, and a batch often shows one image in several rows. While the tower is frozen, or runs
 without gradients in evaluation mode, its output depends on the pixels alone, so it is remembered by a hash of them (and
-of which state of the weights it was). Within a training step all of it is kept; between steps, and within a call of
-``encode``, up to a number of bytes, the least recently used going first.
+of which state of the weights it was). Within a training step all of it is kept; between steps up to a number of bytes,
+the least recently used going first.
 """
 
 from __future__ import annotations
@@ -88,19 +88,6 @@ class VisionCache:
         finally:
             self._held = False
             self._trim()
-
-    @contextmanager
-    def anew(self) -> Iterator[None]:
-        """Within this context, a call of ``encode``, nothing of before is read, and nothing of it is kept after.
-
-        Features differ in the last bits with the batch they were computed in: what a call gives would depend on the
-        calls before it, which a run that was stopped and goes on has not made, nor another process of a pool.
-        """
-        self.clear()
-        try:
-            yield
-        finally:
-            self.clear()
 
     @contextmanager
     def serving(self, model: nn.Module) -> Iterator[None]:

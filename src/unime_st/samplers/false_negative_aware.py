@@ -14,7 +14,9 @@ from datasets import Dataset
 from sentence_transformers.base.sampler import DefaultBatchSampler
 
 from unime_st import distributed
+from unime_st.arguments import require_number
 from unime_st.columns import SUBSET
+from unime_st.functional import check_margin
 from unime_st.samplers.conflicts import Conflicts, find_conflicts
 from unime_st.samplers.guide import GuideEmbeddings
 from unime_st.samplers.identities import row_identities, subset_numbers
@@ -81,10 +83,10 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
             again by the embeddings' content and the settings. Only rank 0 needs to see it.
 
     Raises:
-        TypeError: When the data set is not a ``datasets.Dataset``.
+        TypeError: When the data set is not a ``datasets.Dataset``, or a number is none.
         ImportError: When an approximate index is needed and faiss is missing.
-        ValueError: When the guide's embeddings do not fit, the rows conflict so much that they fill not one global
-            batch, or ``subset`` is needed and missing.
+        ValueError: When an argument is out of range, the guide's embeddings do not fit, the rows conflict so much that
+            they fill not one global batch, or ``subset`` is needed and missing.
 
     Relations:
         ``NoDuplicatesBatchSampler`` looks at one process's batch only, at texts in any column, and may draw rows twice;
@@ -118,6 +120,12 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
     ) -> None:
         if not isinstance(dataset, Dataset):
             raise TypeError(f"{type(self).__name__} needs a datasets.Dataset of known length, got {type(dataset)}.")
+        require_number("batch_size", batch_size, least=1)
+        require_number("seed", seed, least=0)
+        require_number("world_size", world_size, optional=True)
+        require_number("hard_negatives_together", hard_negatives_together)
+        require_number("max_rows_per_dataset", max_rows_per_dataset, optional=True)
+        check_margin(margin, optional=False)
         super().__init__(dataset, batch_size, drop_last, valid_label_columns, generator, seed)
         self.dataset = dataset
         self.world_size = distributed.world_size() if world_size is None else world_size

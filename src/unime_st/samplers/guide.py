@@ -22,6 +22,8 @@ class GuideEmbeddings:
         rows: ``N`` that is expected.
 
     Raises:
+        FileNotFoundError: When the file is missing.
+        TypeError: When it holds no numbers.
         ValueError: When the shape does not fit.
 
     Example:
@@ -34,7 +36,17 @@ class GuideEmbeddings:
         if isinstance(given, torch.Tensor):  # numpy has no bfloat16
             given = given.detach().cpu().float().numpy()
         self.name, self._given, self.rows = name, given, rows
-        shape = self._open().shape
+        if isinstance(given, (str, Path)) and not Path(given).is_file():
+            raise FileNotFoundError(
+                f"`{name}={str(given)!r}`, but there is no such file. Give an .npy file or an array."
+            )
+        try:
+            opened: Any = self._open()
+        except (EOFError, ValueError) as error:
+            raise ValueError(f"`{name}={str(given)!r}` cannot be read as an .npy file: {error}") from error
+        if not isinstance(opened, np.ndarray) or opened.dtype.kind not in "fiu":
+            raise TypeError(f"`{name}` must be an array of numbers, or an .npy file of one.")
+        shape = opened.shape
         if len(shape) != 2 or shape[0] != rows:
             raise ValueError(
                 f"`{name}` has shape {tuple(shape)}, but one embedding a row is needed: ({rows}, D), in the data set's "
@@ -62,7 +74,7 @@ class GuideEmbeddings:
         """Rows of length 1, float32, ``(N, D)``.
 
         Raises:
-            ValueError: For numbers that are not finite, with the argument's name and the row.
+            ValueError: For numbers that are not finite, or a row of zeros, with the argument's name and the row.
         """
         unit = torch.empty(self.rows, self.dim)
         for number, piece in enumerate(self._pieces()):
@@ -73,7 +85,12 @@ class GuideEmbeddings:
                 raise ValueError(
                     f"`{self.name}` holds a number that is not finite, first in row {row}. Embed that row again."
                 )
-            torch.div(tensor, lengths.clamp_(min=1e-12), out=unit[start : start + len(piece)])
+            if not bool(lengths.all()):
+                row = start + int((lengths == 0).nonzero()[0, 0])
+                raise ValueError(
+                    f"`{self.name}` holds nothing but zeros in row {row}, which is like nothing. Embed that row again."
+                )
+            torch.div(tensor, lengths, out=unit[start : start + len(piece)])
         return unit
 
     def twins(self) -> np.ndarray:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from unime_st.arguments import require_number
+from unime_st.functional import check_margin
 from unime_st.samplers.approximate import NearestTargets
 from unime_st.samplers.guide import GuideEmbeddings
 from unime_st.samplers.planning import split_by
@@ -75,6 +77,8 @@ def find_neighbors(
         >>> find_neighbors(corner, corner, margin=0.1, num_hardest=1).hardest.tolist()
         [[1], [0], [1]]
     """
+    check_margin(margin, optional=False)
+    require_number("num_hardest", num_hardest, least=0)
     if queries.dim != targets.dim:
         raise ValueError(
             f"`{queries.name}` has {queries.dim} dimensions and `{targets.name}` {targets.dim}: they must come from "

@@ -1,0 +1,139 @@
+"""What a loss refuses, with the name of the argument or column and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from unime_st.arguments import require_number
+from unime_st.losses.described import described
+
+MORE_ROWS = "Raise `per_device_train_batch_size`, or on several processes set `gather_across_devices=True`."
+"""What helps a batch with too little to compare."""
+
+_FEW = 8  # a few of a small batch: fewer than all, but more than one in so many
+_MOST_ROWS = 10
+
+
+def check_mini_batch(name: str, value: int | None) -> None:
+    """Refuse a size of mini-batches that is no whole number, or below 1."""
+    require_number(name, value, optional=True)
+    if value is not None and value < 1:
+        raise ValueError(f"`{name}={value}`, but at least 1 is needed; None embeds the batch at once.")
+
+
+def check_number_of_negatives(k: int | None) -> None:
+    """Refuse a number of negatives that is no whole number, or below 1."""
+    require_number("num_hard_negatives", k, optional=True)
+    if k is not None and k < 1:
+        raise ValueError(f"`num_hard_negatives={k}`, but at least 1 is needed; None keeps all.")
+
+
+def few_of_a_small_batch(k: int | None, candidates: int) -> str:
+    """What to say of so many negatives out of so many candidates; empty where nothing is to be said.
+
+    Example:
+        >>> few_of_a_small_batch(8, 31)[:58], few_of_a_small_batch(8, 1023), few_of_a_small_batch(None, 31)
+        ('`num_hard_negatives=8` keeps a few of only 31 candidates. ', '', '')
+    """
+    if k is None or k >= candidates or k * _FEW <= candidates:
+        return ""
+    return (
+        f"`num_hard_negatives={k}` keeps a few of only {candidates} candidates. In small batches the hardest are much "
+        "the same for every query, and a loss over these alone made all embeddings alike (measured with 4 and 8 of "
+        "31): keep all with `num_hard_negatives=None`. The paper's 8 are of 1,024."
+    )
+
+
+def all_left_out(rows: int, offered: int, margin: float | None, by_margin: float, by_identity: float) -> str:
+    """Why none of so many rows has a negative.
+
+    Args:
+        rows: Of the batch.
+        offered: Candidates of a row besides its positive.
+        margin: Of the filter.
+        by_margin: Of them left out by it, a row in the mean.
+        by_identity: Of them left out as right answers.
+    """
+    if not offered:
+        return f"its only row has no candidate but its own positive. {MORE_ROWS}"
+    return (
+        f"none of its {rows} rows has a negative left. Of {offered} candidates besides its positive a row loses "
+        f"{by_margin:.3g} for scoring above it by more than `margin={margin}` and {by_identity:.3g} for holding a "
+        "right answer by content or label. Raise the margin (None switches it off), look whether the label or the "
+        f"target column holds few distinct values, or compare more rows. {MORE_ROWS}"
+    )
+
+
+def check_columns(embeddings: Sequence[Tensor], least: int, needed: str) -> None:
+    """Refuse embeddings that do not stand for the columns of one batch; by shapes alone."""
+    shapes = [tuple(column.shape) for column in embeddings]
+    if len(shapes) < least or len(set(shapes)) > 1 or any(len(shape) != 2 or not shape[0] for shape in shapes):
+        raise ValueError(f"{needed} must be embeddings of one shape (B, D), one tensor a column; got {shapes}.")
+
+
+def check_labels(labels: Tensor, batch: int) -> None:
+    """Refuse labels that are not one integer a row."""
+    if labels.is_floating_point() or labels.is_complex() or labels.ndim != 1:
+        raise ValueError(
+            "The label must be one integer a row, identifying the row's target, equal for equal targets, got "
+            f"{tuple(labels.shape)} of {labels.dtype}. Remove or rename the column if it means something else."
+        )
+    if len(labels) != batch:
+        raise ValueError(f"Labels or content ids have {len(labels)} rows, but the embeddings have {batch}.")
+
+
+def check_content_ids(ids: Sequence[Tensor], columns: int, batch: int) -> None:
+    """Refuse identities that are not one integer a row and column."""
+    if len(ids) != columns:
+        raise ValueError(f"Content ids must be given for each of the {columns} columns, got {len(ids)}.")
+    for number, column in enumerate(ids):
+        if column.is_floating_point() or column.is_complex() or tuple(column.shape) != (batch,):
+            raise ValueError(
+                f"Content ids of column {number} have shape {tuple(column.shape)} ({column.dtype}), but integers of "
+                f"shape ({batch},) are needed: one identity a row."
+            )
+
+
+def check_teacher(
+    labels: Tensor | None, columns: int, batch: int, model: Any = None, features: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Refuse a teacher of the wrong shape, or with an embedding that says nothing.
+
+    Whether numbers are finite and not all zero is read off the device in every batch, before the student runs: one bad
+    row would spoil the weights.
+    """
+    if labels is None:
+        raise ValueError(
+            "DistillKLLoss got no label. Add a `label` column with the teacher's embedding of each text, e.g. from "
+            "`unime_st.data.teacher_embeddings`."
+        )
+    expected = "(B, Dt)" if columns == 1 else f"(B, {columns}, Dt)"
+    fits = (labels.ndim == 3 and labels.shape[1] == columns) or (labels.ndim == 2 and columns == 1)
+    if not (fits and labels.is_floating_point() and labels.shape[-1] > 0):
+        raise ValueError(
+            f"The teacher's embeddings have shape {tuple(labels.shape)} ({labels.dtype}), but {columns} text column(s) "
+            f"need floats of shape {expected}: one embedding a text, in the columns' order."
+        )
+    if len(labels) != batch:
+        raise ValueError(
+            f"The teacher has {len(labels)} rows, but the student's embeddings have {batch}: one each is needed."
+        )
+    told = labels.reshape(batch, columns, -1)
+    finite, zero = told.isfinite().all(dim=2), (told == 0).all(dim=2)
+    if not bool((~finite | zero).any()):
+        return
+    if not bool(finite.all()):
+        bad, what, harm = ~finite, "NaN or infinite numbers", "which would make every weight NaN"
+    else:
+        bad, what, harm = zero, "nothing but zeros", "as like to any text as to any other"
+    places = bad.nonzero().tolist()
+    rows = sorted({row for row, _ in places})
+    row, column = places[0]
+    first = f" The first is of {described(model, features[column], row)}." if features else ""
+    raise ValueError(
+        f"The teacher's embeddings hold {what} in row(s) {rows[:_MOST_ROWS]} of the batch "
+        f"({len(rows)} of {batch}), {harm}.{first} Embed these texts again, or drop them."
+    )

@@ -1,0 +1,28 @@
+"""Rows of a batch in words, for errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from textwrap import shorten
+from typing import Any
+
+from torch import Tensor
+
+from unime_st.losses.grad_cache import encoder_of
+
+
+def described(model: Any, features: Mapping[str, Any], row: int) -> str:
+    """The row's text, and its images by number; its content's identity too, to find it in a data set."""
+    tokenizer = getattr(encoder_of(model), "tokenizer", None)
+    tokens, content = features.get("input_ids"), features.get("content_id")
+    parts = []
+    if tokenizer is not None and isinstance(tokens, Tensor):
+        mask = features.get("attention_mask")
+        kept = tokens[row] if mask is None else tokens[row][mask[row].bool()]
+        parts.append(repr(shorten(tokenizer.decode(kept, skip_special_tokens=True), 80)))
+    images = features.get("num_images_per_sample")
+    if isinstance(images, Tensor) and int(images[row]):
+        parts.append(f"{int(images[row])} image(s)")
+    if isinstance(content, Tensor):
+        parts.append(f"content_id {int(content[row])}")
+    return ", ".join(parts) or "no text"
