@@ -9,8 +9,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
 from tiny import picture
-from unime_st import build_encoder, export_encoder
+from unime_st import build_encoder, export_encoder, load_encoder
 from unime_st.hub import encoder_card
+from unime_st.published import PUBLISHED
+from unime_st.published_card import published_card
 
 
 @pytest.fixture
@@ -79,3 +81,27 @@ def test_a_model_that_is_no_encoder():
     tokenizer = Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     with pytest.raises(ValueError, match=r"StaticEmbedding, has no chat template.*build_encoder"):
         encoder_card(SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=4)], device="cpu"))
+
+
+@pytest.mark.parametrize("published", PUBLISHED)
+def test_cards_cite_the_models_own_paper(published, backbone, tmp_path):
+    known = PUBLISHED[published]
+    card = published_card(known)
+    assert re.findall(r"(?:arXiv:|eprint=\{)(\d{4}\.\d{5})", card) == [known.paper]
+    model = load_encoder(backbone(known.family), published=published, device="cpu")
+    again = load_encoder(export_encoder(model, tmp_path / "encoder"), device="cpu")
+    for one in (model, again):
+        assert ("eprint={2510.13515}" in encoder_card(one)) is (known.paper == "2510.13515")
+        assert "arXiv:2504.17432" in encoder_card(one)  # the recipe's
+
+
+def test_a_card_shows_the_models_turn_that_a_template_of_ones_own_opens(backbone):
+    own = (
+        "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}"
+        "{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+    )
+    for asked in (True, False):
+        model = build_encoder(backbone("llava_next"), device="cpu", prompt_template=own, add_generation_prompt=asked)
+        end = " ASSISTANT:" if asked else ""
+        assert f"| text | `<your text>{end}` |" in encoder_card(model)
+        assert f"| image | `<image>{end}` |" in encoder_card(model)

@@ -3,7 +3,13 @@
 import pytest
 from jinja2 import Environment
 
-from unime_st.prompts import INSTRUCTIONS, TURN_FORMATS, chat_template
+from unime_st.prompts import (
+    INSTRUCTIONS,
+    TURN_FORMATS,
+    chat_template,
+    lacks_generation_prompt,
+    with_generation_prompt,
+)
 
 IMAGE = {"type": "image"}
 
@@ -49,6 +55,18 @@ GOLDEN = [  # LLaVA-1.6 and Phi-3.5-V as the published evaluation code has them
         [IMAGE],
         "<|im_start|>user <image>\nSummary above image in one word: <|im_end|><|im_start|>assistant\n",
     ),
+    (
+        "unime_llava_onevision",
+        [IMAGE, IMAGE],
+        "<|im_start|>user <image><image>\nSummary above image in one word:\n<|im_end|><|im_start|>assistant\n",
+    ),
+    (
+        "unime_llava_onevision",
+        [text("a cat")],
+        "<|im_start|>user \na cat\nSummary above sentence in one word:\n<|im_end|><|im_start|>assistant\n",
+    ),
+    ("unime_v2_qwen2_vl", [text(" a cat\n")], " a cat\n"),
+    ("unime_v2_qwen2_vl", [text("")], "\n"),
 ]
 
 
@@ -91,3 +109,23 @@ def test_plain_strings_as_content():
 def test_unknown_name():
     with pytest.raises(ValueError, match=r"no prompt template 'llama'.*chatml_open"):
         chat_template("llama")
+
+
+OWN = [  # templates that open the model's turn when asked to, with white space where blocks could eat it
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}",
+    "\n  <s>{{ messages[0]['content'] }}{%- if add_generation_prompt -%} <answer> {%- endif %}\n",
+    "  {% if 1 %}\n    {{ messages[0]['content'] }}\n  {% endif %}\n{% if add_generation_prompt %}\nA:{% endif %}",
+    "{% macro end() %}{% if add_generation_prompt %}<a>{% endif %}{% endmacro %}{{ messages[0]['content'] + end() }}",
+]
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_a_template_that_opens_the_models_turn_renders_as_when_asked_to(own):
+    as_transformers = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False)
+    messages = [{"role": "user", "content": "a cat"}]
+    asked = as_transformers.from_string(own).render(messages=messages, add_generation_prompt=True)
+    assert asked != as_transformers.from_string(own).render(messages=messages, add_generation_prompt=False)
+    opened = with_generation_prompt(own)
+    assert as_transformers.from_string(opened).render(messages=messages, add_generation_prompt=False) == asked
+    assert lacks_generation_prompt(own)
+    assert not lacks_generation_prompt(opened)

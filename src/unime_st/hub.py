@@ -12,6 +12,8 @@ from sentence_transformers import SentenceTransformer
 from unime_st.losses.in_batch import UNIME_CITATION
 from unime_st.modules import export_encoder
 from unime_st.modules.checks import loading_note
+from unime_st.prompts import PUBLISHED_FORMATS, chat_template
+from unime_st.published import UNIME_V2_CITATION
 
 _TEMPLATE = Path(__file__).parent / "model_card_template.md"
 _SENTENCE = "<your text>"
@@ -118,9 +120,16 @@ def encoder_card(model: SentenceTransformer, *, repo_id: str = "path/to/this/fol
         prompts=[name for name, prompt in model.prompts.items() if prompt],
         loading_note=loading_note(backbone),
         rendered_prompts={kind: _rendered(processor, parts) for kind, parts in KINDS.items()},
-        recipe_citation=UNIME_CITATION.strip(),
+        recipe_citation="\n\n".join(_citations(processor)),
     )
     return str(card)
+
+
+def _citations(processor: Any) -> list[str]:
+    """Of the recipe, and of UniME-V2 where the prompts are its."""
+    names = [name for name in PUBLISHED_FORMATS if name.startswith("unime_v2")]
+    is_v2 = str(processor.chat_template).strip() in {chat_template(name).strip() for name in names}
+    return [citation.strip() for citation in (UNIME_CITATION, *([UNIME_V2_CITATION] if is_v2 else []))]
 
 
 def _rendered(processor: Any, parts: list[dict[str, str]]) -> str:

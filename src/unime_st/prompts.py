@@ -22,6 +22,7 @@ INSTRUCTIONS = {
 
 
 _OPENS = "add_generation_prompt"
+_OPENED = f"{{% set {_OPENS} = true %}}\n"  # a line of its own, which transformers renders as nothing
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,16 @@ class TurnFormat:
         end: after the instruction, up to where the model would answer.
         image: placeholder of one image; ``{n}`` is its number, counted from 1.
         video: placeholder of one video; empty when the family has none.
+        before_text: before a text that comes without media.
+        instruction_end: what the instructions of :data:`INSTRUCTIONS` end in after their colon.
     """
 
     start: str
     end: str
     image: str
     video: str = ""
+    before_text: str = ""
+    instruction_end: str = " "
 
 
 _CHATML = "<|im_end|>\n<|im_start|>assistant\n"
@@ -72,7 +77,8 @@ IMAGE_PROMPT_V2 = "Find an image caption describing the given image."
 class BareFormat:
     """How UniME-V2 writes an input: media, then what the user says, or its image prompt; no instruction of its own.
 
-    A system message (``prompt``) goes on a line before the text, or in the place of the image prompt.
+    A system message (``prompt``) goes on a line before the text, or in the place of the image prompt. Where nothing at
+    all is left, of an empty text, it is a line break: a model needs a token.
 
     Attributes:
         start: before everything.
@@ -82,7 +88,7 @@ class BareFormat:
         before_text: between media and text.
         before_prompt: between media and a prompt without text.
         before_any: before words without media.
-        strips: whether white space around the words goes.
+        strips: whether white space around the words goes, around a prompt's and the text's own.
     """
 
     start: str
@@ -95,15 +101,18 @@ class BareFormat:
     strips: bool
 
 
-BARE_FORMATS: dict[str, BareFormat] = {
-    "unime_v2_qwen2_vl": BareFormat("", "", "<|image_pad|>", "<|video_pad|>", "\n", " ", "", strips=False),
-    "unime_v2_llava_onevision": BareFormat(
-        "<|im_start|>user ", "<|im_end|><|im_start|>assistant\n", "<image>", "<video>", "\n", "\n", "\n", strips=True
-    ),
-}
-"""Name of a template -> the form of UniME-V2's published models (Embedding/src/model_utils.py of its authors).
+_ONEVISION = ("<|im_start|>user ", "<|im_end|><|im_start|>assistant\n", "<image>", "<video>")
 
-Qwen2-VL reads no turn markers at all, and a lone placeholder; LLaVA-OneVision its own chat template.
+PUBLISHED_FORMATS: dict[str, TurnFormat | BareFormat] = {
+    "unime_llava_onevision": TurnFormat(*_ONEVISION, before_text="\n", instruction_end="\n"),
+    "unime_v2_qwen2_vl": BareFormat("", "", "<|image_pad|>", "<|video_pad|>", "\n", " ", "", strips=False),
+    "unime_v2_llava_onevision": BareFormat(*_ONEVISION, "\n", "\n", "\n", strips=True),
+}
+"""Name of a template -> what published models read that do not read as their family does here.
+
+LLaVA-OneVision's own chat template begins every text on a new line, and the instructions of UniME's end in a line break
+(so its authors say in their issue #4). UniME-V2 is by Embedding/src/model_utils.py of its authors: Qwen2-VL reads no
+turn markers at all, and a lone placeholder.
 """
 
 _READ = """\
@@ -131,13 +140,14 @@ _READ = """\
 _BARE = (
     _READ
     + """\
-{%- set words = ns.text -%}
-{%- if ns.instruction -%}{%- set words = ns.instruction + (NEWLINE + ns.text if ns.text else '') -%}{%- endif -%}
+{%- set told = ns.instruction or '' -%}
+{%- set text = ns.text -%}
+{%- if STRIPS -%}{%- set told = told | trim -%}{%- set text = text | trim -%}{%- endif -%}
+{%- set words = told + (NEWLINE if told and text else '') + text -%}
 {%- if ns.media and not words -%}{%- set words = PROMPT -%}{%- endif -%}
-{%- if STRIPS -%}{%- set words = words | trim -%}{%- endif -%}
 {%- set between = BEFORE_ANY -%}
-{%- if ns.media -%}{%- set between = BEFORE_TEXT if ns.text else BEFORE_PROMPT -%}{%- endif -%}
-{{- START + ns.media + between + words + END -}}
+{%- if ns.media -%}{%- set between = BEFORE_TEXT if text else BEFORE_PROMPT -%}{%- endif -%}
+{{- (START + ns.media + between + words + END) or NEWLINE -}}
 """
 )
 _TEMPLATE = (
@@ -148,7 +158,7 @@ _TEMPLATE = (
 {%- elif ns.media -%}{%- set ns.instruction = ONLY_IMAGE -%}
 {%- else -%}{%- set ns.instruction = ONLY_TEXT -%}{%- endif -%}
 {%- endif -%}
-{{- START + ns.media -}}
+{{- START + (ns.media or BEFORE_TEXT) -}}
 {%- if ns.media and ns.text and not MEDIA_ENDS_LINE -%}{{- NEWLINE -}}{%- endif -%}
 {{- ns.text -}}
 {%- if ns.text or not MEDIA_ENDS_LINE -%}{{- NEWLINE -}}{%- endif -%}
@@ -161,7 +171,7 @@ def chat_template(name: str) -> str:
     r"""Jinja chat template of a family.
 
     Args:
-        name: A key of :data:`TURN_FORMATS` or :data:`BARE_FORMATS`.
+        name: A key of :data:`TURN_FORMATS` or :data:`PUBLISHED_FORMATS`.
 
     Raises:
         ValueError: For an unknown name, with those that are known.
@@ -172,23 +182,25 @@ def chat_template(name: str) -> str:
         >>> template.render(messages=[{"role": "user", "content": [{"type": "image"}]}])
         '[INST] <image>\nSummary above image in one word: [/INST]'
     """
-    if name in BARE_FORMATS:
-        return _bare_template(BARE_FORMATS[name])
-    if name not in TURN_FORMATS:
-        known = ", ".join(sorted([*TURN_FORMATS, *BARE_FORMATS]))
+    formats = {**TURN_FORMATS, **PUBLISHED_FORMATS}
+    if name not in formats:
         raise ValueError(
-            f"There is no prompt template {name!r}. Give one of {known}, or a Jinja chat template of your own."
+            f"There is no prompt template {name!r}. Give one of {', '.join(sorted(formats))}, or a Jinja chat template "
+            "of your own."
         )
-    turn = TURN_FORMATS[name]
+    turn = formats[name]
+    if isinstance(turn, BareFormat):
+        return _bare_template(turn)
     before, _, after = turn.image.partition("{n}")
     image = f"{_quoted(before)} + (ns.images | string) + {_quoted(after)}" if "{n}" in turn.image else _quoted(before)
     values = {
         "IMAGE": image,
         "VIDEO": _quoted(turn.video),
-        "BOTH": _quoted(INSTRUCTIONS["image_text"]),
-        "ONLY_IMAGE": _quoted(INSTRUCTIONS["image"]),
-        "ONLY_TEXT": _quoted(INSTRUCTIONS["text"]),
+        "BOTH": _quoted(INSTRUCTIONS["image_text"].rstrip() + turn.instruction_end),
+        "ONLY_IMAGE": _quoted(INSTRUCTIONS["image"].rstrip() + turn.instruction_end),
+        "ONLY_TEXT": _quoted(INSTRUCTIONS["text"].rstrip() + turn.instruction_end),
         "START": _quoted(turn.start),
+        "BEFORE_TEXT": _quoted(turn.before_text),
         "MEDIA_ENDS_LINE": f"(ns.media.endswith({_quoted(chr(10))}))",
         "NEWLINE": _quoted("\n"),
         "END": _quoted(turn.end),
@@ -204,11 +216,11 @@ def with_generation_prompt(template: str) -> str:
     Example:
         >>> from jinja2 import Environment
         >>> own = "{{ messages[0]['content'] }}{% if add_generation_prompt %}<answer>{% endif %}"
-        >>> template = Environment().from_string(with_generation_prompt(own))
+        >>> template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(with_generation_prompt(own))
         >>> template.render(messages=[{"role": "user", "content": "a cat"}], add_generation_prompt=False)
         'a cat<answer>'
     """
-    return f"{{%- set {_OPENS} = true -%}}{template}"
+    return _OPENED + template
 
 
 def lacks_generation_prompt(template: str) -> bool:
@@ -217,7 +229,7 @@ def lacks_generation_prompt(template: str) -> bool:
     >>> lacks_generation_prompt("{% if add_generation_prompt %}<answer>{% endif %}"), lacks_generation_prompt("x")
     (True, False)
     """
-    return _OPENS in template and not template.startswith(f"{{%- set {_OPENS} = true")
+    return _OPENS in template and not template.startswith(_OPENED)
 
 
 def _bare_template(bare: BareFormat) -> str:

@@ -1,8 +1,15 @@
 """What must be known of the UniME models on the Hub to make encoders of them: they are plain transformers repositories.
 
 Sources: their repositories, model cards and authors' scripts; UniME (arXiv 2504.17432) and UniME-V2 (arXiv 2510.13515).
-The prompts of UniME's Phi-3.5-V are those of its card; its authors' evaluation script leaves out the space before
-``<|end|>``.
+Where those differ:
+
+* UniME's Phi-3.5-V has the prompts of its card; its authors' retrieval script leaves out the space before ``<|end|>``.
+* Their results on MMEB come from the benchmark's own script, which gives the benchmark's texts bare, without a turn or
+  "in one word"; UniME-V2's models read them so in any case.
+* MMEB's texts end in a line break, which the scripts keep and our readers take away; only UniME-V2's Qwen2-VL sees it.
+* UniME-V2's Qwen2-VL was trained and run with code that knows an image by the ``<|vision_start|>`` before it; its
+  prompt has none, so an image's tokens are counted like words. transformers 5 counts them by rows and columns, and so
+  does an encoder here, as stock sentence-transformers. ``model[0].flat_image_positions = True`` counts as they do.
 """
 
 from __future__ import annotations
@@ -20,10 +27,11 @@ class PublishedCheckpoint:
         trained_at: side of the square that training images were resized to, in pixels.
         paper: arXiv identifier.
         results: its name in :func:`unime_st.evaluation.published_results`.
-        template: name of its prompts in :data:`unime_st.prompts.TURN_FORMATS` or ``BARE_FORMATS``; None is the family.
+        template: name of its prompts in :data:`unime_st.prompts.TURN_FORMATS` or ``PUBLISHED_FORMATS``; None is the
+            family.
         evaluated_at: side of the square that its authors' evaluation forces images to, whatever their shape; None where
             it leaves them to the processor. Encoding leaves them to the repository's processor; to repeat the
-            evaluation, resize images before (``MMEBEvaluator`` has ``image_size``).
+            evaluation, resize images before (``MMEBEvaluator`` and ``MTEBEncoder`` have ``image_size``).
     """
 
     repo_id: str
@@ -40,6 +48,19 @@ class PublishedCheckpoint:
         return self.template or self.family
 
 
+UNIME_V2_CITATION = """
+@misc{gu2025unimev2mllmasajudgeuniversalmultimodal,
+    title={UniME-V2: MLLM-as-a-Judge for Universal Multimodal Embedding Learning},
+    author={Tiancheng Gu and Kaicheng Yang and Kaichen Zhang and Xiang An and Ziyong Feng and Yueyi Zhang
+        and Weidong Cai and Jiankang Deng and Lidong Bing},
+    year={2025},
+    eprint={2510.13515},
+    archivePrefix={arXiv},
+    primaryClass={cs.CV},
+    url={https://arxiv.org/abs/2510.13515}
+}
+"""
+
 _UNIME = "2504.17432"
 _UNIME_V2 = "2510.13515"
 _V2_QWEN = "unime_v2_qwen2_vl"
@@ -55,6 +76,7 @@ PUBLISHED: dict[str, PublishedCheckpoint] = {
             336,
             _UNIME,
             "UniME LLaVA-OV-7B",
+            "unime_llava_onevision",
         ),
         PublishedCheckpoint(
             "TianchengGu/UniME-V2-Qwen2VL-2B", "qwen2_vl", 672, _UNIME_V2, "UniME-V2 Qwen2-VL-2B", _V2_QWEN, 1344

@@ -9,21 +9,18 @@ from unime_st.evaluation import published_results
 from unime_st.hub import KINDS, on_one_line
 from unime_st.losses.in_batch import UNIME_CITATION
 from unime_st.prompts import chat_template
-from unime_st.published import PublishedCheckpoint
+from unime_st.published import UNIME_V2_CITATION, PublishedCheckpoint
 
 _NEEDS_US = " transformers lacks this architecture, so `import unime_st` before loading that."
-
-
-_UNIME_V2_CITATION = """
-@article{gu2025unimev2,
-    title={UniME-V2: MLLM-as-a-Judge for Universal Multimodal Embedding Learning},
-    author={Gu, Tiancheng and Yang, Kaicheng and Zhang, Kaichen and An, Xiang and Feng, Ziyong and Zhang, Yueyi
-        and Cai, Weidong and Deng, Jiankang and Bing, Lidong},
-    journal={arXiv preprint arXiv:2510.13515},
-    year={2025}
-}
-"""
-_CITATIONS = {"2504.17432": UNIME_CITATION, "2510.13515": _UNIME_V2_CITATION}
+_POSITIONS = (
+    " Their code counts an image's tokens like words, transformers 5 by rows and columns: set "
+    "`model[0].flat_image_positions = True` for theirs, which stock sentence-transformers cannot."
+)
+_BARE = (
+    " They were measured by the benchmark's own script, which gives its texts as they are, outside of any turn and "
+    'without "in one word".'
+)
+_CITATIONS = {"2504.17432": UNIME_CITATION, "2510.13515": UNIME_V2_CITATION}
 
 
 def published_card(known: PublishedCheckpoint) -> str:
@@ -83,6 +80,7 @@ def published_card(known: PublishedCheckpoint) -> str:
         (
             "These are the authors' numbers, not repeated here: loading was tested on tiny random models laid out as "
             "the repository is, not on its weights. Its licence is on its own card."
+            f"{_BARE if known.paper == '2504.17432' else ''}"
         ),
         "",
         "```bibtex",
@@ -96,7 +94,8 @@ def _evaluated(known: PublishedCheckpoint) -> str:
     if known.evaluated_at is None:
         return ""
     side = known.evaluated_at
+    positions = _POSITIONS if known.family == "qwen2_vl" else ""
     return (
         f" Its authors' evaluation forces every image to {side} x {side} pixels, whatever its shape: give "
-        f"`MMEBEvaluator` `image_size={side}` to repeat it."
+        f"`MMEBEvaluator` or `MTEBEncoder` `image_size={side}` to repeat it.{positions}"
     )

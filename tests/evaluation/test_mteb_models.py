@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from tiny import picture
 from unime_st import build_encoder, export_encoder, load_encoder
 from unime_st.evaluation.mteb_models import MTEBEncoder, eval_results, mteb_model_meta
+from unime_st.published import PUBLISHED
 
 TASKS = (
     "MockSTSTask",
@@ -189,8 +190,55 @@ def test_agreement_with_mtebs_own_wrapper(backbone, monkeypatch):
             for row in range(3)
         ]
         np.testing.assert_allclose(ours.encode(items, prompt=instruction), expected, atol=1e-5)
+        arguments["task_metadata"] = metadata
+        wrapped = MTEBEncoder(ours, image_size=56).encode(Loader([batch]), **arguments)
+        np.testing.assert_allclose(wrapped, expected, atol=1e-5)
         distances = np.abs(expected[:, None] - expected[None]).max(-1)[np.triu_indices(3, 1)]
         assert distances.min() > 1e-4
+
+
+def test_where_mteb_adds_an_instruction_of_its_own_ours_follows_the_authors(backbone, monkeypatch):
+    """A task without an instruction: their scripts give a query bare, mteb begins it with words of its own."""
+    folder = backbone("llava_onevision")
+    theirs = UniMEV2Wrapper(str(folder), device="cpu", dtype=torch.float32)
+    theirs.processor.chat_template = TEMPLATE
+    ours = load_encoder(folder, published="TianchengGu/UniME-V2-LLaVA-OneVision-8B", device="cpu")
+    metadata = task("MockSTSTask").metadata.model_copy(update={"prompt": None})
+
+    class Loader(list):
+        class dataset:
+            features = ("text",)
+
+    arguments = {"task_metadata": metadata, "hf_split": "test", "hf_subset": "x", "prompt_type": PromptType.query}
+    expected = theirs.encode(Loader([{"text": ["a cat", "a dog"]}]), show_progress_bar=False, **arguments).numpy()
+    found = MTEBEncoder(ours).encode([{"text": ["a cat", "a dog"]}], **arguments)
+    np.testing.assert_allclose(found, ours.encode(["a cat", "a dog"]), atol=1e-6)
+    assert np.abs(found - expected).max() > 1e-3
+    words = "Represent the given input for retrieval.\n"
+    np.testing.assert_allclose(ours.encode([words + "a cat", words + "a dog"]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("published", "size"),
+    [
+        ("TianchengGu/UniME-V2-LLaVA-OneVision-8B", (1344, 1344)),
+        ("TianchengGu/UniME-V2-Qwen2VL-2B", (1344, 1344)),
+        ("DeepGlint-AI/UniME-LLaVA-OneVision-7B", None),
+    ],
+)
+def test_published_models_are_evaluated_at_their_authors_resolution(published, size, backbone, monkeypatch):
+    folder = backbone(PUBLISHED[published].family)
+    wrapped = MTEBEncoder(str(folder), device="cpu", published=published)
+    assert wrapped.image_size == size
+    assert MTEBEncoder(str(folder), device="cpu", published=published, image_size=(8, 9)).image_size == (8, 9)
+    shown = []
+    monkeypatch.setattr(wrapped.model, "encode", lambda items, **_: shown.extend(items) or np.zeros((len(items), 2)))
+    arguments = {"task_metadata": task("MockSTSTask").metadata, "hf_split": "test", "hf_subset": "x"}
+    wrapped.encode([{"image": [picture("red", (40, 30)), None], "text": ["a", "b"]}], **arguments)
+    assert shown[0]["image"].size == (size or (40, 30))
+    assert "image" not in shown[1]
+    with pytest.raises(ValueError, match="`image_size=0`, but both sides must be at least 1"):
+        MTEBEncoder(str(folder), device="cpu", published=published, image_size=0)
 
 
 TEMPLATE = (

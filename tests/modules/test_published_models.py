@@ -148,9 +148,19 @@ def test_an_adapter_alone_finds_its_base_and_its_modules(family, old, backbone, 
 @pytest.mark.parametrize("repository", PUBLISHED)
 def test_prompts_and_token_ids_are_those_of_the_golden_file(repository, backbone):
     model = load_encoder(backbone(PUBLISHED[repository].family), published=repository, device="cpu")
-    for kind, item in ITEMS.items():
-        ids = model[0].preprocess([item])["input_ids"][0].tolist()
+    several = {"image": [picture("red"), picture("green")]}
+    asked = [*((kind, item, None) for kind, item in ITEMS.items()), ("images", several, None)]
+    asked.append(("told", ITEMS["both"], "Find its twin."))  # an instruction of the user's
+    assert {kind for kind, _, _ in asked} == set(GOLDEN[repository])
+    for kind, item, prompt in asked:
+        ids = model[0].preprocess([item], prompt=prompt)["input_ids"][0].tolist()
         assert ids == GOLDEN[repository][kind]["ids"], kind
+        parts = [{"type": "image"}] * (0 if kind == "text" else len(item["image"]) if kind == "images" else 1)
+        parts += [{"type": "text", "text": "<sent>"}] if kind in ("text", "both", "told") else []
+        told = [] if prompt is None else [{"role": "system", "content": [{"type": "text", "text": prompt}]}]
+        turns = [*told, {"role": "user", "content": parts}]
+        rendered = model[0].processor.apply_chat_template(turns, tokenize=False)
+        assert rendered == GOLDEN[repository][kind]["prompt"], kind
 
 
 def test_names_that_transformers_does_not_read_are_refused(backbone, tmp_path):

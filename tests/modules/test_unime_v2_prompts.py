@@ -32,7 +32,7 @@ CASES = [  # template, messages, what is read
     (
         "unime_v2_llava_onevision",
         [SYSTEM, [IMAGE, TEXT]],
-        "<|im_start|>user <image>\nFind its twin.\n a cat<|im_end|><|im_start|>assistant\n",
+        "<|im_start|>user <image>\nFind its twin.\na cat<|im_end|><|im_start|>assistant\n",
     ),
 ]
 

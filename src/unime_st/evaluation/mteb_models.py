@@ -2,7 +2,9 @@
 
 A stock ``SentenceTransformer`` goes through ``mteb.evaluate`` too, but mteb has one way to tell it a task's
 instruction, ``prompt``, and that replaces UniME's own ("Summary above image in one word: "). The wrapper here puts
-the instruction before the content, as MMEB's rows do, and keeps UniME's at the end. Needs the extra ``eval``.
+the instruction before the content, as MMEB's rows do, and keeps UniME's at the end. UniME-V2's published models have
+none at the end; of mteb's own wrapper for them this one differs where a task has no instruction: mteb gives queries one
+of its own making, their authors none. Needs the extra ``eval``.
 """
 
 from __future__ import annotations
@@ -23,10 +25,14 @@ try:
 except ImportError as missing:
     raise ImportError("This needs mteb, which is not installed: `pip install 'unime_st[eval]'`.") from missing
 
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 
+from unime_st.data.stored_images import sides_of
+from unime_st.images import as_rgb
 from unime_st.model_identity import model_fingerprint
 from unime_st.modules import load_encoder
+from unime_st.published import PUBLISHED
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -45,6 +51,9 @@ class MTEBEncoder(AbsEncoder):
         checkpoint: Folder to load in place of ``model_name``, under whose name results are filed.
         embed_dim: Dimensions to keep.
         use_task_instructions: False gives every task the bare content.
+        image_size: Force every image to this side, or (width, height). None takes what the authors of a published model
+            evaluate at (1,344 for UniME-V2) when ``model_name`` or ``published`` names it, and else leaves images as
+            they are.
         **kwargs: Arguments of :func:`unime_st.load_encoder`.
     """
 
@@ -57,8 +66,13 @@ class MTEBEncoder(AbsEncoder):
         checkpoint: str | Path | None = None,
         embed_dim: int | None = None,
         use_task_instructions: bool = True,
+        image_size: int | tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
+        named_model = kwargs.get("published") or (model_name if isinstance(model_name, str) else "")
+        if image_size is None and named_model in PUBLISHED:
+            image_size = PUBLISHED[named_model].evaluated_at
+        self.image_size = None if image_size is None else sides_of(image_size)
         if isinstance(model_name, SentenceTransformer):
             self.model = model_name
         elif checkpoint is not None:
@@ -127,7 +141,7 @@ class MTEBEncoder(AbsEncoder):
             waiting.clear()
 
         for batch in inputs:
-            waiting.extend(_items(batch, instruction))
+            waiting.extend(_items(batch, instruction, self.image_size))
             if len(waiting) >= _BATCHES_AT_ONCE * batch_size:
                 flush()
         if waiting:
@@ -135,15 +149,20 @@ class MTEBEncoder(AbsEncoder):
         return np.concatenate(parts)
 
 
-def _items(batch: Mapping[str, Any], instruction: str) -> Iterator[dict[str, Any]]:
-    """Inputs of a batch of columns, the instruction before the text."""
+def _items(
+    batch: Mapping[str, Any], instruction: str, image_size: tuple[int, int] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Inputs of a batch of columns, the instruction before the text, images forced to a size."""
     texts, images = batch.get("text"), batch.get("image")
     count = len(texts if texts is not None else images if images is not None else [])
     if not count:
         raise ValueError(f"A batch has the columns {', '.join(batch)}; this model encodes `text` and `image`.")
     for row in range(count):
         text = "\n".join(part for part in (instruction, texts[row] if texts is not None else "") if part)
-        item: dict[str, Any] = {} if images is None or images[row] is None else {"image": images[row]}
+        image = None if images is None else images[row]
+        if image is not None and image_size is not None:
+            image = as_rgb(image).resize(image_size, Image.Resampling.BICUBIC)
+        item: dict[str, Any] = {} if image is None else {"image": image}
         yield {**item, "text": text} if text or not item else item
 
 

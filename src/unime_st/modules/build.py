@@ -70,8 +70,8 @@ def build_encoder(
     Args:
         backbone: a Hub name or a folder of a transformers checkpoint; a folder with an adapter alone is attached to the
             backbone that its ``adapter_config.json`` names.
-        prompt_template: a name of :data:`unime_st.prompts.TURN_FORMATS` or ``BARE_FORMATS``, or a Jinja chat template;
-            None takes the family's.
+        prompt_template: a name of :data:`unime_st.prompts.TURN_FORMATS` or ``PUBLISHED_FORMATS``, or a Jinja chat
+            template; None takes the family's.
         add_generation_prompt: let a Jinja template of your own open the model's turn at the end, which chat templates
             do only on that argument; it is written into the template and so saved. False leaves it out, None too, with
             a warning. The named templates end where the model would answer in any case.

@@ -47,7 +47,7 @@ SETTINGS_FILE = "unime_st_config.json"
 _CONTENT_KEY = "content_id"
 _IMAGE_KEYS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images", "image_grid_thw")
 _TEXT_ONLY = "text_only"
-_SAVED = frozenset({"vision_cache_bytes"})
+_SAVED = frozenset({"vision_cache_bytes", "flat_image_positions"})
 _THE_CALLERS = _SAVED | {"allow_remote_images", "prompt_template", "share_prefixes", "text_only"}
 _NO_LIMIT = 10**9  # tokenizers say 10^30 when they have none
 
@@ -81,6 +81,9 @@ class MultimodalEncoder(Transformer):
         share_prefixes: let rows of a batch that begin alike (one image, one instruction) compute their beginning once,
             and run without padding, in families where that is exact. Stock losses and direct calls get padded rows.
             With dropout, rows drop out the same of a beginning they share.
+        flat_image_positions: count an image's tokens like words where transformers counts them by rows and columns
+            (Qwen-VL), as models do that were trained on a lone placeholder, see :mod:`unime_st.published`. It is saved,
+            but stock code does not know it.
         **kwargs: of the stock module.
 
     Raises:
@@ -96,6 +99,7 @@ class MultimodalEncoder(Transformer):
         vision_cache_bytes: int = 2**28,
         share_prefixes: bool = True,
         text_only: bool = False,
+        flat_image_positions: bool = False,
         **kwargs: Any,
     ) -> None:
         processor_kwargs = {"padding_side": "left", **(kwargs.pop("processor_kwargs", None) or {})}
@@ -110,6 +114,7 @@ class MultimodalEncoder(Transformer):
         self.allow_remote_images = allow_remote_images
         self.vision_cache = VisionCache(vision_cache_bytes)
         self.share_prefixes = share_prefixes
+        self.flat_image_positions = flat_image_positions
         self.prefixes = SharedPrefixes()
         self._told_of_cuts = self._told_of_blanks = False
         if self.tokenizer is not None:
@@ -166,7 +171,18 @@ class MultimodalEncoder(Transformer):
         with nullcontext() if adapters_alone else whole_model(self.model, self._source):
             super().save(output_path, *args, **kwargs)
         settings = {"format": 1, "vision_cache_bytes": self.vision_cache.max_bytes}
+        if self.flat_image_positions:
+            settings["flat_image_positions"] = True
+            logger.warning(
+                "The encoder in %s has `flat_image_positions`, which stock sentence-transformers does not know: load "
+                "it with `unime_st.load_encoder`, or images are embedded otherwise.",
+                output_path,
+            )
         write_atomically(Path(output_path) / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+
+    def extra_repr(self) -> str:
+        """What of a module's printed form is its own; by this fingerprints tell the setting."""
+        return ", ".join(filter(None, [super().extra_repr(), "flat_image_positions" * self.flat_image_positions]))
 
     def __getstate__(self) -> dict[str, Any]:
         """State to pickle, as a pool of processes needs it; stock LLaVA does not pickle once it has seen an image."""
@@ -252,6 +268,8 @@ class MultimodalEncoder(Transformer):
             features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
             while features["attention_mask"].shape[1] > limit and self._shorten(messages, features, limit, rows):
                 features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
+        if self.flat_image_positions and "mm_token_type_ids" in features:
+            features["mm_token_type_ids"] = torch.zeros_like(features["mm_token_type_ids"])  # all are words
         if "num_images_per_sample" in features and "batch_num_images" in self._declared_forward_params:
             features["batch_num_images"] = features["num_images_per_sample"]
         told = [content_id_and_media(named_image(item, row)) for row, item in zip(rows, inputs, strict=True)]
