@@ -143,7 +143,7 @@ def test_a_dead_process_is_waited_for_as_long_as_asked_and_its_files_are_mined(t
     expected = rows_of(mine(tmp_path / "alone"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    options = {"num_negatives": 4, "sampling_strategy": "random", "rows_per_file": FILE_ROWS, "patience": 0.3}
+    options = {"num_negatives": 4, "sampling_strategy": "random", "rows_per_file": FILE_ROWS, "patience": 3.0}
     with caplog.at_level("INFO"):
         folder = mine_hard_negatives(SET, Hashing(), tmp_path / "mined", **options)
     assert rows_of(folder) == expected
