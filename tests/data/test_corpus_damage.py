@@ -270,3 +270,22 @@ def test_a_full_disk_is_named_with_the_folder(tmp_path, monkeypatch):
     calls.append(1)
     with pytest.raises(OSError, match=r"disk of .*deep is full, so a\.npy was not written"):
         files.write_atomically(tmp_path / "deep" / "a.npy", np.zeros(3))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("output_format", ["parquet", "npy"])
+def test_two_processes_append_in_whatever_order(output_format, order, tmp_path, monkeypatch):
+    want = everything(encoded(tmp_path / "whole", PAIRS[:19], output_format=output_format))
+    for before in (7, 12):  # the short part is the second process's, then the first's
+        folder = tmp_path / f"grown-{before}"
+        encoded(folder, PAIRS[:before], output_format=output_format)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        for place, rank in enumerate(order):
+            monkeypatch.setenv("RANK", str(rank))
+            encoded(folder, PAIRS[:19], output_format=output_format)
+            if not place:
+                with pytest.raises(ValueError, match="is not complete"):
+                    load_corpus(folder)
+        monkeypatch.delenv("WORLD_SIZE")
+        monkeypatch.delenv("RANK")
+        assert everything(load_corpus(folder)) == want

@@ -91,6 +91,10 @@ class Parts(ABC):
         return self._read_ids(number)
 
     @abstractmethod
+    def rows(self, number: int) -> int:
+        """How many rows a part has, by the head of its file."""
+
+    @abstractmethod
     def _stored_checksum(self, number: int) -> str: ...
 
     @abstractmethod
@@ -145,6 +149,10 @@ class ParquetParts(Parts):
         write_atomically(self.path(number), sink.getvalue().to_pybytes())
         self._sound.discard(number)
 
+    def rows(self, number: int) -> int:
+        """See :meth:`Parts.rows`."""
+        return self._opened(number, lambda file: file.metadata.num_rows)
+
     def _stored_checksum(self, number: int) -> str:
         metadata = self._opened(number, lambda file: file.schema_arrow.metadata) or {}
         return metadata.get(_CHECKSUM.encode(), b"").decode("ascii", "replace")
@@ -194,6 +202,10 @@ class NpyParts(Parts):
             write_atomically(self.folder / "ids" / name, np.array(ids, None if isinstance(ids[0], str) else np.int64))
         write_atomically(self.path(number), embeddings)
         self._sound.discard(number)
+
+    def rows(self, number: int) -> int:
+        """See :meth:`Parts.rows`."""
+        return len(self._load(self.path(number)))
 
     def _stored_checksum(self, number: int) -> str:
         rows = self._fingerprints(number)

@@ -96,7 +96,7 @@ class CorpusRun:
         if old == new:
             return
         shorter = min(len(old), len(new))
-        if len(old) < len(new) and old == new[:shorter] and number == self.parts.numbers()[-1]:
+        if len(old) < len(new) and old == new[:shorter]:  # once the last; other processes may have gone on behind it
             raise _GrownError
         place = next((place for place in range(shorter) if old[place] != new[place]), shorter)
         now = f"is {shown(window.items[place])}" if place < len(new) else "is missing"
@@ -159,13 +159,15 @@ class CorpusRun:
         dimension = self.dimension
         if dimension is None and there:
             dimension = self.parts.embeddings(there[0]).shape[1]
-        state = {"dimension": dimension, "rows": rows, "parts": count, "complete": len(there) == count}
+        size = self.manifest["window_size"]
+        whole = [part for part in there if self.parts.rows(part) == min(size, rows - part * size)]
+        state = {"dimension": dimension, "rows": rows, "parts": count, "complete": len(whole) == count}
         if state["complete"] and self.manifest != self.manifest | state:
             write_manifest(folder, self.manifest | state)
         if state["complete"]:
             logger.info("%s is complete: %d rows of %d dimensions", folder, rows, dimension)
         else:
-            logger.info("%s: this process's parts are there, %d others to come", folder, count - len(there))
+            logger.info("%s: this process's parts are there, %d others to come", folder, count - len(whole))
         return EncodedCorpus(folder, self.manifest | state)
 
 
