@@ -6,7 +6,8 @@ import errno
 import hashlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +22,7 @@ except ImportError:  # not on Windows
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Numbers of the errors of a full disk."""
 
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _PARTIAL = ".partial"
 _ATTEMPTS = 3
 
@@ -42,12 +44,42 @@ def write_atomically(path: Path, content: bytes | str | np.ndarray) -> None:
         >>> path.read_text(), len(list(path.parent.iterdir()))
         ('whole', 1)
     """
+    _write_whole(path, content, Path.replace)
+
+
+def create_exclusively(path: Path, content: str) -> bool:
+    """Write a file that is not there yet, whole or not at all; False if it is there, and then nothing is touched.
+
+    Where the file system has no hard links, of two that begin in the same instant the last one's is kept.
+    """
+    if path.exists():
+        return False
+    try:
+        _write_whole(path, content, _link)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _link(partial: Path, path: Path) -> None:
+    """Give a file its name unless another has it."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links here
+        if path.exists():
+            raise FileExistsError(path) from None
+        partial.replace(path)
+
+
+def _write_whole(path: Path, content: bytes | str | np.ndarray, put: Callable[[Path, Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         for attempt in count():
             partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
             try:
-                _write(partial, content, path)
+                _write(partial, content, path, put)
             except FileNotFoundError:  # a cleaner that cannot see locks took it for a dead writer's
                 if attempt == _ATTEMPTS:
                     raise
@@ -63,7 +95,7 @@ def write_atomically(path: Path, content: bytes | str | np.ndarray) -> None:
         ) from error
 
 
-def _write(partial: Path, content: bytes | str | np.ndarray, path: Path) -> None:
+def _write(partial: Path, content: bytes | str | np.ndarray, path: Path, put: Callable[[Path, Path], Any]) -> None:
     try:
         with partial.open("xb") as file:
             _hold(file.fileno(), wait=True)
@@ -73,7 +105,10 @@ def _write(partial: Path, content: bytes | str | np.ndarray, path: Path) -> None
                 file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-            partial.replace(path)
+            if fcntl is not None:  # while the lock is held
+                put(partial, path)
+        if fcntl is None:  # Windows renames no open file
+            put(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -128,6 +163,8 @@ def remove_leftovers(folder: Path) -> None:
 class FolderLock:
     """Held by all processes of a run that writes into a folder, so that others can tell whether one is at work.
 
+    On a disk that is read-only, where none can be at work, it holds nothing.
+
     Args:
         folder: The folder; made when missing.
 
@@ -146,36 +183,42 @@ class FolderLock:
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        _hold(self._descriptor, shared=True, wait=True)
+        self._descriptor: int | None = None
+        try:
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            if error.errno not in _READ_ONLY:
+                raise
+        else:
+            _hold(self._descriptor, shared=True, wait=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
 
     def alone(self) -> bool:
         """Whether no other process holds it; False where the file system has no locks."""
+        if self._descriptor is None:
+            return False
         alone = _hold(self._descriptor)
         _hold(self._descriptor, shared=True, wait=True)
         return alone
 
 
-def create_exclusively(path: Path, content: str) -> bool:
-    """Write a file that is not there yet, whole or not at all; False if it is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
-    write_atomically(draft, content)
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Within this context no other process is in it with the same folder: it waits; the folder is made when missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.link(draft, path)
-    except FileExistsError:
-        return False
-    except OSError:  # no hard links here
-        if path.exists():
-            return False
-        write_atomically(path, content)
+        _hold(descriptor, wait=True)
+        yield
     finally:
-        draft.unlink(missing_ok=True)
-    return True
+        os.close(descriptor)
 
 
 def _hold(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:

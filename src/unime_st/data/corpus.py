@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from unime_st.data.corpus_files import FORMATS
@@ -92,11 +93,14 @@ def encode_corpus(
         >>> again = encode_corpus(Lengths(), texts, folder, model_name="lengths", window_size=3)  # nothing to do
     """
     check_arguments(window_size, cache_bytes, inputs, encode_options)
+    if not isinstance(with_ids, bool):
+        raise TypeError(f"`with_ids={with_ids!r}`, but it is True (inputs are pairs of id and input) or False.")
     if output_format not in FORMATS or dtype not in ("float32", "float16"):
         raise ValueError(
             f"`output_format={output_format!r}` and `dtype={dtype!r}`, but formats are {' and '.join(FORMATS)}, and "
             "dtypes float32 and float16."
         )
+    window_size = int(window_size)  # numpy's have no place in JSON
     options = _with_prompt_text(model, encode_options)
     settings = {
         "format_version": FORMAT_VERSION,
@@ -165,5 +169,6 @@ def _with_prompt_text(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 def _deciding(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options that decide the embeddings; what says nothing is left out."""
     kept = {key: value for key, value in options.items() if key not in _CHANGES_NO_EMBEDDING}
-    return {key: value if isinstance(value, str | int | float) else repr(value) for key, value in sorted(kept.items())
+    plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in sorted(kept.items())}
+    return {key: value if isinstance(value, str | int | float) else repr(value) for key, value in plain.items()
             if value is not None and value is not False}  # fmt: skip

@@ -48,13 +48,10 @@ class Parts(ABC):
         """File that holds a part's embeddings."""
         return self.folder / f"part-{number:06d}{self.suffix}"
 
-    def exists(self, number: int) -> bool:
-        """Whether a part was written."""
-        return self.path(number).exists()
-
     def numbers(self) -> list[int]:
         """The parts that were written, in order."""
-        return sorted(int(path.stem.partition("-")[2]) for path in self.folder.glob(f"part-*{self.suffix}"))
+        names = [path.stem.partition("-")[2] for path in self.folder.glob(f"part-*{self.suffix}")]
+        return sorted(int(name) for name in names if name.isdecimal())  # other tools have other names
 
     @abstractmethod
     def write(self, number: int, start: int, keys: Sequence[bytes], embeddings: np.ndarray, ids: list | None) -> None:

@@ -41,7 +41,7 @@ class CorpusRun:
     def take(self, window: Window) -> None:
         """See to it that a window's part is there."""
         ids = self._ids(window)
-        if self.parts.exists(window.number) and self._is_this(window, ids):
+        if self._is_there(window, ids):
             self.found += 1
             self.found_rows += window.size
             self.behind = True
@@ -49,17 +49,18 @@ class CorpusRun:
             self._encode(window, ids)
         self.finished.append(window.number)
 
-    def _is_this(self, window: Window, ids: list[Any] | None) -> bool:
-        """Whether a part that is there stands for a window; not so if it is damaged, or if the inputs went on."""
+    def _is_there(self, window: Window, ids: list[Any] | None, level: int = logging.WARNING) -> bool:
+        """Whether a window's part is there; not so if it is damaged, a file of it is missing, or the inputs went on."""
+        path = self.parts.path(window.number)
+        if not path.exists():
+            return False
         try:
             self._compare(window, ids)
-        except DamagedPartError:
-            logger.warning("%s is damaged, so it is encoded anew.", self.parts.path(window.number))
+        except (DamagedPartError, FileNotFoundError):
+            logger.log(level, "%s is damaged, so it is encoded anew.", path)
             return False
         except _GrownError:
-            logger.info(
-                "The inputs go on after %s, the last part, so it is encoded anew.", self.parts.path(window.number)
-            )
+            logger.log(min(level, logging.INFO), "The inputs go on after %s, so it is encoded anew.", path)
             return False
         return True
 
@@ -71,6 +72,8 @@ class CorpusRun:
         items = [item[1] for item in window.items] if self.with_ids else window.items
         embeddings = self.encoder(items, window.keys, window.start)
         self._check_dimension(embeddings.shape[1], window)
+        if self._is_there(window, ids, logging.DEBUG):
+            return  # another run, of the same inputs, was faster
         if self.manifest["complete"]:  # a part was deleted since
             self.manifest |= {"complete": False, "rows": None, "parts": None}
             write_manifest(self.parts.folder, self.manifest)

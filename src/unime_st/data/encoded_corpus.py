@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from numbers import Integral
 from pathlib import Path
 from textwrap import shorten
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from unime_st.data.corpus_files import FORMATS
-from unime_st.files import FolderLock, checksum, create_exclusively, remove_leftovers, write_atomically
+from unime_st.files import FolderLock, checksum, create_exclusively, one_at_a_time, remove_leftovers, write_atomically
 from unime_st.model_identity import explain_outdated
 
 logger = logging.getLogger(__name__)
@@ -274,15 +274,18 @@ def claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, Any
     Raises:
         ValueError: When the settings differ, naming them, or the folder holds parts of something else.
     """
-    with FolderLock(folder) as lock:
-        for place in (folder, folder / "fingerprints", folder / "ids"):
-            remove_leftovers(place)
-        yield _claim(folder, json.loads(json.dumps(settings)), lock)
+    with ExitStack() as stack:
+        with one_at_a_time(folder):
+            lock = stack.enter_context(FolderLock(folder))
+            for place in (folder, folder / "fingerprints", folder / "ids"):
+                remove_leftovers(place)
+            manifest = _claim(folder, json.loads(json.dumps(settings)), lock)
+        yield manifest
 
 
 def _claim(folder: Path, settings: dict[str, Any], lock: FolderLock) -> dict[str, Any]:
     fresh = {**settings, "dimension": None, "rows": None, "parts": None, "complete": False}
-    has_parts = any(parts(folder).numbers() for parts in FORMATS.values())
+    has_parts = any(any(folder.glob(f"part-*{parts.suffix}")) for parts in FORMATS.values())
     if has_parts and not (folder / MANIFEST).exists():
         raise ValueError(
             f"{folder} holds part files but no {MANIFEST}: they are of something else. Give another folder."

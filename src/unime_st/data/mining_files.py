@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unime_st.data.full_disk import explained_full_disk
-from unime_st.files import checksum, remove_leftovers, write_atomically
+from unime_st.files import checksum, create_exclusively, remove_leftovers, write_atomically
 from unime_st.model_identity import explain_outdated
 
 logger = logging.getLogger(__name__)
@@ -112,8 +111,8 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> str:
     remove_leftovers(folder)
     path = folder / SETTINGS
     mine = json.loads(json.dumps({**settings, "format": _FORMAT}))
-    if not path.exists():
-        _write_first(path, json.dumps(mine, indent=1))
+    with explained_full_disk(folder):
+        create_exclusively(path, json.dumps(mine, indent=1))
     try:
         there = _note(path)
     except (ValueError, TypeError) as error:
@@ -180,22 +179,6 @@ def _wrong(result: dict[str, Any]) -> str:
         return "its checksum is another"
     missing = {"files", "image_root"} - set(result)
     return f"it lacks {', '.join(sorted(missing))}" if missing else ""
-
-
-def _write_first(path: Path, content: str) -> None:
-    """Write a file whole, unless another process is faster."""
-    own = path.with_name(f"{path.name}.{os.getpid()}")
-    with explained_full_disk(path.parent):
-        write_atomically(own, content)
-    try:
-        os.link(own, path)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links: between these two lines another may come
-        if not path.exists():
-            own.replace(path)
-    finally:
-        own.unlink(missing_ok=True)
 
 
 def _checksum(name: str, settings: str, counts: str, table: pa.Table) -> str:
