@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from PIL import Image
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -228,6 +229,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # its thread may hold a lock at the moment of a fork, for ever in the child
     disable_progress_bars()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from numbers import Integral, Real
+from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 
@@ -37,3 +39,20 @@ def require_number(
         raise TypeError(f"`{name}={value!r}`, but it must be {kind}{', or None' if optional else ''}.")
     if least is not None and not number >= least:
         raise ValueError(f"`{name}={value}`, but it must be at least {least}{', or None' if optional else ''}.")
+
+
+def require_path(name: str, value: Any) -> Path:
+    """A path of what was given for one.
+
+    Raises:
+        TypeError: For another type.
+
+    Example:
+        >>> require_path("cache_dir", None)
+        Traceback (most recent call last):
+        ...
+        TypeError: `cache_dir=None`, but it must be a path: a string or a `Path`.
+    """
+    if not isinstance(value, str | PathLike) or not isinstance(fspath(value), str):
+        raise TypeError(f"`{name}={value!r}`, but it must be a path: a string or a `Path`.")
+    return Path(value)

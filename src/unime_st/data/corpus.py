@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from unime_st.arguments import require_path
 from unime_st.data.corpus_files import FORMATS
 from unime_st.data.corpus_run import CorpusRun
 from unime_st.data.corpus_stream import CACHE_BYTES, check_arguments, progress_bar
@@ -58,7 +59,8 @@ def encode_corpus(
             plain arrays ``(n, D)`` to be memory-mapped, with folders ``fingerprints`` and ``ids`` beside.
         dtype: Of the embeddings on disk.
         window_size: Rows a part: what a kill can cost each process.
-        with_ids: Inputs are pairs ``(id, input)`` whose ids, strings or integers, are written too.
+        with_ids: Inputs are pairs ``(id, input)`` whose ids, strings or integers, are written too. Several rows may
+            have one id, as pieces of a document.
         model_name: Identity of the model. None derives it from its weights and settings, which a model that is no
             ``torch.nn.Module`` does not have, and which takes a pass over the weights.
         cache_bytes: See :func:`encode_stream`.
@@ -92,7 +94,8 @@ def encode_corpus(
         (4, [[3.0, 1.0]])
         >>> again = encode_corpus(Lengths(), texts, folder, model_name="lengths", window_size=3)  # nothing to do
     """
-    check_arguments(window_size, cache_bytes, inputs, encode_options)
+    folder = require_path("output_dir", output_dir)
+    check_arguments(model, window_size, cache_bytes, inputs, encode_options)
     if not isinstance(with_ids, bool):
         raise TypeError(f"`with_ids={with_ids!r}`, but it is True (inputs are pairs of id and input) or False.")
     if output_format not in FORMATS or dtype not in ("float32", "float16"):
@@ -113,7 +116,6 @@ def encode_corpus(
         "prompt": options.get("prompt", options.get("prompt_name")),
         "options": _deciding(options),
     }
-    folder = Path(output_dir)
     encoder = WindowEncoder(model, options, RecentEmbeddings(cache_bytes), dtype)
     share = own_share()
     total = _own_rows(inputs, window_size, share)

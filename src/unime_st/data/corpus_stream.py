@@ -68,7 +68,7 @@ def encode_stream(
         encoding ['ccc']
         [[2.0], [3.0]]
     """
-    check_arguments(window_size, cache_bytes, inputs, encode_options)
+    check_arguments(model, window_size, cache_bytes, inputs, encode_options)
     encoder = WindowEncoder(model, encode_options, RecentEmbeddings(cache_bytes), np.float32)
     return _stream(encoder, inputs, window_size, prefetch, show_progress_bar)
 
@@ -83,14 +83,17 @@ def _stream(
             bar.update(window.size)
 
 
-def check_arguments(window_size: int, cache_bytes: int, inputs: Any, options: Mapping[str, Any]) -> None:
+def check_arguments(model: Any, window_size: int, cache_bytes: int, inputs: Any, options: Mapping[str, Any]) -> None:
     """Refuse what cannot be streamed.
 
     Raises:
-        TypeError: For inputs that are one text or a mapping, and options that change the kind of result.
+        TypeError: For no model, inputs that are none, a text or a mapping, or options that change the kind of result.
         ValueError: For numbers out of range.
     """
-    if isinstance(inputs, str | bytes | Mapping):
+    if isinstance(model, str) or not hasattr(model, "encode"):
+        raise TypeError(f"`model` is a {type(model).__name__}, but a model with `encode` is needed.")
+    iterable = hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__")
+    if not iterable or isinstance(inputs, str | bytes | Mapping):
         raise TypeError(
             f"`inputs` is a {type(inputs).__name__}, but a list or another iterable of inputs is needed. Put a single "
             "input into a list; of a data set give a column."

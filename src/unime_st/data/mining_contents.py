@@ -41,10 +41,13 @@ class Contents:
         groups: ``(N,)`` number of each row's data set.
 
     Raises:
+        TypeError: When it is no ``datasets.Dataset``.
         ValueError: When a column is missing, rows are made by another transform, or a query or positive is None.
     """
 
     def __init__(self, dataset: Dataset, *, by_subset: bool, hash_images: bool) -> None:
+        if not isinstance(dataset, Dataset):
+            raise TypeError(f"`dataset` is a {type(dataset).__name__}, but mining needs a `datasets.Dataset`.")
         self.columns: Columns = training_columns(dataset.column_names)
         if self.columns.positive is None or not len(dataset):
             raise ValueError(

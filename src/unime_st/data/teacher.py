@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
+from unime_st.arguments import require_path
 from unime_st.columns import LABEL, LABEL_COLUMNS
 from unime_st.data.arguments import check_count
 from unime_st.data.embed_once import embed_missing
@@ -197,6 +198,9 @@ def _fill_store(
     if not hasattr(teacher, "encode"):
         raise TypeError(f"The teacher is a {type(teacher).__name__}, which has no `encode`. Give a model or an array.")
     refuse_one_text("texts", texts)
+    folder = require_path("cache_dir", cache_dir)
+    if not isinstance(texts, Sized):
+        raise TypeError(f"`texts` is a {type(texts).__name__}, but a list of texts is needed.")
     check_count("batch_size", batch_size)
     if not len(texts):
         raise ValueError("There are no texts to embed.")
@@ -205,7 +209,7 @@ def _fill_store(
     options = _prompt_options(teacher, prompt, prompt_name)
     default = (_own_prompts(teacher) or {}).get(getattr(teacher, "default_prompt_name", None) or "")
     identity = {"teacher": teacher_name or teacher_identity(teacher), "prompt": default or ""} | options
-    store = EmbeddingStore(teacher_folder(Path(cache_dir), identity))
+    store = EmbeddingStore(teacher_folder(folder, identity))
 
     def embed(places: np.ndarray) -> np.ndarray:
         chunk = [texts[row] for row in first_rows[places].tolist()]

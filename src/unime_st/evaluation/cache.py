@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 from torch import nn
 
+from unime_st.arguments import require_number, require_path
 from unime_st.evaluation.sections import (
     MARKER,
     SectionInfo,
@@ -62,9 +63,8 @@ class EmbeddingCache:
     """
 
     def __init__(self, folder: str | Path, max_bytes: int | None = None) -> None:
-        if max_bytes is not None and not max_bytes >= 1:
-            raise ValueError(f"`max_bytes={max_bytes}`, but a cache needs some room; None for no bound.")
-        self.folder = Path(folder)
+        require_number("max_bytes", max_bytes, least=1, whole=False, optional=True)
+        self.folder = require_path("folder", folder)
         self.max_bytes = max_bytes
 
     def section(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from unime_st.arguments import require_path
 from unime_st.evaluation.outcomes import TaskOutcomes, read_outcomes
 from unime_st.evaluation.report import Report
 
@@ -143,7 +144,7 @@ def compare(
     """
     if resamples < 1 or not 0 < confidence < 1:
         raise ValueError(f"`resamples={resamples}`, `confidence={confidence}`: give at least 1, and less than 1.")
-    sides = _outcomes(Path(before)), _outcomes(Path(after))
+    sides = _outcomes(require_path("before", before)), _outcomes(require_path("after", after))
     pairs = _paired(*sides, intersection=intersection)
     tails = (100 * (1 - confidence) / 2, 100 * (1 + confidence) / 2)
     tasks: dict[str, Difference] = {}

@@ -27,6 +27,7 @@ class LossMetricsCallback(TrainerCallback):
             run over its dimensions as well), or a dict of losses by data set, whose names then prefix the numbers.
 
     Raises:
+        TypeError: When it is no loss.
         ValueError: When there is no loss of this package inside.
 
     Example:
@@ -36,6 +37,8 @@ class LossMetricsCallback(TrainerCallback):
 
     def __init__(self, loss: nn.Module | Mapping[str, nn.Module]) -> None:
         named = {f"{name}_": module for name, module in loss.items()} if isinstance(loss, Mapping) else {"": loss}
+        if wrong := [module for module in named.values() if not isinstance(module, nn.Module)]:
+            raise TypeError(f"`loss` is a {type(wrong[0]).__name__}, but a loss, or a dict of losses, is needed.")
         found = {prefix: _find(module) for prefix, module in named.items()}
         self.losses = {prefix: inner for prefix, inner in found.items() if inner is not None}
         if not self.losses:

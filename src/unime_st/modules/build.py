@@ -102,8 +102,15 @@ def build_encoder(
     require_number("vision_cache_bytes", vision_cache_bytes, least=0)
     _check_prompts(prompts)
     _check_device(device)
+    _check_dtype(torch_dtype)
+    if prompt_template is not None and not isinstance(prompt_template, str):
+        raise TypeError(
+            f"`prompt_template={prompt_template!r}`, but it must be a name or a Jinja chat template, or None."
+        )
     if isinstance(peft_config, PeftConfig):
         check_config(peft_config)
+    elif peft_config is not None and not isinstance(peft_config, bool):
+        raise TypeError(f"`peft_config={peft_config!r}`, but it must be a `peft.PeftConfig`, True, or None.")
     name, adapter = str(backbone), Path(backbone)
     if (adapter / "adapter_config.json").is_file():
         name = str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
@@ -179,6 +186,7 @@ def load_encoder(
     """
     _check_sizes(truncate_dim=truncate_dim)
     _check_device(device)
+    _check_dtype(torch_dtype)
     folder = _folder_of(path)
     if not (folder / "modules.json").is_file():
         if published is None and str(path) not in PUBLISHED:
@@ -285,6 +293,8 @@ def _check_sizes(**sizes: int | None) -> None:
 
 
 def _check_prompts(prompts: Mapping[str, str] | None) -> None:
+    if prompts is not None and not isinstance(prompts, Mapping):
+        raise TypeError(f"`prompts={prompts!r}`, but they must be a mapping of names to instructions, or None.")
     for name, prompt in (prompts or {}).items():
         if not isinstance(name, str) or not isinstance(prompt, str):
             raise TypeError(f"`prompts` has {name!r}: {prompt!r}, but names and prompts are strings.")
@@ -297,8 +307,18 @@ def _check_device(device: str | None) -> None:
         raise ValueError(f"`device={device!r}` is no device of torch, such as 'cpu' or 'cuda:0': {error}") from error
 
 
+def _check_dtype(dtype: Any) -> None:
+    known = dtype == "auto" if isinstance(dtype, str) else isinstance(dtype, torch.dtype)
+    if not known and not (isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)):
+        raise ValueError(
+            f"`torch_dtype={dtype!r}`, but it must be 'auto', a type of torch such as 'bfloat16', or its name."
+        )
+
+
 def _folder_of(path: str | Path) -> Path:
     """The folder of a path, or of a name on the Hub."""
+    if str(path) == "":
+        raise ValueError("`path` is empty; give a folder or a name on the Hub.")
     given = Path(path)
     recover(given)
     if given.is_dir():

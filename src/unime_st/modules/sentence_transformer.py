@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import batch_to_device, truncate_embeddings
 from tqdm.auto import tqdm
 
+from unime_st.arguments import require_number
 from unime_st.features import check_finite
 from unime_st.files import write_atomically
 from unime_st.modules.card_data import EncoderCardData
@@ -24,6 +26,7 @@ from unime_st.modules.shared_prefix import shares_prefixes
 
 STOCK_MODULE = f"{Transformer.__module__}.{Transformer.__name__}"
 _BUDGET = "batch_num_tokens"
+_NUMBERS = {"batch_size": False, "truncate_dim": True, _BUDGET: True}  # which of them may be None
 _OWN_ARGUMENTS = frozenset(
     {"prompt", "batch_size", "show_progress_bar", "output_value", "save_to_cpu", "normalize_embeddings", "truncate_dim"}
     | {"device", _BUDGET}
@@ -61,6 +64,14 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         """
         return [*super().get_model_kwargs(), _BUDGET]
 
+    @wraps(SentenceTransformer.encode)
+    def encode(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As stock, with numbers that are none refused by name."""
+        for name, optional in _NUMBERS.items():
+            if name in kwargs:
+                require_number(name, kwargs[name], least=1, optional=optional)
+        return super().encode(*args, **kwargs)
+
     @torch.inference_mode()
     def _inference(self, inputs: list[Any], **kwargs: Any) -> Any:
         """What ``encode`` does in one process: each distinct input once, in an order that lets beginnings be shared.
@@ -69,12 +80,8 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         but embeddings is asked for; results are the same to rounding.
         """
         encoder: Any = self[0]
-        if (dim := kwargs.get("truncate_dim")) is not None and not dim >= 1:
-            raise ValueError(f"`truncate_dim={dim}`, but it must be at least 1, or None.")
         plain = not isinstance(encoder, MultimodalEncoder) or kwargs["output_value"] != "sentence_embedding"
         budget = kwargs.get(_BUDGET)
-        if budget is not None and budget < 1:
-            raise ValueError(f"`{_BUDGET}={budget}`, but at least 1 is needed; None goes by `batch_size` alone.")
         if plain or not inputs or self.device.type == "hpu":
             if budget is not None and inputs:
                 raise ValueError(
