@@ -180,7 +180,7 @@ def test_threads_take_turns(backbone):
 
 def test_budgets_that_cannot_be(encoder):
     assert len(encoder.encode([], batch_num_tokens=100)) == 0
-    with pytest.raises(ValueError, match="at least 1 is needed"):
+    with pytest.raises(ValueError, match="`batch_num_tokens=0`, but it must be at least 1"):
         encoder.encode(ITEMS, batch_num_tokens=0)
     with pytest.raises(ValueError, match="Leave it out"):
         encoder.encode(ITEMS, batch_num_tokens=64, output_value="token_embeddings")
