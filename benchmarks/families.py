@@ -4,7 +4,7 @@
     python benchmarks/families.py --families qwen2_vl
 
 A cell is "yes" when its check passed, or the reason why not. Writes `benchmarks/results/families.json`, from which
-`benchmarks/readme.py` makes the README's table. The models are those of the tests (`tests/tiny.py`).
+`benchmarks/readme.py` makes the table in `docs/models.md`. The models are those of the tests (`tests/tiny.py`).
 """
 
 # ruff: noqa: E402 (the tests' models are found once their folder is on the path)

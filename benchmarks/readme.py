@@ -1,4 +1,4 @@
-"""Keep the demo's results in the repository, and write the README's tables and the published models' cards.
+"""Keep the demo's results in the repository, and write the pages' tables and the published models' cards.
 
 python benchmarks/readme.py --demo demo_output   # after `make demo`: copy its numbers and pictures, then fill in
 python benchmarks/readme.py                      # fill in only
@@ -258,11 +258,16 @@ def scale_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def filled(text: str) -> str:
-    """README with its tables written from the kept results.
+def pages() -> list[Path]:
+    """The files with tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def filled(texts: dict[str, str]) -> dict[str, str]:
+    """Pages, by name, with their tables written from the kept results.
 
     Raises:
-        ValueError: if the README lacks a place for one.
+        ValueError: if a table has no place, or more than one.
     """
     demo = RESULTS / "demo"
     parts = {
@@ -282,10 +287,16 @@ def filled(text: str) -> str:
     }
     for name, part in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text, count = pattern.subn(lambda match, part=part: f"{match[1]}{part}\n{match[2]}", text)
-        if count != 1:
-            raise ValueError(f"README.md has {count} places between <!-- {name} --> and <!-- /{name} -->, not one.")
-    return text
+        written = {
+            page: pattern.subn(lambda match, part=part: f"{match[1]}{part}\n{match[2]}", text)
+            for page, text in texts.items()
+        }
+        if (count := sum(places for _, places in written.values())) != 1:
+            raise ValueError(
+                f"{', '.join(texts)} have {count} places between <!-- {name} --> and <!-- /{name} -->, not one."
+            )
+        texts = {page: text for page, (text, _) in written.items()}
+    return texts
 
 
 def _word(number: int) -> str:
@@ -304,9 +315,10 @@ def main() -> None:
         keep(arguments.demo)
     for name, card in cards().items():
         (ROOT / "model_cards" / name).write_text(card, encoding="utf-8")
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"written: {readme}")
+    texts = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in pages()}
+    for name, text in filled(texts).items():
+        (ROOT / name).write_text(text, encoding="utf-8")
+        print(f"written: {name}")
 
 
 if __name__ == "__main__":

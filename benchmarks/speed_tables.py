@@ -1,4 +1,4 @@
-"""Tables of the speed benchmarks, for the README and for `benchmarks/results/bench.md`."""
+"""Tables of the speed benchmarks, for the pages of `docs` and for `benchmarks/results/bench.md`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python blocks of the README files run, in order and in one namespace.
+"""The Python blocks of the README files and of the docs run, in order and in one namespace.
 
 They run in a folder that has what they name: tiny stand-ins of models and data. A Hub name is a relative path too, and
 a folder of that name is loaded in place of the Hub's, so the blocks run as they are printed.
@@ -24,7 +24,8 @@ BACKBONES = {  # what the files name -> the family of the stand-in
 }
 TEACHERS = ("sentence-transformers/all-MiniLM-L6-v2", "Qwen/Qwen3-Embedding-8B", "Qwen/Qwen3-Embedding-0.6B")
 SAVED = ("path/to/an/exported/encoder",)
-IMAGES = ("bus.jpg",)
+IMAGES = {"bus.jpg": "red", "boat.jpg": "green"}
+PAGES = ["README.md", "examples/README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def blocks(name):
@@ -48,8 +49,8 @@ def stand_ins(tmp_path, monkeypatch, backbone):
         for name in SAVED:
             if name in code:
                 export_encoder(build_encoder(backbone("qwen2_vl"), device="cpu"), tmp_path / name)
-        for name in IMAGES:
-            picture().save(tmp_path / name)
+        for name, color in IMAGES.items():
+            picture(color).save(tmp_path / name)
         world = tiny_world(tmp_path / "world")
         shutil.copy(world / "texts.txt", tmp_path)
         for folder, source in (("MMEB-train", "train"), ("MMEB-eval", "eval")):
@@ -62,10 +63,9 @@ def stand_ins(tmp_path, monkeypatch, backbone):
     return prepare
 
 
-@pytest.mark.parametrize("name", ["README.md", "examples/README.md"])
+@pytest.mark.parametrize("name", [name for name in PAGES if blocks(name)])
 def test_python_blocks_run(name, stand_ins):
     found = blocks(name)
-    assert found, f"{name} has no Python block: is its form ```python still?"
     stand_ins("".join(code for _, code in found))
     namespace = {"__name__": "readme"}
     for line, code in found:
@@ -73,8 +73,28 @@ def test_python_blocks_run(name, stand_ins):
         exec(compile(padded, str(ROOT / name), "exec"), namespace)  # the project's own text
 
 
+def test_pages_have_blocks():
+    found = {name: len(blocks(name)) for name in PAGES}
+    assert found["README.md"] >= 2
+    assert all(found[name] for name in ("examples/README.md", "docs/encode.md", "docs/train.md", "docs/evaluate.md"))
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    gone = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not gone
+    if name == "README.md":
+        assert {link for link in links if link.startswith("docs/")} == {one for one in PAGES if one.startswith("docs/")}
+
+
 def test_commands_name_scripts_and_recipes_that_are_there():
-    for name in ("README.md", "examples/README.md"):
+    for name in PAGES:
         text = (ROOT / name).read_text(encoding="utf-8")
         for path in re.findall(r"examples/[\w./-]+\.(?:py|yaml)", text):
             assert (ROOT / path).is_file(), f"{name} names {path}"

@@ -21,16 +21,24 @@ def readme():
 
 
 def test_the_tables_are_those_of_the_kept_results(readme):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.filled(text) == text, "run `python benchmarks/readme.py`"
+    texts = {str(page): page.read_text(encoding="utf-8") for page in readme.pages()}
+    assert len(texts) > 5
+    assert readme.filled(texts) == texts, "run `python benchmarks/readme.py`"
+    text = texts[str(ROOT / "README.md")]
     results = json.loads((readme.RESULTS / "demo" / "results.json").read_text())
     final = results["tables"]["trained"]["+ stage 2 (contrastive)"]["text→image R@1"]
     assert f"| + stage 2 (contrastive) | {100 * final:.1f} |" in text
 
 
 def test_a_missing_place_is_an_error(readme):
-    with pytest.raises(ValueError, match="demo"):
-        readme.filled("# nothing to fill in\n")
+    with pytest.raises(ValueError, match="0 places between <!-- demo -->"):
+        readme.filled({"README.md": "# nothing to fill in\n"})
+
+
+def test_a_table_in_two_pages_is_an_error(readme):
+    texts = {str(page): page.read_text(encoding="utf-8") for page in readme.pages()}
+    with pytest.raises(ValueError, match="2 places between <!-- families -->"):
+        readme.filled({**texts, "again.md": "<!-- families -->\n<!-- /families -->\n"})
 
 
 def test_the_cards_of_published_models_are_those_generated_and_parse(readme):
