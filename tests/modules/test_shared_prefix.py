@@ -18,6 +18,7 @@ from unime_st.modules import branch_attention, build_encoder, export_encoder, se
 from unime_st.modules.inference import encoding_order
 from unime_st.modules.shared_prefix import SharedPrefixes, language_model, shares_prefixes
 from unime_st.modules.token_tree import flatten_tree, pack_tree
+from unime_st.modules.tree_attention import BLOCK
 
 PADDED = ("gemma3", "phi3_v")  # not causal alone, or positions that depend on the length
 
@@ -32,11 +33,16 @@ def inputs():
     return items
 
 
-@pytest.fixture(params=["by branch", "packed"])
+@pytest.fixture(params=["rows", "mask", "tree"])
 def layout(request, monkeypatch):
-    """`encode` on the CPU, and on a GPU."""
-    if request.param == "packed":
-        monkeypatch.setattr(shared_prefix, "attends_by_branch", lambda _: False)
+    """`encode` on the CPU, with masks, and as on a GPU."""
+    as_usual = SharedPrefixes.__init__
+
+    def init(self):
+        as_usual(self)
+        self.attention = request.param
+
+    monkeypatch.setattr(SharedPrefixes, "__init__", init)
     return request.param
 
 
@@ -67,7 +73,7 @@ def one_by_one(model, items):
     return torch.cat(rows).numpy()
 
 
-def test_encode_equals_rows_one_by_one(encoder, family, layout, monkeypatch):
+def test_encode_equals_rows_one_by_one(layout, encoder, family, monkeypatch):
     called = []
     monkeypatch.setattr(
         branch_attention, "_places", lambda before, own=branch_attention._places: called.append(1) or own(before)
@@ -81,14 +87,15 @@ def test_encode_equals_rows_one_by_one(encoder, family, layout, monkeypatch):
         assert counted.computed == 0
         assert not shares_prefixes(encoder[0].model)
     else:
-        assert 0 < counted.computed < 0.8 * counted.padded
-    assert bool(called) is (layout == "by branch" and family not in PADDED)
+        assert 0 < counted.computed < 0.8 * counted.padded + (BLOCK if layout == "tree" else 0)
+    assert bool(called) is (layout == "rows" and family not in PADDED)
+    assert counted.taken == (None if family in PADDED else layout)
     distances = np.abs(expected[:, None] - expected[None]).max(axis=-1) + np.eye(len(items))
     distances[[12, 16], [16, 12]] = 1  # the one pair of copies
     assert distances.min() > 1e-4  # else equality of embeddings says nothing
 
 
-def test_a_shared_image_matters(encoder, layout):
+def test_a_shared_image_matters(layout, encoder):
     """Two rows differ in their image alone, or in the last word alone."""
     items = [{"image": picture(color), "text": text} for color, text in product(("red", "green"), ("a b", "a c"))]
     embeddings = encoder.encode(items)

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from unime_st.modules import tree_attention
 from unime_st.modules.token_tree import PackedTree
 
 NAME = "unime_branches"
@@ -68,18 +69,19 @@ def by_branch(decoder: Any, branches: Branches) -> Iterator[dict[str, Tensor]]:
         and any other attention refuses.
     """
     token = _rows.set(branches)
+    before = decoder.config._attn_implementation
     decoder.config._attn_implementation = NAME
     try:
         yield {"attention_mask": torch.empty(1, 1, 0, 0)}
     finally:
-        decoder.config._attn_implementation = _USUAL
+        decoder.config._attn_implementation = before
         _rows.reset(token)
 
 
 def attends_by_branch(decoder: Any) -> bool:
     """Whether :func:`by_branch` reaches all layers of a decoder, and its attention is one that ours stands for."""
     attentions: Sequence[Any] = [getattr(layer, "self_attn", None) for layer in decoder.layers]
-    return decoder.config._attn_implementation == _USUAL and all(
+    return decoder.config._attn_implementation in (_USUAL, tree_attention.NAME) and all(
         getattr(attention, "config", None) is decoder.config for attention in attentions
     )
 

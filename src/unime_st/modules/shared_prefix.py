@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from threading import RLock
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from unime_st.modules.branch_attention import NAME, Branches, attends_by_branch, by_branch
+from unime_st.modules import branch_attention, tree_attention
+from unime_st.modules.branch_attention import Branches, attends_by_branch, by_branch
 from unime_st.modules.token_tree import PackedTree, flatten_tree, pack_tree
+from unime_st.modules.tree_attention import attends_by_tree, by_tree, moved, padded_length
+
+logger = logging.getLogger(__name__)
+
+Attention = Literal["rows", "tree", "mask"]
+"""How a packed pass attends: a row at a time; over the tree, by FlexAttention; with a mask over all tokens."""
 
 LANGUAGE_MODEL_NAMES = ("language_model", "text_model")
 """What multimodal models of transformers call their language model."""
 
-_ATTENTION = ("sdpa", "eager", NAME)  # those that take a mask of four dimensions
+_ATTENTION = ("sdpa", "eager", branch_attention.NAME, tree_attention.NAME)  # that take a mask of four dimensions
 _ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length of the batch
 _CARRIED = ("inputs_embeds", "attention_mask", "position_ids", "cache_position", "use_cache")
 _DEEPSTACK = ("visual_pos_masks", "deepstack_visual_embeds")
@@ -81,6 +89,9 @@ class SharedPrefixes:
             feed-forward part for those alone, and other states mean nothing.
         inference: Whether none of the passes over these rows has a backward pass: on the CPU attention may then go row
             by row.
+        attention: "auto", or the kind of attention that packed passes are to have, if the model and device can: a row
+            at a time (CPU, inference), over the tree (GPU), or with a mask.
+        taken: The kind that the last packed pass had; None before there is one.
         tokens: Of the rows seen, padding left out.
         padded: With padding.
         computed: Places the language model ran over in their stead, padding of its sequences included.
@@ -92,6 +103,8 @@ class SharedPrefixes:
         self.active = False
         self.last_token_only = False
         self.inference = False
+        self.attention: Literal["auto"] | Attention = "auto"
+        self.taken: Attention | None = None
         self.tokens = 0
         self.padded = 0
         self.computed = 0
@@ -124,9 +137,11 @@ class SharedPrefixes:
             yield
             return
         decoder: Any = language_model(model)
-        apart = self.inference and mask.device.type == "cpu" and attends_by_branch(decoder)
-        size, training = decoder.config.hidden_size, decoder.training
-        tree = flatten_tree(*told) if apart else pack_tree(*told, hidden_size=size, training=training)
+        kind = self._kind(decoder, mask.device)
+        if kind == "mask":
+            tree = pack_tree(*told, hidden_size=decoder.config.hidden_size, training=decoder.training)
+        else:
+            tree = flatten_tree(*told, *([padded_length] if kind == "tree" else []))
         self.tokens += int(told[1].sum())
         self.padded += mask.numel()
         self.computed += tree.source.size if tree is not None else mask.numel()
@@ -139,7 +154,7 @@ class SharedPrefixes:
             if any(kwargs.get(name) for name in _UNKNOWN_OUTPUTS):
                 return plain(**kwargs)
             if tree is not None:
-                return _run(decoder, plain, tree, kwargs, last_token_only=self.last_token_only)
+                return _run(decoder, plain, tree, kind, kwargs, last_token_only=self.last_token_only)
             last = np.arange(1, mask.shape[0] + 1) * mask.shape[1] - 1
             with _last_layer_at(decoder, last) if self.last_token_only else nullcontext():
                 return plain(**kwargs)
@@ -149,6 +164,20 @@ class SharedPrefixes:
             yield
         finally:
             del decoder.forward
+
+    def _kind(self, decoder: Any, device: torch.device) -> Attention:
+        """The attention of a packed pass."""
+        on_cpu = device.type == "cpu"
+        wanted = self.attention if self.attention != "auto" else "rows" if on_cpu else "tree"
+        kind: Attention = "mask"
+        if wanted == "rows" and on_cpu and self.inference and attends_by_branch(decoder):
+            kind = "rows"
+        elif wanted == "tree" and attends_by_tree(decoder, device):
+            kind = "tree"
+        if kind != self.taken:
+            logger.info("Packed passes on %s attend by %s", device.type, kind)
+            self.taken = kind
+        return kind
 
 
 def _told(model: nn.Module, keys: Tensor, mask: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
@@ -183,17 +212,17 @@ def _last_layer_at(decoder: Any, places: np.ndarray) -> Iterator[None]:
     parts = () if _is_computed_again(layer) else own
     served = [part for part in parts if isinstance(part, nn.Module) and "forward" not in vars(part)]
 
-    def at_places(plain: Any) -> Any:
+    def at_places(plain: Any, chosen: Tensor) -> Any:
         def forward(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # (P, L, D)
-            chosen = torch.from_numpy(places).to(states.device)
             some = plain(states.flatten(0, 1).index_select(0, chosen)[None], *args, **kwargs)[0]
             whole = some.new_zeros(states.shape[0] * states.shape[1], some.shape[-1])
             return whole.index_copy_(0, chosen, some).view(*states.shape[:2], -1)
 
         return forward
 
+    chosen = moved(places, next(layer.parameters()).device)
     for part in served:
-        part.forward = at_places(part.forward)
+        part.forward = at_places(part.forward, chosen)
     try:
         yield
     finally:
@@ -207,11 +236,13 @@ def _is_computed_again(layer: nn.Module) -> bool:
     return layer.training and (not own or bool(layer.gradient_checkpointing))
 
 
-def _run(decoder: Any, plain: Any, tree: PackedTree, kwargs: dict[str, Any], *, last_token_only: bool) -> Any:
+def _run(
+    decoder: Any, plain: Any, tree: PackedTree, kind: Attention, kwargs: dict[str, Any], *, last_token_only: bool
+) -> Any:
     """The language model's output for the rows, made from its output for the sequences."""
     embeddings: Tensor = kwargs["inputs_embeds"]  # (B, T, D)
     device = embeddings.device
-    source, place = (torch.from_numpy(array).to(device) for array in (tree.source, tree.place))
+    source, place = (moved(array, device) for array in (tree.source, tree.place))
     positions = _positions(kwargs.get("position_ids"), tree, source)
     dropped = (*_CARRIED, *_UNKNOWN_OUTPUTS)
     carried = {name: value for name, value in kwargs.items() if value is not None and name not in dropped}
@@ -221,13 +252,10 @@ def _run(decoder: Any, plain: Any, tree: PackedTree, kwargs: dict[str, Any], *, 
     if any(isinstance(value, Tensor) and name not in _DEEPSTACK for name, value in carried.items()):
         return plain(**kwargs)
     carried |= {"use_cache": False, "inputs_embeds": _taken(embeddings, source), "position_ids": positions}  # (P, L, D)
-    dtype = _scores_dtype(embeddings)
-    attention: Any = (
-        by_branch(decoder, Branches(tree, dtype))
-        if tree.allowed is None
-        else nullcontext({"attention_mask": _attention_mask(tree.allowed, embeddings.device, dtype)})
-    )
-    with attention as mask, _last_layer_at(decoder, tree.place[:, -1]) if last_token_only else nullcontext():
+    with (
+        _attending(decoder, tree, kind, embeddings) as mask,
+        _last_layer_at(decoder, tree.place[:, -1]) if last_token_only else nullcontext(),
+    ):
         output = plain(**carried, **mask)
     states = output["last_hidden_state"]
     if last_token_only:  # (B, T, D) without its memory: the others are not read
@@ -235,6 +263,18 @@ def _run(decoder: Any, plain: Any, tree: PackedTree, kwargs: dict[str, Any], *, 
     else:
         output["last_hidden_state"] = _taken(states, place)
     return output
+
+
+def _attending(decoder: Any, tree: PackedTree, kind: Attention, embeddings: Tensor) -> Any:
+    """A context with the pass's attention, that gives what the decoder is to be called with."""
+    dtype = _scores_dtype(embeddings)
+    if tree.allowed is not None:
+        return nullcontext({"attention_mask": _attention_mask(tree.allowed, embeddings.device, dtype)})
+    if kind == "rows":
+        return by_branch(decoder, Branches(tree, dtype))
+    assert tree.end is not None
+    again = _is_computed_again(decoder.layers[-1])
+    return by_tree(decoder, tree.end, embeddings.device, computed_again=again)
 
 
 def _taken(states: Tensor, places: Tensor) -> Tensor:
@@ -254,7 +294,7 @@ def _attention_mask(allowed: np.ndarray, device: torch.device, dtype: torch.dtyp
     A mask of booleans would be smaller, but `scaled_dot_product_attention` turns it into such a one in every layer, and
     keeps each for the backward pass.
     """
-    asked = torch.from_numpy(allowed).to(device)[:, None]
+    asked = moved(allowed, device)[:, None]
     mask = torch.full(asked.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
     return mask.masked_fill_(asked, 0)
 
@@ -265,14 +305,14 @@ def _positions(given: Tensor | None, tree: PackedTree, source: Tensor) -> Tensor
     Rotary attention sees differences of positions only. Qwen-VL has three or four of them a token, (3, B, T).
     """
     if given is None:
-        return torch.from_numpy(tree.depth).to(source.device)
+        return moved(tree.depth, source.device)
     if given.shape[-2:] != tree.mask.shape:
         given = given.expand(*given.shape[:-2], *tree.mask.shape)
-    mask = torch.from_numpy(tree.mask).to(source.device)
+    mask = moved(tree.mask, source.device)
     first = mask.int().argmax(dim=1)
     counted = given - given.gather(-1, first.expand(*given.shape[:-1])[..., None])
     packed = counted.flatten(-2)[..., source]
-    place = torch.from_numpy(tree.place).to(source.device)
+    place = moved(tree.place, source.device)
     same = (packed.flatten(-2)[..., place] == counted) | ~mask
     return packed if bool(same.all()) else None
 
@@ -283,7 +323,7 @@ def _deepstack(kwargs: dict[str, Any], tree: PackedTree, source: Tensor) -> dict
     if is_visual is None:
         return {}
     number = is_visual.flatten().cumsum(0) - 1  # of each token's feature
-    kept = is_visual.flatten()[source] & torch.from_numpy(tree.used).to(source.device)
+    kept = is_visual.flatten()[source] & moved(tree.used, source.device)
     chosen = number[source[kept]]
     return {
         "visual_pos_masks": kept,

@@ -7,7 +7,7 @@ of the padded rows, P packed sequences, L their length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import pairwise
@@ -37,6 +37,7 @@ class PackedTree:
         mask: Which of the rows' places are tokens, shape (B, T).
         branches: Of one sequence: the places of a row's own tokens, first and one past the last, and those of the
             beginning it shares, in order.
+        end: Of one sequence: one past the last place that attends to each place, shape (L,).
     """
 
     source: np.ndarray
@@ -46,14 +47,18 @@ class PackedTree:
     place: np.ndarray
     mask: np.ndarray
     branches: tuple[tuple[int, int, np.ndarray], ...] = ()
+    end: np.ndarray | None = None
 
 
-def flatten_tree(keys: np.ndarray, mask: np.ndarray) -> PackedTree | None:
-    """Put all tokens in one sequence without padding, for attention that goes row by row.
+def flatten_tree(
+    keys: np.ndarray, mask: np.ndarray, padded_length: Callable[[int], int] = lambda length: length
+) -> PackedTree | None:
+    """Put all tokens in one sequence without padding, for attention that goes row by row or over the tree.
 
     Args:
         keys: As in :func:`pack_tree`.
         mask: As there.
+        padded_length: From the number of tokens to the length of the sequence, for kernels that want certain ones.
 
     Returns:
         The sequence with its branches, None where nothing is shared or padded.
@@ -63,11 +68,13 @@ def flatten_tree(keys: np.ndarray, mask: np.ndarray) -> PackedTree | None:
         >>> tree = flatten_tree(keys, keys > 0)
         >>> [(start, end, before.tolist()) for start, end, before in tree.branches]
         [(0, 4, []), (4, 5, [0, 1, 2]), (5, 6, [0, 1])]
+        >>> tree.end.tolist()
+        [6, 6, 5, 4, 5, 6]
     """
     order, starts, lengths, shared = _sorted(keys, mask)
     if int((lengths - shared).sum()) == mask.size:
         return None
-    return _laid_out(mask, order, starts, lengths, shared, [range(len(order))], by_branch=True)
+    return _laid_out(mask, order, starts, lengths, shared, [range(len(order))], padded_length)
 
 
 def pack_tree(keys: np.ndarray, mask: np.ndarray, *, hidden_size: int, training: bool = False) -> PackedTree | None:
@@ -181,16 +188,18 @@ def _laid_out(  # noqa: PLR0917
     lengths: np.ndarray,
     shared: np.ndarray,
     bins: Sequence[Sequence[int]],
-    *,
-    by_branch: bool = False,
+    padded_length: Callable[[int], int] | None = None,
 ) -> PackedTree:
+    """Sequences of so many groups of rows; with a length to pad to one sequence, with its branches and ends."""
     width = mask.shape[1]
     sizes = [_fresh(lengths, shared, members).tolist() for members in bins]
-    shape = len(bins), max(map(sum, sizes))
+    longest = max(map(sum, sizes))
+    shape = len(bins), longest if padded_length is None else padded_length(longest)
     source, depth = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     branches: list[tuple[int, int, np.ndarray]] = []
     allowed = None
-    if not by_branch:
+    end = np.arange(1, shape[1] + 1)
+    if padded_length is None:
         allowed = np.zeros((*shape, shape[1]), dtype=bool)
         allowed[:, np.arange(shape[1]), np.arange(shape[1])] = True  # padding attends to itself: no row may be empty
     place = np.zeros(mask.shape, dtype=np.int64)
@@ -200,6 +209,7 @@ def _laid_out(  # noqa: PLR0917
         for at, fresh in zip(members, sizes[number], strict=True):
             row, own = order[at], slice(used, used + fresh)
             first = int(lengths[at]) - fresh  # tokens shared with the row before
+            end[path[first:]] = used  # nothing from here on attends to the others of that row
             path = np.concatenate([path[:first], np.arange(used, used + fresh)])
             depth[number, own] = first + np.arange(fresh)
             source[number, own] = row * width + starts[row] + depth[number, own]
@@ -210,6 +220,9 @@ def _laid_out(  # noqa: PLR0917
                 allowed[number, own, own] = np.tri(fresh, dtype=bool)
             place[row, starts[row] :] = number * shape[1] + path
             used += fresh
+        end[path] = used
         source[number, used:] = source[number, 0]
     filled = np.arange(shape[1]) < np.array([sum(own) for own in sizes])[:, None]
-    return PackedTree(source, allowed, depth, filled, place, mask, tuple(branches))
+    return PackedTree(
+        source, allowed, depth, filled, place, mask, tuple(branches), None if padded_length is None else end
+    )

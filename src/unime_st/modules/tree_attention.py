@@ -1,0 +1,178 @@
+"""Attention over a tree of tokens in one sequence, with FlexAttention: on a GPU, in inference and in training.
+
+Rows stand in depth-first order, each shared beginning once. The tokens that attend to a token are then a run that
+begins with it, so one number a token is the whole mask: token q attends to k if k <= q < end[k]. It travels as the
+attention mask, which gradient checkpointing keeps for its second forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+try:
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+except ImportError:  # a build of torch without it
+    BlockMask = flex_attention = None  # type: ignore[assignment, misc]
+
+NAME = "unime_tree"
+BLOCK = 128
+"""Tokens of a block: what FlexAttention computes or leaves out as a whole."""
+
+_USUAL = "sdpa"
+_STEPS = 8  # lengths between a power of two and the next: each costs at most an eighth more, and may be compiled for
+_LEAST_HEAD = 16  # dimensions that the compiled kernel takes, powers of two
+
+
+def padded_length(length: int) -> int:
+    """Length of a sequence with padding: whole blocks, and few different ones.
+
+    >>> [padded_length(length) for length in (1, 128, 129, 3000, 16_500)]
+    [128, 128, 256, 3072, 18432]
+    """
+    step = max(BLOCK, (1 << max(length - 1, 1).bit_length() - 1) // _STEPS)
+    return -(-length // step) * step
+
+
+def moved(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on a device; to a GPU without waiting for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def tree_mask(end: np.ndarray, device: torch.device) -> Any:
+    """Which tokens attend to which, for FlexAttention.
+
+    Args:
+        end: For each of L tokens one past the last that attends to it, (L,); L is a multiple of :data:`BLOCK`.
+        device: Where to put it.
+
+    Returns:
+        A ``BlockMask`` of shape (1, 1, L, L).
+
+    Example:
+        >>> mask = tree_mask(np.array([3, 2, 3, *range(4, 129)]), torch.device("cpu"))
+        >>> places = torch.arange(4)
+        >>> mask.mask_mod(0, 0, places[:, None], places[None]).int().tolist()
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
+    """
+    count = len(end) // BLOCK
+    ends = end.reshape(count, BLOCK)
+    first = np.arange(count) * BLOCK  # of a block's tokens
+    some = (first[:, None] >= first) & (first[:, None] < ends.max(axis=1))  # (queries, keys)
+    whole = (first[:, None] > first) & (first[:, None] + BLOCK <= ends.min(axis=1))
+    numbers: list[np.ndarray] = [end]
+    for kind in (some & ~whole, whole):
+        numbers += [kind.sum(axis=1), np.argsort(~kind, axis=1, kind="stable")]
+    packed = moved(np.concatenate([part.reshape(-1) for part in numbers]).astype(np.int32), device)
+    last, *blocks = packed.split([part.size for part in numbers])
+
+    def allowed(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < last[key])
+
+    some_counts, some_keys, whole_counts, whole_keys = blocks
+    return BlockMask.from_kv_blocks(
+        some_counts.view(1, 1, -1),
+        some_keys.view(1, 1, count, count),
+        whole_counts.view(1, 1, -1),
+        whole_keys.view(1, 1, count, count),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=allowed,
+    )
+
+
+def attends_by_tree(decoder: Any, device: torch.device) -> bool:
+    """Whether attention over a tree reaches all layers of a decoder, on a device that has its kernels.
+
+    A CPU has them for inference; in training the same mask is written out there.
+    """
+    config = decoder.config
+    attentions: Sequence[Any] = [getattr(layer, "self_attn", None) for layer in decoder.layers]
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    compiles = device.type == "cuda" and head >= _LEAST_HEAD and head & (head - 1) == 0
+    return (
+        flex_attention is not None
+        and (compiles or device.type == "cpu")
+        and config._attn_implementation in (_USUAL, NAME)
+        and all(getattr(attention, "config", None) is config for attention in attentions)
+        and not (decoder.training and getattr(config, "attention_dropout", 0))
+    )
+
+
+@contextmanager
+def by_tree(decoder: Any, end: np.ndarray, device: torch.device, *, computed_again: bool) -> Iterator[dict[str, Any]]:
+    """Within this context a decoder's attention is :func:`attend` over one tree.
+
+    Args:
+        decoder: The language model.
+        end: See :func:`tree_mask`.
+        device: Where the tokens are.
+        computed_again: Whether gradient checkpointing runs layers again after this context: they must find the
+            attention then, which for all other masks is the usual one.
+
+    Yields:
+        What the decoder is to be called with.
+    """
+    before = decoder.config._attn_implementation
+    decoder.config._attn_implementation = NAME
+    try:
+        yield {"attention_mask": tree_mask(end, device)}
+    finally:
+        if not computed_again:
+            decoder.config._attn_implementation = before
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as transformers calls it; for masks other than :func:`tree_mask`'s the usual one.
+
+    Args:
+        module: The attention layer.
+        query: Of H heads, shape (1, H, L, D).
+        key: Of as many heads or, grouped, fewer, shape (1, K, L, D).
+        value: As ``key``.
+        attention_mask: A ``BlockMask`` of L tokens.
+        **options: Of the usual attention; ``scaling`` of the scores is heeded.
+
+    Returns:
+        States, shape (1, L, H, D), and no scores.
+    """
+    if BlockMask is None or not isinstance(attention_mask, BlockMask):
+        return ALL_ATTENTION_FUNCTIONS[_USUAL](module, query, key, value, attention_mask, **options)
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    states = query.to(dtype), key.to(dtype), value.to(dtype)
+    common: dict[str, Any] = {"scale": options.get("scaling"), "enable_gqa": key.shape[1] != query.shape[1]}
+    if kind == "cpu" and any(part.requires_grad for part in states):  # FlexAttention has no backward pass there
+        places = torch.arange(query.shape[2])
+        allowed = attention_mask.mask_mod(places, places, places[:, None], places[None])
+        found = scaled_dot_product_attention(*states, attn_mask=allowed, **common)
+    else:
+        compute: Any = flex_attention if kind == "cpu" else _compiled()
+        found = compute(*states, block_mask=attention_mask, **common)
+    return found.transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[_USUAL])
