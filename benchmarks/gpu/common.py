@@ -1,0 +1,107 @@
+"""What the parts share: arguments, results that are kept after each measurement, times, models."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARIES = ("torch", "transformers", "sentence-transformers", "accelerate", "peft", "numpy")
+
+
+def arguments(doc: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small models and inputs, to see that it runs")
+    return parser.parse_args()
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The card and the versions."""
+    found: dict[str, Any] = {name: version(name) for name in LIBRARIES}
+    found["python"] = platform.python_version()
+    if device.startswith("cuda"):
+        about = torch.cuda.get_device_properties(0)
+        found |= {"card": about.name, "GiB": round(about.total_memory / 2**30), "cuda": torch.version.cuda}
+        with suppress(OSError, subprocess.SubprocessError):
+            asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            found["driver"] = subprocess.run(
+                asked, capture_output=True, text=True, timeout=20, check=True
+            ).stdout.strip()
+    else:
+        found["card"] = "none: CPU"
+    return found
+
+
+class Results:
+    """What a part has found, written after each measurement."""
+
+    def __init__(self, part: str, given: argparse.Namespace) -> None:
+        self.path = given.out / f"{part}.json"
+        self.started = time.monotonic()
+        self.found: dict[str, Any] = {
+            "part": part,
+            "tiny": given.tiny,
+            "machine": machine(given.device),
+            "measured": {},
+            "errors": {},
+        }
+
+    def measure(self, name: str, work: Callable[[], Any]) -> Any:
+        """Keep what ``work`` gives, or its error."""
+        begun = time.monotonic()
+        value = None
+        try:
+            value = work()
+            self.found["measured"][name] = value
+        except Exception as error:  # noqa: BLE001 (kept and shown)
+            told = "".join(traceback.format_exception(error)).splitlines()
+            self.found["errors"][name] = told[:2] + told[-24:]
+        seconds = round(time.monotonic() - begun, 1)
+        self.found["seconds"] = round(time.monotonic() - self.started, 1)
+        self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+        shown = value if value is not None else f"FAILED: {self.found['errors'].get(name, ['?'])[-1]}"
+        print(f"{name} [{seconds} s]: {json.dumps(shown)[:300]}", flush=True)
+        return value
+
+
+def wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def timed(work: Callable[[], Any], device: str, runs: int = 1) -> tuple[list[float], Any]:
+    """Wall seconds of each run, the device waited for."""
+    seconds, value = [], None
+    for _ in range(runs):
+        wait(device)
+        begun = time.perf_counter()
+        value = work()
+        wait(device)
+        seconds.append(time.perf_counter() - begun)
+    return seconds, value
+
+
+def peak(device: str) -> int:
+    """Most memory of the device since the last call, MB."""
+    if not device.startswith("cuda"):
+        return 0
+    found = torch.cuda.max_memory_allocated() / 1e6
+    torch.cuda.reset_peak_memory_stats()
+    return round(found)
+
+
+def median(values: list[float]) -> float:
+    return round(statistics.median(values), 4)
