@@ -22,6 +22,7 @@ from unime_st.fingerprint import content_id_and_media
 from unime_st.modules.adapters import attach_adapter
 from unime_st.modules.capture_hooks import enable_capture, remove_capture_hooks
 from unime_st.modules.checks import check_adapter, check_loaded, check_processor
+from unime_st.modules.image_attention import images_at_once
 from unime_st.modules.inputs import (
     Message,
     as_messages,
@@ -355,7 +356,8 @@ class MultimodalEncoder(Transformer):
         inputs = {key: value for key, value in features.items() if key not in dropped}
         keys = features.get(PREFIX_KEY) if self.share_prefixes else None
         prefixes = self.prefixes.serving(self.model, keys, features["attention_mask"])
-        with self.prefixes.turns, self.vision_cache.serving(self.model), prefixes:
+        images = images_at_once(self.model, features["attention_mask"].device)
+        with self.prefixes.turns, images, self.vision_cache.serving(self.model), prefixes:
             outputs = super().forward(inputs, **kwargs)
         features.update({key: value for key, value in outputs.items() if key not in inputs or value is not inputs[key]})
         for key in (self.module_output_name, "all_layer_embeddings"):

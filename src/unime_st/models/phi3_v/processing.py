@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers.image_processing_utils import BatchFeature
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 _NUMBERED = re.compile(r"<\|image_(\d+)\|>")
 IMAGE_TOKEN = "<|image|>"  # noqa: S105 (a token of the vocabulary)
@@ -63,7 +63,10 @@ class Phi3VProcessor(ProcessorMixin):
         if text is None:
             raise ValueError("Phi3VProcessor needs `text`; an image goes in as '<|image_1|>'.")
         rows = [text] if isinstance(text, str) else list(text)
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        kinds: Any = getattr(
+            self, "valid_processor_kwargs", ProcessingKwargs
+        )  # no argument may be left out before 5.20
+        merged = self._merge_kwargs(kinds, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         options = dict(merged["text_kwargs"])
         pieces = [_NUMBERED.split(row) for row in rows]
         by_row = _images_by_row(images, [len(own) // 2 for own in pieces])
