@@ -24,6 +24,7 @@ def arguments(doc: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", default="", help="measure only what has this in its name, of parts that can")
     parser.add_argument("--tiny", action="store_true", help="small models and inputs, to see that it runs")
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
 """Every family in small: embeddings, losses, gradients and saving on the device against the CPU.
 
-Goals: float32 within 1e-4 of the CPU, bfloat16 a cosine of 0.999 with it (beside it what padded rows reach), one step of
-each loss with the CPU's value and gradients, cached as plain, and the same embeddings after saving and loading.
+Goals: float32 within 1e-4 of the CPU, bfloat16 a cosine of 0.999 with it (beside it what padded rows reach), one step
+of each loss with the CPU's value and gradients, cached as plain, and the same embeddings after saving and loading.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from common import Results, arguments
-from models import with_wider_heads
 
+from models import with_wider_heads
 from tiny import FAMILIES, PLUGIN_FAMILIES, picture, tiny_backbone
 from unime_st import build_encoder, load_encoder
 from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss
@@ -87,7 +87,7 @@ def family_checks(family: str, folder: Path, device: str) -> dict[str, Any]:
     return found
 
 
-def step_checks(family: str, folder: Path, device: str) -> dict[str, Any]:
+def step_checks(folder: Path, device: str) -> dict[str, Any]:
     """A step of each loss on the device against the CPU's padded rows; with LoRA."""
     texts = [["a cat", "a cat on a mat", "no", "a dog " * 6], ["the cat", "a mat", "it is not", "dogs"]]
     half = len(inputs()) // 2
@@ -132,9 +132,7 @@ def main() -> None:
             results.measure(family, lambda family=family, folder=folder: family_checks(family, folder, given.device))
         for family in families:
             folder = Path(scratch) / family
-            results.measure(
-                f"{family}: steps", lambda family=family, folder=folder: step_checks(family, folder, given.device)
-            )
+            results.measure(f"{family}: steps", lambda folder=folder: step_checks(folder, given.device))
 
 
 if __name__ == "__main__":

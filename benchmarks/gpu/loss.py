@@ -1,5 +1,7 @@
-"""The loss alone, on embeddings of 2,048 dimensions: seconds and memory, forward and backward, ours and the arithmetic of
-the stock loss (one matrix of all scores)."""
+"""The loss alone, on embeddings of 2,048 dimensions: seconds and memory of a forward and backward pass.
+
+Ours, and the arithmetic of the stock loss: one matrix of all scores.
+"""
 
 from __future__ import annotations
 

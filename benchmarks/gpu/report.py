@@ -1,4 +1,4 @@
-"""The results as one page, `gpu.md`: python benchmarks/gpu/report.py OUT"""
+"""The results as one page, `gpu.md`, in the folder that is given: what `run.sh` ends with."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 # Needs torch, transformers, sentence-transformers, accelerate, peft and datasets; makes random weights itself, so no
 # network. Parts, in order of worth: families encode steps loss. Each has a time limit and writes what it has found after
 # each measurement; one that fails does not stop the next. SECONDS_IN_ALL bounds the whole (480), DEVICE and TINY=1 run
-# the same code small on a CPU: DEVICE=cpu TINY=1 bash benchmarks/gpu/run.sh OUT
+# the same code small on a CPU: DEVICE=cpu TINY=1 bash benchmarks/gpu/run.sh OUT. ONLY=qwen2_vl measures one shape.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:?folder of the results}; shift
@@ -17,7 +17,7 @@ for part in "$@"; do
   left=$(( end - $(date +%s) ))
   if [ $left -lt 20 ]; then echo "$part: not run, no time is left"; continue; fi
   echo "== $part ($left s left)"
-  timeout -k 5 "$left" "$python" "$here/$part.py" --out "$out" --device "${DEVICE:-cuda}" ${TINY:+--tiny} 2>"$out/$part.err" || echo "$part: ended with $?"
+  timeout -k 5 "$left" "$python" "$here/$part.py" --out "$out" --device "${DEVICE:-cuda}" ${TINY:+--tiny} ${ONLY:+--only "$ONLY"} 2>"$out/$part.err" || echo "$part: ended with $?"
   tail -n 3 "$out/$part.err"
 done
 "$python" "$here/report.py" "$out"
