@@ -234,6 +234,31 @@ def stage1_step_table(results: dict[str, Any]) -> str:
     )
 
 
+def gpu_table(encode: dict[str, Any], steps: dict[str, Any]) -> str:
+    """What was measured on a GPU against stock, at a real model's shape."""
+    rows = {name: row for found in (encode, steps) for name, row in found["measured"].items() if "times as fast" in row}
+    lines = [
+        "| Qwen2-VL-2B's shape, bfloat16 | seconds | stock | times as fast | MB | stock, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        label = name.removeprefix("qwen2_vl: ")
+        label += (
+            f", {row['inputs']} inputs" if "inputs" in row else f": a step of {row['pairs']} pairs, LoRA, GradCache"
+        )
+        lines.append(
+            f"| {label} | {row['seconds']:.2f} | {row['stock, seconds']:.2f} | {row['times as fast']:.2f} "
+            f"| {row['MB']:,} | {row['stock, MB']:,} |"
+        )
+    about = encode["machine"]
+    text = (
+        f"`bash benchmarks/gpu/run.sh OUT`, on an {about['card']} with torch {about['torch']} and transformers "
+        f"{about['transformers']}, wall time, each at its best batch size "
+        "([all figures](../benchmarks/results/gpu/gpu.md))."
+    )
+    return "\n".join([*lines, "", text])
+
+
 def scale_table(results: dict[str, Any]) -> str:
     """The sampler, the loss and the teacher's cache at full size."""
     lines = ["| sampler, 256 dimensions | rows | set-up and first plan, s | of CPU, s | a batch, µs | peak, MB |"]
@@ -283,6 +308,7 @@ def filled(texts: dict[str, str]) -> dict[str, str]:
         "speed": speed_tables.floors_table(
             *(_read(RESULTS / f"{name}.json") for name in ("encode", "train_step", "stage1_step"))
         ),
+        "gpu": gpu_table(_read(RESULTS / "gpu" / "encode.json"), _read(RESULTS / "gpu" / "steps.json")),
         "parts": speed_tables.parts_table(_read(RESULTS / "where_time_goes.json")),
     }
     for name, part in parts.items():

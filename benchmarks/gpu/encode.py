@@ -116,6 +116,16 @@ class Bench:
         forward()
         found["passes, seconds (padded rows)"] = median(timed(forward, self.device)[0])
         encoder.share_prefixes = True
+        size = self.batch["stock"]
+        for_stock = [self.stock.preprocess(items[at : at + size]) for at in range(0, len(items), size)]
+
+        def stock_forward() -> None:
+            with torch.inference_mode():
+                for one in for_stock:
+                    self.stock(batch_to_device(dict(one), self.device))
+
+        stock_forward()
+        found["passes, seconds (stock)"] = median(timed(stock_forward, self.device)[0])
         model = encoder.model
         text = sum(p.numel() for p in model.language_model.layers.parameters())
         vision = sum(p.numel() for p in model.visual.parameters())
@@ -155,11 +165,11 @@ def run(family: str, given: Any, results: Results, count: int, runs: int) -> Non
     items = mixed(count, sides, 2 if given.tiny else 4)
     results.measure(f"{family}: warming up, seconds", lambda: bench.warm_up(items[: count // 4]))
     results.measure(f"{family}: seconds by batch size", lambda: bench.best_batch(items[: count // 3]))
+    results.measure(f"{family}: parts", lambda: bench.parts(items[: count // 2]))
     asked = questions(max(2, count // 12), sides)
     cases = {"mixed, no repeats": items, "mixed, 50 % repeats": with_repeats(items, 0.5), "8 questions an image": asked}
     for name, own in cases.items():
         results.measure(f"{family}: {name}", lambda own=own: bench.against_stock(own, runs))
-    results.measure(f"{family}: parts", lambda: bench.parts(items[: count // 2]))
     if given.device.startswith("cuda"):
         results.measure(f"{family}: profile", lambda: bench.profile(items[: count // 4]))
 
