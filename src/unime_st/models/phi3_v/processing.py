@@ -65,7 +65,7 @@ class Phi3VProcessor(ProcessorMixin):
         rows = [text] if isinstance(text, str) else list(text)
         kinds: Any = getattr(
             self, "valid_processor_kwargs", ProcessingKwargs
-        )  # no argument may be left out before 5.20
+        )  # which older versions want to be given
         merged = self._merge_kwargs(kinds, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         options = dict(merged["text_kwargs"])
         pieces = [_NUMBERED.split(row) for row in rows]
