@@ -140,7 +140,7 @@ def from_array(array: np.ndarray | torch.Tensor, name: str = "the image") -> Ima
         values = values.transpose(1, 2, 0)
     if values.dtype.kind not in "fiub":
         raise ValueError(f"{name}: an array of {values.dtype} is no image. Give bytes, or floats in [0, 1].")
-    if values.dtype == np.uint16:
+    if (values.dtype.kind, values.dtype.itemsize) == ("u", 2):  # in either order of bytes
         values = (values >> 8).astype(np.uint8)
     elif values.dtype.kind in "fb":
         values = _bytes_of(values.astype(np.float32), name)

@@ -63,9 +63,7 @@ class Phi3VProcessor(ProcessorMixin):
         if text is None:
             raise ValueError("Phi3VProcessor needs `text`; an image goes in as '<|image_1|>'.")
         rows = [text] if isinstance(text, str) else list(text)
-        kinds: Any = getattr(
-            self, "valid_processor_kwargs", ProcessingKwargs
-        )  # which older versions want to be given
+        kinds: Any = getattr(self, "valid_processor_kwargs", ProcessingKwargs)  # which older versions want to be given
         merged = self._merge_kwargs(kinds, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         options = dict(merged["text_kwargs"])
         pieces = [_NUMBERED.split(row) for row in rows]
