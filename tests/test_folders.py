@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+import tempfile
+import time
 
 import pytest
 
@@ -73,6 +75,46 @@ def test_a_living_writer_is_left_alone(tmp_path):
         assert os.waitpid(child, 0)[1] == 0
         assert (folder / "a").read_text() == "one"
     assert contents(tmp_path / "made") == {"a": "one"}
+
+
+def test_no_other_cleans_up_before_a_folder_is_locked(tmp_path, monkeypatch):
+    children = []
+    make = tempfile.mkdtemp
+
+    def made(**options):
+        folder = make(**options)
+        if not children:  # another export into the same place begins in this instant
+            children.append(os.fork())
+            if not children[0]:
+                with new_folder(tmp_path / "place") as other:
+                    (other / "b").write_text("other")
+                os._exit(0)
+            time.sleep(0.5)
+        return folder
+
+    monkeypatch.setattr(folders.tempfile, "mkdtemp", made)
+    with new_folder(tmp_path / "place") as folder:
+        (folder / "a").write_text("own")
+    assert os.waitpid(children[0], 0)[1] == 0
+    assert {path.name for path in (tmp_path / "place").iterdir()} in ({"a"}, {"b"})
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_link_stays_a_link(exchanges, tmp_path, monkeypatch):
+    if not exchanges:
+        monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+    (tmp_path / "far").mkdir()
+    real, link = tmp_path / "far" / "real", tmp_path / "link"
+    real.mkdir()
+    (real / "a").write_text("old")
+    link.symlink_to(real)
+    with new_folder(link) as folder:
+        (folder / "a").write_text("new")
+    assert link.is_symlink()
+    assert (real / "a").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["far", "link"]
+    assert [path.name for path in real.parent.iterdir()] == ["real"]
 
 
 def test_an_error_leaves_the_old_folder(tmp_path):

@@ -328,3 +328,21 @@ def test_what_is_no_image_is_named(content, tmp_path):
     for open_it in (partial(open_image, path), partial(open_image, content, "bad.png")):
         with pytest.raises(UnreadableImageError, match=r"bad\.png"):
             open_it()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("times", [1.5, 3], ids=["warned of", "refused"])
+def test_a_large_image_without_a_suffix_is_an_image(times, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(HEIGHT * WIDTH / times))
+    path = tmp_path / "scan"
+    path.write_bytes(saved(Image.fromarray(COLOUR), "png"))
+    assert stands_for_image(str(path))
+
+
+@pytest.mark.parametrize("scheme", ["http", "HTTP", "Https", "hTTPS"])
+def test_addresses_however_they_are_spelled(scheme):
+    address = f"{scheme}://a.org/x.png"
+    assert stands_for_image(address)
+    for item in (address, {"image": address}, {"role": "user", "content": [{"type": "image", "url": address}]}):
+        with pytest.raises(ValueError, match="Row 4 names a remote image"):
+            as_messages(item, 4)

@@ -18,7 +18,7 @@ LAYERS = {
     "distributed": 1,
     "features": 1,
     "fingerprint": 1,
-    "files": 1,
+    "files": 0.5,
     "folders": 1,
     "images": 0.5,  # below what knows images by their pixels
     "model_identity": 1,

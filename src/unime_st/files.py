@@ -7,7 +7,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
@@ -195,7 +195,7 @@ class FolderLock:
 
     def __exit__(self, *_: object) -> None:
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            _let_go(self._descriptor)
 
     def alone(self) -> bool:
         """Whether no other process holds it; False where the file system has no locks."""
@@ -218,7 +218,15 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         _hold(descriptor, wait=True)
         yield
     finally:
-        os.close(descriptor)
+        _let_go(descriptor)
+
+
+def _let_go(descriptor: int) -> None:
+    """Unlock and close; closing alone would leave the lock to a process that was forked meanwhile."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def _hold(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:

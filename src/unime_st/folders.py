@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from unime_st.files import one_at_a_time
+
 _AT_FDCWD = -100
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux
 _MARK = "-unfinished-"
@@ -43,25 +45,31 @@ def new_folder(target: Path) -> Iterator[Path]:
         >>> (place / "a.txt").read_text(), [path.name for path in place.parent.iterdir()]
         ('new', ['made'])
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    recover(target)
-    _remove_leftovers(target)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}{_MARK}", dir=target.parent))
-    lock = _lock(scratch)
+    target = Path(os.path.realpath(target))  # a link stays, and what it leads to is replaced
+    with one_at_a_time(target.parent):  # so that no other cleans up between a folder and its lock
+        recover(target)
+        _remove_leftovers(target)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}{_MARK}", dir=target.parent))
+        lock = _lock(scratch)
     try:
         yield scratch
         scratch.chmod(0o755)
-        if not target.exists():
-            scratch.rename(target)
-        elif not _exchange(scratch, target):
-            aside = scratch.with_name(f"{scratch.name}{_OLD}")
-            target.rename(aside)
-            scratch.rename(target)
-            shutil.rmtree(aside, ignore_errors=True)
+        with one_at_a_time(target.parent):
+            _put(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)  # what was not finished, or the old one
         if lock is not None:
             os.close(lock)
+
+
+def _put(scratch: Path, target: Path) -> None:
+    if not target.exists():
+        scratch.rename(target)
+    elif not _exchange(scratch, target):
+        aside = scratch.with_name(f"{scratch.name}{_OLD}")
+        target.rename(aside)
+        scratch.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def recover(target: Path) -> None:

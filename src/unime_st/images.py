@@ -170,9 +170,12 @@ def is_image_file(path: str) -> bool:
     if not is_file(path):
         return False
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return image.format not in _RUN_BY_A_PROGRAM
+            with Image.open(path) as image:
+                return image.format not in _RUN_BY_A_PROGRAM
+    except Image.DecompressionBombError:
+        return True  # too large a one, as is said when it is opened
     except Exception:  # noqa: BLE001 (see `open_image`)
         return False
 
@@ -189,11 +192,16 @@ def stands_for_image(text: str) -> bool:
     """
     if text.startswith(DATA_PREFIX):
         return True
-    if text.startswith(REMOTE_PREFIXES):
+    if is_remote(text):
         return " " not in text and _address_path(text).endswith(IMAGE_SUFFIXES)
     if text.lower().endswith(IMAGE_SUFFIXES):
         return is_file(text)  # damaged or not: what is wrong with it is said when it is opened
     return is_image_file(text)
+
+
+def is_remote(text: str) -> bool:
+    """Whether a string is an address of the web, however its scheme is spelled."""
+    return text[:8].lower().startswith(REMOTE_PREFIXES)
 
 
 def _address_path(address: str) -> str:

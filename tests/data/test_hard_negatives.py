@@ -383,15 +383,15 @@ def test_damaged_settings_are_named_and_a_folder_may_be_claimed_again(tmp_path, 
 
 def test_of_two_runs_at_once_the_second_is_refused(tmp_path, monkeypatch):
     """Both look before either has written."""
-    dataset, folder, real = training_set(), tmp_path / "mined", mining_files.write_atomically
+    dataset, folder, real = training_set(), tmp_path / "mined", mining_files.create_exclusively
     refused = []
 
     def late(path, content):
-        monkeypatch.setattr(mining_files, "write_atomically", real)
+        monkeypatch.setattr(mining_files, "create_exclusively", real)
         mine_hard_negatives(dataset, Hashing(), **options(folder, margin=-0.3))
-        real(path, content)
+        return real(path, content)
 
-    monkeypatch.setattr(mining_files, "write_atomically", late)
+    monkeypatch.setattr(mining_files, "create_exclusively", late)
     try:
         mine_hard_negatives(dataset, Hashing(), **options(folder))
     except ValueError as error:

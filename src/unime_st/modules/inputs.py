@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from unime_st import images
-from unime_st.images import DATA_PREFIX, IMAGE_SUFFIXES, REMOTE_PREFIXES, stands_for_image
+from unime_st.images import DATA_PREFIX, IMAGE_SUFFIXES, is_remote, stands_for_image
 
 _LONGEST_PATH = 4096
 _REMOTE = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # of whatever protocol: players know many
@@ -112,7 +112,7 @@ def open_image(value: Any, row: int, *, allow_remote_images: bool = False) -> Im
         return images.open_image(bytes(value), f"the bytes of row {row}")
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return images.from_array(value, f"Row {row}")
-    if isinstance(value, str) and value.startswith(REMOTE_PREFIXES):
+    if isinstance(value, str) and is_remote(value):
         if not allow_remote_images:
             raise ValueError(_not_asked_for(row, value, "image"))
         with urlopen(value, timeout=30) as answer:  # noqa: S310 (http and https only, and asked for)
@@ -290,7 +290,7 @@ def names_an_image(text: str, row: int) -> bool:
     """
     if stands_for_image(text):
         return True
-    if text.startswith(REMOTE_PREFIXES) or not text.lower().endswith(IMAGE_SUFFIXES):
+    if is_remote(text) or not text.lower().endswith(IMAGE_SUFFIXES):
         return False
     if len(text) > _LONGEST_PATH or any(character.isspace() for character in text):
         return False
