@@ -40,7 +40,7 @@ from small_models import SQUARE, miniature, small_llava_onevision, small_qwen2_v
 from tiny import FAMILIES, tiny_backbone
 from unime_st import build_encoder, export_encoder
 from unime_st.files import write_atomically
-from unime_st.modules.inference import CPU_TOKENS
+from unime_st.modules.speed.batches import CPU_TOKENS
 
 RESULTS = Path(__file__).parent / "results" / "encode.json"
 SECTIONS = ("floors", "workloads", "families", "limit", "bfloat16")

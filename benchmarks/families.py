@@ -38,7 +38,7 @@ from two_processes import run_two
 from unime_st import build_encoder, export_encoder, load_encoder
 from unime_st.files import write_atomically
 from unime_st.losses import HardNegativeInfoNCELoss
-from unime_st.modules.vision_cache import vision_tower
+from unime_st.modules.speed.vision_cache import vision_tower
 
 ALL = [*FAMILIES, *PLUGIN_FAMILIES]
 RESULTS = ROOT / "benchmarks" / "results" / "families.json"

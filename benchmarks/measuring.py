@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unime_st.modules.shared_prefix import language_model
-from unime_st.modules.vision_cache import vision_tower
+from unime_st.modules.speed.prefixes import language_model
+from unime_st.modules.speed.vision_cache import vision_tower
 
 
 def machine() -> dict[str, Any]:

@@ -297,7 +297,7 @@ def markdown(summary: dict[str, Any]) -> str:
 
 def plot(summary: dict[str, Any]) -> bytes:
     """The criterion by temperature, a line for each direction and diagonal."""
-    from unime_st.evaluation.plots import line_plot
+    from unime_st.evaluation.report.plots import line_plot
 
     series: dict[str, Any] = {}
     for row in summary["table"].values():

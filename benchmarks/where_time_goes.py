@@ -37,8 +37,8 @@ from unime_st import load_encoder
 from unime_st.files import write_atomically
 from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss
 from unime_st.modules import default_lora_config
-from unime_st.modules.shared_prefix import language_model
-from unime_st.modules.vision_cache import vision_tower
+from unime_st.modules.speed.prefixes import language_model
+from unime_st.modules.speed.vision_cache import vision_tower
 
 RESULTS = Path(__file__).parent / "results" / "where_time_goes.json"
 PARTS = (
@@ -92,7 +92,9 @@ class Clock:
 @contextmanager
 def watching(model: Any, clock: Clock, loss: nn.Module | None = None) -> Iterator[None]:
     """Within this context the parts of the encoder, and of a loss, are timed."""
-    from unime_st.modules import inference, inputs, sentence_transformer, shared_prefix
+    from unime_st.modules import inputs, sentence_transformer
+    from unime_st.modules.speed import batches as inference
+    from unime_st.modules.speed import prefixes as shared_prefix
 
     inner = model[0].model
     with ExitStack() as stack:

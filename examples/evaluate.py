@@ -15,8 +15,8 @@ from typing import Any
 
 from unime_st import load_encoder
 from unime_st.evaluation import ImageTextRetrievalEvaluator, MMEBEvaluator, Report, SugarCrepeEvaluator
-from unime_st.evaluation.comparison import compare
-from unime_st.evaluation.summary import add_mmeb, add_retrieval, add_sugarcrepe
+from unime_st.evaluation.report.compare import compare
+from unime_st.evaluation.report.summary import add_mmeb, add_retrieval, add_sugarcrepe
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:

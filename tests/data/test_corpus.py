@@ -17,7 +17,7 @@ import torch
 from killing import note, notes, run_with_kills
 from sentence_transformers import SentenceTransformer
 
-import unime_st.data.corpus_files
+import unime_st.data.corpus.parts
 from tiny import picture
 from tiny_data import COLOURS, tiny_teacher
 from two_processes import run_two
@@ -552,14 +552,14 @@ def test_a_broken_input_or_a_full_disk_loses_no_part(tmp_path, monkeypatch):
     encode_corpus(mended := Lengths(), texts, tmp_path / "broken", **options)
     assert mended.encoded == texts[12:]
 
-    write = unime_st.data.corpus_files.write_atomically
+    write = unime_st.data.corpus.parts.write_atomically
 
     def full(path, content):
         if path.name == "part-000003.parquet":
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(unime_st.data.corpus_files, "write_atomically", full)
+    monkeypatch.setattr(unime_st.data.corpus.parts, "write_atomically", full)
     with pytest.raises(OSError, match=r"is full at row 12; the parts before are whole. Free some space and call again"):
         encode_corpus(Lengths(), texts, tmp_path / "full", **options)
     monkeypatch.undo()

@@ -10,7 +10,7 @@ import pytest
 
 from unime_st import files
 from unime_st.data import encode_corpus, load_corpus
-from unime_st.data.encoded_corpus import MANIFEST
+from unime_st.data.corpus.encoded import MANIFEST
 
 TEXTS = [f"a text, number {number}" for number in range(12)]
 FORMATS = pytest.mark.parametrize("output_format", ["parquet", "npy"])

@@ -12,7 +12,7 @@ import pytest
 from sentence_transformers import util
 
 from unime_st.data import encode_corpus, load_corpus
-from unime_st.data.encoded_corpus import MANIFEST
+from unime_st.data.corpus.encoded import MANIFEST
 
 
 class Letters:

@@ -15,7 +15,8 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from tiny import picture, tiny_encoder
 from tiny_data import COLOURS
 from unime_st import functional
-from unime_st.data import bad_image_report, load_mined_negatives, load_mmeb_train, mine_hard_negatives, mining_files
+from unime_st.data import bad_image_report, load_mined_negatives, load_mmeb_train, mine_hard_negatives
+from unime_st.data.mining import files as mining_files
 from unime_st.fingerprint import content_id
 from unime_st.losses import HardNegativeInfoNCELoss
 
@@ -91,7 +92,7 @@ def negatives_of(dataset):
     ],
 )
 def test_mined_negatives_are_those_of_a_plain_loop(tmp_path, monkeypatch, caplog, search, kinds, options, expected):
-    monkeypatch.setattr("unime_st.data.mining_search._BLOCK", 16)
+    monkeypatch.setattr("unime_st.data.mining.search._BLOCK", 16)
     dataset = training_set(**kinds)
     model = Hashing()
     with caplog.at_level(logging.INFO):

@@ -12,7 +12,8 @@ from killing import note, notes, run_with_kills
 from test_hard_negatives import Hashing, training_set
 
 from two_processes import run_two
-from unime_st.data import hard_negatives, load_mined_negatives, mine_hard_negatives
+from unime_st.data import load_mined_negatives, mine_hard_negatives
+from unime_st.data.mining import mine as hard_negatives
 from unime_st.fingerprint import fingerprint
 
 SET = training_set(rows=600, seed=5)
@@ -99,7 +100,7 @@ def test_files_that_are_there_are_not_mined_again(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr("unime_st.data.hard_negatives.pq.write_table", failing)
+    monkeypatch.setattr("unime_st.data.mining.mine.pq.write_table", failing)
     before = {}
     for files in (3, 1, 7):
         left[0] = files

@@ -8,7 +8,7 @@ from datasets import Dataset, Features, Image, Value
 from evaluation_fakes import TableModel, numbered_picture
 
 from unime_st.evaluation import ImageTextRetrievalEvaluator, Report, SugarCrepeEvaluator
-from unime_st.evaluation.summary import add_retrieval
+from unime_st.evaluation.report.summary import add_retrieval
 
 
 class CellModel(TableModel):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from evaluation_fakes import TableModel
 
-from unime_st.data.mmeb_eval import EvalTask
+from unime_st.data.mmeb.eval_rows import EvalTask
 from unime_st.evaluation import MMEBEvaluator
-from unime_st.evaluation.mmeb_tasks import PARSERS, MMEBTask, tasks_from_yaml
+from unime_st.evaluation.mmeb.tasks import PARSERS, MMEBTask, tasks_from_yaml
 
 # Axes and diagonals in four dimensions, times powers of two: normalised components are 0, 0.5 or 1 and every cosine is
 # a multiple of a quarter, all exact in floating point.

@@ -110,7 +110,7 @@ def test_a_thousand_rows_of_a_thousand_candidates_stay_small(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from unime_st.data.mmeb_eval import read_eval_task
+    from unime_st.data.mmeb.eval_rows import read_eval_task
 
     texts = [f"label number {number}" for number in range(1000)]
     rng = np.random.default_rng(0)

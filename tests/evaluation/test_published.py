@@ -1,7 +1,7 @@
 import pytest
 
 from unime_st.evaluation import published_results, published_task_scores
-from unime_st.evaluation.mmeb_tasks import META_TASKS
+from unime_st.evaluation.mmeb.tasks import META_TASKS
 
 TASKS = {"Classification": 10, "VQA": 10, "Retrieval": 12, "Grounding": 4}
 ROWS = published_results("mmeb")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unime_st.evaluation import Report, plots
-from unime_st.evaluation.report_markdown import escape
+from unime_st.evaluation import Report
+from unime_st.evaluation.report import plots
+from unime_st.evaluation.report.markdown import escape
 
 NASTY = "<script>alert('x')</script> & | `code` *b* [a](b) $x$ \"q\""
 
@@ -146,7 +147,7 @@ def test_refusals(tmp_path):
 
 
 def test_without_matplotlib_the_advice_is_to_install_it(monkeypatch):
-    monkeypatch.setattr("unime_st.evaluation.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("unime_st.evaluation.report.plots.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"unime_st\[eval\]"):
         Report("x").add_line_plot("p", {"s": ([1], [1])})
 

@@ -6,8 +6,8 @@ from evaluation_fakes import HashModel, TableModel
 from test_mmeb import write_task
 
 from unime_st.evaluation import EmbeddingCache, ImageTextRetrievalEvaluator, MMEBEvaluator, Report, published_results
-from unime_st.evaluation.mmeb_tasks import META_TASKS
-from unime_st.evaluation.summary import add_mmeb, add_retrieval, worst_mistakes
+from unime_st.evaluation.mmeb.tasks import META_TASKS
+from unime_st.evaluation.report.summary import add_mmeb, add_retrieval, worst_mistakes
 
 
 def sections(report):

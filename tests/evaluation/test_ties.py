@@ -11,12 +11,12 @@ import pytest
 from evaluation_fakes import HashModel, TableModel
 from test_mmeb import write_task
 
-from unime_st.data.mmeb_eval import EvalTask
+from unime_st.data.mmeb.eval_rows import EvalTask
 from unime_st.evaluation import ImageTextRetrievalEvaluator, MMEBEvaluator, Report, SugarCrepeEvaluator, compare
-from unime_st.evaluation.mmeb_tasks import MMEBTask
+from unime_st.evaluation.mmeb.tasks import MMEBTask
 from unime_st.evaluation.outcomes import NOT_TOLD, TaskOutcomes, read_outcomes, told_of_ties, write_outcomes
+from unime_st.evaluation.report.summary import add_mmeb, add_retrieval, add_sugarcrepe
 from unime_st.evaluation.scoring import rank_pool, score_candidates, unit_rows
-from unime_st.evaluation.summary import add_mmeb, add_retrieval, add_sugarcrepe
 
 PICTURE = np.zeros((2, 2, 3), dtype=np.uint8)
 

@@ -5,8 +5,8 @@ from unittest.mock import patch
 
 import torch
 
-from unime_st.modules import shared_prefix
-from unime_st.modules.token_tree import pack_tree
+from unime_st.modules.speed import prefixes as shared_prefix
+from unime_st.modules.speed.token_tree import pack_tree
 
 ANCHORS = [
     "a red bus",

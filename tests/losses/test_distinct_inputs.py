@@ -9,7 +9,7 @@ from helpers import assert_same_step, features
 from tiny import FAMILIES, PLUGIN_FAMILIES, picture
 from unime_st import build_encoder
 from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss
-from unime_st.modules.vision_cache import vision_tower
+from unime_st.modules.speed.vision_cache import vision_tower
 
 RED, GREEN = picture("red"), picture("green", (60, 30))
 ANCHORS = [

@@ -13,7 +13,8 @@ from test_distinct_inputs import encoder
 from tiny import FAMILIES, picture
 from unime_st import build_encoder
 from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss
-from unime_st.modules import default_lora_config, shared_prefix
+from unime_st.modules import default_lora_config
+from unime_st.modules.speed import prefixes as shared_prefix
 
 RED, GREEN = picture("red"), picture("green", (60, 30))
 TEXTS = ["a cat", "a cat on a mat", "no", "a dog " * 6, "a cat on the moon, far away", "yes", "a dog there", "two " * 9]

@@ -22,7 +22,7 @@ from tiny import picture
 from unime_st import MultimodalEncoder, build_encoder, export_encoder, load_encoder
 from unime_st.hub import encoder_card
 from unime_st.modules import default_lora_config
-from unime_st.modules.vision_cache import vision_tower
+from unime_st.modules.speed.vision_cache import vision_tower
 
 TOLERANCE = 1e-5
 TEXTS = ["a red bus", "a longer text about nothing in particular"]

@@ -9,7 +9,7 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 
 from tiny import picture
 from unime_st import build_encoder, load_encoder
-from unime_st.modules.vision_cache import vision_tower
+from unime_st.modules.speed.vision_cache import vision_tower
 from unime_st.prompts import TURN_FORMATS
 
 LONG = "words and more words " * 20

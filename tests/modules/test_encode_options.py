@@ -12,7 +12,7 @@ from sentence_transformers.util import quantize_embeddings
 
 from tiny import FAMILIES, PLUGIN_FAMILIES, picture
 from unime_st import build_encoder
-from unime_st.modules.shared_prefix import shares_prefixes
+from unime_st.modules.speed.prefixes import shares_prefixes
 
 ITEMS = [
     "a red bus",

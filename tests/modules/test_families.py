@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from tiny import FAMILIES, picture
 from unime_st import MultimodalEncoder, build_encoder, load_encoder
-from unime_st.modules.vision_cache import vision_tower
+from unime_st.modules.speed.vision_cache import vision_tower
 from unime_st.prompts import TURN_FORMATS
 
 TOLERANCE = 1e-5

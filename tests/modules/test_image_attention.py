@@ -7,9 +7,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tiny import FAMILIES, picture
 from unime_st import build_encoder
-from unime_st.modules import image_attention
-from unime_st.modules.image_attention import NAME, attend, attends_at_once, images_at_once
-from unime_st.modules.vision_cache import vision_tower
+from unime_st.modules.speed import image_attention
+from unime_st.modules.speed.image_attention import NAME, attend, attends_at_once, images_at_once
+from unime_st.modules.speed.vision_cache import vision_tower
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

@@ -14,11 +14,13 @@ from transformers import AutoConfig
 
 import tiny
 from tiny import FAMILIES, PLUGIN_FAMILIES, picture, tiny_encoder
-from unime_st.modules import branch_attention, build_encoder, export_encoder, sentence_transformer, shared_prefix
-from unime_st.modules.inference import encoding_order
-from unime_st.modules.shared_prefix import SharedPrefixes, language_model, shares_prefixes
-from unime_st.modules.token_tree import flatten_tree, pack_tree
-from unime_st.modules.tree_attention import BLOCK
+from unime_st.modules import build_encoder, export_encoder, sentence_transformer
+from unime_st.modules.speed import prefixes as shared_prefix
+from unime_st.modules.speed import row_attention
+from unime_st.modules.speed.batches import encoding_order
+from unime_st.modules.speed.prefixes import SharedPrefixes, language_model, shares_prefixes
+from unime_st.modules.speed.token_tree import flatten_tree, pack_tree
+from unime_st.modules.speed.tree_attention import BLOCK
 
 PADDED = ("gemma3", "phi3_v")  # not causal alone, or positions that depend on the length
 
@@ -76,7 +78,7 @@ def one_by_one(model, items):
 def test_encode_equals_rows_one_by_one(layout, encoder, family, monkeypatch):
     called = []
     monkeypatch.setattr(
-        branch_attention, "_places", lambda before, own=branch_attention._places: called.append(1) or own(before)
+        row_attention, "_places", lambda before, own=row_attention._places: called.append(1) or own(before)
     )
     items = inputs()
     expected = one_by_one(encoder, items)
@@ -197,7 +199,7 @@ def test_contexts_nest(backbone):
 @pytest.fixture
 def by_branch(monkeypatch):
     """Passes whose attention went by branch: the rows of each."""
-    found, own = [], branch_attention.Branches
+    found, own = [], row_attention.Branches
     monkeypatch.setattr(
         shared_prefix, "Branches", lambda tree, dtype: found.append(len(tree.branches)) or own(tree, dtype)
     )
@@ -277,7 +279,7 @@ def test_the_usual_attention_is_back_after_an_error(backbone, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(branch_attention, "scaled_dot_product_attention", failing)
+        patched.setattr(row_attention, "scaled_dot_product_attention", failing)
         with pytest.raises(MemoryError):
             model.encode(inputs()[:3])
     assert decoder.config._attn_implementation == "sdpa"
@@ -294,7 +296,7 @@ def test_others_get_the_usual_attention_meanwhile(backbone, monkeypatch):
         expected = decoder(**states).last_hidden_state
         tree = flatten_tree(features["prefix_key"].numpy(), features["attention_mask"].numpy() > 0)
         with (
-            branch_attention.by_branch(decoder, branch_attention.Branches(tree, torch.float32)),
+            row_attention.by_branch(decoder, row_attention.Branches(tree, torch.float32)),
             ThreadPoolExecutor(1) as pool,
         ):
             found = pool.submit(torch.inference_mode()(lambda: decoder(**states).last_hidden_state)).result()

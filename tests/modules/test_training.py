@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from tiny import FAMILIES, picture
 from unime_st import build_encoder, load_encoder
 from unime_st.modules import MultimodalEncoder, default_lora_config
-from unime_st.modules.vision_cache import vision_tower
+from unime_st.modules.speed.vision_cache import vision_tower
 
 COLORS = ("red", "green", "white", "yellow", "purple", "black")
 TEXTS = [f"a {color} picture" for color in COLORS]

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from unime_st.modules import build_encoder, tree_attention
-from unime_st.modules.shared_prefix import language_model
-from unime_st.modules.token_tree import flatten_tree
-from unime_st.modules.tree_attention import BLOCK, attend, attends_by_tree, padded_length, tree_mask
+from unime_st.modules import build_encoder
+from unime_st.modules.speed import tree_attention
+from unime_st.modules.speed.prefixes import language_model
+from unime_st.modules.speed.token_tree import flatten_tree
+from unime_st.modules.speed.tree_attention import BLOCK, attend, attends_by_tree, padded_length, tree_mask
 
 CPU = torch.device("cpu")
 
@@ -152,8 +153,8 @@ def test_a_torch_without_it_packs_with_masks(backbone, monkeypatch):
 def test_what_is_taken_is_told_once(backbone, caplog):
     model = build_encoder(backbone("qwen2_vl"), device="cpu")
     assert model[0].prefixes.taken is None
-    with caplog.at_level("INFO", logger="unime_st.modules.shared_prefix"):
+    with caplog.at_level("INFO", logger="unime_st.modules.speed.prefixes"):
         for _ in range(3):
             model.encode(["a cat", "a dog on a mat"])
-    told = [record.message for record in caplog.records if record.name == "unime_st.modules.shared_prefix"]
+    told = [record.message for record in caplog.records if record.name == "unime_st.modules.speed.prefixes"]
     assert told == ["Packed passes on cpu attend by rows"]

@@ -7,7 +7,7 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 
 from tiny import picture
 from unime_st import build_encoder, export_encoder, load_encoder
-from unime_st.modules.vision_cache import vision_tower
+from unime_st.modules.speed.vision_cache import vision_tower
 
 IMAGES = [picture("red"), picture("green"), picture("red"), picture("red")]
 TEXTS = ["red", "green", "crimson", "scarlet"]

@@ -11,8 +11,8 @@ from unime_st.demo.emoji import EmojiBenchmark
 from unime_st.demo.pipeline import Demo
 from unime_st.demo.settings import MEANS_NOTHING
 from unime_st.evaluation import MMEBEvaluator, Report
-from unime_st.evaluation.mmeb_tasks import MMEBTask, image_task
-from unime_st.evaluation.summary import add_mmeb
+from unime_st.evaluation.mmeb.tasks import MMEBTask, image_task
+from unime_st.evaluation.report.summary import add_mmeb
 from unime_st.files import write_atomically
 from unime_st.modules import load_encoder
 

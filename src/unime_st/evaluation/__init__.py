@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unime_st.evaluation.cache import EmbeddingCache
-    from unime_st.evaluation.comparison import compare
     from unime_st.evaluation.encoding import BrokenItemError, encode_distinct
-    from unime_st.evaluation.mmeb import MMEBEvaluator
+    from unime_st.evaluation.mmeb.evaluator import MMEBEvaluator
     from unime_st.evaluation.published import published_results, published_task_scores
-    from unime_st.evaluation.report import Report
+    from unime_st.evaluation.report.compare import compare
+    from unime_st.evaluation.report.report import Report
     from unime_st.evaluation.retrieval import ImageTextRetrievalEvaluator
     from unime_st.evaluation.sugarcrepe import SugarCrepeEvaluator
     from unime_st.model_identity import model_fingerprint
@@ -20,12 +20,12 @@ _EXPORTS = {
     "BrokenItemError": "unime_st.evaluation.encoding",
     "EmbeddingCache": "unime_st.evaluation.cache",
     "ImageTextRetrievalEvaluator": "unime_st.evaluation.retrieval",
-    "MMEBEvaluator": "unime_st.evaluation.mmeb",
-    "Report": "unime_st.evaluation.report",
+    "MMEBEvaluator": "unime_st.evaluation.mmeb.evaluator",
+    "Report": "unime_st.evaluation.report.report",
     "SugarCrepeEvaluator": "unime_st.evaluation.sugarcrepe",
     "encode_distinct": "unime_st.evaluation.encoding",
     "model_fingerprint": "unime_st.model_identity",
-    "compare": "unime_st.evaluation.comparison",
+    "compare": "unime_st.evaluation.report.compare",
     "published_results": "unime_st.evaluation.published",
     "published_task_scores": "unime_st.evaluation.published",
 }

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unime_st.evaluation.cache import EmbeddingCache
-from unime_st.evaluation.comparison import compare
-from unime_st.evaluation.report import Report
+from unime_st.evaluation.report.compare import compare
+from unime_st.evaluation.report.report import Report
 
 _DAY = 86400.0
 _OUTDATED = ", of an earlier version: not used any more, `cache clear --outdated` deletes it"

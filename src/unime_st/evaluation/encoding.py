@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from unime_st.data.corpus_windows import ITEM_ERRORS, shown
+from unime_st.data.corpus.windows import ITEM_ERRORS, shown
 from unime_st.distributed import gather_objects, rank, world_size
 from unime_st.evaluation.cache import EmbeddingCache
 from unime_st.evaluation.sections import MemorySection, Section

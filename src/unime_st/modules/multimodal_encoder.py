@@ -22,7 +22,6 @@ from unime_st.fingerprint import content_id_and_media
 from unime_st.modules.adapters import attach_adapter
 from unime_st.modules.capture_hooks import enable_capture, remove_capture_hooks
 from unime_st.modules.checks import check_adapter, check_loaded, check_processor
-from unime_st.modules.image_attention import images_at_once
 from unime_st.modules.inputs import (
     Message,
     as_messages,
@@ -32,12 +31,13 @@ from unime_st.modules.inputs import (
     says_nothing,
     shown_media,
 )
-from unime_st.modules.shared_images import each_image_once
-from unime_st.modules.shared_prefix import SharedPrefixes, shares_prefixes
+from unime_st.modules.speed.image_attention import images_at_once
+from unime_st.modules.speed.prefixes import SharedPrefixes, shares_prefixes
+from unime_st.modules.speed.shared_images import each_image_once
+from unime_st.modules.speed.token_tree import PREFIX_KEY
+from unime_st.modules.speed.vision_cache import VisionCache, is_frozen, vision_tower
 from unime_st.modules.text_only import absent_parts, load_text_model, no_images, whole_model
-from unime_st.modules.token_tree import PREFIX_KEY
 from unime_st.modules.told_rows import told_row
-from unime_st.modules.vision_cache import VisionCache, is_frozen, vision_tower
 from unime_st.prompts import TURN_FORMATS, chat_template
 
 logger = logging.getLogger(__name__)

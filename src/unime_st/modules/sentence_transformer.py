@@ -20,9 +20,9 @@ from unime_st.features import check_finite
 from unime_st.files import write_atomically
 from unime_st.modules.card_data import EncoderCardData
 from unime_st.modules.checks import loading_note
-from unime_st.modules.inference import CPU_TOKENS, NumberedInputs, encoding_order, holds_video, passes, prepared
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
-from unime_st.modules.shared_prefix import shares_prefixes
+from unime_st.modules.speed.batches import CPU_TOKENS, NumberedInputs, encoding_order, holds_video, passes, prepared
+from unime_st.modules.speed.prefixes import shares_prefixes
 
 STOCK_MODULE = f"{Transformer.__module__}.{Transformer.__name__}"
 _BUDGET = "batch_num_tokens"

@@ -1,0 +1,9 @@
+"""Corpora of any size: encoded in windows, into parts on disk, and read back.
+
+``encode`` is the way in; ``windows`` cuts the inputs, ``window_encoder`` encodes a window, ``run`` compares and writes,
+``parts`` are the files, ``encoded`` the corpus as it is read; ``stream`` does it without files.
+"""
+
+from unime_st.data.corpus.encode import encode_corpus
+
+__all__ = ["encode_corpus"]

@@ -1,0 +1,200 @@
+"""What the rows of a training set hold: distinct queries and targets, and which answer which."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+from unime_st.columns import SUBSET, Columns, training_columns
+from unime_st.data.images import ItemReader
+from unime_st.data.mining.search import Forbidden
+from unime_st.data.store.embeddings import key_array
+from unime_st.data.stored_images import stored_path
+from unime_st.fingerprint import fingerprint
+
+_READ_ROWS = 4096
+_IDENTITIES = ("int", "uint", "bool", "string", "large_string")  # what a label that says what the target is can be
+
+
+class Contents:
+    """A training set as numbers: of distinct queries, of distinct targets, of labels and of data sets.
+
+    Args:
+        dataset: With the columns of a training set; the stored table is read, underneath an
+            :class:`~unime_st.data.ItemReader`.
+        by_subset: Tell data sets apart by the column ``subset``.
+        hash_images: Know images by the content of their files, not by their paths.
+
+    Attributes:
+        columns: Which column plays which part.
+        reader: Opens the images; None for a data set that stores its inputs themselves.
+        queries: ``(N,)`` number of each row's query.
+        query_keys: Of the distinct queries.
+        positives: ``(N,)`` number of each row's positive among the targets.
+        target_keys: Of the distinct targets: positives and explicit negatives.
+        groups: ``(N,)`` number of each row's data set.
+
+    Raises:
+        TypeError: When it is no ``datasets.Dataset``.
+        ValueError: When a column is missing, rows are made by another transform, or a query or positive is None.
+    """
+
+    def __init__(self, dataset: Dataset, *, by_subset: bool, hash_images: bool) -> None:
+        if not isinstance(dataset, Dataset):
+            raise TypeError(f"`dataset` is a {type(dataset).__name__}, but mining needs a `datasets.Dataset`.")
+        self.columns: Columns = training_columns(dataset.column_names)
+        if self.columns.positive is None or not len(dataset):
+            raise ValueError(
+                "Mining needs the columns (anchor, positive) and rows, "
+                f"got {dataset.column_names} of {len(dataset)} rows."
+            )
+        transform = dataset.format["format_kwargs"].get("transform") if dataset.format["type"] == "custom" else None
+        if transform is not None and not isinstance(transform, ItemReader):
+            raise ValueError(
+                f"The rows are made by a transform ({type(transform).__name__}) that mining cannot undo. Give the data "
+                "set without it, or as `load_mmeb_train` makes it."
+            )
+        self.reader: ItemReader | None = transform
+        self.features = dataset.features
+        self._hash_images = hash_images
+        names = [self.columns.anchor, self.columns.positive, *self.columns.negatives]
+        self.table: pa.Table = dataset.with_format("arrow")[:]
+        for name in (self.columns.anchor, self.columns.positive):
+            _refuse_none(name, self.table.column(name))
+        rows = len(dataset)
+        keys = [key_array(self._keys(name)) for name in names]
+        self.query_keys, self._query_rows, self.queries = np.unique(keys[0], return_index=True, return_inverse=True)
+        self.target_keys, first, numbers = np.unique(np.concatenate(keys[1:]), return_index=True, return_inverse=True)
+        self.positives = numbers[:rows]
+        self._all_targets = numbers.reshape(len(names) - 1, rows)
+        self._target_rows = first
+        self.groups = self._codes(SUBSET) if by_subset and SUBSET in dataset.column_names else np.zeros(rows, np.int64)
+        place = np.searchsorted(self.target_keys, self.query_keys).clip(max=len(self.target_keys) - 1)
+        self._itself = np.where(self.target_keys[place] == self.query_keys, place, -1)
+        label = self.columns.label
+        named = label is not None and getattr(dataset.features[label], "dtype", "").startswith(_IDENTITIES)
+        kinds = [self.queries] + ([self._codes(str(label))] if named else [])
+        self._answers = [_Answers(kind, self.positives) for kind in kinds]
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def digest(self) -> str:
+        """Hash of all that mining goes by."""
+        total = hashlib.blake2b(digest_size=16)
+        for array in (self.query_keys, self.queries, self.target_keys, self._all_targets, self.groups):
+            total.update(np.ascontiguousarray(array).tobytes())
+        for answers in self._answers:
+            total.update(answers.kinds.tobytes())
+        return total.hexdigest()
+
+    def group_targets(self, group: int) -> np.ndarray:
+        """Numbers of the distinct targets of a data set, ascending."""
+        return np.unique(self._all_targets[:, self.groups == group])
+
+    def forbidden(self, rows: np.ndarray) -> Forbidden:
+        """Targets that are right answers of rows by identity, or their queries; places in ``rows``, and targets."""
+        parts = [answers.of(rows) for answers in self._answers]
+        itself = self._itself[self.queries[rows]]
+        parts.append((np.flatnonzero(itself >= 0), itself[itself >= 0]))
+        places, targets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return Forbidden(places, targets)
+
+    def query_cells(self, numbers: np.ndarray) -> list[Any]:
+        """Stored cells of distinct queries."""
+        return self.table.column(self.columns.anchor).take(pa.array(self._query_rows[numbers])).to_pylist()
+
+    def target_cells(self, numbers: np.ndarray) -> pa.ChunkedArray:
+        """Stored cells of distinct targets."""
+        names = [self.columns.positive, *self.columns.negatives]
+        column, row = np.divmod(self._target_rows[numbers], len(self))
+        parts, order = [], []
+        for place, name in enumerate(names):
+            own = np.flatnonzero(column == place)
+            parts += self.table.column(name).take(pa.array(row[own])).chunks
+            order.append(own)
+        gathered = pa.chunked_array(parts, type=self.table.column(self.columns.positive).type)
+        back = np.empty(len(numbers), dtype=np.int64)
+        back[np.concatenate(order)] = np.arange(len(numbers))
+        return gathered.take(pa.array(back))
+
+    def read(self, cell: Any) -> Any:
+        """Make a model's input of a stored cell.
+
+        Raises:
+            FileNotFoundError: When its image is missing.
+            ValueError: When its image is damaged.
+        """
+        if not isinstance(cell, dict):
+            return cell
+        if self.reader is not None:
+            return self.reader.read(cell)
+        return cell if "bytes" in cell else {key: value for key, value in cell.items() if value is not None}
+
+    def _keys(self, name: str) -> Iterator[bytes]:
+        column = self.table.column(name)
+        with ThreadPoolExecutor() as pool:  # waits for files
+            for start in range(0, len(column), _READ_ROWS):
+                yield from pool.map(self._key, column.slice(start, _READ_ROWS).to_pylist(), chunksize=64)
+
+    def _key(self, cell: Any) -> bytes:
+        return bytes.fromhex(fingerprint(self._located(cell), read_files=self._hash_images))
+
+    def _located(self, cell: Any) -> Any:
+        """Cell with its image's path as it can be read; an image that is missing is content of its own."""
+        if self.reader is None or not self._hash_images or not isinstance(cell, dict):
+            return cell
+        image = stored_path(cell.get("image", cell))
+        if image is None:
+            return cell
+        if self.reader.check(image) is None:
+            return {**({"text": cell["text"]} if cell.get("text") else {}), "image": self.reader.path(image)}
+        return {"text": f"missing image {image}\0{cell.get('text')}"}
+
+    def _codes(self, name: str) -> np.ndarray:
+        """Equal numbers for equal values; each missing one is a value of its own."""
+        codes = self.table.column(name).combine_chunks().dictionary_encode().indices
+        values = np.asarray(codes.fill_null(-1)).astype(np.int64)
+        missing = values < 0
+        values[missing] = values.max(initial=0) + 1 + np.arange(missing.sum())
+        return values
+
+
+def _refuse_none(name: str, column: pa.ChunkedArray) -> None:
+    """Refuse a cell that says nothing; of a dict, one in which nothing is given."""
+    missing = np.concatenate([_nothing(chunk) for chunk in column.chunks] or [np.zeros(0, bool)])
+    if missing.any():
+        raise ValueError(
+            f"Row {int(np.argmax(missing))} has no {name!r} (None), as have {int(missing.sum()) - 1} more. Mining "
+            "needs a query and a positive in each row: leave those rows out, e.g. with `dataset.filter`."
+        )
+
+
+def _nothing(cells: pa.Array) -> np.ndarray:
+    missing = np.asarray(cells.is_null())
+    if pa.types.is_struct(cells.type) and cells.type.num_fields:
+        missing = missing | np.logical_and.reduce([_nothing(part) for part in cells.flatten()])
+    return missing
+
+
+class _Answers:
+    """For each kind of row (one query, one label), the distinct positives of the rows of that kind."""
+
+    def __init__(self, kinds: np.ndarray, positives: np.ndarray) -> None:
+        self.kinds = kinds
+        pairs = np.unique(np.stack([kinds, positives], axis=1), axis=0)
+        self._targets = pairs[:, 1]
+        self._starts = np.searchsorted(pairs[:, 0], np.arange(kinds.max(initial=-1) + 2))
+
+    def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places in ``rows`` and the right answers there."""
+        starts = self._starts[self.kinds[rows]]
+        counts = self._starts[self.kinds[rows] + 1] - starts
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.repeat(np.arange(len(rows)), counts), self._targets[np.repeat(starts, counts) + within]

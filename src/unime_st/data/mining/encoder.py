@@ -1,0 +1,128 @@
+"""Embedding the distinct contents of a training set into a store on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unime_st.data.mining.contents import Contents
+from unime_st.data.store.embed_once import embed_missing
+from unime_st.data.store.embeddings import EmbeddingStore
+
+logger = logging.getLogger(__name__)
+
+_IMAGE_SIZE = 2000  # characters that an image counts for when inputs are sorted by size
+
+
+class MiningEncoder:
+    """Embeds the distinct contents of a set, each once, into stores below a folder.
+
+    Args:
+        model: Its ``encode`` takes the inputs.
+        identity: Of the model, see :func:`~unime_st.model_identity.model_fingerprint`.
+        contents: Reads the inputs.
+        folder: Of the stores, one a prompt.
+        batch_size: Inputs embedded at a time.
+        shard_size: Inputs opened at a time, which make one file.
+        show_progress_bar: Show how many are done.
+        patience: See :func:`~unime_st.data.store.embed_once.embed_missing`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        identity: str,
+        contents: Contents,
+        folder: Path,
+        *,
+        batch_size: int,
+        shard_size: int,
+        show_progress_bar: bool,
+        patience: float,
+    ) -> None:
+        self._model, self._contents, self._folder = model, contents, folder
+        self._batch_size, self._shard_size, self._show_progress_bar = batch_size, shard_size, show_progress_bar
+        self._patience = patience
+        reader = contents.reader
+        self._identity = [identity] + ([reader.max_pixels, reader.image_size] if reader else [])
+
+    def embed(
+        self, keys: np.ndarray, cells: Callable[[np.ndarray], list[Any]], prompt: str | None
+    ) -> tuple[EmbeddingStore, np.ndarray]:
+        """Give the store, and the number in it of each key; NaN stands for a content that cannot be read."""
+        name = hashlib.blake2b(json.dumps([*self._identity, prompt]).encode(), digest_size=8).hexdigest()
+        (self._folder / name).mkdir(parents=True, exist_ok=True)
+        store = EmbeddingStore(self._folder / name)
+        missing = np.flatnonzero(store.find(keys) < 0)
+        sizes = np.zeros(len(keys), dtype=np.int64)
+        for start in range(0, len(missing), self._shard_size):
+            part = missing[start : start + self._shard_size]
+            sizes[part] = [_size(cell) for cell in cells(part)]
+        embed_missing(
+            store,
+            keys,
+            sizes,
+            lambda places: self._encode(cells(places), prompt),
+            shard_size=self._shard_size,
+            description="Mining",
+            show_progress_bar=self._show_progress_bar,
+            patience=self._patience,
+        )
+        return store, store.find(keys)
+
+    def _encode(self, cells: Sequence[Any], prompt: str | None) -> np.ndarray:
+        with ThreadPoolExecutor() as pool:
+            inputs = list(pool.map(self._read, cells))
+        good = np.array([item is not None for item in inputs])
+        if not good.any():
+            return np.full((len(cells), int(self._model.get_embedding_dimension())), np.nan, dtype=np.float32)
+        options = {} if prompt is None else {"prompt": prompt}
+        found = self._model.encode(
+            [item for item in inputs if item is not None],
+            batch_size=self._batch_size,
+            show_progress_bar=False,
+            convert_to_numpy=True,
+            **options,
+        )
+        embeddings = np.full((len(cells), found.shape[1]), np.nan, dtype=np.float32)
+        embeddings[good] = found
+        broken = good & ~np.isfinite(embeddings).all(axis=1)
+        if broken.any():
+            raise ValueError(
+                f"The model's embedding of {cells[int(np.flatnonzero(broken)[0])]!r:.200} is not finite, as are "
+                f"{int(broken.sum()) - 1} more of {len(cells)}. Load the model in bfloat16 or float32, or remove the "
+                "row."
+            )
+        return embeddings
+
+    def _read(self, cell: Any) -> Any:
+        """Open an input; None when its image is bad and the set's reader puts up with that."""
+        reader = self._contents.reader
+        try:
+            return self._contents.read(cell)
+        except (FileNotFoundError, ValueError) as error:
+            if (
+                reader is None
+                or reader.bad_images is None
+                or (bad := reader.check(image := cell.get("image", cell), by_opening=True)) is None
+            ):
+                raise
+            reader.report(image, bad)
+            logger.debug("Mining without a cell: %s", error)
+            return None
+
+
+def _size(cell: Any) -> int:
+    """How long an input is, so that inputs of a like length share a batch."""
+    if isinstance(cell, str):
+        return len(cell)
+    text = cell.get("text") if isinstance(cell, dict) else None
+    image = not isinstance(cell, dict) or any(value for key, value in cell.items() if key != "text")
+    return len(text or "") + _IMAGE_SIZE * image

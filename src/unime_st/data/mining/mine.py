@@ -1,0 +1,252 @@
+"""Mining hard negatives for a whole training set, with the model as it is now."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+
+from unime_st.data.arguments import check_count, check_number
+from unime_st.data.images import ItemReader
+from unime_st.data.mining.contents import Contents
+from unime_st.data.mining.encoder import MiningEncoder
+from unime_st.data.mining.files import MinedFiles, claim, read_mined, read_result, write_result
+from unime_st.data.mining.rows import Miner, MiningSettings
+from unime_st.data.store.embed_once import own_share
+from unime_st.data.store.full_disk import explained_full_disk
+from unime_st.data.store.waiting import PATIENCE, Waiting
+from unime_st.files import write_atomically
+from unime_st.model_identity import model_fingerprint
+
+logger = logging.getLogger(__name__)
+
+_EXACT_PAIRS = 2e10  # beyond, an index pays on a CPU
+
+
+def mine_hard_negatives(
+    dataset: Dataset,
+    model: SentenceTransformer,
+    output_dir: str | Path,
+    *,
+    num_negatives: int = 8,
+    margin: float | None = 0.1,
+    range_min: int = 0,
+    range_max: int | None = None,
+    sampling_strategy: Literal["top", "random"] = "top",
+    seed: int = 0,
+    too_few: Literal["repeat", "drop"] = "repeat",
+    by_subset: bool = True,
+    search: Literal["exact", "faiss"] | None = None,
+    query_prompt: str | None = None,
+    corpus_prompt: str | None = None,
+    hash_images: bool = True,
+    batch_size: int = 32,
+    shard_size: int = 1024,
+    rows_per_file: int = 4096,
+    show_progress_bar: bool = False,
+    patience: float = PATIENCE,
+) -> Path:
+    """Find each row's hardest negatives in the whole set, and write the set with them to parquet files.
+
+    Candidates are all distinct positives and explicit negatives of the set; the columns ``negative_1`` ...
+    ``negative_n`` that are written hold mined ones only. What is no negative is told by the same rule as in
+    :class:`~unime_st.losses.HardNegativeInfoNCELoss`: a candidate with cos(query, candidate) > cos(query, positive) +
+    ``margin``; one with the content of a right answer, which are the positives of all rows with the same query or
+    ``label``; and one with the content of the query. Equal candidates count once.
+
+    A run that was killed goes on where it was: embeddings are kept in ``output_dir/embeddings``, each distinct input
+    once, and rows in files of ``rows_per_file``, all written whole and with checksums; a damaged file of rows is mined
+    again. Several processes share both.
+
+    sentence-transformers' ``mine_hard_negatives`` gives the options their names, but cannot do the work: inputs are
+    keys of a dictionary there, so ``{"image", "text"}`` fails; labels are not known; the margin is measured from the
+    lowest of a query's positives, not from the row's own; and its cache is written in one piece at the end, under the
+    name of the base model, so that a model trained further would be served the embeddings of before.
+
+    Args:
+        dataset: As :func:`~unime_st.data.load_mmeb_train` makes it, or with inputs stored in its columns.
+        model: Embeds queries and targets.
+        output_dir: Folder of the result; one for each data set and model.
+        num_negatives: ``n``.
+        margin: See above; may be negative. None switches the filter by score off.
+        range_min: The so many nearest valid candidates are skipped.
+        range_max: Candidates are taken from the so many nearest valid ones; None for as many as are needed, or ten
+            times as many for "random".
+        sampling_strategy: "top" takes the nearest, "random" draws.
+        seed: Of "random".
+        too_few: What becomes of a row with fewer than ``n`` valid candidates: "repeat" fills up with those it has (the
+            loss counts equal ones once), "drop" leaves the row out. A row with none is left out by both.
+        by_subset: When there is a column ``subset``, candidates come from the row's own data set.
+        search: "exact", or "faiss" for an approximate index (the extra ``ann``); None decides by the size of the set,
+            and is exact on a GPU.
+        query_prompt: Given to ``model.encode`` for queries.
+        corpus_prompt: The same for candidates.
+        hash_images: Know images by the content of their files, which reads each once more; False by their paths.
+        batch_size: Inputs embedded at a time.
+        shard_size: Inputs opened at a time, which make one file of embeddings.
+        rows_per_file: Rows mined at a time.
+        show_progress_bar: Show how many inputs are embedded.
+        patience: Seconds without a new file after which this process does what another owes; the log tells of it.
+
+    Returns:
+        ``output_dir``, for :func:`load_mined_negatives`.
+
+    Raises:
+        OSError: When the disk is full.
+        TypeError: When a size or the margin is no number.
+        ValueError: When an option is out of range, columns are missing, a query or positive is None, an embedding is
+            not finite, no row has a negative, ``output_dir`` holds the result of another set, model or other options,
+            or embeddings there are damaged, naming the file.
+
+    Example:
+        >>> import numpy as np, tempfile, torch
+        >>> class Letters(torch.nn.Module):
+        ...     def encode(self, texts, **options):
+        ...         return np.array([[text.count(letter) for letter in "abc"] for text in texts], dtype=np.float32)
+        >>> rows = Dataset.from_dict({"anchor": ["a", "b", "c"], "positive": ["aa", "bba", "cb"]})
+        >>> folder = mine_hard_negatives(rows, Letters(), tempfile.mkdtemp(), num_negatives=1)
+        >>> load_mined_negatives(folder)["negative_1"][:2]
+        ['bba', 'cb']
+    """
+    for name, size in (("batch_size", batch_size), ("shard_size", shard_size)):
+        check_count(name, size)
+    for name, size in (("num_negatives", num_negatives), ("range_min", range_min), ("rows_per_file", rows_per_file)):
+        check_count(name, size, least=-(2**63))  # MiningSettings says how large they must be
+    check_number("patience", patience, above=0)
+    contents = Contents(dataset, by_subset=by_subset, hash_images=hash_images)
+    depth = range_min + num_negatives * (10 if sampling_strategy == "random" else 1)
+    device = getattr(model, "device", torch.device("cpu"))
+    large = len(contents) * len(contents.target_keys) > _EXACT_PAIRS and torch.device(device).type == "cpu"
+    settings = MiningSettings(
+        num_negatives,
+        margin,
+        range_min,
+        depth if range_max is None else range_max,
+        sampling_strategy,
+        seed,
+        too_few,
+        search or ("faiss" if large else "exact"),
+        rows_per_file,
+    )
+    settings.check()
+    folder = Path(output_dir)
+    model_identity = model_fingerprint(model)
+    prompts = {"query_prompt": query_prompt, "corpus_prompt": corpus_prompt}
+    reader = contents.reader
+    images = None if reader is None else [reader.max_pixels, reader.image_size]
+    identity = {"model": model_identity, "data": contents.digest(), "images": images}
+    claimed = claim(folder, asdict(settings) | prompts | identity)
+    encoder = MiningEncoder(
+        model,
+        model_identity,
+        contents,
+        folder / "embeddings",
+        batch_size=batch_size,
+        shard_size=shard_size,
+        show_progress_bar=show_progress_bar,
+        patience=patience,
+    )
+    queries = encoder.embed(contents.query_keys, contents.query_cells, query_prompt)
+    targets = encoder.embed(
+        contents.target_keys, lambda numbers: contents.target_cells(numbers).to_pylist(), corpus_prompt
+    )
+    miner = Miner(contents, settings, queries, targets, device)
+    files = MinedFiles(folder, -(-len(contents) // rows_per_file), claimed)
+
+    def mine(number: int) -> None:
+        _write(files.paths[number], files.stamped(number, *miner.mine(number)))
+
+    _mine_all(files, mine, Waiting("Mining", folder, patience))
+    return _finish(files, contents, claimed)
+
+
+def load_mined_negatives(
+    output_dir: str | Path, *, image_root: str | Path | None = None, **reader_options: Any
+) -> Dataset:
+    """Load what :func:`mine_hard_negatives` has written, ready for :class:`~unime_st.losses.HardNegativeInfoNCELoss`.
+
+    Args:
+        output_dir: See :func:`mine_hard_negatives`.
+        image_root: Folder of the images; None for that of the set that was mined.
+        **reader_options: See :class:`~unime_st.data.ItemReader`; those of the set that was mined are not kept.
+
+    Returns:
+        The set's rows with the columns ``negative_1`` ... ``negative_n``; images are opened when rows are drawn.
+
+    Raises:
+        FileNotFoundError: When there is no finished result.
+        ValueError: When a file is damaged, naming it.
+    """
+    folder = Path(output_dir)
+    result = read_result(folder)
+    try:
+        tables = [read_mined(folder / name, result["settings"]) for name in result["files"]]
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Run `mine_hard_negatives` with the same arguments again: it mines that file anew."
+        ) from error
+    dataset = Dataset(pa.concat_tables(tables))
+    if result["image_root"] is None:
+        return dataset
+    return dataset.with_transform(ItemReader(image_root or result["image_root"], **reader_options))
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    with explained_full_disk(path.parent):
+        write_atomically(path, buffer.getvalue())
+
+
+def _mine_all(files: MinedFiles, mine: Callable[[int], None], waiting: Waiting) -> None:
+    """Mine this process's files, wait for those of others, and mine here what does not come."""
+    rank, processes = own_share()
+    numbers = range(len(files.paths))
+    for number in numbers:
+        if number % processes == rank and not files.is_there(number):
+            mine(number)
+    missing = [number for number in numbers if not files.is_there(number)]
+
+    def owed() -> tuple[set[int], str]:
+        return {number % processes for number in missing}, f"{len(missing)} files of rows"
+
+    while missing and waiting.goes_on(*owed()):
+        left = [number for number in missing if not files.is_there(number)]
+        if len(left) < len(missing):
+            waiting.news()
+            missing = left
+    if missing:
+        waiting.give_up(*owed())
+    for number in missing:
+        mine(number)
+
+
+def _finish(files: MinedFiles, contents: Contents, claimed: str) -> Path:
+    """Add the counts up, and say that all is there."""
+    folder, total = files.folder, files.counts()
+    if not total["kept"]:
+        raise ValueError(
+            f"None of {total['rows']} rows has a valid negative. Raise `margin` or set it to None, lower `range_min`, "
+            "or set `by_subset=False`."
+        )
+    images = None if contents.reader is None else contents.reader.image_root
+    root = None if images is None else str(images.absolute())
+    write_result(folder, {**total, "image_root": root, "files": [path.name for path in files.paths]}, claimed)
+    logger.info(
+        "Mined negatives for %d of %d rows, %d of them with fewer than asked for and filled up; %d rows had none: %s",
+        total["kept"],
+        total["rows"],
+        total["filled"],
+        total["without_negatives"],
+        folder,
+    )
+    return folder

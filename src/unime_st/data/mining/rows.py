@@ -1,0 +1,170 @@
+"""Choosing the negatives of a training set's rows, a file of them at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Features
+
+from unime_st.columns import LABEL_COLUMNS, SUBSET, negative_column
+from unime_st.data.arguments import check_number
+from unime_st.data.mining.contents import Contents
+from unime_st.data.mining.search import FaissIndex, Forbidden, Nearest, exact_nearest
+from unime_st.data.store.embeddings import EmbeddingStore
+
+
+@dataclass(frozen=True)
+class MiningSettings:
+    """What decides the result, see :func:`~unime_st.data.mine_hard_negatives`; kept beside it."""
+
+    num_negatives: int
+    margin: float | None
+    range_min: int
+    range_max: int
+    sampling_strategy: str
+    seed: int
+    too_few: str
+    search: str
+    rows_per_file: int
+
+    def check(self) -> None:
+        """Refuse what is out of range.
+
+        Raises:
+            TypeError: When the margin is no number.
+            ValueError: With what is allowed.
+        """
+        if self.margin is not None:
+            check_number("margin", self.margin)
+        if self.num_negatives < 1:
+            raise ValueError(f"`num_negatives={self.num_negatives}`, but at least 1 must be mined.")
+        if not 0 <= self.range_min <= self.range_max - self.num_negatives:
+            raise ValueError(
+                f"`range_min={self.range_min}` and `range_max={self.range_max}` leave too few ranks for "
+                f"`num_negatives={self.num_negatives}`. Raise `range_max`, or lower one of the others."
+            )
+        for name, allowed in (
+            ("sampling_strategy", ("top", "random")),
+            ("too_few", ("repeat", "drop")),
+            ("search", ("exact", "faiss")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}={getattr(self, name)!r}`, but it must be one of {', '.join(allowed)}.")
+        if self.rows_per_file < 1:
+            raise ValueError(f"`rows_per_file={self.rows_per_file}`, but a file holds at least one row.")
+
+
+class Miner:
+    """Chooses the negatives of a file's rows.
+
+    Args:
+        contents: The rows.
+        settings: What to choose.
+        queries: Store of the queries' embeddings, and the number in it of each distinct query.
+        targets: The same of the targets.
+        device: Where similarities are computed.
+    """
+
+    def __init__(
+        self,
+        contents: Contents,
+        settings: MiningSettings,
+        queries: tuple[EmbeddingStore, np.ndarray],
+        targets: tuple[EmbeddingStore, np.ndarray],
+        device: Any,
+    ) -> None:
+        self._contents, self._settings, self._device = contents, settings, device
+        self._queries, self._targets = queries, targets
+        self._indexes: dict[int, tuple[np.ndarray, FaissIndex | None]] = {}
+
+    def mine(self, number: int) -> tuple[pa.Table, dict[str, int]]:
+        """Rows of a file, with their negatives, and what was counted."""
+        settings, contents = self._settings, self._contents
+        start = number * settings.rows_per_file
+        rows = np.arange(start, min(start + settings.rows_per_file, len(contents)))
+        chosen = np.full((len(rows), settings.num_negatives), -1)
+        for group in np.unique(contents.groups[rows]).tolist():
+            own = np.flatnonzero(contents.groups[rows] == group)
+            chosen[own] = self._choose(
+                self._nearest(group, rows[own]), np.random.default_rng([settings.seed, number, group])
+            )
+        found = (chosen >= 0).sum(axis=1)
+        keep = found > 0 if settings.too_few == "repeat" else found == settings.num_negatives
+        places = np.arange(settings.num_negatives) % np.maximum(found, 1)[:, None]
+        filled = np.take_along_axis(chosen, places, 1)[keep]
+        counts = {
+            "rows": len(rows),
+            "kept": int(keep.sum()),
+            "filled": int((keep & (found < settings.num_negatives)).sum()),
+            "without_negatives": int((found == 0).sum()),
+        }
+        return self._table(rows[keep], filled), counts
+
+    def _nearest(self, group: int, rows: np.ndarray) -> Nearest:
+        """The nearest valid targets of rows of one data set, by their numbers among all targets."""
+        settings, contents = self._settings, self._contents
+        if group not in self._indexes:
+            numbers = contents.group_targets(group)
+            index = (
+                FaissIndex(len(numbers), self._targets[0].dimension or 0, self._reader(numbers))
+                if settings.search == "faiss"
+                else None
+            )
+            self._indexes[group] = numbers, index
+        numbers, index = self._indexes[group]
+        queries = self._unit(self._queries, contents.queries[rows]).to(self._device)
+        positives = self._unit(self._targets, contents.positives[rows]).to(self._device)
+        forbidden = contents.forbidden(rows)
+        local = np.searchsorted(numbers, forbidden.candidates).clip(max=len(numbers) - 1)
+        here = numbers[local] == forbidden.candidates
+        own = Forbidden(forbidden.rows[here], local[here])
+        options: dict[str, Any] = {"forbidden": own, "margin": settings.margin, "keep": settings.range_max}
+        own_scores = (queries * positives).sum(dim=1)
+        if index is not None:
+            found = index.nearest(queries.nan_to_num(), own_scores, **options)
+        else:
+            found = exact_nearest(
+                queries, own_scores, num_candidates=len(numbers), read=self._reader(numbers), **options
+            )
+        unusable = own_scores.isnan().cpu().numpy()[:, None]  # rows whose query or positive cannot be read
+        return Nearest(np.where(unusable, -np.inf, found.scores), numbers[found.candidates])
+
+    def _choose(self, nearest: Nearest, generator: np.random.Generator) -> np.ndarray:
+        """Take or draw negatives, hardest first; -1 where there are too few. ``(rows, n)``."""
+        settings = self._settings
+        scores = nearest.scores[:, settings.range_min :]
+        targets = np.where(scores > -np.inf, nearest.candidates[:, settings.range_min :], -1)
+        if settings.sampling_strategy == "random":
+            drawn = np.where(targets >= 0, generator.random(targets.shape), 2.0)
+            places = np.sort(np.argsort(drawn, axis=1)[:, : settings.num_negatives], axis=1)
+            targets = np.take_along_axis(targets, places, 1)
+        short = settings.num_negatives - targets.shape[1]
+        targets = np.pad(targets, ((0, 0), (0, max(0, short))), constant_values=-1)
+        return targets[:, : settings.num_negatives]
+
+    def _reader(self, numbers: np.ndarray) -> Callable[[np.ndarray], torch.Tensor]:
+        return lambda places: self._unit(self._targets, numbers[places])
+
+    @staticmethod
+    def _unit(embeddings: tuple[EmbeddingStore, np.ndarray], numbers: np.ndarray) -> torch.Tensor:
+        store, places = embeddings
+        return torch.nn.functional.normalize(torch.from_numpy(store.rows(places[numbers])), dim=1)
+
+    def _table(self, rows: np.ndarray, negatives: np.ndarray) -> pa.Table:
+        contents = self._contents
+        names = contents.columns
+        taken = contents.table.take(pa.array(rows))
+        columns: dict[str, Any] = {name: taken.column(name) for name in (names.anchor, str(names.positive))}
+        distinct, places = np.unique(negatives, return_inverse=True)
+        cells = contents.target_cells(distinct)
+        for k in range(self._settings.num_negatives):
+            columns[negative_column(k + 1)] = cells.take(pa.array(places.reshape(negatives.shape)[:, k]))
+        last = [name for name in (*LABEL_COLUMNS, SUBSET) if name in taken.column_names]
+        columns |= {name: taken.column(name) for name in last}
+        features = {name: contents.features.get(name, contents.features[str(names.positive)]) for name in columns}
+        return pa.table(columns).replace_schema_metadata(Features(features).arrow_schema.metadata)

@@ -1,0 +1,395 @@
+"""MMEB: Precision@1 (or nDCG@5) by task, by meta-task and by modality."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unime_st.arguments import require_number
+from unime_st.data.images import ItemReader
+from unime_st.data.mmeb.eval_rows import EvalTask
+from unime_st.evaluation.base import EmbeddingEvaluator, check_shown, device_of
+from unime_st.evaluation.encoding import OnError
+from unime_st.evaluation.mmeb.inputs import as_tasks, distinct_inputs
+from unime_st.evaluation.mmeb.tasks import IN_DISTRIBUTION, META_TASKS, Metric, MMEBTask, Parser, tasks_from_yaml
+from unime_st.evaluation.outcomes import TaskOutcomes
+from unime_st.evaluation.scoring import score_candidates
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 5  # best candidates kept of each row
+_METRIC_NAMES: dict[Metric, str] = {"hit@1": "precision@1", "ndcg@5": "ndcg@5"}
+
+
+@dataclass
+class TaskResult:
+    """Outcome of one task.
+
+    Attributes:
+        rows: Numbers of the rows in the task; all of them, unless ``limit`` draws some.
+        right: Whether each row is right; a row with something unreadable is not, shape (rows,).
+        tied: Whether only the order of equal scores decides the row's score, shape (rows,).
+        rank: Rank of the best right answer, from 1; 0 in a row with something unreadable, shape (rows,).
+        best: Its place in the row, or in the pool, shape (rows,).
+        top: The best candidates' places in each row, or in the pool, best first, -1 past the last, shape (rows, k).
+        errors: Row number -> what could not be read.
+        metric: What ``scores`` are.
+        scores: Of each row, in [0, 1]; 0 in a row with something unreadable, shape (rows,).
+    """
+
+    rows: np.ndarray
+    right: np.ndarray
+    tied: np.ndarray
+    rank: np.ndarray
+    best: np.ndarray
+    top: np.ndarray
+    errors: dict[int, str] = field(default_factory=dict)
+    metric: Metric = "hit@1"
+    scores: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def precision(self) -> float:
+        """Precision@1 in [0, 1]."""
+        return float(self.right.mean())
+
+    @property
+    def score(self) -> float:
+        """The task's own metric in [0, 1]."""
+        return float(self.scores.mean())
+
+
+class MMEBEvaluator(EmbeddingEvaluator):
+    """MMEB (36 image tasks), or any tasks in its layout, or tasks of one's own.
+
+    A query is right when, among its own candidates, the right one (the first) has the highest cosine. As published, the
+    first of equal scores wins: among a query's own candidates a tie is right, and in a pool that all queries share the
+    pool's order decides. Rows that this decides are counted, and a warning tells when they are many: a model that gives
+    everything one embedding is seen by them. All tasks are read first; each distinct input is then encoded once over
+    all of them, from one queue, which several processes share.
+
+    Args:
+        root: Folder of the benchmark: ``<root>/<Task>/test-*.parquet``; or its name on the Hub
+            (``"TIGER-Lab/MMEB-eval"``), from which the rows are fetched but not the images, so that ``image_root`` must
+            be given. None if all ``tasks`` are :class:`MMEBTask`.
+        tasks: Names of tasks below ``root``, or tasks; None takes every task found there.
+        meta_tasks: Task -> meta-task; None means the published ones (:data:`META_TASKS`). Tasks it does not name are in
+            no meta-task.
+        image_root: Where image paths lead; None means ``root/images`` if it is a folder, else ``root``.
+        max_pixels: Images with more are made smaller, keeping their shape. Part of the cache's key.
+        image_size: Every image is brought to this side, or (width, height), by force, as the published evaluations do
+            (336 or 1344; MMEB V2: 128, 672 or 1344). Part of the cache's key.
+        on_error: "raise", or "report" to count broken rows (an unreadable image, no right answer) as wrong, to leave
+            out missing tasks, and to list both in ``errors``.
+        limit: Rows of each task, drawn by ``seed`` and the same in every call; None takes all. For use within training.
+        seed: Of that draw.
+        name: Put before the metrics' names.
+        **arguments: ``batch_size``, ``prompt``, ``prompt_name``, ``cache_dir``, ``show_progress_bar`` and ``write_csv``
+            of :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
+
+    Attributes:
+        results: Of the last call, task -> :class:`TaskResult`.
+        errors: Of the last call, what could not be read: task -> messages.
+        primary_metric: ``mean_precision@1``, over the tasks.
+
+    Raises:
+        FileNotFoundError: If ``root`` is no folder, or holds no task.
+        ValueError: If ``on_error``, ``limit``, ``seed``, a metric or the resolution is something else, or if two tasks
+            have one name.
+
+    Metrics:
+        ``<task>_precision@1`` (``<task>_ndcg@5`` for tasks scored so) and ``<task>_ties`` (rows whose score only the
+        order of equal candidates decides) for each task, ``ties`` over all;
+        ``meta_<meta-task>_precision@1``, the mean of its tasks; ``mean_precision@1`` over tasks;
+        ``meta_mean_precision@1``, the mean of the meta-tasks (the UniME paper's "Overall");
+        ``in_distribution_precision@1`` and ``out_of_distribution_precision@1`` over the published tasks with and
+        without a training set; ``tasks``, how many there are in all; with more than one metric or modality among the
+        tasks, ``mean_ndcg@5``, ``<modality>_mean`` of each one's own metrics, and ``overall_mean``, as MMEB V2 prints
+        them; with "report", ``unreadable_rows``.
+    """
+
+    def __init__(
+        self,
+        root: str | Path | None,
+        tasks: Sequence[str | MMEBTask] | None = None,
+        *,
+        meta_tasks: Mapping[str, str] | None = None,
+        image_root: str | Path | None = None,
+        max_pixels: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        on_error: OnError = "raise",
+        limit: int | None = None,
+        seed: int = 0,
+        name: str = "MMEB",
+        **arguments: Any,
+    ) -> None:
+        super().__init__(name=name, **arguments)
+        if on_error not in {"raise", "report"}:
+            raise ValueError(f"`on_error={on_error!r}`; choose 'raise' or 'report'.")
+        require_number("limit", limit, least=1, optional=True)
+        require_number("seed", seed, least=0)
+        if isinstance(tasks, str):
+            raise TypeError(f"`tasks={tasks!r}` is one name; give a list of them.")
+        self._tasks = as_tasks(root, tasks, image_root)
+        _check_tasks(self._tasks)
+        self.tasks = [task.name for task in self._tasks]
+        self.meta_tasks = dict(META_TASKS if meta_tasks is None else meta_tasks)
+        self.max_pixels, self.image_size = max_pixels, image_size
+        self._reader = ItemReader("/", max_pixels=max_pixels, image_size=image_size, max_aspect_ratio=None)
+        self.on_error: OnError = on_error
+        self.limit = limit
+        self.seed = seed
+        self.primary_metric = "mean_precision@1"
+        if all(task.metric != "hit@1" for task in self._tasks):
+            self.primary_metric = "mean_ndcg@5"
+        self.results: dict[str, TaskResult] = {}
+        self.errors: dict[str, list[str]] = {}
+
+    @classmethod
+    def from_yaml(
+        cls, path: str | Path, root: str | Path, *, parsers: Mapping[str, Parser] | None = None, **arguments: Any
+    ) -> MMEBEvaluator:
+        """Evaluate the tasks of one of MMEB V2's YAML files.
+
+        Args:
+            path: The file.
+            root: Folder of the data: ``<root>/<dataset_name>/<split>-*.parquet``, and the entries' ``image_root``.
+            parsers: See :func:`~unime_st.evaluation.mmeb.tasks.tasks_from_yaml`: how other kinds of tasks are added.
+            **arguments: Arguments of the class.
+
+        Returns:
+            The evaluator.
+        """
+        return cls(None, tasks_from_yaml(path, root, parsers), **arguments)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return the settings that decide the numbers, for the model card."""
+        own = {"tasks": self.tasks, "limit": self.limit, "seed": self.seed if self.limit else None}
+        own |= self.encoding_settings()
+        return {**super().get_config_dict(), **{key: value for key, value in own.items() if value is not None}}
+
+    def encoding_settings(self) -> dict[str, Any]:
+        """Return the resolution policy."""
+        own = {"max_pixels": self.max_pixels, "image_size": self.image_size}
+        return {key: value for key, value in own.items() if value is not None}
+
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """Evaluate a model.
+
+        Args:
+            model: A ``SentenceTransformer``.
+            output_path: Folder for the results, or None.
+            epoch: Written into the results.
+            steps: Written into the results.
+
+        Returns:
+            The metrics, see the class.
+        """
+        self.results, self.errors = {}, {}
+        read = self._read()
+        items, owner, places = distinct_inputs(read)
+        if items:
+            embeddings, index, errors = self._encode(model, items, owner)
+        else:
+            embeddings, index, errors = np.zeros((0, 0), np.float32), np.zeros(0, np.int64), {}
+        for task in self._tasks:
+            if task.name in read:
+                own, rows = read[task.name]
+                result = self._score(model, task, own, rows, embeddings, index[places[task.name]])
+                _explain(result, own, rows, places[task.name], errors)
+                self.results[task.name] = result
+                if result.errors:
+                    self.errors[task.name] = [f"row {row}: {why}" for row, why in sorted(result.errors.items())]
+                told = task.name, task.metric, result.score, len(result.rows), result.tied.sum()
+                logger.info("%s: %s %.4f, %d rows, %d of them decided by ties", *told)
+        if not self.results:
+            raise ValueError(f"None of the tasks could be evaluated; the first: {next(iter(self.errors.values()))[0]}")
+        return self.finish(model, self._metrics(), output_path, epoch, steps)
+
+    def _read(self) -> dict[str, tuple[EvalTask, np.ndarray]]:
+        """Read each task, and draw the rows that are evaluated."""
+        read = {}
+        for task in self._tasks:
+            try:
+                own = task.load(on_error=self.on_error)
+                count = len(own.queries) + len(own.broken)
+                if not count:
+                    raise ValueError(f"{task.name} has no rows.")  # noqa: TRY301 (handled as what reading raises)
+            except (OSError, ValueError) as error:
+                if self.on_error == "raise":
+                    raise
+                logger.warning("%s left out: %s", task.name, error)
+                self.errors[task.name] = [f"left out: {error}"]
+                continue
+            rows = np.arange(count)
+            if self.limit is not None and self.limit < count:
+                rows = np.sort(np.random.default_rng(self.seed).choice(count, self.limit, replace=False))
+            read[task.name] = own, rows
+        return read
+
+    def _encode(
+        self, model: Any, items: list[Any], owner: list[tuple[str, int]]
+    ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+        return self.encode(
+            model,
+            items,
+            lambda item: "{}, row {}".format(*owner[item]),
+            cache=self.open_cache(model),
+            on_error=self.on_error,
+            prepare=self._reader.read_absolute if self.encoding_settings() else None,
+        )
+
+    @staticmethod
+    def _score(  # noqa: PLR0917
+        model: Any, task: MMEBTask, own: EvalTask, rows: np.ndarray, embeddings: np.ndarray, index: np.ndarray
+    ) -> TaskResult:
+        """Score the drawn rows; ``index`` tells the embedding of each of the task's items, -1 for an unreadable one."""
+        count = len(rows)
+        place_of_row = {int(row): place for place, row in enumerate(own.rows)}
+        pool = None if own.corpus is None else index[own.corpus]
+        readable, at = [], []
+        for number, row in enumerate(rows):
+            place = place_of_row.get(int(row))
+            if place is not None and index[own.queries[place]] >= 0 and (index[own.own(place)] >= 0).all():
+                readable.append(number)
+                at.append(place)
+        right, tied = np.zeros(count, bool), np.zeros(count, bool)
+        rank, best = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        top, scores = np.full((count, _SHOWN), -1, dtype=np.int64), np.zeros(count)
+        if at:
+            found = score_candidates(
+                embeddings,
+                index[own.queries[at]],
+                [index[own.own(place)] for place in at],
+                gains=None if own.gains is None else [own.gains_of(place) for place in at],
+                pool=None if pool is None else pool[pool >= 0],
+                k=_SHOWN,
+                device=device_of(model),
+            )
+            right[readable], rank[readable] = found.right, found.rank
+            top[readable], best[readable] = found.top, found.best
+            if pool is not None:
+                top, best = (_places(places, np.flatnonzero(pool >= 0)) for places in (top, best))
+            by_hit = task.metric == "hit@1"
+            scores[readable], tied[readable] = (found.right, found.tied) if by_hit else (found.ndcg, found.ndcg_tied)
+        return TaskResult(rows, right, tied, rank, best, top, {}, task.metric, scores)
+
+    def top(
+        self, task: str, k: int = _SHOWN, places: Sequence[int] | None = None, *, with_right: bool = False
+    ) -> list[dict[str, Any]]:
+        """Show what queries found in the last call, as entries of :meth:`~unime_st.evaluation.Report.add_gallery`.
+
+        Args:
+            task: Its name.
+            k: Results a query, at most five.
+            places: Which of the evaluated rows, as in ``results[task].right``; None takes all that were readable.
+            with_right: Whether the best right answer comes after them where none is among them, with its rank.
+
+        Returns:
+            For each row `query`, `results` (each with `image`, `text` or both, and whether it is `right`) and `rank`.
+
+        Raises:
+            ValueError: If the task was not evaluated, or ``k`` is out of range.
+        """
+        check_shown(k, _SHOWN)
+        if task not in self.results:
+            raise ValueError(f"Nothing is known of {task!r}: there are {list(self.results)}. Evaluate a model first.")
+        result = self.results[task]
+        own = next(spec for spec in self._tasks if spec.name == task).load(on_error=self.on_error)
+        at = {int(row): place for place, row in enumerate(own.rows)}
+        entries = []
+        for place in np.flatnonzero(result.rank) if places is None else places:
+            query = at[int(result.rows[place])]
+            shown, right = (own.own(query) if own.corpus is None else own.corpus), own.right_of(query)
+            best = [int(shown[number]) for number in result.top[place][:k] if number >= 0]
+            results = [{**_shown(own.items[item]), "right": item in right} for item in best]
+            rank = int(result.rank[place]) or None
+            if with_right and rank and not set(best) & set(right):
+                item = own.items[int(shown[result.best[place]])]
+                results.append({**_shown(item), "right": True, "rank": rank})
+            entries.append({"query": _shown(own.items[own.queries[query]]), "results": results, "rank": rank})
+        return entries
+
+    def outcomes(self) -> dict[str, TaskOutcomes]:
+        """Each row's share of its task's metric, of the last call."""
+        return {task: TaskOutcomes(result.rows, result.scores, result.tied) for task, result in self.results.items()}
+
+    def _metrics(self) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for task, result in self.results.items():
+            metrics[f"{task}_{_METRIC_NAMES[result.metric]}"] = result.score
+            metrics[f"{task}_ties"] = int(result.tied.sum())
+        precision = {task: result.score for task, result in self.results.items() if result.metric == "hit@1"}
+        metas = dict.fromkeys(self.meta_tasks[task] for task in precision if task in self.meta_tasks)
+        by_meta = [
+            _mean(precision, (task for task in precision if self.meta_tasks.get(task) == meta)) for meta in metas
+        ]
+        metrics |= {f"meta_{meta}_precision@1": value for meta, value in zip(metas, by_meta, strict=True)}
+        if by_meta:
+            metrics["meta_mean_precision@1"] = float(np.mean(by_meta))
+        published = [task for task in precision if task in META_TASKS]
+        inside = [task for task in published if task in IN_DISTRIBUTION]
+        outside = [task for task in published if task not in IN_DISTRIBUTION]
+        for key, tasks in (("in_distribution", inside), ("out_of_distribution", outside)):
+            if tasks:
+                metrics[f"{key}_precision@1"] = _mean(precision, tasks)
+        if precision:
+            metrics["mean_precision@1"] = _mean(precision, precision)
+        metrics |= self._mixed_metrics()
+        metrics["ties"] = sum(int(result.tied.sum()) for result in self.results.values())
+        metrics["tasks"] = len(self.results)
+        if self.on_error == "report":
+            metrics["unreadable_rows"] = sum(len(result.errors) for result in self.results.values())
+        return metrics
+
+    def _mixed_metrics(self) -> dict[str, float]:
+        """MMEB V2's averages, where there is more than Precision@1 on images."""
+        scores = {task: result.score for task, result in self.results.items()}
+        modality = {task.name: task.modality for task in self._tasks if task.name in scores}
+        graded = [task for task, result in self.results.items() if result.metric == "ndcg@5"]
+        if not graded and set(modality.values()) <= {"image"}:
+            return {}
+        metrics = {"mean_ndcg@5": _mean(scores, graded)} if graded else {}
+        for kind in dict.fromkeys(modality.values()):
+            metrics[f"{kind}_mean"] = _mean(scores, [task for task in scores if modality[task] == kind])
+        return {**metrics, "overall_mean": _mean(scores, scores)}
+
+
+def _check_tasks(tasks: Sequence[MMEBTask]) -> None:
+    for number, task in enumerate(tasks):
+        if task.metric not in _METRIC_NAMES:
+            raise ValueError(
+                f"Task {task.name!r} has the metric {task.metric!r}; there are {', '.join(_METRIC_NAMES)}."
+            )
+        if task.name in {other.name for other in tasks[:number]}:
+            raise ValueError(f"Two tasks are called {task.name!r}. Give each once, under a name of its own.")
+
+
+def _explain(result: TaskResult, own: EvalTask, rows: np.ndarray, place: np.ndarray, errors: Mapping[int, str]) -> None:
+    """Note why rows could not be read."""
+    at = {int(row): number for number, row in enumerate(own.rows)}
+    for row in rows[result.rank == 0].tolist():
+        if row in own.broken:
+            result.errors[row] = own.broken[row]
+            continue
+        needed = [own.queries[at[row]], *own.own(at[row])]
+        result.errors[row] = next(errors[int(place[item])] for item in needed if int(place[item]) in errors)
+
+
+def _places(top: np.ndarray, readable: np.ndarray) -> np.ndarray:
+    """From places among the readable candidates of a pool to places in the pool."""
+    return np.where(top >= 0, readable[np.maximum(top, 0)], -1)
+
+
+def _shown(item: Any) -> dict[str, Any]:
+    return item if isinstance(item, dict) else {"text": item}
+
+
+def _mean(values: Mapping[str, float], keys: Iterable[str]) -> float:
+    return float(np.mean([values[key] for key in keys]))

@@ -1,0 +1,329 @@
+"""A report of results: tables, plots and a gallery, as Markdown, as one HTML page and as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from unime_st.evaluation.report.html import to_html
+from unime_st.evaluation.report.markdown import FILES, to_markdown
+from unime_st.evaluation.report.plots import Series, bar_plot, heat_map, line_plot, require_matplotlib
+from unime_st.evaluation.report.section import Section
+from unime_st.files import write_atomically
+
+THUMBNAIL = 128  # pixels of the longer side
+_IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+
+class Report:
+    """Collects results and writes them for people and for programs.
+
+    Args:
+        title: of the report.
+
+    All text is shown as it is: nothing in it is taken as HTML or Markdown. What is right or wrong is said in words, not
+    only in colour.
+
+    Example:
+        >>> import tempfile
+        >>> report = Report("Results")
+        >>> report.add_table("Precision@1", ["model", "score"], [["before", 0.05], ["after", 0.42]])
+        >>> report.write(tempfile.mkdtemp()).name
+        'report.html'
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.sections: list[Section] = []
+
+    def add_text(self, text: str, *, title: str = "") -> None:
+        """Add paragraphs of plain text; an empty line parts them."""
+        self.sections.append(Section("text", title, {"text": text}))
+
+    def add_table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Any] | Mapping[str, Any]],
+        *,
+        note: str = "",
+        digits: int = 3,
+        percent: bool = False,
+        highest: Sequence[str] = (),
+    ) -> None:
+        """Add a table.
+
+        Args:
+            title: its heading.
+            columns: names of the columns.
+            rows: cells in the order of the columns, or a mapping from column to cell; a missing cell, None or NaN is
+                shown as "–".
+            note: text below the table.
+            digits: decimal places of floats.
+            percent: show floats times 100, with two decimal places fewer.
+            highest: columns whose highest number is in bold type, as often as it occurs.
+
+        Raises:
+            ValueError: a row has more or fewer cells than there are columns, or it or `highest` names no column.
+        """
+        if unknown := [name for name in highest if name not in columns]:
+            raise ValueError(f"`highest` names {unknown}, but the columns of table {title!r} are {list(columns)}.")
+        table = [_cells(row, columns, f"Row {number} of table {title!r}") for number, row in enumerate(rows)]
+        shown = [[_shown(cell, digits, percent=percent) for cell in row] for row in table]
+        numeric = [all(_is_number(row[at]) for row in table) for at in range(len(columns))]
+        best = [[name in highest and _is_highest(table, row, at) for at, name in enumerate(columns)] for row in table]
+        data = {"columns": list(columns), "rows": table, "shown": shown, "numeric": numeric, "best": best, "note": note}
+        self.sections.append(Section("table", title, data))
+
+    def add_settings(self, settings: Mapping[str, Any], *, title: str = "Settings and versions") -> None:
+        """Add what the results were made with, followed by the versions of Python and the packages that matter.
+
+        Args:
+            settings: name -> value.
+            title: of the table.
+        """
+        rows = [[name, str(value)] for name, value in {**settings, **_versions()}.items()]
+        self.add_table(title, ["setting", "value"], rows)
+
+    def add_line_plot(
+        self, title: str, series: Series, xlabel: str = "", ylabel: str = "", *, note: str = "", log_y: bool = False
+    ) -> None:
+        """Add a plot of lines.
+
+        Args:
+            title: its heading.
+            series: name -> (xs, ys), equally many of both.
+            xlabel: below the plot.
+            ylabel: beside the plot.
+            note: text below the plot.
+            log_y: whether the vertical axis is logarithmic.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: a series has not as many xs as ys.
+        """
+        require_matplotlib()
+        for name, (xs, ys) in series.items():
+            if len(xs) != len(ys):
+                raise ValueError(f"Series {name!r} of plot {title!r} has {len(xs)} xs and {len(ys)} ys.")
+        drawn = {theme: line_plot(series, xlabel, ylabel, theme, log_y=log_y) for theme in ("light", "dark")}
+        values = {name: {"x": list(xs), "y": list(ys)} for name, (xs, ys) in series.items()}
+        self._add_plot(title, {"series": values, "xlabel": xlabel, "ylabel": ylabel, "note": note}, drawn)
+
+    def add_bar_plot(
+        self,
+        title: str,
+        groups: Sequence[str],
+        series: Mapping[str, Sequence[float]],
+        ylabel: str = "",
+        *,
+        errors: Mapping[str, Sequence[float]] | None = None,
+        note: str = "",
+    ) -> None:
+        """Add a plot of bars.
+
+        Args:
+            title: its heading.
+            groups: names of the groups of bars.
+            series: name -> one value a group.
+            ylabel: beside the plot.
+            errors: name of a series -> length of the whiskers, one a group.
+            note: text below the plot.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: a series has not one value a group.
+        """
+        require_matplotlib()
+        for name, values in [*series.items(), *(errors or {}).items()]:
+            if len(values) != len(groups):
+                raise ValueError(
+                    f"Series {name!r} of plot {title!r} has {len(values)} values for {len(groups)} groups."
+                )
+        drawn = {theme: bar_plot(groups, series, ylabel, theme, errors=errors) for theme in ("light", "dark")}
+        data = {"groups": list(groups), "series": {name: list(values) for name, values in series.items()}}
+        whiskers = {name: list(values) for name, values in (errors or {}).items()}
+        self._add_plot(title, {**data, "errors": whiskers, "ylabel": ylabel, "note": note}, drawn)
+
+    def add_heat_map(
+        self, title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]],
+        *, note: str = "",
+    ) -> None:  # fmt: skip
+        """Add a table of shades: darkest the lowest of a column, brightest its highest, with the numbers in them.
+
+        Args:
+            title: its heading.
+            rows: names of the rows.
+            columns: names of the columns.
+            values: one list a row; None where there is no value.
+            note: text below the plot.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: there are not as many values as rows and columns, or a column has none.
+        """
+        require_matplotlib()
+        table = np.array([[np.nan if cell is None else float(cell) for cell in row] for row in values], dtype=float)
+        if table.shape != (len(rows), len(columns)) or np.isnan(table).all(axis=0).any():
+            raise ValueError(
+                f"Heat map {title!r} has values of shape {table.shape} for {len(rows)} rows and {len(columns)} "
+                "columns, or a column without any."
+            )
+        drawn = {theme: heat_map(rows, columns, table, theme) for theme in ("light", "dark")}
+        data = {"rows": list(rows), "columns": list(columns), "values": table.tolist(), "note": note}
+        self._add_plot(title, data, drawn)
+
+    def _add_plot(self, title: str, data: dict[str, Any], drawn: dict[str, bytes]) -> None:
+        number = sum(section.kind == "plot" for section in self.sections) + 1
+        name = f"plot-{number:02d}.png"
+        section = Section("plot", title, {**data, "picture": name}, {name: drawn["light"]}, {name: drawn["dark"]})
+        self.sections.append(section)
+
+    def add_gallery(self, title: str, entries: Sequence[Mapping[str, Any]], *, note: str = "") -> None:
+        """Add queries with what was found for each.
+
+        Args:
+            title: its heading.
+            entries: each has a `query` (text, a PIL image, the path of one, or `{"image", "text"}`), `results` (best
+                first, each with an `image` or a `text`, `right`, whether it is a right answer, and its `rank` if that
+                is not its place here) and, if known, `rank`, that of the best right answer.
+            note: text below the gallery.
+
+        Raises:
+            FileNotFoundError: an image is missing.
+        """
+        section = Section("gallery", title, {"note": note, "entries": []})
+        for entry in entries:
+            results: list[dict[str, Any]] = []
+            for found in entry["results"]:
+                rank = {} if found.get("rank") is None else {"rank": int(found["rank"])}
+                results.append({**_side(found, section.pictures), "right": bool(found["right"]), **rank})
+            shown = {"query": _side(entry["query"], section.pictures), "results": results, "rank": entry.get("rank")}
+            section.data["entries"].append(shown)
+        self.sections.append(section)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All results as plain data, ready for JSON: numbers that are not finite become None."""
+        sections = [
+            {
+                "kind": part.kind,
+                "title": part.title,
+                **{key: part.data[key] for key in part.data if key not in {"shown", "best"}},
+            }
+            for part in self.sections
+        ]
+        return _plain({"title": self.title, "sections": sections})
+
+    def write(self, folder: str | Path) -> Path:
+        """Write `report.json`, `report.md` with its pictures in `report_files/`, and the self-contained `report.html`.
+
+        Args:
+            folder: made when missing.
+
+        Returns:
+            Path of the HTML page.
+        """
+        folder = Path(folder)
+        for section in self.sections:
+            for name, png in section.pictures.items():
+                write_atomically(folder / FILES / name, png)
+        write_atomically(folder / "report.json", json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        write_atomically(folder / "report.md", to_markdown(self.title, self.sections))
+        page = folder / "report.html"
+        write_atomically(page, to_html(self.title, self.sections))
+        return page
+
+
+def _cells(row: Sequence[Any] | Mapping[str, Any], columns: Sequence[str], where: str) -> list[Any]:
+    if isinstance(row, Mapping):
+        unknown = [key for key in row if key not in columns]
+        if unknown:
+            raise ValueError(f"{where} names {unknown}, but the columns are {list(columns)}.")
+        return [row.get(column) for column in columns]
+    if len(row) != len(columns):
+        raise ValueError(f"{where} has {len(row)} cells for {len(columns)} columns.")
+    return list(row)
+
+
+def _is_highest(table: Sequence[Sequence[Any]], row: Sequence[Any], at: int) -> bool:
+    numbers = [
+        other[at] for other in table if _is_number(other[at]) and other[at] is not None and other[at] == other[at]
+    ]
+    return bool(numbers) and row[at] == max(numbers)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("unime_st", "sentence-transformers", "transformers", "torch", "peft"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def _is_number(cell: Any) -> bool:
+    return cell is None or (isinstance(cell, int | float | np.number) and not isinstance(cell, bool))
+
+
+def _shown(cell: Any, digits: int, *, percent: bool) -> str:
+    if cell is None or (isinstance(cell, float | np.floating) and math.isnan(cell)):
+        return "–"
+    if isinstance(cell, float | np.floating):
+        return f"{100 * cell:.{max(0, digits - 2)}f}" if percent else f"{cell:.{digits}f}"
+    return str(cell)
+
+
+def _side(side: Any, pictures: dict[str, bytes]) -> dict[str, str | None]:
+    """A query or a result as its text and the name of its thumbnail, which is added to `pictures`."""
+    if not isinstance(side, Mapping):
+        is_path = isinstance(side, Path) or (isinstance(side, str) and _is_image_file(side))
+        side = {"image": side} if is_path or isinstance(side, Image.Image) else {"text": str(side)}
+    image, text = side.get("image"), side.get("text")
+    return {"text": None if text is None else str(text), "image": None if image is None else _add(image, pictures)}
+
+
+def _is_image_file(text: str) -> bool:
+    return (
+        len(text) < 1024 and "\n" not in text and Path(text).suffix.lower() in _IMAGE_SUFFIXES and Path(text).is_file()
+    )
+
+
+def _add(image: Any, pictures: dict[str, bytes]) -> str:
+    """Add an image's thumbnail on white to the pictures; returns its file name, equal for equal thumbnails."""
+    if isinstance(image, Mapping):  # as data sets store images
+        image = image["path"] if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            image = ImageOps.exif_transpose(opened).copy()
+    thumbnail = image.convert("RGBA")
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+    paper = Image.new("RGBA", thumbnail.size, "white")
+    png = io.BytesIO()
+    Image.alpha_composite(paper, thumbnail).convert("RGB").save(png, "png")
+    name = f"image-{hashlib.sha256(png.getvalue()).hexdigest()[:16]}.png"
+    pictures[name] = png.getvalue()
+    return name
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)

@@ -1,0 +1,220 @@
+"""The order in which inputs are encoded: each distinct one once, and those that begin alike side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from unime_st.features import num_rows, select_rows, token_counts
+from unime_st.fingerprint import fingerprint, media_and_text
+from unime_st.modules.inputs import named_image
+from unime_st.modules.speed.token_tree import PREFIX_KEY, common_beginning
+
+CPU_TOKENS = 1024
+"""Tokens of a pass on the CPU: its caches no longer hold what a layer of more passes on, which costs up to a tenth."""
+
+
+@dataclass(frozen=True)
+class EncodingOrder:
+    """Which inputs are encoded, and how they are batched.
+
+    Attributes:
+        distinct: Number of the first input of each content, shape (U,).
+        index: For each input its place in ``distinct``, shape (N,).
+        batches: Places in ``distinct`` of each batch, the batch with most work first, so that too large a batch size
+            shows at once.
+    """
+
+    distinct: np.ndarray
+    index: np.ndarray
+    batches: list[np.ndarray]
+
+
+class NumberedInputs(list[Any]):
+    """Inputs that know at which row of the caller's they begin, also when they are cut into chunks.
+
+    Args:
+        inputs: The inputs.
+        first_row: The caller's number of the first of them.
+
+    Example:
+        >>> NumberedInputs(["a", "b", "c"])[1:].first_row
+        1
+    """
+
+    def __init__(self, inputs: Iterable[Any] = (), first_row: int = 0) -> None:
+        super().__init__(inputs)
+        self.first_row = first_row
+
+    def __getitem__(self, place: Any) -> Any:
+        """One input, or a chunk."""
+        found = super().__getitem__(place)
+        return (
+            NumberedInputs(found, self.first_row + place.indices(len(self))[0]) if isinstance(place, slice) else found
+        )
+
+
+def encoding_order(inputs: Sequence[Any], batch_size: int, *, by_beginning: bool) -> EncodingOrder:
+    """Plan batches; inputs with videos have batches of their own, for not every family can tell whose the frames are.
+
+    Args:
+        inputs: N inputs.
+        batch_size: Of each batch, the last of them being smaller.
+        by_beginning: Put inputs with the same media or the same first words side by side, for a model that computes
+            shared beginnings once and nothing for padding; else inputs of like length.
+
+    Returns:
+        The plan.
+
+    Example:
+        >>> order = encoding_order(["a cat", "dogs", "a cat", "a bird"], 2, by_beginning=True)
+        >>> order.distinct.tolist(), order.index.tolist(), [batch.tolist() for batch in order.batches]
+        ([0, 1, 3], [0, 1, 0, 2], [[2, 0], [1]])
+    """
+    start = getattr(inputs, "first_row", 0)
+    named = [named_image(item, row) for row, item in enumerate(inputs, start)]
+    first: dict[str, int] = {}
+    keys = (_fingerprint(item, row) for row, item in enumerate(named, start))
+    index = np.array([first.setdefault(key, len(first)) for key in keys], dtype=np.int64)
+    distinct = np.unique(index, return_index=True)[1]
+    contents = [media_and_text(named[number]) for number in distinct]
+    sizes = [(_pixels(named[number]), len(text)) for number, (_, text) in zip(distinct, contents, strict=True)]
+    if by_beginning:
+        order = sorted(range(len(distinct)), key=lambda place: (bool(contents[place][0]), contents[place]))
+    else:
+        order = sorted(range(len(distinct)), key=lambda place: sizes[place])
+    shown = [holds_video(named[number]) for number in distinct]
+    parts = ([place for place in order if shown[place] is kind] for kind in (False, True))  # not in one batch
+    batches = [np.array(part[at : at + batch_size]) for part in parts for at in range(0, len(part), batch_size)]
+    batches.sort(key=lambda batch: tuple(np.sum([sizes[place] for place in batch], axis=0)), reverse=True)
+    return EncodingOrder(distinct, index, batches)
+
+
+def _fingerprint(item: Any, row: int) -> str:
+    try:
+        return fingerprint(item)
+    except UnicodeError as error:  # made of more than a text
+        raise ValueError(f"Row {row}: {error}") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise type(error)(f"Row {row}: {error}") from error
+
+
+def _pixels(item: Any) -> int:
+    """Pixels of an input's images, from their headers; 1 for an image not at hand without decoding more."""
+    if isinstance(item, Image.Image):
+        return item.width * item.height
+    if not isinstance(item, dict):
+        return int(not isinstance(item, str))
+    images = item.get("image")
+    total = 0
+    for image in images if isinstance(images, list | tuple) else [images]:
+        if isinstance(image, Image.Image):
+            total += image.width * image.height
+        elif image is not None:
+            total += 1
+    return total
+
+
+def holds_video(item: Any) -> bool:
+    """Whether an input shows a video: features of those cannot be cut by row in every family.
+
+    >>> holds_video({"video": ["frames"], "text": "?"}), holds_video("video")
+    (True, False)
+    """
+    if isinstance(item, list | tuple):
+        return any(holds_video(part) for part in item)
+    if not isinstance(item, dict):
+        return False
+    return item.get("video") is not None or item.get("type") == "video" or holds_video(item.get("content"))
+
+
+def passes(
+    features: dict[str, Any], num_tokens: int | None, *, padded: bool
+) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """Cut a prepared batch into passes of the model, under a budget of tokens, inputs of like length together.
+
+    Args:
+        features: Of B inputs, those that begin alike side by side.
+        num_tokens: That a pass computes, at the most. An input with more than half of it takes those that stay with it
+            along, as long as what they add is no more; else one with more is alone. None makes one pass.
+        padded: Whether the model computes padding: it counts then. Otherwise what an input shares with the one before
+            counts once, and inputs that share half of their tokens or more stay together.
+
+    Yields:
+        Rows of a pass, and their features.
+    """
+    counts = token_counts(features)
+    if num_tokens is None or counts is None or len(counts) == 1:
+        yield np.arange(num_rows(features)), features
+        return
+    tokens = counts.cpu().numpy()
+    shared = np.zeros_like(tokens) if padded else _shared_tokens(features, tokens)
+    order = _by_length(tokens, shared)
+    start = 0
+    while start < len(order):
+        rest = order[start:]
+        if padded:
+            used = tokens[rest[0]] * np.arange(1, len(rest) + 1)
+        else:
+            follows = rest[1:] == rest[:-1] + 1  # else what it shares is in another pass, or far away in this one
+            used = np.cumsum(tokens[rest] - np.concatenate([[0], np.where(follows, shared[rest[1:]], 0)]))
+        count = max(1, int(np.searchsorted(used, num_tokens, side="right")))
+        if not padded and 2 * used[0] > num_tokens:  # else what they share is computed again for every few of them
+            stay = follows & (2 * shared[rest[1:]] >= tokens[rest[1:]])
+            group = int(np.append(stay, False).argmin()) + 1
+            count = max(count, int(np.searchsorted(used[:group] - used[0], num_tokens, side="right")))
+        if count == len(tokens):
+            yield np.arange(count), features
+            return
+        rows = rest[:count]
+        start += count
+        yield rows, select_rows(features, rows.tolist(), trim_leading=True)
+
+
+def _by_length(tokens: np.ndarray, shared: np.ndarray) -> np.ndarray:
+    """Rows from the longest to the shortest; one that shares half of its tokens with the row before stays behind it."""
+    group = np.cumsum(2 * shared < tokens) - 1
+    longest = np.zeros(group[-1] + 1, dtype=tokens.dtype)
+    np.maximum.at(longest, group, tokens)
+    return np.lexsort((np.arange(len(tokens)), group, -longest[group]))
+
+
+def _shared_tokens(features: dict[str, Any], tokens: np.ndarray) -> np.ndarray:
+    """Tokens at the beginning of each row that the row before has too, (B,)."""
+    keys = features.get(PREFIX_KEY)
+    if keys is None:
+        return np.zeros_like(tokens)
+    rows = [row[len(row) - count :] for row, count in zip(keys.cpu().numpy(), tokens, strict=True)]
+    return np.array([0, *(common_beginning(one, other) for one, other in pairwise(rows))])
+
+
+def prepared(batches: Sequence[Any], prepare: Callable[[Any], Any], *, ahead: bool) -> Iterator[Any]:
+    """Prepare batches one after the other.
+
+    Args:
+        batches: What ``prepare`` takes.
+        prepare: From a batch to its features.
+        ahead: Prepare each batch in a thread while the one before is used. For a model on a GPU: on the CPU the thread
+            takes the cores from the model's own, which costs more than it brings (a sixth, on two cores).
+
+    Yields:
+        The features of each batch, in order; an error of ``prepare`` is raised at its batch.
+    """
+    if not ahead:
+        yield from map(prepare, batches)
+        return
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="preprocess") as pool:
+        coming = None
+        for batch in batches:
+            following = pool.submit(prepare, batch)
+            if coming is not None:
+                yield coming.result()
+            coming = following
+        if coming is not None:
+            yield coming.result()

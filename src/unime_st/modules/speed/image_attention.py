@@ -1,0 +1,116 @@
+"""Attention of a vision tower over all images of a pass in one call: Qwen-VL's towers, on a GPU, in 16 bits.
+
+Under torch's usual attention these towers ask for each image by itself, in every layer, and wait for the GPU to learn
+how long each is. Under an attention whose name says "flash" they hand over all of them with their bounds, which torch's
+own kernel takes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from unime_st.modules.speed.vision_cache import vision_tower
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None  # type: ignore[assignment]
+
+NAME = "unime_flash_images"
+_USUAL = "sdpa"
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def attends_at_once(tower: Any, device: torch.device) -> bool:
+    """Whether a vision tower hands over all images with their bounds, and the kernel is there."""
+    config, blocks = getattr(tower, "config", None), getattr(tower, "blocks", None)
+    if config is None or not isinstance(blocks, nn.ModuleList) or varlen_attn is None:
+        return False
+    attentions: list[Any] = [getattr(block, "attn", None) for block in blocks]
+    return (
+        config._attn_implementation in (_USUAL, NAME)
+        and all(getattr(attention, "config", None) is config for attention in attentions)
+        and "cu_seqlens" in inspect.signature(attentions[0].forward).parameters
+        and attentions[0].head_dim % 8 == 0
+        and _kind(next(tower.parameters()).dtype, device) in _HALVES
+    )
+
+
+def _kind(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+
+
+def _is_on_gpu(states: Tensor) -> bool:
+    return states.is_cuda
+
+
+@contextmanager
+def images_at_once(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within this context a model's vision tower, if it can, attends to all images of a pass in one call."""
+    tower: Any = vision_tower(model) if device.type == "cuda" else None
+    if tower is None or not attends_at_once(tower, device):
+        yield
+        return
+    before = tower.config._attn_implementation
+    tower.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        again = any(
+            isinstance(part, GradientCheckpointingLayer) and part.gradient_checkpointing for part in tower.blocks
+        )
+        if not (again and tower.training):  # layers that run again in the backward pass must find it
+            tower.config._attn_implementation = before
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as transformers calls it.
+
+    Args:
+        module: The attention layer.
+        query: Of all images, shape (1, H, L, D).
+        key: As ``query``.
+        value: As ``query``.
+        attention_mask: None.
+        **options: ``cu_seq_lens_q`` are the bounds of the images, (N + 1,); ``max_length_q`` is the longest of them.
+
+    Returns:
+        States, shape (1, L, H, D), and no scores.
+    """
+    bounds, longest = options.pop("cu_seq_lens_q", None), options.pop("max_length_q", None)
+    for name in ("cu_seq_lens_k", "max_length_k"):
+        options.pop(name, None)
+    dtype = _kind(value.dtype, value.device)
+    if bounds is not None and _is_on_gpu(query) and varlen_attn is not None and dtype in _HALVES:
+        packed: Any = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))
+        bounds = bounds.to(torch.int32)
+        compute: Any = varlen_attn
+        states = compute(*packed, bounds, bounds, longest, longest, scale=options.get("scaling"))
+        return states[None], None
+    usual = ALL_ATTENTION_FUNCTIONS[_USUAL]
+    if bounds is None:
+        return usual(module, query, key, value, attention_mask, **options)
+    lengths = (bounds[1:] - bounds[:-1]).tolist()
+    parts: Any = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
+    return torch.cat([usual(module, *part, None, **options)[0] for part in parts], dim=1), None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[_USUAL])

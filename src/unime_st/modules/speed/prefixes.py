@@ -1,0 +1,331 @@
+"""The language model over a tree of tokens: rows of a batch that begin alike compute their beginning once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from threading import RLock
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from unime_st.modules.speed import row_attention, tree_attention
+from unime_st.modules.speed.row_attention import Branches, attends_by_branch, by_branch
+from unime_st.modules.speed.token_tree import PackedTree, flatten_tree, pack_tree
+from unime_st.modules.speed.tree_attention import attends_by_tree, by_tree, moved, padded_length
+
+logger = logging.getLogger(__name__)
+
+Attention = Literal["rows", "tree", "mask"]
+"""How a packed pass attends: a row at a time; over the tree, by FlexAttention; with a mask over all tokens."""
+
+LANGUAGE_MODEL_NAMES = ("language_model", "text_model")
+"""What multimodal models of transformers call their language model."""
+
+_ATTENTION = ("sdpa", "eager", row_attention.NAME, tree_attention.NAME)  # that take a mask of four dimensions
+_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length of the batch
+_CARRIED = ("inputs_embeds", "attention_mask", "position_ids", "cache_position", "use_cache")
+_DEEPSTACK = ("visual_pos_masks", "deepstack_visual_embeds")
+_UNKNOWN_OUTPUTS = ("past_key_values", "output_hidden_states", "output_attentions")
+
+
+def language_model(model: nn.Module) -> nn.Module | None:
+    """The causal decoder of a multimodal model, None when it has none of the known names."""
+    found = [getattr(model, name) for name in LANGUAGE_MODEL_NAMES if hasattr(model, name)]
+    return found[0] if found else None
+
+
+def shares_prefixes(model: nn.Module) -> bool:
+    """Whether equal beginnings have equal states in a model, and its attention takes our masks.
+
+    That is so for a causal decoder with full attention in every layer and rotary positions that do not depend on the
+    length of the batch. Gemma3 (images attend both ways, sliding windows) and Phi-3.5-Vision (long positions chosen by
+    length) are run in padded rows.
+    """
+    decoder = language_model(model)
+    config: Any = getattr(decoder, "config", None)
+    if hasattr(model, "_orig_mod"):  # compiled as a whole: its parts are not ours to replace
+        return False
+    if config is None or getattr(config, "_attn_implementation", None) not in _ATTENTION:
+        return False
+    layers = getattr(config, "layer_types", None) or ["full_attention"]
+    rope: Any = getattr(config, "rope_parameters", None)  # without: absolute positions, or biases
+    return (
+        set(layers) == {"full_attention"}
+        and getattr(config, "sliding_window", None) is None
+        and not getattr(config, "use_bidirectional_attention", False)
+        and getattr(config, "is_causal", None) is not False
+        and bool(rope)
+        and rope.get("rope_type", "default") in _ROPE
+    )
+
+
+class Turns:
+    """A lock for one thread at a time, that may take it again; a copy of it, or one sent to a process, is free."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
+        return Turns, ()
+
+
+class SharedPrefixes:
+    """Lets the language model of a batch run over shared beginnings once, and over no padding.
+
+    Attributes:
+        active: Whether only embeddings are asked for, see :meth:`encoding`.
+        last_token_only: Whether only the state of each row's last token is read: the last layer then computes its
+            feed-forward part for those alone, and other states mean nothing.
+        inference: Whether none of the passes over these rows has a backward pass: on the CPU attention may then go row
+            by row.
+        attention: "auto", or the kind of attention that packed passes are to have, if the model and device can: a row
+            at a time (CPU, inference), over the tree (GPU), or with a mask.
+        taken: The kind that the last packed pass had; None before there is one.
+        tokens: Of the rows seen, padding left out.
+        padded: With padding.
+        computed: Places the language model ran over in their stead, padding of its sequences included.
+        turns: Held while inputs are encoded or the model runs, for the model's parts are replaced meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.turns = Turns()
+        self.active = False
+        self.last_token_only = False
+        self.inference = False
+        self.attention: Literal["auto"] | Attention = "auto"
+        self.taken: Attention | None = None
+        self.tokens = 0
+        self.padded = 0
+        self.computed = 0
+
+    @contextmanager
+    def encoding(self, *, last_token_only: bool = False, inference: bool = False) -> Iterator[None]:
+        """Within this context only embeddings are asked for, in inference or by a loss: beginnings may be shared.
+
+        Outside of it nothing is. A training step's passes over a batch must round alike, so all of them or none are
+        in this context.
+        """
+        before = self.active, self.last_token_only, self.inference
+        self.active, self.last_token_only, self.inference = True, last_token_only, inference
+        try:
+            yield
+        finally:
+            self.active, self.last_token_only, self.inference = before
+
+    @contextmanager
+    def serving(self, model: nn.Module, keys: Tensor | None, mask: Tensor) -> Iterator[None]:
+        """Within this context the model's language model runs over packed trees, or one flat one.
+
+        Args:
+            model: The multimodal model, without a head.
+            keys: What each token is, see :func:`~unime_st.modules.speed.token_tree.pack_tree`; None shares nothing.
+            mask: Attention mask of the batch, shape (B, T).
+        """
+        told = _told(model, keys, mask) if self.active and keys is not None else None
+        if told is None:
+            yield
+            return
+        decoder: Any = language_model(model)
+        kind = self._kind(decoder, mask.device)
+        if kind == "mask":
+            tree = pack_tree(*told, hidden_size=decoder.config.hidden_size, training=decoder.training)
+        else:
+            tree = flatten_tree(*told, *([padded_length] if kind == "tree" else []))
+        self.tokens += int(told[1].sum())
+        self.padded += mask.numel()
+        self.computed += tree.source.size if tree is not None else mask.numel()
+        plain = decoder.forward
+
+        def packed(*args: Any, **kwargs: Any) -> Any:
+            embeddings = kwargs.get("inputs_embeds")
+            if args or not isinstance(embeddings, Tensor) or embeddings.shape[:2] != mask.shape:
+                return plain(*args, **kwargs)
+            if any(kwargs.get(name) for name in _UNKNOWN_OUTPUTS):
+                return plain(**kwargs)
+            if tree is not None:
+                return _run(decoder, plain, tree, kind, kwargs, last_token_only=self.last_token_only)
+            last = np.arange(1, mask.shape[0] + 1) * mask.shape[1] - 1
+            with _last_layer_at(decoder, last) if self.last_token_only else nullcontext():
+                return plain(**kwargs)
+
+        decoder.forward = packed
+        try:
+            yield
+        finally:
+            del decoder.forward
+
+    def _kind(self, decoder: Any, device: torch.device) -> Attention:
+        """The attention of a packed pass."""
+        on_cpu = device.type == "cpu"
+        wanted = self.attention if self.attention != "auto" else "rows" if on_cpu else "tree"
+        kind: Attention = "mask"
+        if wanted == "rows" and on_cpu and self.inference and attends_by_branch(decoder):
+            kind = "rows"
+        elif wanted == "tree" and attends_by_tree(decoder, device):
+            kind = "tree"
+        if kind != self.taken:
+            logger.info("Packed passes on %s attend by %s", device.type, kind)
+            self.taken = kind
+        return kind
+
+
+def _told(model: nn.Module, keys: Tensor, mask: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
+    """Keys and mask as arrays; None where rows are to stay as they are."""
+    decoder: Any = language_model(model)
+    refused = torch.compiler.is_compiling() or not shares_prefixes(model) or keys.shape != mask.shape
+    if refused or "forward" in vars(decoder) or _is_compiled(decoder) or _asks_for_states(model, decoder):
+        return None
+    told, is_token = torch.stack([keys, mask.to(keys)]).cpu().numpy()  # one copy off the device
+    is_token = is_token.astype(bool)
+    on_the_left = is_token[:, -1].all() and (is_token[:, :-1] <= is_token[:, 1:]).all()
+    return (told, is_token) if on_the_left else None
+
+
+def _is_compiled(decoder: Any) -> bool:
+    """Whether it or its layers are compiled for the shapes they have seen."""
+    parts = (decoder, decoder.layers[-1])
+    return any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in parts)
+
+
+def _asks_for_states(*models: Any) -> bool:
+    """Whether the states of all layers are part of the output, as stock losses over layers set it."""
+    return any(getattr(model.config, name, False) for model in models for name in _UNKNOWN_OUTPUTS[1:])
+
+
+@contextmanager
+def _last_layer_at(decoder: Any, places: np.ndarray) -> Iterator[None]:
+    """Within this context the last layer asks, mixes and feeds forward for the tokens at some places alone."""
+    layer = decoder.layers[-1]
+    attention = getattr(layer, "self_attn", None)  # other families have other names: then all is computed
+    own = [getattr(attention, name, None) for name in ("q_proj", "o_proj")] + [getattr(layer, "mlp", None)]
+    parts = () if _is_computed_again(layer) else own
+    served = [part for part in parts if isinstance(part, nn.Module) and "forward" not in vars(part)]
+
+    def at_places(plain: Any, chosen: Tensor) -> Any:
+        def forward(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # (P, L, D)
+            some = plain(states.flatten(0, 1).index_select(0, chosen)[None], *args, **kwargs)[0]
+            whole = some.new_zeros(states.shape[0] * states.shape[1], some.shape[-1])
+            return whole.index_copy_(0, chosen, some).view(*states.shape[:2], -1)
+
+        return forward
+
+    chosen = moved(places, next(layer.parameters()).device)
+    for part in served:
+        part.forward = at_places(part.forward, chosen)
+    try:
+        yield
+    finally:
+        for part in served:
+            del part.forward
+
+
+def _is_computed_again(layer: nn.Module) -> bool:
+    """Whether gradient checkpointing runs a layer again in the backward pass, after this context."""
+    own = isinstance(layer, GradientCheckpointingLayer)
+    return layer.training and (not own or bool(layer.gradient_checkpointing))
+
+
+def _run(
+    decoder: Any, plain: Any, tree: PackedTree, kind: Attention, kwargs: dict[str, Any], *, last_token_only: bool
+) -> Any:
+    """The language model's output for the rows, made from its output for the sequences."""
+    embeddings: Tensor = kwargs["inputs_embeds"]  # (B, T, D)
+    device = embeddings.device
+    source, place = (moved(array, device) for array in (tree.source, tree.place))
+    positions = _positions(kwargs.get("position_ids"), tree, source)
+    dropped = (*_CARRIED, *_UNKNOWN_OUTPUTS)
+    carried = {name: value for name, value in kwargs.items() if value is not None and name not in dropped}
+    if positions is None:
+        return plain(**kwargs)
+    carried |= _deepstack(carried, tree, source)
+    if any(isinstance(value, Tensor) and name not in _DEEPSTACK for name, value in carried.items()):
+        return plain(**kwargs)
+    carried |= {"use_cache": False, "inputs_embeds": _taken(embeddings, source), "position_ids": positions}  # (P, L, D)
+    with (
+        _attending(decoder, tree, kind, embeddings) as mask,
+        _last_layer_at(decoder, tree.place[:, -1]) if last_token_only else nullcontext(),
+    ):
+        output = plain(**carried, **mask)
+    states = output["last_hidden_state"]
+    if last_token_only:  # (B, T, D) without its memory: the others are not read
+        output["last_hidden_state"] = _taken(states, place[:, -1:]).expand(*place.shape, -1)
+    else:
+        output["last_hidden_state"] = _taken(states, place)
+    return output
+
+
+def _attending(decoder: Any, tree: PackedTree, kind: Attention, embeddings: Tensor) -> Any:
+    """A context with the pass's attention, that gives what the decoder is to be called with."""
+    dtype = _scores_dtype(embeddings)
+    if tree.allowed is not None:
+        return nullcontext({"attention_mask": _attention_mask(tree.allowed, embeddings.device, dtype)})
+    if kind == "rows":
+        return by_branch(decoder, Branches(tree, dtype))
+    assert tree.end is not None
+    again = _is_computed_again(decoder.layers[-1])
+    return by_tree(decoder, tree.end, embeddings.device, computed_again=again)
+
+
+def _taken(states: Tensor, places: Tensor) -> Tensor:
+    """States (N, M, D) at flat places; the backward pass of `index_select` is faster than an index's."""
+    return states.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, -1)
+
+
+def _scores_dtype(embeddings: Tensor) -> torch.dtype:
+    """The type in which attention scores are computed."""
+    kind = embeddings.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeddings.dtype
+
+
+def _attention_mask(allowed: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores, (P, 1, L, L), in the type they are computed in.
+
+    A mask of booleans would be smaller, but `scaled_dot_product_attention` turns it into such a one in every layer, and
+    keeps each for the backward pass.
+    """
+    asked = moved(allowed, device)[:, None]
+    mask = torch.full(asked.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
+    return mask.masked_fill_(asked, 0)
+
+
+def _positions(given: Tensor | None, tree: PackedTree, source: Tensor) -> Tensor | None:
+    """Positions counted from each row's first token, None when they do not depend on what stands before alone.
+
+    Rotary attention sees differences of positions only. Qwen-VL has three or four of them a token, (3, B, T).
+    """
+    if given is None:
+        return moved(tree.depth, source.device)
+    if given.shape[-2:] != tree.mask.shape:
+        given = given.expand(*given.shape[:-2], *tree.mask.shape)
+    mask = moved(tree.mask, source.device)
+    first = mask.int().argmax(dim=1)
+    counted = given - given.gather(-1, first.expand(*given.shape[:-1])[..., None])
+    packed = counted.flatten(-2)[..., source]
+    place = moved(tree.place, source.device)
+    same = (packed.flatten(-2)[..., place] == counted) | ~mask
+    return packed if bool(same.all()) else None
+
+
+def _deepstack(kwargs: dict[str, Any], tree: PackedTree, source: Tensor) -> dict[str, Any]:
+    """Qwen3-VL adds features of its vision tower to image tokens of the first layers: those of the tokens kept."""
+    is_visual = kwargs.get("visual_pos_masks")
+    if is_visual is None:
+        return {}
+    number = is_visual.flatten().cumsum(0) - 1  # of each token's feature
+    kept = is_visual.flatten()[source] & moved(tree.used, source.device)
+    chosen = number[source[kept]]
+    return {
+        "visual_pos_masks": kept,
+        "deepstack_visual_embeds": [features[chosen] for features in kwargs["deepstack_visual_embeds"]],
+    }
