@@ -20,6 +20,7 @@ LAYERS = {
     "fingerprint": 1,
     "files": 0.5,
     "folders": 1,
+    "stock": 0.5,
     "images": 0.5,  # below what knows images by their pixels
     "model_identity": 1,
     "checkpoints": 2,

@@ -116,7 +116,8 @@ def test_lengths_are_few_and_padding_is_little():
     assert len(set(padded.tolist())) < 75  # each may be compiled for
 
 
-def test_who_can(backbone):
+def test_who_can(backbone, monkeypatch):
+    monkeypatch.setattr(tree_attention, "_can_compile", lambda: True)
     model = build_encoder(backbone("qwen2_vl"), device="cpu")
     decoder = language_model(model[0].model)
     cuda = torch.device("cuda")  # nothing is put there
@@ -135,6 +136,28 @@ def test_who_can(backbone):
     decoder.config.attention_dropout = 0.0
     decoder.config._attn_implementation = "eager"
     assert not attends_by_tree(decoder, cuda)
+
+
+def test_variants_of_the_kernel_are_not_given_up(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", asked.append)
+    config = torch._dynamo.config
+    with config.patch(recompile_limit=8):
+        tree_attention._compiled.__wrapped__()
+        assert config.recompile_limit >= 64
+    with config.patch(recompile_limit=1000):
+        tree_attention._compiled.__wrapped__()
+        assert config.recompile_limit == 1000
+    assert asked == [tree_attention.flex_attention] * 2
+
+
+@pytest.mark.parametrize(("torch_version", "spec", "can"), [
+    ("2.7.0", "there", True), ("2.14.1+cu130", "there", True), ("2.6.1", "there", False), ("2.11.0", None, False),
+])  # fmt: skip
+def test_what_compiles(torch_version, spec, can, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(tree_attention, "find_spec", lambda _: spec)
+    assert tree_attention._can_compile.__wrapped__() is can
 
 
 def test_a_torch_without_it_packs_with_masks(backbone, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from unime_st import stock  # noqa: F401 (importing it checks the seams that all below rely on)
 from unime_st.modules.adapters import default_lora_config, merge_adapters
 from unime_st.modules.build import MultimodalSentenceTransformer, build_encoder, export_encoder, load_encoder
 from unime_st.modules.multimodal_encoder import MultimodalEncoder

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ BLOCK = 128
 
 _USUAL = "sdpa"
 _STEPS = 8  # lengths between a power of two and the next: each costs at most an eighth more, and may be compiled for
+_SINCE = (2, 7)  # of torch: before, shapes that change have faults, or other arguments
+_VARIANTS = 64  # that torch compiles of one function: more than types, heads, gradients and kinds of length can ask for
 _LEAST_HEAD = 16  # dimensions that the compiled kernel takes, powers of two
 
 
@@ -99,7 +102,7 @@ def attends_by_tree(decoder: Any, device: torch.device) -> bool:
     config = decoder.config
     attentions: Sequence[Any] = [getattr(layer, "self_attn", None) for layer in decoder.layers]
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    compiles = device.type == "cuda" and head >= _LEAST_HEAD and head & (head - 1) == 0
+    compiles = device.type == "cuda" and _can_compile() and head >= _LEAST_HEAD and head & (head - 1) == 0
     return (
         flex_attention is not None
         and (compiles or device.type == "cpu")
@@ -107,6 +110,11 @@ def attends_by_tree(decoder: Any, device: torch.device) -> bool:
         and all(getattr(attention, "config", None) is config for attention in attentions)
         and not (decoder.training and getattr(config, "attention_dropout", 0))
     )
+
+
+@cache
+def _can_compile() -> bool:
+    return find_spec("triton") is not None and tuple(map(int, torch.__version__.split(".")[:2])) >= _SINCE
 
 
 @contextmanager
@@ -134,6 +142,10 @@ def by_tree(decoder: Any, end: np.ndarray, device: torch.device, *, computed_aga
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
+    """FlexAttention's kernel; beyond torch's limit of variants it would write out all scores, without a word."""
+    config: Any = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, name, max(getattr(config, name), _VARIANTS))
     return torch.compile(flex_attention)
 
 

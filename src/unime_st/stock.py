@@ -1,0 +1,110 @@
+"""What this package relies on in other libraries beyond their documented interface: each seam, in one place.
+
+A seam that has moved is an error at import, with one sentence: a renamed method would else turn our own path off
+without a word. Upper bounds in ``pyproject.toml`` follow from this list.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Seam:
+    """Something undocumented of another library.
+
+    Attributes:
+        library: Its name on PyPI.
+        read_in: The version whose source was read.
+        where: The module, and the path of the object in it.
+        why: What of ours would break without it.
+        takes: Names of parameters that we pass or receive.
+    """
+
+    library: str
+    read_in: str
+    where: tuple[str, str]
+    why: str
+    takes: tuple[str, ...] = ()
+
+
+_ST, _TF = "sentence-transformers", "transformers"
+_MODEL = "sentence_transformers.sentence_transformer.model"
+_CARD = "sentence_transformers.sentence_transformer.model_card"
+_MODULE = "sentence_transformers.base.modules"
+
+SEAMS = (
+    Seam(
+        _ST,
+        "6.2.0",
+        (_MODEL, "SentenceTransformer._inference"),
+        "`encode` computes each distinct input once",
+        ("inputs",),
+    ),
+    Seam(_ST, "6.2.0", (_MODEL, "SentenceTransformer._multi_process"), "pools name the caller's rows", ("inputs",)),
+    Seam(_ST, "6.2.0", (_MODEL, "SentenceTransformer._resolve_inference_device"), "`encode(device=...)`", ("device",)),
+    Seam(
+        _ST,
+        "6.2.0",
+        (_MODEL, "SentenceTransformer._load_with_module_classes"),
+        "the Trainer loads its best checkpoint with our module",
+    ),
+    Seam(
+        _ST, "6.2.0", (_MODULE, "Transformer._load_model"), "text-only models, adapters, checked weights", ("config",)
+    ),
+    Seam(_ST, "6.2.0", (_MODULE, "Transformer._should_flatten_inputs"), "rows stay rows under flash attention"),
+    Seam(_ST, "6.2.0", (_MODULE, "Transformer.infer_modalities"), "which inputs a backbone takes"),
+    Seam(_ST, "6.2.0", (_CARD, "SentenceTransformerModelCardData.set_widget_examples"), "no row is shown in a card"),
+    Seam(
+        _ST, "6.2.0", (_CARD, "SentenceTransformerModelCardData.extract_dataset_metadata"), "streams of images are seen"
+    ),
+    Seam(_ST, "6.2.0", (_CARD, "SentenceTransformerModelCardData.to_dict"), "no row is shown in a card"),
+    Seam(
+        _TF, "5.23.0", ("transformers.utils.output_capturing", "_CAN_RECORD_REGISTRY"), "pools of processes with LLaVA"
+    ),
+    Seam(_TF, "5.23.0", ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"), "packed passes"),
+    Seam(_TF, "5.23.0", ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"), "packed passes"),
+    Seam(_TF, "5.23.0", ("transformers.modeling_layers", "GradientCheckpointingLayer"), "packed passes, checkpointed"),
+    Seam(_TF, "5.23.0", ("transformers.processing_utils", "ProcessorMixin._merge_kwargs"), "Phi-3-Vision's processor"),
+)
+
+
+def moved(seam: Seam) -> str:
+    """What is wrong with a seam, in one sentence; "" for nothing."""
+    module, path = seam.where
+    try:
+        found = importlib.import_module(module)
+        for name in path.split("."):
+            found = getattr(found, name)
+    except (ImportError, AttributeError):
+        what = "is not there"
+    else:
+        called: Any = found
+        known = inspect.signature(called).parameters if seam.takes else {}
+        missing = [name for name in seam.takes if name not in known]
+        if not missing:
+            return ""
+        what = f"takes no {', '.join(missing)}"
+    return (
+        f"unime_st relies on `{module}.{path}` of {seam.library} for this: {seam.why}; in version "
+        f"{version(seam.library)} it {what} (it was read in {seam.read_in}). Install a version near that one."
+    )
+
+
+def require(library: str) -> None:
+    """Refuse a library whose seams have moved.
+
+    Raises:
+        ImportError: One has, saying which and what it is needed for.
+    """
+    for seam in SEAMS:
+        if seam.library == library and (why := moved(seam)):
+            raise ImportError(why)
+
+
+for _library in sorted({seam.library for seam in SEAMS}):
+    require(_library)
