@@ -353,7 +353,7 @@ def test_a_full_cache_on_a_disk_that_is_not_to_be_written_is_served(tmp_path, mo
     def refuses(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    for name in ("teacher_identity.write_atomically", "embedding_store.write_atomically"):
+    for name in ("teacher.identity.write_atomically", "store.embeddings.write_atomically"):
         monkeypatch.setattr(f"unime_st.data.{name}", refuses)
     monkeypatch.setattr("unime_st.data.store.embeddings.remove_leftovers", refuses)
     assert np.array_equal(embed(Counting(), texts, tmp_path), expected)

@@ -208,3 +208,33 @@ def test_nan_is_refused_by_name_in_every_family(backbone, family, options):
         model.encode(texts, **options)
     tokens = model.encode(texts[:1], output_value="token_embeddings")  # what is there may be looked at
     assert not np.isfinite(np.asarray(tokens[0].float())).all()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *PLUGIN_FAMILIES])
+def test_prepared_in_processes(family, backbone):
+    """The same bytes, in whatever order the processes end."""
+    model = build_encoder(backbone(family), device="cpu")
+    items = [*ITEMS, {"image": picture("teal", (50, 20))}, "one more text", "and another, longer one"]
+    expected = model.encode(items, batch_size=2)
+    for workers in (1, 3):
+        np.testing.assert_array_equal(model.encode(items, batch_size=2, num_workers=workers), expected)
+    assert len(model.encode([], num_workers=2)) == 0
+    np.testing.assert_array_equal(model.encode(items[:1], num_workers=2), model.encode(items[:1]))
+
+
+def test_errors_of_processes_name_the_row(encoder, tmp_path):
+    items = ["a text"] * 3 + [f"text {number}" for number in range(9)] + [{"image": str(tmp_path / "none.png")}]
+    with pytest.raises(FileNotFoundError, match=r"Row 12.*none\.png"):
+        encoder.encode(items, batch_size=2, num_workers=2)
+    assert len(encoder.encode(items[:-1], batch_size=2, num_workers=2)) == 12  # and it goes on
+
+
+def test_processes_are_for_embeddings_alone(encoder, monkeypatch):
+    tokens = encoder.encode(["a text", "b"], output_value="token_embeddings", num_workers=2)
+    assert len(tokens) == 2  # as stock: it prepares for itself
+    for bad in (-1, 1.5, "x", None):
+        with pytest.raises((TypeError, ValueError), match="num_workers"):
+            encoder.encode(["a text"], num_workers=bad)
+    monkeypatch.setattr(torch.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    with pytest.raises(ValueError, match="cannot be forked"):
+        encoder.encode(["a text"], num_workers=1)

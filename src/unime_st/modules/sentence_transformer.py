@@ -12,7 +12,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from sentence_transformers.util import batch_to_device, truncate_embeddings
+from sentence_transformers.util import truncate_embeddings
 from tqdm.auto import tqdm
 
 from unime_st.arguments import require_number
@@ -26,10 +26,11 @@ from unime_st.modules.speed.prefixes import shares_prefixes
 
 STOCK_MODULE = f"{Transformer.__module__}.{Transformer.__name__}"
 _BUDGET = "batch_num_tokens"
-_NUMBERS = {"batch_size": False, "truncate_dim": True, _BUDGET: True}  # which of them may be None
+_WORKERS = "num_workers"
+_NUMBERS = {"batch_size": False, "truncate_dim": True, _BUDGET: True, _WORKERS: False}  # which of them may be None
 _OWN_ARGUMENTS = frozenset(
     {"prompt", "batch_size", "show_progress_bar", "output_value", "save_to_cpu", "normalize_embeddings", "truncate_dim"}
-    | {"device", _BUDGET}
+    | {"device", _BUDGET, _WORKERS}
 )
 _OURS = f"{MultimodalEncoder.__module__}.{MultimodalEncoder.__name__}"
 
@@ -54,22 +55,28 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         return load_encoder(model_name_or_path, device="cpu")
 
     def get_model_kwargs(self) -> list[str]:
-        """Names of what ``encode`` takes beyond its own arguments: ``batch_num_tokens``, see below, and the modules'.
+        """Names of what ``encode`` takes beyond its own arguments: two, see below, and the modules'.
 
         ``encode(inputs, batch_size=256, batch_num_tokens=16384)`` prepares 256 inputs at a time and runs the model over
         at most so many of their tokens at once, images' included, what is shared counting once; a longer input is
         alone, but for those that share half of theirs with it, and a batch with videos is one pass. That bounds memory
         for inputs of whatever length, and lets a batch hold many short ones. By default a batch is one pass on a GPU,
         and passes of 1,024 tokens on the CPU.
+
+        ``encode(inputs, num_workers=4)`` prepares batches in so many forked processes while the model runs. It pays
+        beside a GPU, when there are many batches and images are what takes the time; 0, the default, prepares the next
+        batch in a thread on a GPU and none ahead on the CPU.
         """
-        return [*super().get_model_kwargs(), _BUDGET]
+        return [*super().get_model_kwargs(), _BUDGET, _WORKERS]
 
     @wraps(SentenceTransformer.encode)
     def encode(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As stock, with numbers that are none refused by name."""
         for name, optional in _NUMBERS.items():
             if name in kwargs:
-                require_number(name, kwargs[name], least=1, optional=optional)
+                require_number(name, kwargs[name], least=int(name != _WORKERS), optional=optional)
+        if kwargs.get(_WORKERS) and "fork" not in torch.multiprocessing.get_all_start_methods():
+            raise ValueError(f"`{_WORKERS}={kwargs[_WORKERS]}`, but processes cannot be forked here. Leave it out.")
         return super().encode(*args, **kwargs)
 
     @torch.inference_mode()
@@ -88,7 +95,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
                     f"`{_BUDGET}` bounds passes for sentence embeddings of a `MultimodalEncoder` only. Leave it "
                     "out, and choose `batch_size` instead."
                 )
-            rest = {name: value for name, value in kwargs.items() if name != _BUDGET}
+            rest = {name: value for name, value in kwargs.items() if name not in (_BUDGET, _WORKERS)}
             return check_finite(super()._inference(inputs, **rest), inputs)
         options = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
         device = self._resolve_inference_device(kwargs.get("device"))
@@ -111,11 +118,12 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         reads_last = len(self) > 1 and isinstance(self[1], Pooling) and self[1].pooling_mode == "lasttoken"
         sharing = encoder.prefixes.encoding(last_token_only=reads_last, inference=True)
         with bar, encoder.prefixes.turns, sharing:
-            coming = prepared(order.batches, prepare, ahead=device.type != "cpu")
+            workers = kwargs.get(_WORKERS) or 0
+            coming = prepared(order.batches, prepare, ahead=device.type != "cpu", num_workers=workers)
             for batch, prepared_features in zip(order.batches, coming, strict=True):
                 cut = None if holds_video(inputs[order.distinct[batch[0]]]) else budget
                 for rows, features in passes(prepared_features, cut, padded=not by_beginning):
-                    embeddings = self(batch_to_device(features, device), **options)["sentence_embedding"]
+                    embeddings = self(_moved(features, device), **options)["sentence_embedding"]
                     if kwargs["truncate_dim"] is not None:
                         embeddings = truncate_embeddings(embeddings, kwargs["truncate_dim"])
                     if kwargs["normalize_embeddings"]:
@@ -142,6 +150,14 @@ class MultimodalSentenceTransformer(SentenceTransformer):
                 module["type"] = STOCK_MODULE
         write_atomically(listing, json.dumps(modules, indent=2))
         _add_loading_note(Path(path) / "README.md", self)
+
+
+def _moved(features: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Features on a device; what lies in pinned memory is copied while the CPU goes on."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in features.items()
+    }
 
 
 def _add_loading_note(card: Path, model: SentenceTransformer) -> None:

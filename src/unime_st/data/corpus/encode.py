@@ -20,7 +20,16 @@ from unime_st.data.corpus.windows import read_windows
 from unime_st.data.store.embed_once import own_share
 from unime_st.model_identity import model_fingerprint
 
-_CHANGES_NO_EMBEDDING = ("batch_size", "batch_num_tokens", "device", "pool", "chunk_size", "prompt", "prompt_name")
+_CHANGES_NO_EMBEDDING = (
+    "batch_size",
+    "batch_num_tokens",
+    "num_workers",
+    "device",
+    "pool",
+    "chunk_size",
+    "prompt",
+    "prompt_name",
+)
 
 
 def encode_corpus(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from unime_st.features import num_rows, select_rows, token_counts
 from unime_st.fingerprint import fingerprint, media_and_text
@@ -194,7 +195,9 @@ def _shared_tokens(features: dict[str, Any], tokens: np.ndarray) -> np.ndarray:
     return np.array([0, *(common_beginning(one, other) for one, other in pairwise(rows))])
 
 
-def prepared(batches: Sequence[Any], prepare: Callable[[Any], Any], *, ahead: bool) -> Iterator[Any]:
+def prepared(
+    batches: Sequence[Any], prepare: Callable[[Any], Any], *, ahead: bool, num_workers: int = 0
+) -> Iterator[Any]:
     """Prepare batches one after the other.
 
     Args:
@@ -202,13 +205,21 @@ def prepared(batches: Sequence[Any], prepare: Callable[[Any], Any], *, ahead: bo
         prepare: From a batch to its features.
         ahead: Prepare each batch in a thread while the one before is used. For a model on a GPU: on the CPU the thread
             takes the cores from the model's own, which costs more than it brings (a sixth, on two cores).
+        num_workers: Prepare in so many processes, which do not share Python's lock with the model's; with ``ahead``
+            what they make lies in memory that a GPU copies from directly.
 
     Yields:
         The features of each batch, in order; an error of ``prepare`` is raised at its batch.
     """
-    if not ahead:
+    if num_workers and len(batches) > 1:
+        yield from _by_workers(batches, prepare, min(num_workers, len(batches)), pin_memory=ahead)
+    elif not ahead:
         yield from map(prepare, batches)
-        return
+    else:
+        yield from _by_thread(batches, prepare)
+
+
+def _by_thread(batches: Sequence[Any], prepare: Callable[[Any], Any]) -> Iterator[Any]:
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="preprocess") as pool:
         coming = None
         for batch in batches:
@@ -218,3 +229,40 @@ def prepared(batches: Sequence[Any], prepare: Callable[[Any], Any], *, ahead: bo
             coming = following
         if coming is not None:
             yield coming.result()
+
+
+class _Prepared(Dataset):
+    """Features of batches, or the error of one."""
+
+    def __init__(self, batches: Sequence[Any], prepare: Callable[[Any], Any]) -> None:
+        self.batches, self.prepare = batches, prepare
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self.prepare(self.batches[number])
+        except Exception as error:  # noqa: BLE001 (raised where the batch is used)
+            return error
+
+
+def _as_it_is(found: Any) -> Any:
+    return found
+
+
+def _by_workers(
+    batches: Sequence[Any], prepare: Callable[[Any], Any], num_workers: int, *, pin_memory: bool
+) -> Iterator[Any]:
+    loader = DataLoader(
+        _Prepared(batches, prepare),
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        multiprocessing_context="fork",  # so that inputs and processor are there at once
+    )
+    for found in loader:
+        if isinstance(found, Exception):
+            raise found
+        yield found
