@@ -117,6 +117,15 @@ def test_a_link_stays_a_link(exchanges, tmp_path, monkeypatch):
     assert [path.name for path in real.parent.iterdir()] == ["real"]
 
 
+def test_what_a_link_led_to_is_put_back(tmp_path):
+    (tmp_path / "far").mkdir()
+    aside = tmp_path / "far" / ".real-unfinished-x-replaced"
+    aside.mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "real")
+    recover(tmp_path / "link")
+    assert [path.name for path in (tmp_path / "far").iterdir()] == ["real"]
+
+
 def test_an_error_leaves_the_old_folder(tmp_path):
     write(tmp_path / "made", "old")
 

@@ -77,6 +77,7 @@ def recover(target: Path) -> None:
 
     >>> recover(Path("no/such/folder"))
     """
+    target = Path(os.path.realpath(target))
     if target.exists() or not target.parent.is_dir():
         return
     aside = sorted(target.parent.glob(f".{_escaped(target.name)}{_MARK}*{_OLD}"), key=lambda path: path.stat().st_mtime)
