@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -24,6 +24,18 @@ from unime_st.losses.identity import batch_identities, equal_to_nothing
 from unime_st.losses.in_batch import InBatchLoss
 
 logger = logging.getLogger(__name__)
+
+
+class Targets(NamedTuple):
+    """What is known of the rows of a batch beside their embeddings.
+
+    Attributes:
+        labels: ``(B,)`` integer identity of each row's target, or None.
+        content_ids: ``(B, n)`` integers that are equal for equal contents, one column each, or None.
+    """
+
+    labels: Tensor | None
+    content_ids: Tensor | None
 
 
 class HardNegativeInfoNCELoss(InBatchLoss):
@@ -164,7 +176,7 @@ class HardNegativeInfoNCELoss(InBatchLoss):
             )
         if labels is not None:
             check_labels(labels, num_rows(columns[0]))
-        return self.embed_and_compute(columns, _pack(labels, ids))
+        return self.embed_and_compute(columns, Targets(labels, ids))
 
     def compute_loss_from_embeddings(
         self, embeddings: list[Tensor], labels: Tensor | None = None, content_ids: Sequence[Tensor] | None = None
@@ -189,11 +201,12 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         if content_ids is not None:
             check_content_ids(content_ids, len(embeddings), batch)
         ids = None if content_ids is None else torch.stack(list(content_ids), dim=1)
-        return self.compute_loss(embeddings, _pack(labels, ids))
+        return self.compute_loss(embeddings, Targets(labels, ids))
 
-    def compute_loss(self, embeddings: list[Tensor], targets: Tensor | None) -> Tensor:
-        """Compute the loss from embeddings and packed identities (see :func:`_pack`)."""
-        labels, ids = _unpack(targets, columns=len(embeddings))
+    def compute_loss(self, embeddings: list[Tensor], targets: Targets) -> Tensor:
+        """Compute the loss from one ``(B, D)`` tensor a column and what is known of the rows."""
+        labels, ids = targets
+        labels = None if labels is None else labels.long()
         queries, documents = embeddings[0], embeddings[1:]
         batch = len(queries)
         first_row = 0
@@ -293,18 +306,3 @@ def _metrics(
         "false_negatives_by_identity": identity,
         "rows_without_negatives": (kept == 0).sum().float(),
     }
-
-
-def _pack(labels: Tensor | None, ids: Tensor | None) -> Tensor | None:
-    """Put labels ``(B,)`` and content ids ``(B, n)`` side by side: the one tensor the GradCache mixin hands through."""
-    present = [part for part in (None if labels is None else labels.long()[:, None], ids) if part is not None]
-    return torch.cat(present, dim=1) if present else None
-
-
-def _unpack(targets: Tensor | None, *, columns: int) -> tuple[Tensor | None, Tensor | None]:
-    """Undo :func:`_pack`: the width tells what is there, as there are always two columns or more."""
-    if targets is None:
-        return None, None
-    width = targets.shape[1]
-    labels = targets[:, 0] if width in (1, columns + 1) else None
-    return labels, targets[:, -columns:] if width >= columns else None

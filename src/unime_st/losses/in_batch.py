@@ -91,11 +91,11 @@ class InBatchLoss(nn.Module):
         self._metric_steps = 0
         self._told_of_nothing = False
 
-    def compute_loss(self, embeddings: list[Tensor], targets: Tensor | None) -> Tensor:
-        """Compute the loss of this process's rows from one ``(B, D)`` tensor a column."""
+    def compute_loss(self, embeddings: list[Tensor], targets: Any) -> Tensor:
+        """Compute the loss of this process's rows from one ``(B, D)`` tensor a column, and what ``forward`` knows."""
         raise NotImplementedError
 
-    def embed_and_compute(self, columns: Iterable[dict[str, Tensor]], targets: Tensor | None) -> Tensor:
+    def embed_and_compute(self, columns: Iterable[dict[str, Tensor]], targets: Any) -> Tensor:
         """Embed each column, in mini-batches if asked to, and compute the loss."""
         if self.model is None:
             raise ValueError(
@@ -107,9 +107,7 @@ class InBatchLoss(nn.Module):
             return self._cached_step(features, targets)
         return self._plain_step(features, targets)
 
-    def calculate_loss(
-        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
-    ) -> Tensor:
+    def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
         """Compute the loss from embeddings and, if asked to, their gradients: what ``MatryoshkaLoss`` hooks into."""
         loss = self.compute_loss([torch.cat(parts) for parts in reps], labels)
         if with_backward:
@@ -117,7 +115,7 @@ class InBatchLoss(nn.Module):
             loss = loss.detach()
         return loss
 
-    def _plain_step(self, columns: list[dict[str, Any]], targets: Tensor | None) -> Tensor:
+    def _plain_step(self, columns: list[dict[str, Any]], targets: Any) -> Tensor:
         """Embed each column's distinct inputs at once, and keep all activations."""
         batch = num_rows(columns[0])
         keys = input_keys(columns)[:, :batch].flatten().cpu()
@@ -136,7 +134,7 @@ class InBatchLoss(nn.Module):
         self._check(loss, columns, embeddings)
         return loss
 
-    def _cached_step(self, columns: list[dict[str, Any]], targets: Tensor | None) -> Tensor:
+    def _cached_step(self, columns: list[dict[str, Any]], targets: Any) -> Tensor:
         """Embed in mini-batches without keeping activations, and again in the backward pass."""
         training = torch.is_grad_enabled()
         plan = self.last_plan = self._plan(columns, training=training)
