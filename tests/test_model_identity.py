@@ -29,7 +29,7 @@ from transformers import CanineTokenizer, PythonBackend
 
 from tiny import FAMILIES, PLUGIN_FAMILIES, picture, tiny_encoder
 from unime_st import export_encoder, load_encoder
-from unime_st.model_identity import explain_outdated, is_outdated, model_fingerprint
+from unime_st.identity.model import explain_outdated, is_outdated, model_fingerprint
 from unime_st.models.phi3_v import Phi3VImageProcessor
 
 

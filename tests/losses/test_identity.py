@@ -1,7 +1,7 @@
 import torch
 from helpers import ANCHORS, features
 
-from unime_st.losses.identity import batch_identities, content_ids, hash_tokens
+from unime_st.identity.features import batch_identities, content_ids, hash_tokens
 
 
 def test_hash_ignores_padding_and_tells_order_length_and_tokens_apart():

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tiny import picture
 from unime_st import build_encoder, export_encoder, load_encoder
-from unime_st.model_identity import model_fingerprint
+from unime_st.identity.model import model_fingerprint
 from unime_st.prompts import chat_template
 from unime_st.published import PUBLISHED
 

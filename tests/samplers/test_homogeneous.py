@@ -9,8 +9,8 @@ from datasets import Dataset
 from test_sampler_in_trainer import train
 
 from unime_st.columns import Columns, training_columns, without_subset
+from unime_st.identity.rows import row_identities
 from unime_st.samplers import FalseNegativeAwareBatchSampler
-from unime_st.samplers.identities import row_identities
 
 SIZES = {"VQA": 150, "Retrieval": 90, "Classes": 60, "Tiny": 5}
 WORLD_SIZES = (1, 2, 4)

@@ -14,7 +14,7 @@ from datasets import Dataset, config, load_dataset
 from datasets import Image as ImageFeature
 
 from unime_st.data.images import resolve_image
-from unime_st.fingerprint import fingerprint
+from unime_st.identity.content import fingerprint
 from unime_st.paths import resolve_below
 
 _ADDRESSES = ("http://", "https://", "data:")  # the model decides whether it opens those

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unime_st.arguments import require_number
-from unime_st.fingerprint import fingerprint
+from unime_st.identity.content import fingerprint
 
 Stored = Any
 """An image as a data set stores it: a path below the folder, ``{"bytes", "path"}``, or bytes."""

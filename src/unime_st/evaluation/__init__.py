@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from unime_st.evaluation.report.report import Report
     from unime_st.evaluation.retrieval import ImageTextRetrievalEvaluator
     from unime_st.evaluation.sugarcrepe import SugarCrepeEvaluator
-    from unime_st.model_identity import model_fingerprint
+    from unime_st.identity.model import model_fingerprint
 
 _EXPORTS = {
     "BrokenItemError": "unime_st.evaluation.encoding",
@@ -24,7 +24,7 @@ _EXPORTS = {
     "Report": "unime_st.evaluation.report.report",
     "SugarCrepeEvaluator": "unime_st.evaluation.sugarcrepe",
     "encode_distinct": "unime_st.evaluation.encoding",
-    "model_fingerprint": "unime_st.model_identity",
+    "model_fingerprint": "unime_st.identity.model",
     "compare": "unime_st.evaluation.report.compare",
     "published_results": "unime_st.evaluation.published",
     "published_task_scores": "unime_st.evaluation.published",

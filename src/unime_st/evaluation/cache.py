@@ -28,7 +28,7 @@ from unime_st.evaluation.sections import (
     section_info,
 )
 from unime_st.files import checksum, remove_leftovers, write_atomically
-from unime_st.model_identity import model_fingerprint
+from unime_st.identity.model import model_fingerprint
 
 logger = logging.getLogger(__name__)
 

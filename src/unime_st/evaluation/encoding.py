@@ -17,7 +17,7 @@ from unime_st.data.corpus.windows import ITEM_ERRORS, shown
 from unime_st.distributed import gather_objects, rank, world_size
 from unime_st.evaluation.cache import EmbeddingCache
 from unime_st.evaluation.sections import MemorySection, Section
-from unime_st.fingerprint import fingerprint
+from unime_st.identity.content import Content
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def encode_distinct(
     Args:
         model: Encodes whatever ``items`` are.
         items: Texts, images, dicts of both, messages; content decides what is equal, see
-            :func:`~unime_st.fingerprint.fingerprint`.
+            :func:`~unime_st.identity.content.fingerprint`.
         cache: Where embeddings are looked up and, every few batches, written, so that a killed run goes on where it
             was: a cache, its folder, or a section opened before (:func:`open_section`), which saves reading the weights
             in each of several calls.
@@ -187,8 +187,7 @@ def encode_indexed(
     prompt = effective_prompt(model, prompt, prompt_name)
     section = _section(model, cache, prompt)
     run = _Run(model, items, batch_size, prompt, on_error, prepare)
-    keys = run.fingerprints()
-    run.first = {key: row for row, key in reversed(list(enumerate(keys))) if key}
+    keys = run.tell()
     distinct = [key for key in dict.fromkeys(keys) if key]
     found = {key: row for key, row in zip(distinct, section.get(distinct), strict=True) if row is not None}
     missing = {key for key in distinct if key not in found}
@@ -197,10 +196,10 @@ def encode_indexed(
     share, of = (0, 1) if alone else (rank(), world_size())
     if of > 1:  # all have looked before any writes; what one lacks, all take as missing
         missing = set().union(*gather_objects(missing))
-    queue = sorted(missing, key=lambda key: (*_beginning(items[run.first[key]]), key))
+    queue = sorted(missing, key=lambda key: (*run.beginning(key), key))
     step = batch_size * _BATCHES_A_CHUNK
     chunks = [queue[start : start + step] for start in range(0, len(queue), step)]
-    chunks.sort(key=lambda chunk: -sum(_cost(items[run.first[key]]) for key in chunk))
+    chunks.sort(key=lambda chunk: -sum(map(run.cost, chunk)))
     fresh: dict[str, np.ndarray] = {}
     failure: BrokenItemError | None = None
     with _progress(len(queue), len(distinct), show_progress_bar) as bar:
@@ -248,24 +247,6 @@ def _progress(count: int, distinct: int, shown: bool | None) -> Any:
     return tqdm(total=count, desc=f"Encoding{known}", unit="item", disable=not shown or not count)
 
 
-def _beginning(item: Any) -> tuple[int, str, str]:
-    """Brings into one chunk what an encoder can share: number of images, which they are, the text."""
-    if isinstance(item, str):
-        return 0, "", item
-    if not isinstance(item, dict):
-        return 1, "", ""
-    images = item.get("image")
-    several = images if isinstance(images, list | tuple) else [images]
-    named = [str(image) if isinstance(image, str | Path) else str(id(image)) for image in several if image is not None]
-    return len(named), "|".join(named), str(item.get("text") or "")
-
-
-def _cost(item: Any) -> int:
-    """Tokens, roughly: letters by four, and an image as a thousand letters."""
-    images, _, text = _beginning(item)
-    return images * _LETTERS_AN_IMAGE + len(text)
-
-
 @dataclass
 class _Run:
     """One call's items and how they are encoded.
@@ -273,6 +254,7 @@ class _Run:
     Attributes:
         errors: Item number -> what is wrong with it, with "report".
         first: Fingerprint -> number of the first item that has it.
+        contents: Fingerprint -> what that item says.
         has_worked: Whether the model has ever encoded something: a fault of its own shows at once.
     """
 
@@ -284,25 +266,42 @@ class _Run:
     prepare: Callable[[Any], Any] | None = None
     errors: dict[int, str] = field(default_factory=dict)
     first: dict[str, int] = field(default_factory=dict)
+    contents: dict[str, Content] = field(default_factory=dict)
     has_worked: bool = False
 
-    def fingerprints(self) -> list[str]:
-        """Content of each item, "" for one that cannot be read."""
+    def tell(self) -> list[str]:
+        """Fingerprint of each item, "" for one that cannot be read."""
         keys = []
         known: dict[Any, str] = {}  # what recurs, as candidates do, is read and hashed once a call
         for row, item in enumerate(self.items):
             name = _name(item)
             key = known.get(name) if name is not None else None
             if key is None:
-                try:
-                    key = fingerprint(item)
-                except _ANY_ITEM_ERROR as error:
-                    key = ""
-                    self._broken(row, error)
+                key = self._told(row, item)
                 if key and name is not None:
                     known[name] = key
             keys.append(key)
         return keys
+
+    def _told(self, row: int, item: Any) -> str:
+        try:
+            content = Content(item)
+        except _ANY_ITEM_ERROR as error:
+            self._broken(row, error)
+            return ""
+        if content.fingerprint not in self.contents:
+            self.first[content.fingerprint], self.contents[content.fingerprint] = row, content
+        return content.fingerprint
+
+    def beginning(self, key: str) -> tuple[int, tuple[bytes, ...], str]:
+        """Brings into one chunk what an encoder can share: number of images, which they are, the text."""
+        content = self.contents[key]
+        return len(content.media), content.media, content.text
+
+    def cost(self, key: str) -> int:
+        """Tokens, roughly: letters by four, and an image as a thousand letters."""
+        content = self.contents[key]
+        return len(content.media) * _LETTERS_AN_IMAGE + len(content.text)
 
     def encode(self, keys: list[str]) -> dict[str, np.ndarray]:
         """Encode items by fingerprint, without those that cannot be."""
@@ -321,7 +320,7 @@ class _Run:
         """Encode items; those that make a batch fail are found by halving, and noted."""
         try:
             embeddings = self.model.encode(
-                self._prepared([self.items[self.first[key]] for key in keys]),
+                [self._prepared(self.contents[key]) for key in keys],
                 batch_size=self.batch_size,
                 prompt=self.prompt,
                 show_progress_bar=False,
@@ -348,8 +347,9 @@ class _Run:
             )
         return dict(zip(keys, embeddings, strict=True))
 
-    def _prepared(self, items: list[Any]) -> list[Any]:
-        return items if self.prepare is None else [self.prepare(item) for item in items]
+    def _prepared(self, content: Content) -> Any:
+        item = content.item if self.prepare is None else self.prepare(content.item)
+        return content.given_as(item) if getattr(self.model, "takes_contents", False) else item
 
     def _broken(self, row: int, error: Exception) -> None:
         message = f"{type(error).__name__}: {_ROW_OF_ONE.sub('the item', str(error))}"

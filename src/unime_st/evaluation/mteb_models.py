@@ -29,8 +29,8 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from unime_st.data.stored_images import sides_of
+from unime_st.identity.model import model_fingerprint
 from unime_st.images import as_rgb
-from unime_st.model_identity import model_fingerprint
 from unime_st.modules import load_encoder
 from unime_st.published import PUBLISHED
 

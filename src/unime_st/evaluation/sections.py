@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from unime_st.model_identity import is_outdated
+from unime_st.identity.model import is_outdated
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unime_st import distributed, functional
 from unime_st.features import num_rows
+from unime_st.identity.features import batch_identities, equal_to_nothing
 from unime_st.losses.checks import (
     all_left_out,
     check_columns,
@@ -20,7 +21,6 @@ from unime_st.losses.checks import (
     check_number_of_negatives,
     few_of_a_small_batch,
 )
-from unime_st.losses.identity import batch_identities, equal_to_nothing
 from unime_st.losses.in_batch import InBatchLoss
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from unime_st import distributed
 from unime_st.features import num_rows, select_rows, token_counts
+from unime_st.identity.features import input_keys
 from unime_st.losses.checks import check_mini_batch
 from unime_st.losses.finite import refuse_non_finite
 from unime_st.losses.grad_cache import BatchEmbedder, cached_backward, embedded_together, holding_vision
-from unime_st.losses.identity import input_keys
 from unime_st.losses.mini_batches import MiniBatchPlan, plan_mini_batches
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from unime_st import images
+from unime_st.identity.content import Content
 from unime_st.images import DATA_PREFIX, IMAGE_SUFFIXES, is_remote, stands_for_image
 
 _LONGEST_PATH = 4096
@@ -75,7 +76,7 @@ def as_messages(
     if isinstance(item, (list, tuple)) and item and isinstance(item[0], Mapping) and "role" in item[0]:
         messages = [{**message, "content": _chat_parts(message["content"], row, open_once, local)} for message in item]
     else:
-        messages = [{"role": "user", "content": _item_parts(item, row, open_once, local)}]
+        messages = [{"role": "user", "content": _item_parts(named_input(item, row), row, open_once, local)}]
     if says_nothing(messages) and not (allow_blank and _is_blank_text(item)):
         raise ValueError(f"Row {row} holds neither text nor an image. Remove it, or give it one of them.")
     return messages
@@ -223,8 +224,6 @@ def _name_of(value: Any) -> str | bytes | int | None:
 
 
 def _item_parts(item: Any, row: int, open_once: Open, local: Local) -> list[dict[str, Any]]:
-    if isinstance(item, str) and not names_an_image(item, row):
-        return [{"type": "text", "text": checked_text(item, f"Row {row}: the text")}]
     if isinstance(item, Mapping) and not (item and set(item) <= {"bytes", "path"}):
         return _dict_parts(item, row, open_once, local)
     if item is None:
@@ -300,9 +299,39 @@ def names_an_image(text: str, row: int) -> bool:
     )
 
 
-def named_image(item: Any, row: int) -> Any:
-    """The input itself; a bare string that names an image becomes that image, as stock code takes it."""
-    return {"image": item} if isinstance(item, str) and names_an_image(item, row) else item
+def contents_of(inputs: Sequence[Any], rows: Sequence[int]) -> list[Content]:
+    """The door: what each input says, told once; one whose content is known already passes through.
+
+    Args:
+        inputs: What the caller gave, or contents of it.
+        rows: the caller's numbers of them, for errors.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        TypeError: an input of another kind.
+        ValueError: an image that cannot be read.
+    """
+    return [
+        item if isinstance(item, Content) else content_of(named_input(item, row), row)
+        for row, item in zip(rows, inputs, strict=True)
+    ]
+
+
+def named_input(item: Any, row: int) -> Any:
+    """What the model is given: of a bare string, the image that it names or the text that it is."""
+    if isinstance(item, Content):
+        return item.item
+    return {"image" if names_an_image(item, row) else "text": item} if isinstance(item, str) else item
+
+
+def content_of(named: Any, row: int) -> Content:
+    """What a :func:`named_input` says; errors name the row."""
+    try:
+        return Content(named)
+    except UnicodeError as error:  # made of more than a text
+        raise ValueError(f"Row {row}: {error}") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise type(error)(f"Row {row}: {error}") from error
 
 
 def refuse_placeholders(messages: list[Message], row: int, placeholders: Collection[str]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from unime_st.files import write_atomically
-from unime_st.fingerprint import content_id_and_media
+from unime_st.identity.content import Content
 from unime_st.modules.adapters import attach_adapter
 from unime_st.modules.capture_hooks import enable_capture, remove_capture_hooks
 from unime_st.modules.checks import check_adapter, check_loaded, check_processor
@@ -26,7 +26,8 @@ from unime_st.modules.inputs import (
     Message,
     as_messages,
     checked_text,
-    named_image,
+    content_of,
+    named_input,
     refuse_placeholders,
     says_nothing,
     shown_media,
@@ -251,7 +252,8 @@ class MultimodalEncoder(Transformer):
         opened: dict[Any, Any] = {}
         rows = range(len(inputs)) if row_numbers is None else row_numbers
         asked_for = {"allow_remote_images": allow, "allow_blank": row_numbers is not None}
-        messages = [as_messages(item, row, opened=opened, **asked_for) for row, item in zip(rows, inputs, strict=True)]
+        named = [named_input(item, row) for row, item in zip(rows, inputs, strict=True)]
+        messages = [as_messages(item, row, opened=opened, **asked_for) for row, item in zip(rows, named, strict=True)]
         blank = [row for row, message in zip(rows, messages, strict=True) if says_nothing(message)]
         if blank and not self._told_of_blanks:
             self._told_of_blanks = True  # once is enough
@@ -273,10 +275,13 @@ class MultimodalEncoder(Transformer):
             features["mm_token_type_ids"] = torch.zeros_like(features["mm_token_type_ids"])  # all are words
         if "num_images_per_sample" in features and "batch_num_images" in self._declared_forward_params:
             features["batch_num_images"] = features["num_images_per_sample"]
-        told = [content_id_and_media(named_image(item, row)) for row, item in zip(rows, inputs, strict=True)]
-        features[_CONTENT_KEY] = torch.tensor([number for number, _ in told], dtype=torch.long)
+        contents = [
+            item if isinstance(item, Content) else content_of(given, row)
+            for row, item, given in zip(rows, inputs, named, strict=True)
+        ]
+        features[_CONTENT_KEY] = torch.tensor([content.id for content in contents], dtype=torch.long)
         if self.share_prefixes and shares_prefixes(self.model):
-            features[PREFIX_KEY] = self._prefix_keys(features["input_ids"], [media for _, media in told])
+            features[PREFIX_KEY] = self._prefix_keys(features["input_ids"], [content.media for content in contents])
         return features
 
     def _processed(

@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 from unime_st.arguments import require_number
 from unime_st.features import check_finite
 from unime_st.files import write_atomically
+from unime_st.identity.content import Content
 from unime_st.modules.card_data import EncoderCardData
 from unime_st.modules.checks import loading_note
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
-from unime_st.modules.speed.batches import CPU_TOKENS, NumberedInputs, encoding_order, holds_video, passes, prepared
+from unime_st.modules.speed.batches import CPU_TOKENS, NumberedInputs, encoding_order, passes, prepared
 from unime_st.modules.speed.prefixes import shares_prefixes
 
 STOCK_MODULE = f"{Transformer.__module__}.{Transformer.__name__}"
@@ -46,6 +47,8 @@ class MultimodalSentenceTransformer(SentenceTransformer):
     model_card_data_class = EncoderCardData
     numbers_rows = True
     """``preprocess`` takes ``row_numbers``, the caller's, for its errors."""
+    takes_contents = True
+    """``encode`` takes inputs as :class:`~unime_st.identity.content.Content` too, and does not hash them again."""
 
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, *_: Any, **__: Any) -> Any:
@@ -96,7 +99,8 @@ class MultimodalSentenceTransformer(SentenceTransformer):
                     "out, and choose `batch_size` instead."
                 )
             rest = {name: value for name, value in kwargs.items() if name not in (_BUDGET, _WORKERS)}
-            return check_finite(super()._inference(inputs, **rest), inputs)
+            items = [item.item if isinstance(item, Content) else item for item in inputs]
+            return check_finite(super()._inference(items, **rest), inputs)
         options = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
         device = self._resolve_inference_device(kwargs.get("device"))
         if budget is None and device.type == "cpu":
@@ -108,9 +112,9 @@ class MultimodalSentenceTransformer(SentenceTransformer):
 
         def prepare(batch: np.ndarray) -> dict[str, Any]:
             # not `self.preprocess`, which tries again without the prompt when an input is of a wrong type
-            rows = order.distinct[batch]
-            numbers = (rows + first_row).tolist()
-            return encoder.preprocess([inputs[row] for row in rows], kwargs["prompt"], row_numbers=numbers, **options)
+            numbers = (order.distinct[batch] + first_row).tolist()
+            contents = [order.contents[place] for place in batch]
+            return encoder.preprocess(contents, kwargs["prompt"], row_numbers=numbers, **options)
 
         parts: list[torch.Tensor] = []
         encoded_places: list[np.ndarray] = []
@@ -121,7 +125,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
             workers = kwargs.get(_WORKERS) or 0
             coming = prepared(order.batches, prepare, ahead=device.type != "cpu", num_workers=workers)
             for batch, prepared_features in zip(order.batches, coming, strict=True):
-                cut = None if holds_video(inputs[order.distinct[batch[0]]]) else budget
+                cut = None if order.contents[batch[0]].shows_video else budget
                 for rows, features in passes(prepared_features, cut, padded=not by_beginning):
                     embeddings = self(_moved(features, device), **options)["sentence_embedding"]
                     if kwargs["truncate_dim"] is not None:

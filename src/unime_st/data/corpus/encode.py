@@ -18,7 +18,7 @@ from unime_st.data.corpus.stream import CACHE_BYTES, check_arguments, progress_b
 from unime_st.data.corpus.window_encoder import Encoder, RecentEmbeddings, WindowEncoder
 from unime_st.data.corpus.windows import read_windows
 from unime_st.data.store.embed_once import own_share
-from unime_st.model_identity import model_fingerprint
+from unime_st.identity.model import model_fingerprint
 
 _CHANGES_NO_EMBEDDING = (
     "batch_size",

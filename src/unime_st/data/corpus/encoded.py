@@ -15,7 +15,7 @@ import numpy as np
 
 from unime_st.data.corpus.parts import FORMATS
 from unime_st.files import FolderLock, checksum, create_exclusively, one_at_a_time, remove_leftovers, write_atomically
-from unime_st.model_identity import explain_outdated
+from unime_st.identity.model import explain_outdated
 
 logger = logging.getLogger(__name__)
 

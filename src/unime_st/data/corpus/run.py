@@ -69,8 +69,7 @@ class CorpusRun:
             latest_first = reversed(self.finished)
             self.encoder.recent.refill((self.parts.keys(part), self.parts.embeddings(part)) for part in latest_first)
         self.behind = False
-        items = [item[1] for item in window.items] if self.with_ids else window.items
-        embeddings = self.encoder(items, window.keys, window.start)
+        embeddings = self.encoder(window.contents, window.keys, window.start)
         self._check_dimension(embeddings.shape[1], window)
         if self._is_there(window, ids, logging.DEBUG):
             return  # another run, of the same inputs, was faster

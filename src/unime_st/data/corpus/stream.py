@@ -79,7 +79,7 @@ def _stream(
     bar = progress_bar(len(inputs) if isinstance(inputs, Sized) else None, shown)
     with bar, closing(read_windows(inputs, window_size, prefetch=prefetch)) as coming:
         for window in coming:
-            yield encoder(window.items, window.keys, window.start)
+            yield encoder(window.contents, window.keys, window.start)
             bar.update(window.size)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from unime_st.data.corpus.windows import ITEM_ERRORS, BrokenInputError, shown
 from unime_st.features import forget_kept_features
+from unime_st.identity.content import Content
 
 _ENTRY_BYTES = 256  # of a remembered embedding, besides its numbers: key, bytes objects, place in the dictionary
 
@@ -82,7 +83,7 @@ class WindowEncoder:
     def __init__(self, model: Encoder, options: Mapping[str, Any], recent: RecentEmbeddings, dtype: Any) -> None:
         self.model, self.options, self.recent, self.dtype = model, options, recent, np.dtype(dtype)
 
-    def __call__(self, items: Sequence[Any], keys: Sequence[bytes], start: int) -> np.ndarray:
+    def __call__(self, contents: Sequence[Content], keys: Sequence[bytes], start: int) -> np.ndarray:
         """Encode a window's inputs into ``(n, D)``.
 
         Raises:
@@ -96,13 +97,15 @@ class WindowEncoder:
                 first.setdefault(key, place)
         if first:
             forget_kept_features(self.model)  # a resumed run has none of earlier windows', and must give the same bytes
-            missing = [items[place] for place in first.values()]
+            missing = [contents[place] for place in first.values()]
             known.update(zip(first, self._encode(missing, [start + place for place in first.values()]), strict=True))
         embeddings = np.stack([known[key] for key in keys])
         self.recent.add(keys, embeddings)
         return embeddings
 
-    def _encode(self, items: list[Any], rows: list[int]) -> np.ndarray:
+    def _encode(self, contents: list[Content], rows: list[int]) -> np.ndarray:
+        knows = getattr(self.model, "takes_contents", False)
+        items: list[Any] = contents if knows else [content.item for content in contents]
         try:
             found = self.model.encode(items, show_progress_bar=False, **self.options)
         except ITEM_ERRORS:

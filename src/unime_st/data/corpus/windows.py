@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from unime_st.fingerprint import fingerprint
+from unime_st.identity.content import Content
 
 ITEM_ERRORS = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)  # broken PNG: SyntaxError
 _ROW_OF_ONE = re.compile(r"\b([Rr]ow) 0\b( of the batch)?")
@@ -47,15 +47,20 @@ class Window:
         number: Of the window, counted over all processes.
         start: Row number of the first input.
         items: The inputs; none in a window of another process.
-        keys: Fingerprint of each, 16 bytes.
+        contents: What each says.
         size: How many inputs there are, in another process's window too.
     """
 
     number: int
     start: int
     items: list[Any]
-    keys: list[bytes]
+    contents: list[Content]
     size: int
+
+    @property
+    def keys(self) -> list[bytes]:
+        """Fingerprint of each input, 16 bytes."""
+        return [bytes.fromhex(content.fingerprint) for content in self.contents]
 
 
 def read_windows(inputs: Iterable[Any], size: int, *, prefetch: bool, **options: Any) -> Generator[Window, None, None]:
@@ -101,7 +106,7 @@ def windows(
     for number in count():
         own = number % share[1] == share[0]
         items: list[Any] = []
-        keys: list[bytes] = []
+        contents: list[Content] = []
         taken = 0
         row = number * size
         try:
@@ -118,11 +123,11 @@ def windows(
         for item in items:
             if stop is not None and stop.is_set():
                 return
-            row = number * size + len(keys)
-            keys.append(_key(_content(item, row) if with_ids else item, row))
+            row = number * size + len(contents)
+            contents.append(_told(_input(item, row) if with_ids else item, row))
         if not taken:
             return
-        yield Window(number, number * size, items, keys, taken)
+        yield Window(number, number * size, items, contents, taken)
         if taken < size:  # it has ended, even if it would give more when asked again
             return
 
@@ -142,7 +147,7 @@ def _read_ahead(windows: Iterator[Window], stop: Event) -> Generator[Window, Non
             stop.set()
 
 
-def _content(pair: Any, row: int) -> Any:
+def _input(pair: Any, row: int) -> Any:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], (str, Integral)):
         raise TypeError(
             f"Row {row} is {shown(pair)}, but with `with_ids=True` each input is a pair (id, input) whose id is "
@@ -151,9 +156,9 @@ def _content(pair: Any, row: int) -> Any:
     return pair[1]
 
 
-def _key(item: Any, row: int) -> bytes:
+def _told(item: Any, row: int) -> Content:
     try:
-        return bytes.fromhex(fingerprint(item))
+        return Content(item)
     except ITEM_ERRORS as error:
         raise BrokenInputError(row, item, f"{type(error).__name__}: {error}") from error
 

@@ -16,7 +16,7 @@ from unime_st.data.images import ItemReader
 from unime_st.data.mining.search import Forbidden
 from unime_st.data.store.embeddings import key_array
 from unime_st.data.stored_images import stored_path
-from unime_st.fingerprint import fingerprint
+from unime_st.identity.content import fingerprint
 
 _READ_ROWS = 4096
 _IDENTITIES = ("int", "uint", "bool", "string", "large_string")  # what a label that says what the target is can be

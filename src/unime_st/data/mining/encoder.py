@@ -26,7 +26,7 @@ class MiningEncoder:
 
     Args:
         model: Its ``encode`` takes the inputs.
-        identity: Of the model, see :func:`~unime_st.model_identity.model_fingerprint`.
+        identity: Of the model, see :func:`~unime_st.identity.model.model_fingerprint`.
         contents: Reads the inputs.
         folder: Of the stores, one a prompt.
         batch_size: Inputs embedded at a time.

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from unime_st.data.store.full_disk import explained_full_disk
 from unime_st.files import checksum, create_exclusively, remove_leftovers, write_atomically
-from unime_st.model_identity import explain_outdated
+from unime_st.identity.model import explain_outdated
 
 logger = logging.getLogger(__name__)
 

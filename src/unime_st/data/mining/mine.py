@@ -25,7 +25,7 @@ from unime_st.data.store.embed_once import own_share
 from unime_st.data.store.full_disk import explained_full_disk
 from unime_st.data.store.waiting import PATIENCE, Waiting
 from unime_st.files import write_atomically
-from unime_st.model_identity import model_fingerprint
+from unime_st.identity.model import model_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from unime_st.columns import ANCHOR, LABEL, POSITIVE, SUBSET, negative_column
 from unime_st.data.images import ItemReader
 from unime_st.data.mmeb.eval_rows import pair_up
 from unime_st.data.parquet import Source, cells, choose_rows, clean_text, read_columns
-from unime_st.fingerprint import content_id
+from unime_st.identity.content import content_id
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from unime_st.data.store.embeddings import EmbeddingStore, key_array
 from unime_st.data.store.waiting import PATIENCE
 from unime_st.data.teacher.identity import teacher_folder, teacher_identity
 from unime_st.data.teacher.rows import check_embeddings, checked_labels, refuse_one_text
-from unime_st.fingerprint import fingerprint
+from unime_st.identity.content import fingerprint
 
 _CHUNK_NUMBERS = 1 << 28
 

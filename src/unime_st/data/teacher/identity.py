@@ -14,7 +14,7 @@ import torch
 
 from unime_st.data.store.full_disk import explained_full_disk
 from unime_st.files import write_atomically
-from unime_st.model_identity import is_outdated, model_fingerprint
+from unime_st.identity.model import is_outdated, model_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from unime_st.features import num_rows, select_rows, token_counts
-from unime_st.fingerprint import fingerprint, media_and_text
-from unime_st.modules.inputs import named_image
+from unime_st.identity.content import Content
+from unime_st.modules.inputs import contents_of
 from unime_st.modules.speed.token_tree import PREFIX_KEY, common_beginning
 
 CPU_TOKENS = 1024
@@ -30,11 +29,13 @@ class EncodingOrder:
         index: For each input its place in ``distinct``, shape (N,).
         batches: Places in ``distinct`` of each batch, the batch with most work first, so that too large a batch size
             shows at once.
+        contents: Of the distinct inputs.
     """
 
     distinct: np.ndarray
     index: np.ndarray
     batches: list[np.ndarray]
+    contents: list[Content]
 
 
 class NumberedInputs(list[Any]):
@@ -79,60 +80,19 @@ def encoding_order(inputs: Sequence[Any], batch_size: int, *, by_beginning: bool
         ([0, 1, 3], [0, 1, 0, 2], [[2, 0], [1]])
     """
     start = getattr(inputs, "first_row", 0)
-    named = [named_image(item, row) for row, item in enumerate(inputs, start)]
+    contents = contents_of(inputs, range(start, start + len(inputs)))
     first: dict[str, int] = {}
-    keys = (_fingerprint(item, row) for row, item in enumerate(named, start))
-    index = np.array([first.setdefault(key, len(first)) for key in keys], dtype=np.int64)
+    index = np.array([first.setdefault(content.fingerprint, len(first)) for content in contents], dtype=np.int64)
     distinct = np.unique(index, return_index=True)[1]
-    contents = [media_and_text(named[number]) for number in distinct]
-    sizes = [(_pixels(named[number]), len(text)) for number, (_, text) in zip(distinct, contents, strict=True)]
-    if by_beginning:
-        order = sorted(range(len(distinct)), key=lambda place: (bool(contents[place][0]), contents[place]))
-    else:
-        order = sorted(range(len(distinct)), key=lambda place: sizes[place])
-    shown = [holds_video(named[number]) for number in distinct]
+    kept = [contents[number] for number in distinct]
+    sizes = [(content.pixels, len(content.text)) for content in kept]
+    beginnings = [(bool(content.media), content.media, content.text) for content in kept]
+    order = sorted(range(len(kept)), key=(beginnings if by_beginning else sizes).__getitem__)
+    shown = [content.shows_video for content in kept]
     parts = ([place for place in order if shown[place] is kind] for kind in (False, True))  # not in one batch
     batches = [np.array(part[at : at + batch_size]) for part in parts for at in range(0, len(part), batch_size)]
     batches.sort(key=lambda batch: tuple(np.sum([sizes[place] for place in batch], axis=0)), reverse=True)
-    return EncodingOrder(distinct, index, batches)
-
-
-def _fingerprint(item: Any, row: int) -> str:
-    try:
-        return fingerprint(item)
-    except UnicodeError as error:  # made of more than a text
-        raise ValueError(f"Row {row}: {error}") from error
-    except (OSError, TypeError, ValueError) as error:
-        raise type(error)(f"Row {row}: {error}") from error
-
-
-def _pixels(item: Any) -> int:
-    """Pixels of an input's images, from their headers; 1 for an image not at hand without decoding more."""
-    if isinstance(item, Image.Image):
-        return item.width * item.height
-    if not isinstance(item, dict):
-        return int(not isinstance(item, str))
-    images = item.get("image")
-    total = 0
-    for image in images if isinstance(images, list | tuple) else [images]:
-        if isinstance(image, Image.Image):
-            total += image.width * image.height
-        elif image is not None:
-            total += 1
-    return total
-
-
-def holds_video(item: Any) -> bool:
-    """Whether an input shows a video: features of those cannot be cut by row in every family.
-
-    >>> holds_video({"video": ["frames"], "text": "?"}), holds_video("video")
-    (True, False)
-    """
-    if isinstance(item, list | tuple):
-        return any(holds_video(part) for part in item)
-    if not isinstance(item, dict):
-        return False
-    return item.get("video") is not None or item.get("type") == "video" or holds_video(item.get("content"))
+    return EncodingOrder(distinct, index, batches, kept)
 
 
 def passes(

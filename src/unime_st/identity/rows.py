@@ -12,7 +12,7 @@ from datasets import Dataset
 from datasets.features import Value
 
 from unime_st.columns import SUBSET, training_columns
-from unime_st.fingerprint import content_id
+from unime_st.identity.content import content_id
 
 _READ_ROWS = 16384
 
@@ -78,7 +78,7 @@ def _numbers(chunks: Iterable[list[Any]], none_is_alone: bool = False) -> np.nda
 
 
 def _content(cells: pa.Array) -> list[Any]:
-    """A hashable value for each cell, equal exactly where :func:`~unime_st.fingerprint.content_id` is.
+    """A hashable value for each cell, equal exactly where :func:`~unime_st.identity.content.content_id` is.
 
     Texts and ``{"image": path, "text"}`` stand for themselves, several times as fast as hashing them.
     """

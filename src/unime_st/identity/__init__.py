@@ -1,0 +1,1 @@
+"""What things are: an input (``content``, ``digests``), a row of features, a row of a data set, a model."""

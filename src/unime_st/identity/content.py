@@ -1,0 +1,249 @@
+"""What an input says, told once: its texts and media, in their order, and the numbers that stand for them.
+
+An input is flattened into its parts and the parts are hashed, so that ``"a cat"``, ``{"text": "a cat"}`` and a chat
+message that says so are one content. Two identities of images exist:
+
+* *encoded* images (a path, bytes, a ``datasets`` cell that is not decoded) are known by the bytes of the file, so a
+  path, a copy of the file and the file's bytes are one content, and nothing is decoded;
+* *decoded* images (PIL, numpy, torch) are known by their pixels, as :mod:`unime_st.images` shows them to a model,
+  whatever file they came from.
+
+An encoded and a decoded form of one picture do not compare equal: give both in the same form where that matters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple, Self
+
+from PIL import Image
+
+from unime_st.identity.digests import is_encoded, medium_digest
+from unime_st.images import stands_for_image
+
+_DIGEST_BYTES = 16
+_ID_MASK = 2**63 - 1
+_MEDIA = ("image", "video", "audio")
+
+
+class Part(NamedTuple):
+    """One text or medium of an input.
+
+    Attributes:
+        kind: ``"text"``, ``"image"``, ``"video"``, ``"audio"``, or ``"role"`` where another than the user speaks.
+        said: The text; the digest of a medium.
+        pixels: Of a medium, as far as they are known without decoding it, else 1.
+        instructs: Whether it is an instruction (the text of a system message), which is no content.
+    """
+
+    kind: str
+    said: str | bytes
+    pixels: int = 0
+    instructs: bool = False
+
+
+class Content:
+    """An input, and what it says; its files are read and its pixels hashed when this is made, and never again.
+
+    Args:
+        item: Text, an image (PIL, path, bytes, numpy, torch), ``{"image", "text"}`` where the image may be a list,
+            chat messages, or a list of media. A string at the top is what ``encode`` takes it for: an image if it
+            stands for one (:func:`~unime_st.images.stands_for_image`), else text; below ``"image"`` it is a path, URL
+            or data URI, below ``"text"`` always text. URLs are not fetched: the address is the identity.
+        read_files: Know an image's path by the content of its file; False by the path as written, which costs no
+            reading but takes two copies of a file for two images.
+
+    Attributes:
+        item: What the model is given.
+
+    Raises:
+        FileNotFoundError: When a file is to be read and is not there.
+        TypeError: For an input of another kind, or a number where a text belongs.
+
+    Example:
+        >>> content = Content({"image": Image.new("RGB", (4, 3), "grey"), "text": "a cat"})
+        >>> content.text, len(content.media), content.pixels
+        ('a cat', 1, 12)
+        >>> content.id == Content({"text": "a cat"}).id
+        False
+    """
+
+    def __init__(self, item: Any, *, read_files: bool = True) -> None:
+        self.item = item
+        named = {"image": item} if isinstance(item, str) and stands_for_image(item) else item
+        self._parts = tuple(_parts(named, read_files))
+
+    def __repr__(self) -> str:
+        return repr(self.item)
+
+    def given_as(self, item: Any) -> Self:
+        """The same content, for the model in another form: its image opened and scaled, say."""
+        other = object.__new__(type(self))
+        other.__dict__ = {**self.__dict__, "item": item}
+        return other
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that is said, instructions too; 32 hexadecimal digits."""
+        return _digest(self._parts).hex()
+
+    @cached_property
+    def id(self) -> int:
+        """Integer in [0, 2^63) of what is said, instructions left out."""
+        if any(part.instructs for part in self._parts):
+            digest = _digest(part for part in self._parts if not part.instructs)
+        else:
+            digest = bytes.fromhex(self.fingerprint)
+        return int.from_bytes(digest[:8], "big") & _ID_MASK
+
+    @property
+    def media(self) -> tuple[bytes, ...]:
+        """A digest for each image, video and sound, in their order."""
+        return tuple(part.said for part in self._parts if isinstance(part.said, bytes))
+
+    @property
+    def text(self) -> str:
+        """All texts, one after the other, instructions left out."""
+        texts = (part.said for part in self._parts if part.kind == "text" and not part.instructs)
+        return "".join(said for said in texts if isinstance(said, str))
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of all media, from their headers; 1 for a medium that would have to be decoded."""
+        return sum(part.pixels for part in self._parts)
+
+    @property
+    def shows_video(self) -> bool:
+        """Whether there is a video: in some families nobody can tell whose its frames are in a batch."""
+        return any(part.kind == "video" for part in self._parts)
+
+
+def fingerprint(item: Any, *, read_files: bool = True) -> str:
+    """Hash everything an input says: its texts and media, and the instructions of a chat too.
+
+    Args:
+        item: See :class:`Content`.
+        read_files: See :class:`Content`.
+
+    Returns:
+        32 hexadecimal digits.
+
+    Raises:
+        FileNotFoundError: When a file is to be read and is not there.
+        TypeError: For an input of another kind, or a number where a text belongs.
+
+    Example:
+        >>> fingerprint("a cat") == fingerprint({"text": "a cat", "image": None})
+        True
+        >>> fingerprint("a cat") == fingerprint([{"role": "user", "content": "a cat"}])
+        True
+        >>> grey = Image.new("RGB", (2, 2), "grey")
+        >>> fingerprint({"image": grey, "text": "a cat"}) == fingerprint({"image": grey, "text": "a dog"})
+        False
+    """
+    return Content(item, read_files=read_files).fingerprint
+
+
+def content_id(item: Any, *, read_files: bool = True) -> int:
+    """Integer identity of an input's content, instructions (system messages) left out.
+
+    Args:
+        item: See :class:`Content`.
+        read_files: See :class:`Content`.
+
+    Returns:
+        An integer in [0, 2^63), so that it fits an int64 tensor.
+
+    Example:
+        >>> system = {"role": "system", "content": "Say it in one word."}
+        >>> content_id([system, {"role": "user", "content": "a cat"}]) == content_id("a cat")
+        True
+    """
+    return Content(item, read_files=read_files).id
+
+
+def media_and_text(item: Any, *, read_files: bool = True) -> tuple[tuple[bytes, ...], str]:
+    """Split an input into the digests of its media and its text, see :class:`Content`.
+
+    Example:
+        >>> media, text = media_and_text({"image": Image.new("RGB", (2, 2)), "text": "a cat"})
+        >>> len(media), text
+        (1, 'a cat')
+    """
+    content = Content(item, read_files=read_files)
+    return content.media, content.text
+
+
+def _digest(parts: Iterable[Part]) -> bytes:
+    total = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for part in parts:
+        said = part.said if isinstance(part.said, bytes) else part.said.encode("utf-8", "surrogatepass")
+        total.update(f"{part.kind}:{len(said)}:".encode())
+        total.update(said)
+    return total.digest()
+
+
+def _parts(item: Any, read_files: bool) -> Iterator[Part]:
+    if isinstance(item, str):
+        if item:
+            yield Part("text", item)
+    elif isinstance(item, Mapping) and "role" in item and "content" in item:
+        yield from _message_parts(item, read_files)
+    elif isinstance(item, Mapping) and not is_encoded(item):
+        yield from _dict_parts(item, read_files)
+    elif isinstance(item, (list, tuple)):
+        for element in item:
+            yield from _parts(element, read_files)
+    elif item is not None:
+        yield _medium("image", item, read_files)
+
+
+def _message_parts(message: Mapping[str, Any], read_files: bool) -> Iterator[Part]:
+    instructs = message["role"] == "system"  # images of such a message are content all the same
+    if message["role"] != "user":
+        yield Part("role", str(message["role"]), instructs=instructs)
+    for part in _said(message["content"], read_files):
+        yield part if part.kind in _MEDIA or not instructs else part._replace(instructs=True)
+
+
+def _said(content: Any, read_files: bool) -> Iterator[Part]:
+    """Parts of a message's content."""
+    if not isinstance(content, (list, tuple)):
+        yield from _parts(content, read_files)
+        return
+    for part in content:
+        if isinstance(part, Mapping) and "type" in part:
+            kind = str(part["type"])
+            value = part[kind] if kind in part else next((v for k, v in part.items() if k != "type"), None)
+            yield from _dict_parts({kind: value}, read_files)
+        else:
+            yield from _parts(part, read_files)
+
+
+def _dict_parts(item: Mapping[str, Any], read_files: bool) -> Iterator[Part]:
+    """Media first, then the text: the order of the keys means nothing."""
+    unknown = sorted(str(key) for key in item if key not in (*_MEDIA, "text"))
+    if unknown:
+        raise TypeError(
+            f"An input has the key(s) {unknown}; a dict holds {', '.join(_MEDIA)} and text, or is a chat message with "
+            "role and content."
+        )
+    for kind in _MEDIA:
+        value = item.get(kind)
+        for medium in value if isinstance(value, (list, tuple)) else [value]:
+            if medium is not None:
+                yield _medium(kind, medium, read_files)
+    text = item.get("text")
+    for piece in text if isinstance(text, (list, tuple)) else [text]:
+        if piece is None or (isinstance(piece, str) and not piece):
+            continue
+        if not isinstance(piece, str):
+            raise TypeError(f"A text is {piece!r}, a {type(piece).__name__}. Give a string, or leave the text out.")
+        yield Part("text", piece)
+
+
+def _medium(kind: str, value: Any, read_files: bool) -> Part:
+    pixels = value.width * value.height if isinstance(value, Image.Image) else 1
+    return Part(kind, medium_digest(value, read_files), pixels)
