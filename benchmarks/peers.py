@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from unime_st import build_encoder, load_encoder
-from unime_st.evaluation.encoding import encode_indexed
+from unime_st.embedding.distinct import encode_indexed
 
 Encode = Callable[[Sequence[Any]], np.ndarray]
 BATCH = 32

@@ -23,6 +23,7 @@ LAYERS = {
     "stock": 0.5,
     "images": 0.5,  # below what knows images by their pixels
     "identity": 1.5,
+    "embedding": 1.8,
     "checkpoints": 2,
     "modules": 2,
     "losses": 2,

@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch.utils.data import DataLoader
 
 from unime_st.data import teacher_embeddings, with_teacher_labels
-from unime_st.data.store.embeddings import EmbeddingStore, key_array
+from unime_st.embedding.store import EmbeddingStore, key_array
 
 
 class Counting:
@@ -192,8 +192,8 @@ def test_two_writers_share_a_folder(tmp_path):
 
 
 def test_lookups_agree_with_a_dictionary_and_many_files_stay_closed(tmp_path, monkeypatch):
-    monkeypatch.setattr("unime_st.data.store.embeddings._OPEN_FILES", 3)
-    monkeypatch.setattr("unime_st.data.store.embeddings._FILE_BYTES", 100)  # 4 rows a file
+    monkeypatch.setattr("unime_st.embedding.store._OPEN_FILES", 3)
+    monkeypatch.setattr("unime_st.embedding.store._FILE_BYTES", 100)  # 4 rows a file
     generator = np.random.default_rng(0)
     every = [generator.bytes(15) + bytes([number % 2]) for number in range(200)]
     expected = {key: generator.normal(size=2).astype(np.float32) for key in every[:150]}
@@ -277,7 +277,7 @@ def test_files_of_before_there_were_checksums_are_read_and_told_of(tmp_path, cap
 def test_workers_do_not_compare_again(tmp_path, monkeypatch):
     dataset = with_teacher_labels(texts_of(1, 2), Counting(), tmp_path, teacher_name="counting")
     copy = pickle.loads(pickle.dumps(dataset))
-    monkeypatch.setattr("unime_st.data.store.embeddings.checksum", None)
+    monkeypatch.setattr("unime_st.embedding.store.checksum", None)
     assert [row["label"][0] for row in copy] == [1, 2]
 
 
@@ -355,6 +355,6 @@ def test_a_full_cache_on_a_disk_that_is_not_to_be_written_is_served(tmp_path, mo
 
     for name in ("teacher.identity.write_atomically", "store.embeddings.write_atomically"):
         monkeypatch.setattr(f"unime_st.data.{name}", refuses)
-    monkeypatch.setattr("unime_st.data.store.embeddings.remove_leftovers", refuses)
+    monkeypatch.setattr("unime_st.embedding.store.remove_leftovers", refuses)
     assert np.array_equal(embed(Counting(), texts, tmp_path), expected)
     assert shard.exists()

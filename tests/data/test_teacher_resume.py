@@ -13,10 +13,10 @@ from sentence_transformers import SentenceTransformer
 from tiny_data import COLOURS, tiny_teacher
 from two_processes import run_two
 from unime_st.data import teacher_embeddings
-from unime_st.data.store import embeddings as embedding_store
-from unime_st.data.store.embed_once import embed_missing
-from unime_st.data.store.embeddings import EmbeddingStore, key_array
-from unime_st.data.store.full_disk import explained_full_disk
+from unime_st.embedding import store as embedding_store
+from unime_st.embedding.full_disk import explained_full_disk
+from unime_st.embedding.missing import embed_missing
+from unime_st.embedding.store import EmbeddingStore, key_array
 from unime_st.fingerprint import fingerprint
 
 TEXTS = [" ".join(COLOURS[(number >> shift) % 8] for shift in (0, 3, 6)[: 1 + number % 3]) for number in range(700)]

@@ -9,8 +9,8 @@ import pytest
 
 from unime_st.data import teacher_embeddings
 from unime_st.data.arguments import check_count, check_number
-from unime_st.data.store import waiting
-from unime_st.data.store.waiting import Waiting
+from unime_st.embedding import waiting
+from unime_st.embedding.waiting import Waiting
 
 
 def test_it_says_for_whom_since_when_and_how_long(monkeypatch, caplog):

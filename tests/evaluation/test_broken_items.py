@@ -8,6 +8,7 @@ from PIL import Image
 from test_mmeb import write_task
 
 from tiny import FAMILIES, PLUGIN_FAMILIES, picture, tiny_encoder
+from unime_st.embedding.distinct import encode_distinct, encode_indexed
 from unime_st.evaluation import (
     BrokenItemError,
     EmbeddingCache,
@@ -15,7 +16,6 @@ from unime_st.evaluation import (
     MMEBEvaluator,
     SugarCrepeEvaluator,
 )
-from unime_st.evaluation.encoding import encode_distinct, encode_indexed
 
 ERRORS = (ValueError, TypeError, OSError, RuntimeError, IndexError, KeyError, ZeroDivisionError, EOFError)
 

@@ -14,8 +14,8 @@ from evaluation_fakes import HashModel
 from broken_images import broken_files, broken_paths
 from tiny import picture, tiny_encoder
 from unime_st.data import load_mmeb_eval, load_mmeb_train, load_nli
+from unime_st.embedding.distinct import BrokenItemError, encode_distinct, encode_indexed
 from unime_st.evaluation import ImageTextRetrievalEvaluator, MMEBEvaluator, SugarCrepeEvaluator
-from unime_st.evaluation.encoding import BrokenItemError, encode_distinct, encode_indexed
 
 ADVICE = "leaves the image folder|`image_root`"
 

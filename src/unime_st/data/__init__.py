@@ -4,13 +4,13 @@ from unime_st.data.bad_images import bad_image_report
 from unime_st.data.corpus.encode import encode_corpus
 from unime_st.data.corpus.encoded import EncodedCorpus, load_corpus
 from unime_st.data.corpus.stream import encode_stream
-from unime_st.data.corpus.windows import BrokenInputError
 from unime_st.data.images import ItemReader, resolve_image
 from unime_st.data.mining.mine import load_mined_negatives, mine_hard_negatives
 from unime_st.data.mmeb.load import load_mmeb_eval, load_mmeb_train
 from unime_st.data.nli import load_nli
 from unime_st.data.teacher.embed import teacher_embeddings, with_teacher_labels
 from unime_st.data.with_images import with_images
+from unime_st.embedding.broken import BrokenInputError
 
 __all__ = [
     "BrokenInputError",

@@ -6,8 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unime_st.evaluation.cache import EmbeddingCache
-    from unime_st.evaluation.encoding import BrokenItemError, encode_distinct
+    from unime_st.embedding.cache import EmbeddingCache
+    from unime_st.embedding.distinct import BrokenItemError, encode_distinct
     from unime_st.evaluation.mmeb.evaluator import MMEBEvaluator
     from unime_st.evaluation.published import published_results, published_task_scores
     from unime_st.evaluation.report.compare import compare
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from unime_st.identity.model import model_fingerprint
 
 _EXPORTS = {
-    "BrokenItemError": "unime_st.evaluation.encoding",
-    "EmbeddingCache": "unime_st.evaluation.cache",
+    "BrokenItemError": "unime_st.embedding.distinct",
+    "EmbeddingCache": "unime_st.embedding.cache",
     "ImageTextRetrievalEvaluator": "unime_st.evaluation.retrieval",
     "MMEBEvaluator": "unime_st.evaluation.mmeb.evaluator",
     "Report": "unime_st.evaluation.report.report",
     "SugarCrepeEvaluator": "unime_st.evaluation.sugarcrepe",
-    "encode_distinct": "unime_st.evaluation.encoding",
+    "encode_distinct": "unime_st.embedding.distinct",
     "model_fingerprint": "unime_st.identity.model",
     "compare": "unime_st.evaluation.report.compare",
     "published_results": "unime_st.evaluation.published",

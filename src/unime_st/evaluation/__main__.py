@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from unime_st.evaluation.cache import EmbeddingCache
+from unime_st.embedding.cache import EmbeddingCache
 from unime_st.evaluation.report.compare import compare
 from unime_st.evaluation.report.report import Report
 

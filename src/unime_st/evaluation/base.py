@@ -15,8 +15,8 @@ from sentence_transformers.sentence_transformer.evaluation import SentenceEvalua
 
 from unime_st.arguments import require_number
 from unime_st.distributed import rank
-from unime_st.evaluation.cache import EmbeddingCache
-from unime_st.evaluation.encoding import BrokenItemError, Section, encode_indexed, open_section
+from unime_st.embedding.cache import EmbeddingCache
+from unime_st.embedding.distinct import BrokenItemError, Section, encode_indexed, open_section
 from unime_st.evaluation.outcomes import TaskOutcomes, told_of_ties, write_outcomes
 from unime_st.files import write_atomically
 
@@ -78,7 +78,7 @@ class EmbeddingEvaluator(SentenceEvaluator):
     def encode(
         self, model: Any, items: Sequence[Any], where: Callable[[int], str], **options: Any
     ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-        """Encode items by this evaluator's settings, see :func:`~unime_st.evaluation.encoding.encode_indexed`.
+        """Encode items by this evaluator's settings, see :func:`~unime_st.embedding.distinct.encode_indexed`.
 
         Args:
             model: A ``SentenceTransformer``.

@@ -17,7 +17,8 @@ from unime_st.data.corpus.run import CorpusRun
 from unime_st.data.corpus.stream import CACHE_BYTES, check_arguments, progress_bar
 from unime_st.data.corpus.window_encoder import Encoder, RecentEmbeddings, WindowEncoder
 from unime_st.data.corpus.windows import read_windows
-from unime_st.data.store.embed_once import own_share
+from unime_st.embedding.missing import own_share
+from unime_st.embedding.prompts import prompt_options
 from unime_st.identity.model import model_fingerprint
 
 _CHANGES_NO_EMBEDDING = (
@@ -113,7 +114,8 @@ def encode_corpus(
             "dtypes float32 and float16."
         )
     window_size = int(window_size)  # numpy's have no place in JSON
-    options = _with_prompt_text(model, encode_options)
+    rest = {name: value for name, value in encode_options.items() if name not in ("prompt", "prompt_name")}
+    options = rest | prompt_options(model, encode_options.get("prompt"), encode_options.get("prompt_name"))
     settings = {
         "format_version": FORMAT_VERSION,
         "output_format": output_format,
@@ -155,26 +157,6 @@ def _identity(model: Any) -> str:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"A {type(model).__name__} has no weights to know it by. Give `model_name`.")
     return model_fingerprint(model)
-
-
-def _with_prompt_text(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with the text of the prompt in place of its name, where that can be known."""
-    prompt, name = options.get("prompt"), options.get("prompt_name")
-    if prompt is not None and name is not None:
-        raise ValueError(f"Give `prompt={prompt!r}` or `prompt_name={name!r}`, not both.")
-    prompts = getattr(model, "prompts", None)
-    if prompt is not None or not isinstance(prompts, Mapping):
-        return dict(options)
-    if name is None:
-        name = getattr(model, "default_prompt_name", None)
-    elif name not in prompts:
-        raise ValueError(
-            f"The model has no prompt named {name!r}; it has {', '.join(sorted(prompts)) or 'none'}. Give its text as "
-            "`prompt`."
-        )
-    text = prompts.get(name)
-    rest = {key: value for key, value in options.items() if key not in ("prompt", "prompt_name")}
-    return rest if text is None else rest | {"prompt": text}
 
 
 def _deciding(options: Mapping[str, Any]) -> dict[str, Any]:

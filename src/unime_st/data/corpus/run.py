@@ -10,7 +10,8 @@ import numpy as np
 from unime_st.data.corpus.encoded import EncodedCorpus, write_manifest
 from unime_st.data.corpus.parts import DamagedPartError, Parts
 from unime_st.data.corpus.window_encoder import WindowEncoder
-from unime_st.data.corpus.windows import Window, shown
+from unime_st.data.corpus.windows import Window
+from unime_st.embedding.broken import shown
 from unime_st.files import FULL
 
 logger = logging.getLogger(__name__)

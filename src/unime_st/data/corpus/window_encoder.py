@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from unime_st.data.corpus.windows import ITEM_ERRORS, BrokenInputError, shown
+from unime_st.embedding.broken import ITEM_ERRORS, BrokenInputError, shown
 from unime_st.features import forget_kept_features
 from unime_st.identity.content import Content
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,32 +10,8 @@ from numbers import Integral
 from threading import Event
 from typing import Any
 
-from PIL import Image
-
+from unime_st.embedding.broken import ITEM_ERRORS, BrokenInputError, shown
 from unime_st.identity.content import Content
-
-ITEM_ERRORS = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)  # broken PNG: SyntaxError
-_ROW_OF_ONE = re.compile(r"\b([Rr]ow) 0\b( of the batch)?")
-_LONGEST_SHOWN = 200
-
-
-class BrokenInputError(ValueError):
-    """An input that cannot be read or encoded.
-
-    Args:
-        row: Its number in the whole stream.
-        item: The input.
-        reason: What is wrong with it.
-
-    Example:
-        >>> str(BrokenInputError(70000, "", "ValueError: Row 0 holds neither text nor an image."))
-        "Input '' (row 70000) cannot be encoded. ValueError: Row 70000 holds neither text nor an image."
-    """
-
-    def __init__(self, row: int, item: Any, reason: str) -> None:
-        reason = _ROW_OF_ONE.sub(rf"\1 {row}", reason)
-        super().__init__(f"Input {shown(item)} (row {row}) cannot be encoded. {reason}")
-        self.row = row
 
 
 @dataclass(frozen=True)
@@ -161,9 +136,3 @@ def _told(item: Any, row: int) -> Content:
         return Content(item)
     except ITEM_ERRORS as error:
         raise BrokenInputError(row, item, f"{type(error).__name__}: {error}") from error
-
-
-def shown(item: Any) -> str:
-    """An input for an error message, cut short."""
-    text = repr(item)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."

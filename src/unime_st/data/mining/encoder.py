@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from unime_st.data.mining.contents import Contents
-from unime_st.data.store.embed_once import embed_missing
-from unime_st.data.store.embeddings import EmbeddingStore
+from unime_st.embedding.missing import embed_missing
+from unime_st.embedding.store import EmbeddingStore
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class MiningEncoder:
         batch_size: Inputs embedded at a time.
         shard_size: Inputs opened at a time, which make one file.
         show_progress_bar: Show how many are done.
-        patience: See :func:`~unime_st.data.store.embed_once.embed_missing`.
+        patience: See :func:`~unime_st.embedding.missing.embed_missing`.
     """
 
     def __init__(

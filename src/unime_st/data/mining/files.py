@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unime_st.data.store.full_disk import explained_full_disk
+from unime_st.embedding.full_disk import explained_full_disk
 from unime_st.files import checksum, create_exclusively, remove_leftovers, write_atomically
 from unime_st.identity.model import explain_outdated
 

@@ -21,9 +21,9 @@ from unime_st.data.mining.contents import Contents
 from unime_st.data.mining.encoder import MiningEncoder
 from unime_st.data.mining.files import MinedFiles, claim, read_mined, read_result, write_result
 from unime_st.data.mining.rows import Miner, MiningSettings
-from unime_st.data.store.embed_once import own_share
-from unime_st.data.store.full_disk import explained_full_disk
-from unime_st.data.store.waiting import PATIENCE, Waiting
+from unime_st.embedding.full_disk import explained_full_disk
+from unime_st.embedding.missing import own_share
+from unime_st.embedding.waiting import PATIENCE, Waiting
 from unime_st.files import write_atomically
 from unime_st.identity.model import model_fingerprint
 

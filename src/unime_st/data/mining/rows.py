@@ -15,7 +15,7 @@ from unime_st.columns import LABEL_COLUMNS, SUBSET, negative_column
 from unime_st.data.arguments import check_number
 from unime_st.data.mining.contents import Contents
 from unime_st.data.mining.search import FaissIndex, Forbidden, Nearest, exact_nearest
-from unime_st.data.store.embeddings import EmbeddingStore
+from unime_st.embedding.store import EmbeddingStore
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,11 +14,12 @@ from datasets import Dataset, concatenate_datasets
 from unime_st.arguments import require_path
 from unime_st.columns import LABEL, LABEL_COLUMNS
 from unime_st.data.arguments import check_count
-from unime_st.data.store.embed_once import embed_missing
-from unime_st.data.store.embeddings import EmbeddingStore, key_array
-from unime_st.data.store.waiting import PATIENCE
 from unime_st.data.teacher.identity import teacher_folder, teacher_identity
 from unime_st.data.teacher.rows import check_embeddings, checked_labels, refuse_one_text
+from unime_st.embedding.missing import embed_missing
+from unime_st.embedding.prompts import prompt_options
+from unime_st.embedding.store import EmbeddingStore, key_array
+from unime_st.embedding.waiting import PATIENCE
 from unime_st.identity.content import fingerprint
 
 _CHUNK_NUMBERS = 1 << 28
@@ -206,9 +207,8 @@ def _fill_store(
         raise ValueError("There are no texts to embed.")
     by_row = key_array(_text_keys(texts))
     first_rows = np.sort(np.unique(by_row, return_index=True)[1])  # of each distinct text
-    options = _prompt_options(teacher, prompt, prompt_name)
-    default = (_own_prompts(teacher) or {}).get(getattr(teacher, "default_prompt_name", None) or "")
-    identity = {"teacher": teacher_name or teacher_identity(teacher), "prompt": default or ""} | options
+    options = prompt_options(teacher, prompt, prompt_name, what="teacher")
+    identity = {"teacher": teacher_name or teacher_identity(teacher), "prompt": ""} | options
     store = EmbeddingStore(teacher_folder(folder, identity))
 
     def embed(places: np.ndarray) -> np.ndarray:
@@ -236,25 +236,3 @@ def _text_keys(texts: Sequence[str]) -> Iterator[bytes]:
         if not isinstance(text, str):
             raise TypeError(f"Row {row} is a {type(text).__name__}, but a text teacher embeds texts only: {text!r:.80}")
         yield bytes.fromhex(fingerprint(text))
-
-
-def _prompt_options(teacher: Teacher, prompt: str | None, prompt_name: str | None) -> dict[str, str]:
-    """What ``encode`` is told of the prompt: its text where that can be known, so that one prompt has one cache."""
-    if prompt_name is None:
-        return {} if prompt is None else {"prompt": prompt}
-    if prompt is not None:
-        raise ValueError(f"Give `prompt={prompt!r}` or `prompt_name={prompt_name!r}`, not both.")
-    prompts = _own_prompts(teacher)
-    if prompts is None:
-        return {"prompt_name": prompt_name}
-    if prompt_name not in prompts:
-        raise ValueError(
-            f"The teacher has no prompt named {prompt_name!r}; it has {', '.join(sorted(prompts)) or 'none'}. Give its "
-            "text as `prompt`."
-        )
-    return {"prompt": prompts[prompt_name]}
-
-
-def _own_prompts(teacher: Teacher) -> Mapping[str, str] | None:
-    prompts = getattr(teacher, "prompts", None)
-    return prompts if isinstance(prompts, Mapping) else None

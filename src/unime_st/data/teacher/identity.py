@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from unime_st.data.store.full_disk import explained_full_disk
+from unime_st.embedding.full_disk import explained_full_disk
 from unime_st.files import write_atomically
 from unime_st.identity.model import is_outdated, model_fingerprint
 

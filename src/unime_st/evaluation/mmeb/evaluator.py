@@ -13,8 +13,8 @@ import numpy as np
 from unime_st.arguments import require_number
 from unime_st.data.images import ItemReader
 from unime_st.data.mmeb.eval_rows import EvalTask
+from unime_st.embedding.distinct import OnError
 from unime_st.evaluation.base import EmbeddingEvaluator, check_shown, device_of
-from unime_st.evaluation.encoding import OnError
 from unime_st.evaluation.mmeb.inputs import as_tasks, distinct_inputs
 from unime_st.evaluation.mmeb.tasks import IN_DISTRIBUTION, META_TASKS, Metric, MMEBTask, Parser, tasks_from_yaml
 from unime_st.evaluation.outcomes import TaskOutcomes

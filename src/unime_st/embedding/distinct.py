@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from unime_st.data.corpus.windows import ITEM_ERRORS, shown
 from unime_st.distributed import gather_objects, rank, world_size
-from unime_st.evaluation.cache import EmbeddingCache
-from unime_st.evaluation.sections import MemorySection, Section
+from unime_st.embedding.broken import ITEM_ERRORS, BrokenItemError, shown
+from unime_st.embedding.cache import EmbeddingCache
+from unime_st.embedding.prompts import effective_prompt
+from unime_st.embedding.sections import MemorySection, Section
 from unime_st.identity.content import Content
 
 logger = logging.getLogger(__name__)
@@ -31,41 +32,7 @@ _BATCHES_A_CHUNK = 8
 _LETTERS_AN_IMAGE = 1000
 
 
-class BrokenItemError(ValueError):
-    """An item that cannot be read or encoded.
-
-    Args:
-        position: Where it is in the list given.
-        reason: What is wrong with it.
-    """
-
-    def __init__(self, position: int, reason: str) -> None:
-        super().__init__(f"Item {position} cannot be encoded: {reason}")
-        self.position = position
-        self.reason = reason
-
-
 Cache = EmbeddingCache | str | Path | Section
-
-
-def effective_prompt(model: Any, prompt: str | None = None, prompt_name: str | None = None) -> str | None:
-    """The prompt `model.encode` would use: `prompt`, else the one named, else the model's default one, else None.
-
-    Raises:
-        ValueError: the model has no prompt of that name.
-    """
-    if prompt is not None:
-        return prompt
-    prompts = getattr(model, "prompts", None) or {}
-    name = prompt_name if prompt_name is not None else getattr(model, "default_prompt_name", None)
-    if name is None:
-        return None
-    if name not in prompts:
-        raise ValueError(
-            f"prompt_name={name!r}, but the model's prompts are {sorted(prompts)}. "
-            "Name one of them or give the text itself as `prompt`."
-        )
-    return prompts[name]
 
 
 def open_section(

@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 
 from unime_st import distributed
 from unime_st.data.arguments import check_count, check_number
-from unime_st.data.store.embeddings import EmbeddingStore
-from unime_st.data.store.waiting import PATIENCE, Waiting
+from unime_st.embedding.store import EmbeddingStore
+from unime_st.embedding.waiting import PATIENCE, Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def embed_missing(
 
     Args:
         store: Where embeddings are kept.
-        keys: ``(n,)``, all different; see :func:`~unime_st.data.store.embeddings.key_array`.
+        keys: ``(n,)``, all different; see :func:`~unime_st.embedding.store.key_array`.
         sizes: ``(n,)`` how long each input is, in any unit.
         embed: Takes places ``(m,)`` in ``keys`` and returns their embeddings ``(m, D)``.
         shard_size: Inputs embedded at a time, which make one file: what a kill can cost.

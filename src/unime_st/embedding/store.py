@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from unime_st.columns import LABEL
-from unime_st.data.store.full_disk import explained_full_disk
+from unime_st.embedding.full_disk import explained_full_disk
 from unime_st.files import checksum, remove_leftovers, write_atomically
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save
 from torch import nn
 
 from unime_st.arguments import require_number, require_path
-from unime_st.evaluation.sections import (
+from unime_st.embedding.sections import (
     MARKER,
     SectionInfo,
     read_description,
