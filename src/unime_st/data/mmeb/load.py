@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from unime_st.arguments import require_number
-from unime_st.data.images import ItemReader, resolve_image
+from unime_st.data.images import ItemReader
 from unime_st.data.mmeb.eval_rows import EVAL_COLUMNS, OPTIONAL_EVAL_COLUMNS, check_row, eval_pairs
 from unime_st.data.mmeb.train_rows import NEGATIVE_COLUMNS, TRAIN_COLUMNS, read_train
 from unime_st.data.mmeb.train_rows import check_images as _check_images
@@ -23,7 +23,7 @@ from unime_st.data.parquet import (
     find_sources,
 )
 
-__all__ = ["load_mmeb_eval", "load_mmeb_train", "resolve_image"]
+__all__ = ["load_mmeb_eval", "load_mmeb_train"]
 
 logger = logging.getLogger(__name__)
 
