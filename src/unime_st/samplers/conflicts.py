@@ -1,4 +1,4 @@
-"""Which rows of a training set are false negatives of each other."""
+"""Finds which rows of a training set are false negatives of each other."""
 
 from __future__ import annotations
 

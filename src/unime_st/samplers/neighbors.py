@@ -30,9 +30,9 @@ _MAX_PAIRS = 100_000_000
 
 @dataclass(frozen=True)
 class Neighbors:
-    """What a guide says about ``N`` rows."""
+    """A guide's judgement of ``N`` rows; `pairs` are those beyond the margin."""
 
-    pairs: np.ndarray  # (P, 2) rows; the first one's query is nearer to the second one's target, by over the margin
+    pairs: np.ndarray  # (P, 2) rows; the first one's query is nearer to the second one's target than to its own
     hardest: np.ndarray  # (N, k) rows with the most similar targets that are not false, hardest first; -1 for none
     twins: np.ndarray  # (N,) the first row with the same target embedding, which stands for all of them in `hardest`
     recall: dict[str, float]  # share of "conflicts" and "hardest" found, by a sample; empty after an exact comparison

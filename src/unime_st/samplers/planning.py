@@ -1,4 +1,4 @@
-"""Which rows meet in which global batch of each epoch: a function of the seed and the epoch's number only."""
+"""Plans which rows meet in which global batch of each epoch, by the seed and the epoch's number only."""
 
 from __future__ import annotations
 
