@@ -58,9 +58,9 @@ def pack_tree(keys: np.ndarray, mask: np.ndarray, *, hidden_size: int, training:
     ``keys`` (B, T), int64 and padded on the left, identify each token, so that equal beginnings have equal states;
     ``mask`` (B, T) tells tokens from padding, with at least one token per row.
 
-    Work is counted as linear layers do it, plus attention's share, which grows with the length: about P * L * (1 + L /
-    (4 * hidden_size)), as measured on the demo's miniature (D = 576). A training step of adapters takes no gradients of
-    the linear layers' own weights, so attention's share is about twice that.
+    Work is counted as linear layers do it, plus attention's share, which grows with the length: about
+    P * L * (1 + L / (4 * hidden_size)), as measured on the demo's miniature (D = 576). A training step of adapters
+    takes no gradients of the linear layers' own weights, so attention's share is about twice that.
     """
     order, starts, lengths, shared = _sorted(keys, mask)
 
