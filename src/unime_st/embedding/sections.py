@@ -1,4 +1,4 @@
-"""Where embeddings are kept: in memory, or in a folder of a cache; and what such a folder says of itself."""
+"""Where embeddings are kept: in memory, or in a folder of a cache with a description of itself."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _GONE = ".evicted"
 
 
 class Section(Protocol):
-    """Where embeddings of one model under one prompt are kept, on disk or in memory."""
+    """Keeps the embeddings of one model under one prompt, on disk or in memory."""
 
     def get(self, fingerprints: Iterable[str]) -> list[np.ndarray | None]:
-        """Look up embeddings, None where there is none."""
+        """Look up embeddings; None stands for a missing one."""
 
     def add(self, fingerprints: Sequence[str], embeddings: np.ndarray) -> None:
         """Store embeddings (N, D)."""
 
 
 class MemorySection:
-    """Keeps embeddings for as long as it lives: one evaluation's several tasks encode nothing twice."""
+    """Keeps embeddings for as long as it lives, so that the tasks of one evaluation encode nothing twice."""
 
     def __init__(self) -> None:
         self._rows: dict[str, np.ndarray] = {}
@@ -43,7 +43,7 @@ class MemorySection:
         return len(self._rows)
 
     def get(self, fingerprints: Iterable[str]) -> list[np.ndarray | None]:
-        """Look up embeddings, None where there is none."""
+        """Look up embeddings; None stands for a missing one."""
         return [self._rows.get(fingerprint) for fingerprint in fingerprints]
 
     def add(self, fingerprints: Sequence[str], embeddings: np.ndarray) -> None:
@@ -53,17 +53,17 @@ class MemorySection:
 
 @dataclass(frozen=True)
 class SectionInfo:
-    """What a section of a cache holds.
+    """The content of one section of a cache.
 
     Attributes:
-        folder: Where it is.
+        folder: Folder of the section.
         model: Fingerprint of the model, 64 hexadecimal digits.
         prompt: The prompt text, "" for none.
-        settings: What else decides the embeddings, e.g. the resolution.
-        items: How many embeddings, as far as its shards can be read.
-        num_bytes: On disk.
-        last_used: When it was last opened or written, in seconds since 1970.
-        outdated: Whether its model is known by the rule of another version: no model finds it any more.
+        settings: Other settings that decide the embeddings, e.g. the resolution.
+        items: Number of embeddings, as far as its shards can be read.
+        num_bytes: Size on disk.
+        last_used: Time when it was last opened or written, in seconds since 1970.
+        outdated: Whether its model was fingerprinted by another version's rule, so that no model finds it any more.
     """
 
     folder: Path
@@ -80,11 +80,7 @@ class SectionInfo:
 
 
 def read_description(marker: Path) -> dict[str, Any] | None:
-    """What a section's ``section.json`` says; None, and a line in the log, for one that is damaged.
-
-    Raises:
-        OSError: When it is not there or cannot be read.
-    """
+    """The content of a section's ``section.json``; None, and a line in the log, if it is damaged."""
     try:
         told = json.loads(marker.read_bytes())
     except ValueError:
@@ -98,7 +94,7 @@ def read_description(marker: Path) -> dict[str, Any] | None:
 
 
 def section_info(marker: Path) -> SectionInfo | None:
-    """What is in a section, None when another process has just deleted it."""
+    """The content of a section, or None when another process has just deleted it."""
     try:
         told = read_description(marker) or {}
         files = [path for path in marker.parent.iterdir() if path.is_file()]
@@ -122,15 +118,15 @@ def section_info(marker: Path) -> SectionInfo | None:
 
 
 def remove_section(folder: Path) -> None:
-    """Delete a section at once, whoever reads or writes there: first it loses its name.
+    """Delete a section at once, even while others read or write there: it is renamed first.
 
     A process that was about to write into it finds no folder, and makes it anew; one that reads has fewer embeddings.
     """
-    with contextlib.suppress(OSError):  # gone already, or on a disk that is not to be written
+    with contextlib.suppress(OSError):  # it is gone already, or on a read-only disk
         shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.{uuid.uuid4().hex}{_GONE}")), ignore_errors=True)
 
 
 def remove_half_deleted(folder: Path) -> None:
-    """Delete what processes that were killed while they deleted sections have left."""
+    """Delete what is left of sections whose deletion was killed."""
     for left in folder.glob(f".*{_GONE}"):
         shutil.rmtree(left, ignore_errors=True)

@@ -1,10 +1,10 @@
 """Encoders of this package in mteb: a wrapper that applies a task's instruction, a ``ModelMeta``, results as metadata.
 
-A stock ``SentenceTransformer`` goes through ``mteb.evaluate`` too, but mteb has one way to tell it a task's
-instruction, ``prompt``, and that replaces UniME's own ("Summary above image in one word: "). The wrapper here puts
-the instruction before the content, as MMEB's rows do, and keeps UniME's at the end. UniME-V2's published models have
-none at the end; of mteb's own wrapper for them this one differs where a task has no instruction: mteb gives queries one
-of its own making, their authors none. Needs the extra ``eval``.
+A stock ``SentenceTransformer`` can be evaluated by ``mteb.evaluate`` too, but mteb passes a task's instruction to it
+only as ``prompt``, which replaces UniME's own ("Summary above image in one word: "). The wrapper here puts the
+instruction before the content, as MMEB's rows do, and keeps UniME's prompt at the end. UniME-V2's published models have
+no prompt at the end. For them the wrapper differs from mteb's own where a task has no instruction: mteb makes one up
+for queries, and their authors use none. This module needs the extra ``eval``.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ class MTEBEncoder(AbsEncoder):
     """Wraps an encoder for mteb: texts, images and both, with the task's instruction before the content.
 
     Args:
-        model_name: What to load: a folder or a Hub name; or a ``SentenceTransformer``.
-        revision: Of the model on the Hub; folders have none.
-        device: Where to run.
+        model_name: A folder or a Hub name to load, or a ``SentenceTransformer``.
+        revision: Revision of the model on the Hub; folders have none.
+        device: Device to run on.
         checkpoint: Folder to load in place of ``model_name``, under whose name results are filed.
-        embed_dim: Dimensions to keep.
+        embed_dim: Number of dimensions to keep.
         use_task_instructions: False gives every task the bare content.
-        image_size: Force every image to this side, or (width, height). None takes what the authors of a published model
-            evaluate at (1,344 for UniME-V2) when ``model_name`` or ``published`` names it, and else leaves images as
-            they are.
+        image_size: Resize every image to this side, or (width, height), ignoring its shape. When ``model_name`` or
+            ``published`` names a published model, None takes the size at which its authors evaluate (1,344 for
+            UniME-V2); otherwise None leaves images as they are.
         **kwargs: Arguments of :func:`unime_st.load_encoder`.
     """
 
@@ -88,7 +88,7 @@ class MTEBEncoder(AbsEncoder):
         self.use_task_instructions = use_task_instructions
 
     def instruction(self, task_metadata: TaskMetadata, prompt_type: PromptType | None) -> str:
-        """Say what a task asks for, for its queries or its documents; "" for nothing.
+        """Return a task's instruction for its queries or its documents, "" for none.
 
         A task's prompt is a text, meant for queries and for tasks without them, or a mapping from kind to text.
         """
@@ -110,14 +110,14 @@ class MTEBEncoder(AbsEncoder):
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """Encode what a data loader yields.
+        """Encode the inputs that a data loader yields.
 
         Args:
             inputs: Yields batches of columns: ``text``, ``image`` or both.
-            task_metadata: Of the task.
+            task_metadata: Metadata of the task, with its prompt.
             hf_split: Not used.
             hf_subset: Not used.
-            prompt_type: Query or document.
+            prompt_type: Whether the inputs are queries or documents.
             **kwargs: ``batch_size`` and ``show_progress_bar`` are used.
 
         Returns:
@@ -152,7 +152,7 @@ class MTEBEncoder(AbsEncoder):
 def _items(
     batch: Mapping[str, Any], instruction: str, image_size: tuple[int, int] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Inputs of a batch of columns, the instruction before the text, images forced to a size."""
+    """The inputs of a batch of columns, with the instruction before the text and images resized."""
     texts, images = batch.get("text"), batch.get("image")
     count = len(texts if texts is not None else images if images is not None else [])
     if not count:
@@ -173,13 +173,13 @@ def mteb_model_meta(
 
     Args:
         checkpoint: A saved encoder, or one in memory.
-        name: ``organisation/model``.
+        name: Name of the form ``organisation/model``.
         register: Make ``mteb.get_model_meta(name)`` find it, in this process.
-        **fields: Of ``ModelMeta``, e.g. ``license``, ``reference``, ``training_datasets``, ``release_date``.
+        **fields: Fields of ``ModelMeta``, e.g. ``license``, ``reference``, ``training_datasets``, ``release_date``.
 
     Returns:
-        What ``mteb.evaluate`` takes in place of a model. Its ``revision`` is the beginning of the fingerprint of the
-        weights unless given, so results of other weights are never taken for these.
+        The object that ``mteb.evaluate`` takes in place of a model. Its ``revision`` is the beginning of the
+        fingerprint of the weights unless given, so results of other weights are never taken for these.
 
     Raises:
         ImportError: If mteb is not installed.
@@ -226,17 +226,17 @@ def _loader(model: SentenceTransformer) -> Any:
 
 
 def eval_results(results: Iterable[Any], tasks: Iterable[Any]) -> list[EvalResult]:
-    """Turn mteb's results into the Hub's metadata of a model card, one entry a task, split and subset.
+    """Turn mteb's results into the Hub's metadata of a model card, one entry per task, split and subset.
 
     Args:
         results: ``mteb.evaluate(...).task_results``.
-        tasks: What was evaluated.
+        tasks: The tasks that were evaluated.
 
     Returns:
-        What ``huggingface_hub.ModelCardData(eval_results=...)`` takes; main scores in percent.
+        The entries for ``huggingface_hub.ModelCardData(eval_results=...)``, with main scores in percent.
 
     Raises:
-        ValueError: If a result is of none of the tasks.
+        ValueError: If a result belongs to none of the tasks.
     """
     metadata = {task.metadata.name: task.metadata for task in tasks}
     entries = []
@@ -263,5 +263,5 @@ def eval_results(results: Iterable[Any], tasks: Iterable[Any]) -> list[EvalResul
 
 
 def _slug(name: str) -> str:
-    """From mteb's "Any2AnyRetrieval" to the Hub's "any2any-retrieval"."""
+    """Turn mteb's "Any2AnyRetrieval" into the Hub's "any2any-retrieval"."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()

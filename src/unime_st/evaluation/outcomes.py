@@ -1,4 +1,4 @@
-"""Results by row: what two evaluations are compared by, and how many of them only a rule for ties decides."""
+"""Results by row, by which two evaluations are compared, and how many of them only a rule for ties decides."""
 
 from __future__ import annotations
 
@@ -24,33 +24,21 @@ _TASKS_NAMED = 5
 FIRST_WINS = "the first of equal scores wins"
 TIE_IS_WRONG = "a tie is wrong"
 NOT_TOLD = "not told: right in MMEB, wrong elsewhere"
-"""Of files written before the rule was noted in them."""
+"""The rule of files that were written before they recorded it."""
 
 
 @dataclass(frozen=True)
 class TaskOutcomes:
-    """Results of one task by row.
+    """The results of one task by row."""
 
-    Attributes:
-        rows: Number of each row in the task, shape (rows,).
-        scores: Its share of the task's metric (hit@1, nDCG@5, recall@1 ...), in [0, 1], shape (rows,).
-        tied: Whether only the rule for ties decided that, for a wrong candidate scored exactly as well, shape (rows,).
-        rule: What becomes of ties.
-    """
-
-    rows: np.ndarray
-    scores: np.ndarray
-    tied: np.ndarray
+    rows: np.ndarray  # (rows,) the number of each row in the task
+    scores: np.ndarray  # (rows,) its share of the task's metric (hit@1, nDCG@5, recall@1 ...), in [0, 1]
+    tied: np.ndarray  # (rows,) whether only the rule for ties decided that, since a wrong candidate scored the same
     rule: str = FIRST_WINS
 
 
 def told_of_ties(outcomes: Mapping[str, TaskOutcomes]) -> str:
-    """Say which tasks are decided by ties in more than 1 % of their rows; "" if none is.
-
-    Example:
-        >>> told_of_ties({"VQA": TaskOutcomes(np.arange(2), np.ones(2), np.array([True, False]))})
-        'Equal scores decide more than 1 % of the rows of: VQA (1 of 2; score 100.0 %, 50.0 % without them). ...'
-    """
+    """A warning that names the tasks decided by ties in more than 1 % of their rows; "" if there are none."""
     many = {task: own for task, own in outcomes.items() if own.tied.sum() > _MOST_TIED * len(own.tied)}
     if not many:
         return ""
@@ -70,19 +58,7 @@ def told_of_ties(outcomes: Mapping[str, TaskOutcomes]) -> str:
 
 
 def write_outcomes(path: str | Path, outcomes: Mapping[str, TaskOutcomes]) -> None:
-    """Write results by row as one parquet file with the columns task, row, score, tied; beside them the rules for ties.
-
-    Args:
-        path: The file; replaced whole.
-        outcomes: Task -> results.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "rows.parquet"
-        >>> write_outcomes(path, {"VQA": TaskOutcomes(np.array([3]), np.array([1.0]), np.array([False]))})
-        >>> read_outcomes(path)["VQA"].rows
-        array([3])
-    """
+    """Write results by row as one parquet file with the columns task, row, score, tied, and the rules for ties."""
     sizes = [len(own.rows) for own in outcomes.values()]
     tasks = pa.array(np.repeat(np.array(list(outcomes), dtype=object), sizes), pa.string())
 
@@ -99,19 +75,14 @@ def write_outcomes(path: str | Path, outcomes: Mapping[str, TaskOutcomes]) -> No
 
 
 def read_outcomes(path: str | Path) -> dict[str, TaskOutcomes]:
-    """Read what :func:`write_outcomes` wrote.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged or has other columns.
-    """
+    """Read the file of :func:`write_outcomes`; one that is damaged or has other columns is refused."""
     try:
         table = pq.read_table(path, columns=list(_COLUMNS))
         told = (table.schema.metadata or {}).get(_CHECKSUM)
         rules = json.loads((table.schema.metadata or {}).get(_RULES, "{}"))
         damaged = told is not None and told.decode("ascii", "replace") != _checksum(table)
         if told is None and table.schema.metadata:
-            damaged = True  # what is written without a checksum, by an earlier version, has no metadata at all
+            damaged = True  # files of versions without checksums have no metadata at all
     except FileNotFoundError:
         raise
     except _UNREADABLE as error:

@@ -1,4 +1,4 @@
-"""Results that others published, to set ours beside."""
+"""Results that others published, for comparison with ours."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ def published_results(benchmark: Benchmark) -> list[dict[str, Any]]:
     """Read the published rows of a benchmark, in percent.
 
     Args:
-        benchmark: ``"mmeb"``: by meta-task, distribution and ``overall``, of which ``average`` says whether it is the
-            ``mean_of_tasks`` (36) or the ``mean_of_meta_tasks`` (4): the two differ by three points and do not compare.
-            ``"retrieval"``: recall@1 of each set by direction. ``"sugarcrepe"``: accuracy by group.
+        benchmark: ``"mmeb"`` has scores by meta-task, by distribution and ``overall``; ``average`` says whether
+            ``overall`` is the ``mean_of_tasks`` (36) or the ``mean_of_meta_tasks`` (4), which differ by three points
+            and do not compare. ``"retrieval"`` has recall@1 of each set by direction, and ``"sugarcrepe"`` has accuracy
+            by group.
 
     Returns:
-        One mapping a model, with its ``model`` and ``source``.
+        One mapping per model, with its ``model`` and ``source``.
 
     Raises:
         KeyError: If there is no such benchmark.
@@ -35,14 +36,14 @@ def published_results(benchmark: Benchmark) -> list[dict[str, Any]]:
 def published_task_scores(model: str | None = None) -> dict[str, dict[str, float]]:
     """Read published scores by task, over MMEB V2's 36 image, 19 video and 24 document rows.
 
-    They are those of the scores published with VLM2Vec 2.0.1: hit@1 of images and videos, linear nDCG@5 of documents,
-    in [0, 1]. The plain mean of the 36 image rows is the published image score.
+    They are the scores published with VLM2Vec 2.0.1: hit@1 of images and videos, linear nDCG@5 of documents, in [0, 1].
+    The plain mean of the 36 image rows is the published image score.
 
     Args:
         model: ``"VLM2Vec-V2.0-Qwen2VL-2B"`` or another of the models; None for all.
 
     Returns:
-        Model -> task -> score.
+        A mapping from model to task to score.
 
     Raises:
         KeyError: If there is no such model.

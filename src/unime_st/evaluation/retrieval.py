@@ -23,35 +23,35 @@ from unime_st.paths import resolve_below
 Direction = Literal["text_to_image", "image_to_text"]
 DIRECTIONS: tuple[Direction, Direction] = ("text_to_image", "image_to_text")
 
-_KEPT = 10  # best results kept of each query, for galleries
+_KEPT = 10  # number of the best results kept for each query, for galleries
 _SHOWN = 5
 
 
 class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
     """Recall@k of images by their captions and of captions by their image (Flickr30K, COCO, ShareGPT4V, Urban1K).
 
-    A direction is named by its query: ``text_to_image`` asks with each caption for its image, ``image_to_text`` with
-    each image for *any* of its captions. Images and captions of the same content are one candidate; a caption that also
-    belongs to another image is right for both. A wrong candidate that scores exactly as well goes first: the published
-    scripts leave that to ``torch.topk``, which promises no order.
+    A direction is named by its query: ``text_to_image`` searches the image of each caption, ``image_to_text`` *any* of
+    the captions of each image. Images and captions of the same content are one candidate; a caption that also belongs
+    to another image is right for both. A wrong candidate that scores exactly as well goes first: the published scripts
+    leave the order to ``torch.topk``, which promises none.
 
     Args:
-        images: N images: paths, or what else ``encode`` takes.
-        captions: For each image its captions, at least one (UniME's protocol: five; COCO's first five). The model gets
+        images: N images: paths, or other inputs that ``encode`` takes.
+        captions: The captions of each image, at least one (UniME's protocol: five; COCO's first five). The model gets
             them as ``{"text": caption}``, so that none is taken for the name of a file.
-        name: Put before the metrics' names.
-        ks: The k of recall@k, at least 1 each.
-        shuffle_images_seed: Deals the images out anew among the captions: a check, not a result, since recall
-            must fall to :meth:`chance`. If it does not, an answer leaks into the query.
-        chunk_size: Queries a matrix product.
+        name: Prefix of the metrics' names.
+        ks: Every k of recall@k, at least 1 each.
+        shuffle_images_seed: Shuffles the images among the captions. This is a check and not a result: recall must fall
+            to :meth:`chance`; if it does not, an answer leaks into the query.
+        chunk_size: Number of queries per matrix product.
         **arguments: ``batch_size``, ``prompt``, ``prompt_name``, ``cache_dir``, ``show_progress_bar`` and ``write_csv``
             of :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
 
     Attributes:
-        rankings: Of the last call, for each direction the ranks and the ten best candidates of each query. An image is
-            its number in ``images``, a caption its number in ``texts``; of equal ones the first.
-        texts: All captions in a row.
-        image_of: For each of ``texts`` the number of its image, shape (captions,).
+        rankings: The ranks and the ten best candidates of each query in each direction, from the last call. An image is
+            its number in ``images``, a caption its number in ``texts``; equal ones have the number of the first.
+        texts: All captions, one after the other.
+        image_of: The number of the image of each of ``texts``, shape (captions,).
         primary_metric: ``mean_recall@k`` over both directions, at the smallest k.
 
     Raises:
@@ -60,7 +60,7 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
     Metrics:
         ``text_to_image_recall@k``, ``image_to_text_recall@k`` and ``mean_recall@k`` for each k, all in [0, 1];
         ``text_to_image_ties`` and ``image_to_text_ties``, the number of queries that another order of equal scores
-        would make right at one of the k. A warning tells when they are many.
+        would make right at one of the k. A warning is logged when there are many.
 
     Example:
         >>> class Brightness:  # stands for a model
@@ -118,7 +118,7 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         """Read a folder of images with a ``metadata.jsonl`` beside them, the layout of ``datasets``' ImageFolder.
 
         Args:
-            folder: Holds the images and ``metadata.jsonl``, whose rows are
+            folder: Folder of the images and ``metadata.jsonl``, whose rows are
                 ``{"file_name": "a.jpg", "text": "a caption" or ["several"]}``; rows of the same image add up.
             **arguments: Arguments of the class; ``name`` defaults to the folder's name.
 
@@ -170,10 +170,10 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
 
     @classmethod
     def from_dataset(cls, dataset: Dataset | str, **arguments: Any) -> Self:
-        """Read a data set or one of the Hub, see :func:`~unime_st.data.caption_sets.read_caption_dataset`.
+        """Read a data set, given or from the Hub, see :func:`~unime_st.data.caption_sets.read_caption_dataset`.
 
         Args:
-            dataset: Rows, or a name on the Hub.
+            dataset: A data set, or its name on the Hub.
             **arguments: ``split``, ``image_column``, ``caption_columns``, ``captions_per_image`` and ``image_root`` of
                 the reader, and arguments of the class.
         """
@@ -195,8 +195,8 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         Args:
             model: A ``SentenceTransformer``.
             output_path: Folder for the results, or None.
-            epoch: Written into the results.
-            steps: Written into the results.
+            epoch: The epoch, which is written into the results.
+            steps: The step, which is written into the results.
 
         Returns:
             The metrics, see the class.
@@ -205,7 +205,7 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         embeddings, index, _ = self.encode(model, items, self._where)
         images, image_place = _once(index[: len(self.images)])
         texts, text_place = _once(index[len(self.images) :])
-        of_distinct: list[dict[int, None]] = [{} for _ in images]  # an image that comes twice has the captions of both
+        of_distinct: list[dict[int, None]] = [{} for _ in images]  # an image that occurs twice has the captions of both
         for text, image in enumerate(self.image_of):
             of_distinct[image_place[image]][int(text_place[text])] = None
         captions_of = [list(of_distinct[place]) for place in image_place]
@@ -231,11 +231,12 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
 
     @property
     def last_details(self) -> dict[Direction, list[dict[str, Any]]]:
-        """Of the last call, what each query found.
+        """The results of each query of the last call.
 
         Returns:
-            Direction -> for each query `query`, its number in ``texts`` or ``images``; `right`, the numbers of the
-            right candidates; `rank`, from 1, of the best of them; `top`, the numbers of the best five candidates.
+            A mapping from direction to one entry per query: `query`, its number in ``texts`` or ``images``; `right`,
+            the numbers of the right candidates; `rank`, from 1, of the best of them; `top`, the numbers of the best
+            five candidates.
         """
         return {
             direction: [
@@ -255,16 +256,16 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         *,
         with_right: bool = False,
     ) -> list[dict[str, Any]]:
-        """Show what queries found in the last call, as entries of :meth:`~unime_st.evaluation.Report.add_gallery`.
+        """Show the results of the last call, as entries of :meth:`~unime_st.evaluation.Report.add_gallery`.
 
         Args:
-            k: Results a query, at most ten.
-            direction: Of the search.
+            k: Results per query, at most ten.
+            direction: Direction of the search.
             queries: Numbers of captions or images; None takes all.
-            with_right: Whether the best right answer comes after them where none is among them, with its rank.
+            with_right: Whether to add the best right answer, with its rank, where no result is right.
 
         Returns:
-            For each query `query`, `results` (each an `image` or a `text`, and whether it is `right`) and `rank`.
+            One entry per query: `query`, `results` (each an `image` or a `text`, and whether it is `right`) and `rank`.
 
         Raises:
             ValueError: If there was no call yet, or ``k`` is out of range.
@@ -290,7 +291,7 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         return entries
 
     def outcomes(self) -> dict[str, TaskOutcomes]:
-        """Recall at the smallest k of each query, by direction, of the last call."""
+        """The recall of each query of the last call at the smallest k, by direction."""
         return {
             direction: TaskOutcomes(
                 np.arange(len(ranking.ranks)),
@@ -312,13 +313,13 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         return metrics
 
     def chance(self) -> dict[str, float]:
-        """Return the recalls of a random order, by the metrics' names without the evaluator's.
+        """Return the recalls of a random order, by the metrics' names without the evaluator's prefix.
 
         With m right among n candidates, recall@k is 1 - C(n - m, k) / C(n, k). Equal images or captions are counted as
         distinct here.
 
         Returns:
-            Expected recall for each direction and k.
+            The expected recall for each direction and k.
         """
         n_images, n_texts = len(self.images), len(self.texts)
         per_image = np.bincount(self.image_of, minlength=n_images)
@@ -331,7 +332,7 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
 
 
 def _once(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keep the first of equal things: their positions, and for each thing its place among them."""
+    """The positions of the first of equal things, and for each thing its place among them."""
     _, first, place = np.unique(index, return_index=True, return_inverse=True)
     order = np.argsort(first)
     rank = np.empty_like(order)

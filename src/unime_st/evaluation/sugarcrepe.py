@@ -1,4 +1,4 @@
-"""SugarCrepe: does the model prefer a caption to one that differs in an attribute, object or relation?"""
+"""SugarCrepe: whether a model prefers a caption to one that differs in an attribute, object or relation."""
 
 from __future__ import annotations
 
@@ -30,29 +30,24 @@ Triplet = tuple[Any, str, str]
 
 @dataclass(frozen=True)
 class PreferenceScores:
-    """Outcome of one set.
+    """The outcome of one set."""
 
-    Attributes:
-        positive: Cosine of image and right caption, shape (rows,).
-        negative: Cosine of image and wrong caption, shape (rows,).
-    """
-
-    positive: np.ndarray
-    negative: np.ndarray
+    positive: np.ndarray  # (rows,) cosine of image and right caption
+    negative: np.ndarray  # (rows,) cosine of image and wrong caption
 
     @property
     def right(self) -> np.ndarray:
-        """Whether the right caption is strictly nearer: a tie is wrong, shape (rows,)."""
+        """Whether the right caption is strictly nearer, since a tie is wrong, (rows,)."""
         return self.positive > self.negative
 
     @property
     def tied(self) -> np.ndarray:
-        """Whether both are equally near, shape (rows,)."""
+        """Whether both captions are equally near, (rows,)."""
         return self.positive == self.negative
 
 
 class SugarCrepeEvaluator(EmbeddingEvaluator):
-    """Accuracy of choosing the right of two captions for an image, by set and group of sets.
+    """Accuracy of choosing the right one of two captions for an image, by set and group of sets.
 
     A row is right when cos(image, caption) > cos(image, negative caption); a tie is wrong, as published. Chance is 0.5.
     A group's score is the plain mean of its sets.
@@ -62,20 +57,21 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
             so that none is taken for the name of a file.
         groups: Group name -> names of its sets. None means the published Replace, Swap and Add if every set is one of
             theirs (a group is scored over the sets given), else no groups.
-        name: Put before the metrics' names.
+        name: Prefix of the metrics' names.
         **arguments: ``batch_size``, ``prompt``, ``prompt_name``, ``cache_dir``, ``show_progress_bar`` and ``write_csv``
             of :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
 
     Attributes:
-        scores: Of the last call, set name -> :class:`PreferenceScores` of each row.
+        scores: Set name -> :class:`PreferenceScores` of each row, from the last call.
         primary_metric: ``mean_of_groups_accuracy``, or ``mean_of_sets_accuracy`` without groups.
 
     Raises:
-        ValueError: If there are no sets, a set is empty, a row has not three cells, or a group names an unknown set.
+        ValueError: If there are no sets, a set is empty, a row does not have three cells, or a group names an unknown
+            set.
 
     Metrics:
         ``<set>_accuracy``, ``<group>_accuracy``, ``mean_of_sets_accuracy``, ``mean_of_groups_accuracy`` and ``ties``,
-        the number of tied rows. A warning tells when they are many.
+        the number of tied rows. A warning is logged when there are many.
 
     Example:
         >>> class Lengths:  # stands for a model
@@ -135,8 +131,8 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
         """Read the published layout: ``<set>.json`` with ``filename``, ``caption``, ``negative_caption`` in each entry.
 
         Args:
-            folder: Holds one JSON file a set, a list of entries or a mapping from ids to entries.
-            image_root: Where the file names lead (COCO val2017).
+            folder: Folder of one JSON file per set, a list of entries or a mapping from ids to entries.
+            image_root: Folder of the images (COCO val2017).
             sets: Names of the sets; None reads every JSON file.
             **arguments: Arguments of the class.
 
@@ -163,13 +159,13 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
         image_root: str | Path | None = None,
         **arguments: Any,
     ) -> SugarCrepeEvaluator:
-        """Read data sets, or some of the Hub, with an image, a right and a wrong caption in each row.
+        """Read data sets, in memory or from the Hub, with an image, a right and a wrong caption in each row.
 
         Args:
             sets: Set name -> rows, or the name of a data set on the Hub (``"owner/name"`` or ``"owner/name:config"``).
-            split: Of data sets on the Hub.
+            split: Split of the data sets on the Hub.
             columns: Names of image, caption and negative caption.
-            image_root: Folder that the paths lead to where the first column holds those, see
+            image_root: Folder of the images where the first column holds paths, see
                 :func:`~unime_st.data.caption_sets.read_caption_dataset`.
             **arguments: Arguments of the class.
 
@@ -205,8 +201,8 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
         Args:
             model: A ``SentenceTransformer``.
             output_path: Folder for the results, or None.
-            epoch: Written into the results.
-            steps: Written into the results.
+            epoch: The epoch, which is written into the results.
+            steps: The step, which is written into the results.
 
         Returns:
             The metrics, see the class.
@@ -238,7 +234,7 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
         raise IndexError(item)
 
     def outcomes(self) -> dict[str, TaskOutcomes]:
-        """Whether each row is right, by set, of the last call."""
+        """Whether each row of the last call is right, by set."""
         return {
             name: TaskOutcomes(np.arange(len(scores.right)), scores.right, scores.tied, rule=TIE_IS_WRONG)
             for name, scores in self.scores.items()

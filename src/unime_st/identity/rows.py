@@ -1,4 +1,4 @@
-"""What tells that two rows of a training set hold the same content, read from the stored table."""
+"""Identities of the content of a training set's rows, read from the stored table."""
 
 from __future__ import annotations
 
@@ -18,18 +18,10 @@ _READ_ROWS = 16384
 
 
 def row_identities(dataset: Dataset, label_columns: list[str] | None = None) -> Iterator[np.ndarray]:
-    """Content of the query, content of the target and, where it is a whole number or a name, the label of every row.
+    """Yield ``(N,)`` numbers of the query, the target and, where usable, the label, equal where rows hold the same.
 
-    The stored table is read, underneath any transform, so no image is opened: an image stored as a path is known by the
-    path, one stored as bytes by its bytes.
-
-    Yields:
-        ``(N,)`` numbers; rows with an equal number hold the same.
-
-    Example:
-        >>> rows = Dataset.from_dict({"query": ["a", "b", "a"], "target": ["x", "y", "z"]})
-        >>> [numbers.tolist() for numbers in row_identities(rows)]
-        [[0, 1, 0], [0, 1, 2]]
+    A label is usable when it is a whole number or a name. The stored table is read underneath any transform, so no
+    image is opened: an image stored as a path is known by the path, one stored as bytes by its bytes.
     """
     columns = training_columns(dataset.column_names, label_columns)
     for name in (columns.anchor, columns.positive):
@@ -37,18 +29,14 @@ def row_identities(dataset: Dataset, label_columns: list[str] | None = None) -> 
             yield _numbers(_content(chunk) for chunk in _chunks(dataset, name))
     label = columns.label
     if label is not None and _is_identity(dataset.features[label]):
-        # A row without a label shares it with nobody.
+        # A row without a label shares it with no other row.
         yield _numbers((chunk.to_pylist() for chunk in _chunks(dataset, label)), none_is_alone=True)
 
 
 def subset_numbers(dataset: Dataset) -> tuple[np.ndarray, list[str]]:
-    """Which data set each row comes from, by the stored column :data:`~unime_st.columns.SUBSET`.
+    """The data set of each row ``(N,)`` by the column :data:`~unime_st.columns.SUBSET`, and the names of the sets.
 
-    Returns:
-        ``(N,)`` numbers, and the name that each stands for, in the order of their first rows.
-
-    Raises:
-        ValueError: Without such a column.
+    The names are in the order of their first rows.
     """
     if SUBSET not in dataset.column_names:
         raise ValueError(
@@ -67,7 +55,7 @@ def _chunks(dataset: Dataset, name: str) -> Iterator[pa.Array]:
 
 
 def _numbers(chunks: Iterable[list[Any]], none_is_alone: bool = False) -> np.ndarray:
-    """Number values by their first appearance."""
+    """Number values in the order of their first appearance."""
     seen: dict[Any, int] = {}
     found = [
         seen.setdefault(object() if none_is_alone and value is None else value, len(seen))
@@ -78,9 +66,9 @@ def _numbers(chunks: Iterable[list[Any]], none_is_alone: bool = False) -> np.nda
 
 
 def _content(cells: pa.Array) -> list[Any]:
-    """A hashable value for each cell, equal exactly where :func:`~unime_st.identity.content.content_id` is.
+    """A hashable value for each cell; two are equal exactly where :func:`~unime_st.identity.content.content_id` is.
 
-    Texts and ``{"image": path, "text"}`` stand for themselves, several times as fast as hashing them.
+    Texts and ``{"image": path, "text"}`` stand for themselves, which is several times as fast as hashing them.
     """
     if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
         return pc.fill_null(cells, "").to_pylist()
@@ -103,6 +91,6 @@ def _stored_id(value: Any) -> int:
 
 
 def _is_identity(feature: Any) -> bool:
-    """Whether a label says what the target is: not a score, nor a teacher's embedding."""
+    """Whether a label names the target, as a score or a teacher's embedding does not."""
     dtype = feature.dtype if isinstance(feature, Value) else getattr(feature, "dtype", "")
     return str(dtype).startswith(("int", "uint", "bool", "string", "large_string"))

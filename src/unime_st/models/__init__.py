@@ -1,7 +1,7 @@
-"""Architectures that transformers lacks, made known to its Auto classes.
+"""Architectures that transformers lacks, registered with its Auto classes.
 
-``import unime_st`` is enough: ``AutoModel.from_pretrained`` and whatever stands on it, sentence-transformers' own
-modules included, then read these checkpoints. It costs nothing until transformers is imported.
+After ``import unime_st``, ``AutoModel.from_pretrained`` and everything built on it, sentence-transformers' own modules
+included, read these checkpoints. It costs nothing until transformers is imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _HOST = "transformers"
 
 
 def register_families() -> None:
-    """Register with the Auto classes: now when transformers is imported already, otherwise as soon as it is."""
+    """Register with the Auto classes: now if transformers is imported already, otherwise as soon as it is."""
     if _HOST in sys.modules:
         _register()
     elif not any(isinstance(finder, _HostFinder) for finder in sys.meta_path):
@@ -50,7 +50,7 @@ def _register() -> None:
 
 
 class _HostFinder(MetaPathFinder):
-    """Finds transformers as Python would, once, and has the families registered after its import."""
+    """Finds transformers once, as Python would, and registers the families after its import."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -65,7 +65,7 @@ class _HostFinder(MetaPathFinder):
 
 
 class _LoaderWithSequel(Loader):
-    """A module's own loader, and something to do when it is done."""
+    """A module's own loader, with a function to call after the import."""
 
     def __init__(self, loader: Any, sequel: Callable[[], None]) -> None:
         self.loader = loader

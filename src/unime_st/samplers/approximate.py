@@ -1,4 +1,4 @@
-"""An approximate index of nearest targets, by faiss."""
+"""An approximate index of nearest targets, made with faiss."""
 
 from __future__ import annotations
 
@@ -14,28 +14,13 @@ _SEED = 0
 
 
 class NearestTargets:
-    """Finds most of the targets nearest to a query, without comparing it with all.
+    """Finds most of the targets nearest to a query without comparing the query with all of them.
 
-    An inverted file whose cells number as the square root of the targets, read as 4-bit product codes; what comes best
-    by those is scored exactly.
-
-    Attributes:
-        places: ``(T,)`` the place of each target when they are ordered by cell: near ones are near each other.
-
-    Args:
-        targets: ``(T, D)`` float32, of length 1.
-
-    Raises:
-        ImportError: When faiss is not installed.
-
-    Example:
-        >>> targets = torch.nn.functional.normalize(torch.randn(500, 16, generator=torch.manual_seed(0)), dim=1)
-        >>> scores, numbers = NearestTargets(targets).search(targets[7:8], 3)
-        >>> numbers[0, 0].item(), round(scores[0, 0].item(), 4)
-        (7, 1.0)
+    An inverted file, with about the square root of the number of targets as its number of cells, holds 4-bit product
+    codes; the best candidates by those codes are then scored exactly.
     """
 
-    def __init__(self, targets: torch.Tensor) -> None:
+    def __init__(self, targets: torch.Tensor) -> None:  # (T, D) float32, of length 1
         faiss = import_faiss()
         array = targets.numpy()
         count, dim = array.shape
@@ -55,20 +40,14 @@ class NearestTargets:
         self.targets = array
         lists = cells_of.invlists
         by_cell = [faiss.rev_swig_ptr(lists.get_ids(cell), lists.list_size(cell)) for cell in range(cells)]
-        self.places = np.empty(count, dtype=np.int64)
+        self.places = np.empty(count, dtype=np.int64)  # (T,) rank of each target by cell: near ones are close
         self.places[np.concatenate(by_cell)] = np.arange(count)
 
     def search(self, queries: torch.Tensor, number: int, thorough: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Look up queries.
+        """Return exact scores and target numbers, about in order of the scores.
 
-        Args:
-            queries: ``(n, D)`` float32, of length 1.
-            number: ``C``, or as many as there are targets.
-            thorough: Look at eight times as many cells, for queries with many near targets.
-
-        Returns:
-            ``(n, C)`` exact scores, -inf where there are no more; ``(n, C)`` numbers of targets, -1 there; about in
-            order of the scores.
+        Both are ``(n, C)`` for queries ``(n, D)``; missing results have score -inf and number -1. ``thorough`` looks at
+        eight times as many cells, for queries with many near targets.
         """
         faiss, asked = import_faiss(), np.ascontiguousarray(queries.numpy())
         number = min(number, len(self.targets))
@@ -82,7 +61,7 @@ class NearestTargets:
 
 
 def import_faiss() -> Any:
-    """Import faiss, or say what to install."""
+    """Import faiss, or raise an error that says what to install."""
     try:
         import faiss
     except ImportError as error:

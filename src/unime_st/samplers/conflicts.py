@@ -1,4 +1,4 @@
-"""Which rows of a training set are false negatives of each other."""
+"""Finds which rows of a training set are false negatives of each other."""
 
 from __future__ import annotations
 
@@ -10,33 +10,26 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Conflicts:
-    """Rows that may not meet: those that share a key, and pairs of neighbours.
+    """Rows that may not meet: rows that share a key, and pairs of neighbours."""
 
-    Attributes:
-        keys: ``(N, kinds)`` numbers in [0, ``num_keys``), each kind with its own range; -1 where nobody shares it.
-        num_keys: How many shared keys there are.
-        starts: ``(N + 1,)``: row ``i``'s neighbours are ``neighbours[starts[i]:starts[i + 1]]``.
-        neighbours: Row numbers.
-    """
-
-    keys: np.ndarray
+    keys: np.ndarray  # (N, kinds) in [0, num_keys), a range of its own for each kind; -1 where no other row shares it
     num_keys: int
-    starts: np.ndarray
+    starts: np.ndarray  # (N + 1,) the neighbours of row i are neighbours[starts[i]:starts[i + 1]]
     neighbours: np.ndarray
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def key_sizes(self) -> np.ndarray:
-        """Rows that share each key, ``(num_keys,)``."""
+        """The number of rows that share each key, ``(num_keys,)``."""
         return np.bincount(self.keys[self.keys >= 0], minlength=self.num_keys)
 
     def degrees(self) -> np.ndarray:
-        """How many rows each row conflicts with, at most; 0 for a row that fits anywhere. ``(N,)``."""
+        """An upper bound on the rows that each row conflicts with; 0 for a row that fits anywhere. ``(N,)``."""
         return (self._sizes_by_row() - 1).sum(axis=1) + np.diff(self.starts)
 
     def heaviest_keys(self) -> tuple[np.ndarray, np.ndarray]:
-        """The most shared key of each row, -1 for none, and how many rows share it, 1 for none; both ``(N,)``."""
+        """Each row's most shared key (-1 for none), and how many rows share it (1 for none); both ``(N,)``."""
         if self.keys.shape[1] == 0:
             return np.full(len(self), -1), np.ones(len(self), dtype=np.int64)
         sizes = self._sizes_by_row()
@@ -44,16 +37,15 @@ class Conflicts:
         return np.take_along_axis(self.keys, kind, 1)[:, 0], np.take_along_axis(sizes, kind, 1)[:, 0]
 
     def _sizes_by_row(self) -> np.ndarray:
-        return np.append(self.key_sizes(), 1)[self.keys]  # the last stands for "no key"
+        return np.append(self.key_sizes(), 1)[self.keys]  # the appended entry stands for "no key"
 
     def take(self, rows: np.ndarray) -> Conflicts:
-        """The conflicts among some rows, which are numbered anew in the order given; keys keep their numbers.
+        """The conflicts among some rows, which are renumbered in the order given; keys keep their numbers.
 
-        Example:
-            >>> every = find_conflicts([np.array([7, 8, 7, 8])], np.array([[1, 2], [0, 3]]), 4)
-            >>> conflicts = every.take(np.array([2, 1]))
-            >>> conflicts.keys.tolist(), conflicts.neighbours_of(0).tolist(), conflicts.neighbours_of(1).tolist()
-            ([[0], [1]], [1], [0])
+        >>> every = find_conflicts([np.array([7, 8, 7, 8])], np.array([[1, 2], [0, 3]]), 4)
+        >>> conflicts = every.take(np.array([2, 1]))
+        >>> conflicts.keys.tolist(), conflicts.neighbours_of(0).tolist(), conflicts.neighbours_of(1).tolist()
+        ([[0], [1]], [1], [0])
         """
         number = np.full(len(self), -1, dtype=np.int32)
         number[rows] = np.arange(len(rows), dtype=np.int32)
@@ -67,22 +59,15 @@ class Conflicts:
         return Conflicts(self.keys[rows], self.num_keys, starts, neighbours[inside])
 
     def neighbours_of(self, row: int) -> np.ndarray:
-        """Rows too similar to this one, by the guide."""
+        """The rows that the guide finds too similar to this one."""
         return self.neighbours[self.starts[row] : self.starts[row + 1]]
 
 
 def find_conflicts(identities: Iterable[np.ndarray], pairs: np.ndarray | None, rows: int) -> Conflicts:
-    """Gather what is known about rows into one table.
+    """Gather the conflicts of ``N`` rows.
 
-    Args:
-        identities: Arrays ``(N,)``; rows with an equal value in one of them conflict.
-        pairs: ``(P, 2)`` further pairs of rows, in any order and direction.
-        rows: ``N``.
-
-    Example:
-        >>> conflicts = find_conflicts([np.array([7, 8, 7])], np.array([[1, 2]]), 3)
-        >>> conflicts.keys.tolist(), conflicts.neighbours_of(2).tolist(), conflicts.degrees().tolist()
-        ([[0], [-1], [0]], [1], [1, 1, 2])
+    Rows conflict when they have an equal value in one of the ``identities`` ``(N,)``, or are one of the ``pairs``
+    ``(P, 2)``, which may come in any order and direction.
     """
     columns, num_keys = [], 0
     for values in identities:
@@ -97,7 +82,7 @@ def find_conflicts(identities: Iterable[np.ndarray], pairs: np.ndarray | None, r
 
 
 def _both_ways(pairs: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each row's neighbours, whichever way round their pairs are; sorted in place, for there may be many millions."""
+    """The starts and neighbours of each row from undirected pairs; sorted in place, to spare memory."""
     count = len(pairs)
     flat = np.empty(2 * count, dtype=np.int64)
     for part, first in ((flat[:count], 0), (flat[count:], 1)):

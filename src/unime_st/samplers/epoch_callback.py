@@ -9,11 +9,11 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 
 class SamplerEpochCallback(TrainerCallback):
-    """Sets the epoch of the batch sampler, however deep accelerate has wrapped it.
+    """Sets the epoch of the batch sampler, however deeply accelerate has wrapped it.
 
-    Only needed to resume in the middle of a second or later epoch on several processes: the Trainer (transformers 5)
-    then fails to reach the sampler through the wrapper that skips batches around the one that shards them, and the
-    first epoch's order would be resumed.
+    It is needed only to resume in the middle of a second or later epoch on several processes: the Trainer
+    (transformers 5) then fails to reach the sampler through the wrapper that skips batches around the one that shards
+    them, and would resume in the order of the first epoch.
 
     Example:
         >>> from unime_st.samplers import SamplerEpochCallback
@@ -23,7 +23,7 @@ class SamplerEpochCallback(TrainerCallback):
     def on_epoch_begin(  # type: ignore[override]
         self, _args: TrainingArguments, state: TrainerState, *_: Any, train_dataloader: Any = None, **__: Any
     ) -> None:
-        """Walk down the wrappers; the Trainer calls this before it draws the epoch's first batch."""
+        """Set the epoch through all wrappers; the Trainer calls this before it draws the epoch's first batch."""
         epoch = math.floor((state.epoch or 0.0) + 1e-6)
         sampler = getattr(train_dataloader, "batch_sampler", None)
         while sampler is not None:

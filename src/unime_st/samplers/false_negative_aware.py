@@ -36,12 +36,12 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
     * with a guide: a query that is more similar to the other row's target than to its own, by more than ``margin``.
 
     Every row is drawn at most once an epoch. Rows that conflict with too many others to be placed are left out of the
-    epoch, others each time, counted in the log and listed in :attr:`unplaced`.
+    epoch, different ones each time, counted in the log and listed in :attr:`unplaced`.
 
-    With ``homogeneous=True`` all rows of a global batch come from one data set, told by the stored column ``subset``,
-    and the batches of the sets follow each other at random, so in proportion to their size. What is left of each set
-    after its full global batches is left out of the epoch, other rows each time; without ``drop_last`` the last,
-    smaller global batch comes from the one set with most rows left, always the same one, so that the length stays.
+    With ``homogeneous=True`` all rows of a global batch come from one data set, which the stored column ``subset``
+    names, and the batches of the sets follow each other at random, so in proportion to their size. What is left of each
+    set after its full global batches is left out of the epoch, other rows each time; without ``drop_last`` the last,
+    smaller global batch comes from the set with the most rows left, always the same one, so that the length stays.
 
     Give the class to ``batch_sampler=`` of the training arguments, or :meth:`configured` with options.
 
@@ -55,38 +55,39 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
 
     Args:
         dataset: The training set; the first column is the query, the second the target.
-        batch_size: Rows a batch on each process, ``B``.
-        drop_last: Leave out what does not fill a whole global batch. Else it comes last, in batches of ``B`` and one of
-            the rest.
-        valid_label_columns: Names taken for the label. A label counts when it is an integer, boolean or string, not
-            when it is a score or an embedding.
+        batch_size: Rows per batch on each process, ``B``.
+        drop_last: Leave out the rows that do not fill a whole global batch. Otherwise they come last, in batches of
+            ``B`` and one of the rest.
+        valid_label_columns: Names of columns that hold the label. A label counts when it is an integer, boolean or
+            string, and not when it is a score or an embedding.
         generator: Ignored: epochs are drawn from a private generator made of ``seed`` and the epoch, so that resuming
             repeats them.
-        seed: See above.
-        world_size: Processes that share a global batch, ``W``; None for the number running.
+        seed: Seed of the epochs' batches.
+        world_size: Number of processes that share a global batch, ``W``; None for the number running.
         guide_queries: ``(N, D)`` embeddings of the rows' queries by a guide, or the path of an ``.npy`` file of them. A
             path is better in training, because the Trainer stores its arguments with each checkpoint.
         guide_targets: ``(N, D)`` embeddings of the targets, likewise.
-        margin: Of the guide, in cosine similarity, as ``margin`` of
+        margin: The guide's margin in cosine similarity, as ``margin`` of
             :class:`~unime_st.losses.HardNegativeInfoNCELoss`.
         hard_negatives_together: How many of each row's hardest rows by the guide, false ones left out, to draw into its
             global batch where they fit; 0 leaves batches to chance.
-        homogeneous: One data set a global batch. The rows must have the stored column ``subset``, which
+        homogeneous: Fill each global batch from one data set. The rows must have the stored column ``subset``, which
             ``load_mmeb_train(subset_column=True)`` adds and which must not reach the model: see
-            :func:`~unime_st.columns.without_subset`. Rows of different sets are then not compared by the guide.
-        max_rows_per_dataset: At most so many rows of each data set in an epoch, others each time; needs ``subset`` too.
+            :func:`~unime_st.columns.without_subset`. The guide then does not compare rows of different sets.
+        max_rows_per_dataset: Largest number of rows of each data set in an epoch, different rows each time; this needs
+            ``subset`` too.
         exact_neighbors: Compare every query with every target of the guide (True), or find candidates by an approximate
             index (False), which needs faiss (``pip install "unime_st[ann]"``) and misses a few: see :attr:`recall`.
             None compares everything up to 10,000 rows (of a set, with ``homogeneous``). Equal contents and labels are
             always kept apart exactly.
-        plan_dir: Folder to keep what the guide told in, so that a restarted run does not compare again. It is found
-            again by the embeddings' content and the settings. Only rank 0 needs to see it.
+        plan_dir: Folder that keeps the result of the guide's comparison, so that a restarted run does not compare
+            again. The result is found again by the embeddings' content and the settings. Only rank 0 needs to see it.
 
     Raises:
-        TypeError: When the data set is not a ``datasets.Dataset``, or a number is none.
+        TypeError: When the data set is not a ``datasets.Dataset``, or an argument that must be a number is not one.
         ImportError: When an approximate index is needed and faiss is missing.
         ValueError: When an argument is out of range, the guide's embeddings do not fit, the rows conflict so much that
-            they fill not one global batch, or ``subset`` is needed and missing.
+            they do not fill a single global batch, or ``subset`` is needed and missing.
 
     Relations:
         ``NoDuplicatesBatchSampler`` looks at one process's batch only, at texts in any column, and may draw rows twice;
@@ -159,7 +160,7 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
         """Bind options, for ``batch_sampler=`` of the training arguments.
 
         Args:
-            options: Of the constructor: ``world_size`` and what follows it.
+            options: Arguments of the constructor from ``world_size`` on.
 
         Example:
             >>> batch_sampler = FalseNegativeAwareBatchSampler.configured(world_size=4)
@@ -182,7 +183,7 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
 
     @property
     def unplaced(self) -> np.ndarray:
-        """Rows in no batch of the current epoch, in ascending order: for conflicts, over the cap, or left over."""
+        """Rows in no batch of the current epoch, ascending: they conflict, exceed the cap or are left over."""
         plan = self._plan()
         return np.setdiff1d(np.arange(len(self.dataset)), np.concatenate([plan.full.ravel(), plan.tail]))
 
@@ -193,7 +194,7 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
 
     @functools.cached_property
     def conflicts(self) -> Conflicts:
-        """What is known of the rows; found on first use."""
+        """The rows that may not meet, found on first use."""
         identities = row_identities(self.dataset, self.valid_label_columns)
         pairs = None if self._neighbors is None else self._neighbors.pairs
         return find_conflicts(identities, pairs, len(self.dataset))
@@ -212,7 +213,7 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
 
     @functools.cached_property
     def _planner(self) -> Planner:
-        """Holds a plan found once, whose size every epoch keeps."""
+        """The planner, with a plan found once whose size every epoch keeps."""
         size, neighbors = self.batch_size * self.world_size, self._neighbors
         together = neighbors is not None and self.hard_negatives_together > 0
         planner = Planner(
@@ -229,7 +230,7 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
         return planner
 
     def _report(self, planner: Planner, size: int) -> None:
-        """Refuse a plan without a full batch, and tell of rows and data sets that are left out."""
+        """Refuse a plan without a full batch, and log which rows and data sets are left out."""
         rows = planner.num_drawn
         if planner.num_full == 0 and rows >= size:
             raise ValueError(
@@ -261,14 +262,14 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
                 )
 
     def _plan(self) -> Plan:
-        """The current epoch's plan, a function of the seed and the epoch only."""
+        """The current epoch's plan, which depends on the seed and the epoch only."""
         if self._epoch_plan is None or self._epoch_plan[0] != self.epoch:
             self._epoch_plan = (self.epoch, self._planner.epoch(self.epoch))
         return self._epoch_plan[1]
 
 
 def _check_hidden(dataset: Dataset) -> None:
-    """Refuse a data set whose rows show the Trainer the column of names, which it would take for a negative."""
+    """Refuse rows that show the Trainer the column of names, which it would take for a negative."""
     if dataset.format["type"] != "custom" and SUBSET in dataset.format["columns"]:
         raise ValueError(
             f"The rows have {SUBSET!r} among their columns, so the Trainer would embed the data sets' names as "

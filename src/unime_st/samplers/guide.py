@@ -14,22 +14,9 @@ _READ_ROWS = 16384
 
 
 class GuideEmbeddings:
-    """One embedding a row, read a piece at a time, so that a file never is in memory whole in its own format.
+    """One embedding per row, read a piece at a time, so that a file is never whole in memory in its own format.
 
-    Args:
-        name: Of the argument, for errors.
-        given: ``(N, D)`` array or tensor, or the path of an ``.npy`` file.
-        rows: ``N`` that is expected.
-
-    Raises:
-        FileNotFoundError: When the file is missing.
-        TypeError: When it holds no numbers.
-        ValueError: When the shape does not fit.
-
-    Example:
-        >>> guide = GuideEmbeddings("guide_queries", np.array([[3.0, 4.0], [0.0, 2.0]]), rows=2)
-        >>> guide.unit_rows().tolist()
-        [[0.6000000238418579, 0.800000011920929], [0.0, 1.0]]
+    ``name`` is the argument that errors speak of; ``given`` is ``(rows, D)``, or the path of an ``.npy`` file.
     """
 
     def __init__(self, name: str, given: Any, rows: int) -> None:
@@ -63,7 +50,7 @@ class GuideEmbeddings:
             yield np.ascontiguousarray(self._open()[start : start + _READ_ROWS])
 
     def digest(self) -> str:
-        """Of the whole content."""
+        """The hash of the whole content."""
         total = hashlib.blake2b(digest_size=16)
         for piece in self._pieces():
             total.update(f"{piece.dtype.str}{piece.shape}".encode())
@@ -71,11 +58,7 @@ class GuideEmbeddings:
         return total.hexdigest()
 
     def unit_rows(self) -> torch.Tensor:
-        """Rows of length 1, float32, ``(N, D)``.
-
-        Raises:
-            ValueError: For numbers that are not finite, or a row of zeros, with the argument's name and the row.
-        """
+        """The rows scaled to length 1, float32, ``(N, D)``; a row of zeros or of numbers not finite is refused."""
         unit = torch.empty(self.rows, self.dim)
         for number, piece in enumerate(self._pieces()):
             tensor, start = torch.from_numpy(piece.astype(np.float32)), number * _READ_ROWS
@@ -94,14 +77,14 @@ class GuideEmbeddings:
         return unit
 
     def twins(self) -> np.ndarray:
-        """The first row whose embedding is the same to the bit, of each row; ``(N,)``."""
+        """For each row, the first row whose embedding is the same to the bit; ``(N,)``."""
         hashes = np.concatenate([_row_hashes(piece) for piece in self._pieces()] or [np.empty(0, np.uint64)])
         _, first, codes = np.unique(hashes, return_index=True, return_inverse=True)
         return first[codes]
 
 
 def _row_hashes(rows: np.ndarray) -> np.ndarray:
-    """64 bits a row, all rows at once: words are mixed, then summed with random factors (two rows collide by 2^-64)."""
+    """A 64-bit hash per row: words are mixed, then summed with random factors (two rows collide by 2^-64)."""
     raw = rows.view(np.uint8).reshape(len(rows), -1)
     raw = np.pad(raw, ((0, 0), (0, -raw.shape[1] % 8)))
     words = np.ascontiguousarray(raw).view(np.uint64)

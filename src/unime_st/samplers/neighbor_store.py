@@ -1,4 +1,4 @@
-"""Keeping on disk what a guide told of rows."""
+"""Keeps the neighbours that a guide found on disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unime_st.samplers.neighbors import Neighbors, find_neighbors
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # of what find_neighbors computes: raise it when its results change
+_VERSION = 1  # raise it when the results of find_neighbors change
 _ARRAYS = ("pairs", "hardest", "twins")
 _DAMAGE = (
     ValueError,
@@ -33,35 +33,18 @@ _DAMAGE = (
 
 
 class NeighborStore:
-    """A folder of :class:`~unime_st.samplers.neighbors.Neighbors`, each known by all that it depends on.
+    """A folder of :class:`~unime_st.samplers.neighbors.Neighbors`, each under a digest of all that it depends on.
 
-    Files are ``neighbors-<digest>.<array>.npy`` and, written last, ``neighbors-<digest>.json``, without which the
-    arrays count as not there: a process that is killed leaves nothing that would be taken for whole. It holds checksums
-    of all; what is damaged, or of before there were any, is found again, and the log says so.
-
-    Args:
-        folder: Made when missing.
-
-    Example:
-        >>> import tempfile
-        >>> store, guide = NeighborStore(Path(tempfile.mkdtemp())), GuideEmbeddings("guide", np.eye(3), rows=3)
-        >>> first = store.load_or_find(guide, guide, margin=0.1, num_hardest=1)
-        >>> again = store.load_or_find(guide, guide, margin=0.1, num_hardest=1)
-        >>> np.array_equal(first.hardest, again.hardest), len(list(store.folder.iterdir()))
-        (True, 4)
+    The files are ``neighbors-<digest>.<array>.npy`` and, written last, ``neighbors-<digest>.json`` with checksums of
+    all; without it the arrays do not count, so a killed process leaves nothing that would be taken for whole. Results
+    that are damaged, or older than the checksums, are computed again, and the log says so.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def load_or_find(self, queries: GuideEmbeddings, targets: GuideEmbeddings, **options: Any) -> Neighbors:
-        """Load what was found before for the same embeddings and options, else find and keep it.
-
-        Args:
-            queries: See :func:`~unime_st.samplers.neighbors.find_neighbors`.
-            targets: See there.
-            options: Its others.
-        """
+        """Load the result kept for the same embeddings and options, or compute and keep it."""
         digest = _digest(queries, targets, options)
         record = self._path(digest, "json")
         if record.exists() and (kept := self._load(digest)) is not None:
@@ -70,7 +53,7 @@ class NeighborStore:
         found = find_neighbors(queries, targets, **options)
         if self.folder.exists():
             remove_leftovers(self.folder)
-        record.unlink(missing_ok=True)  # first: it must not speak for other arrays
+        record.unlink(missing_ok=True)  # first, for it must not vouch for other arrays
         for name in _ARRAYS:
             write_atomically(self._path(digest, f"{name}.npy"), getattr(found, name))
         settings = {name: value for name, value in options.items() if name != "groups"}
@@ -80,7 +63,7 @@ class NeighborStore:
         return found
 
     def _load(self, digest: str) -> Neighbors | None:
-        """What was found before; None, and a line in the log, when it is damaged."""
+        """The kept result; None, and a line in the log, when it is damaged."""
         record = self._path(digest, "json")
         try:
             told = json.loads(record.read_bytes())

@@ -1,4 +1,4 @@
-"""Rows that a guide finds too similar to meet, and those it finds hardest: from the same scores, computed once."""
+"""Rows that a guide finds too similar to meet, and the hardest of the others, from scores computed once."""
 
 from __future__ import annotations
 
@@ -30,22 +30,12 @@ _MAX_PAIRS = 100_000_000
 
 @dataclass(frozen=True)
 class Neighbors:
-    """What a guide tells of ``N`` rows.
+    """A guide's judgement of ``N`` rows; `pairs` are those beyond the margin."""
 
-    Attributes:
-        pairs: ``(P, 2)``: the first row's query is more similar to the second row's target than to its own, by over the
-            margin.
-        hardest: ``(N, k)`` rows whose targets are most similar to the row's query without being false, the hardest
-            first; -1 where there are no more. Of rows with one target embedding the first stands for all.
-        twins: ``(N,)`` the first row with the same target embedding.
-        recall: Share of what comparing everything finds, measured on a sample of rows that were searched
-            approximately: ``conflicts`` and ``hardest``; empty when everything was compared.
-    """
-
-    pairs: np.ndarray
-    hardest: np.ndarray
-    twins: np.ndarray
-    recall: dict[str, float]
+    pairs: np.ndarray  # (P, 2) rows; the first one's query is nearer to the second one's target than to its own
+    hardest: np.ndarray  # (N, k) rows with the most similar targets that are not false, hardest first; -1 for none
+    twins: np.ndarray  # (N,) the first row with the same target embedding, which stands for all of them in `hardest`
+    recall: dict[str, float]  # share of "conflicts" and "hardest" found, by a sample; empty after an exact comparison
 
 
 def find_neighbors(
@@ -57,25 +47,11 @@ def find_neighbors(
     groups: np.ndarray | None = None,
     exact: bool | None = None,
 ) -> Neighbors:
-    """Score queries against targets and keep what matters.
+    """Score queries ``(N, D)`` against targets ``(N, D)``, and keep the false negatives and the ``num_hardest`` others.
 
-    Args:
-        queries: ``(N, D)`` embeddings of the rows' queries.
-        targets: ``(N, D)`` embeddings of their targets.
-        margin: In cosine similarity. A target more similar to a query than its own by over this is a false negative.
-        num_hardest: ``k`` of the hardest rows that are not false.
-        groups: ``(N,)`` numbers; rows of different ones never meet, so are not compared.
-        exact: Compare everything (True), candidates from an approximate index (False), or the latter in groups of over
-            10,000 rows (None).
-
-    Raises:
-        ImportError: When an index is needed and faiss is not installed.
-        ValueError: When the embeddings differ in dimension or are not finite, or the margin makes most rows conflict.
-
-    Example:
-        >>> corner = GuideEmbeddings("guide", np.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), rows=3)
-        >>> find_neighbors(corner, corner, margin=0.1, num_hardest=1).hardest.tolist()
-        [[1], [0], [1]]
+    A target that is more similar to a query than the query's own, by more than ``margin``, is a false negative. Rows
+    with different numbers in ``groups`` ``(N,)`` never meet, so they are not compared. ``exact=None`` compares
+    everything in groups of up to 10,000 rows, and takes candidates from an approximate index in larger ones.
     """
     check_margin(margin, optional=False)
     require_number("num_hardest", num_hardest, least=0)
@@ -125,23 +101,14 @@ def _mean_recall(recalls: list[tuple[int, dict[str, float]]]) -> dict[str, float
 
 
 class _Search:
-    """The rows of one group.
-
-    Args:
-        queries: ``(N, D)`` of all rows, of length 1.
-        targets: ``(N, D)`` likewise.
-        members: ``(M,)`` the group's rows.
-        twins: ``(M,)`` the first row of all with the target of each; equal targets are compared once.
-        margin: See :func:`find_neighbors`.
-        k: Of the hardest rows.
-    """
+    """Compares the ``M`` rows of one group."""
 
     def __init__(
         self,
-        queries: torch.Tensor,
-        targets: torch.Tensor,
-        members: np.ndarray,
-        twins: np.ndarray,
+        queries: torch.Tensor,  # (N, D) of all rows, of length 1
+        targets: torch.Tensor,  # (N, D) likewise
+        members: np.ndarray,  # (M,) the group's rows
+        twins: np.ndarray,  # (M,) the first row of all with the target of each; equal targets are compared once
         *,
         margin: float,
         k: int,
@@ -156,7 +123,7 @@ class _Search:
     def run(self, approximate: bool) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield positions in the group, their pairs ``(p, 2)`` and their hardest rows ``(n, k)``, part by part."""
         self.index = NearestTargets(self.targets) if approximate else None
-        # Cell after cell, so that what is read again soon is still in the processor's cache.
+        # Cell after cell, so that targets read again soon are still in the processor's cache.
         order = np.arange(len(self.members)) if self.index is None else np.argsort(self.index.places[self.codes])
         chunk = _CHUNK if self.index is None else _INDEX_CHUNK
         for start in range(0, len(order), chunk):
@@ -164,7 +131,7 @@ class _Search:
             yield part, *self._rows(part, *self._find(part))
 
     def _find(self, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See :meth:`_judge`; through the index when there is one."""
+        """The result of :meth:`_judge`, through the index when there is one."""
         if self.index is None:
             return self._judge(part, self._query(part) @ self.targets.T, None)
         queries = self._query(part)
@@ -185,15 +152,11 @@ class _Search:
     def _judge(
         self, part: np.ndarray, scores: torch.Tensor, candidates: torch.Tensor | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The one rule: false beyond the margin, else as hard as similar.
+        """Judge candidates: a target is false beyond the margin, and otherwise the harder the more similar it is.
 
-        Args:
-            part: ``(n,)`` positions in the group.
-            scores: ``(n, C)`` of their queries with candidates; overwritten.
-            candidates: ``(n, C)`` codes of targets, -1 for none; None when they are all targets in order.
-
-        Returns:
-            ``(p, 2)`` position in ``part`` and code of each false negative; ``(n, k)`` codes of the hardest others.
+        For positions ``part`` ``(n,)`` and their ``scores`` ``(n, C)``, which are overwritten, with ``candidates``
+        ``(n, C)`` (codes of targets, -1 for none; None stands for all targets in order) it returns the position in
+        ``part`` and the code of each false negative ``(p, 2)``, and the codes of the hardest others ``(n, k)``.
         """
         own_code = torch.from_numpy(self.codes[part])[:, None]  # (n, 1)
         if candidates is None:
@@ -212,7 +175,7 @@ class _Search:
         return found, self._hardest(scores, false, candidates).numpy()
 
     def _hardest(self, scores: torch.Tensor, barred: torch.Tensor, candidates: torch.Tensor | None) -> torch.Tensor:
-        """Codes of the best scores that are not barred, -1 where there are no more; ``(n, k)``."""
+        """The codes of the best scores that are not barred, -1 where there are no more; ``(n, k)``."""
         if self.k == 0:
             return torch.empty(len(scores), 0, dtype=torch.int64)
         best = scores.masked_fill_(barred, -torch.inf).topk(min(self.k, scores.shape[1]), dim=1)
@@ -221,7 +184,7 @@ class _Search:
         return torch.nn.functional.pad(codes, (0, self.k - codes.shape[1]), value=-1)
 
     def _rows(self, part: np.ndarray, false: np.ndarray, hardest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Codes to rows: a false target is false in all rows that have it."""
+        """Turn codes into rows: a false target is false in all rows that have it."""
         counts = self.starts[false[:, 1] + 1] - self.starts[false[:, 1]]
         ends = np.cumsum(counts)
         at = np.repeat(self.starts[false[:, 1]] - (ends - counts), counts) + np.arange(int(counts.sum()))
@@ -230,10 +193,10 @@ class _Search:
         return pairs[rows != others], np.where(hardest < 0, -1, self.first[hardest])
 
     def recall(self) -> dict[str, float]:
-        """Compare the index with comparing everything, on some rows."""
+        """Measure the index against comparing everything, on a sample of rows."""
         sample = np.sort(np.random.default_rng(0).permutation(len(self.members))[:_SAMPLE])
         conflicts, hardest = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.int64)  # found, there
-        for start in range(0, len(sample), _CHUNK // 16):  # few at a time: their scores are as many as the targets
+        for start in range(0, len(sample), _CHUNK // 16):  # few at a time, for each has a score for every target
             part = sample[start : start + _CHUNK // 16]
             right_false, right_hard = self._judge(part, self._query(part) @ self.targets.T, None)
             false, hard = self._find(part)

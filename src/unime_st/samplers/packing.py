@@ -15,26 +15,11 @@ _NONE: frozenset[int] = frozenset()
 
 
 def pack(conflicts: Conflicts, num_bins: int, capacity: int, rng: np.random.Generator) -> np.ndarray:
-    """Place rows into bins at random: the most shared keys first, each row into the emptiest bin that it fits.
+    """Place ``N`` rows into bins at random, and return the bin of each row ``(N,)``, -1 for rows that found no place.
 
-    Dealing out one class after the other keeps all bins equally full, so when there is one kind of key only, this fills
-    every bin whenever that is possible; with several kinds it does well. Rows that fit anywhere are dealt out last.
-
-    Args:
-        conflicts: Of ``N`` rows.
-        num_bins: Global batches to fill.
-        capacity: Rows a bin.
-        rng: All choices are drawn from it.
-
-    Returns:
-        ``(N,)`` the bin of each row, -1 for rows that found no place.
-
-    Example:
-        >>> from unime_st.samplers.conflicts import find_conflicts
-        >>> two_labels = find_conflicts([np.array([0, 0, 1, 1])], None, 4)
-        >>> bins = pack(two_labels, num_bins=2, capacity=2, rng=np.random.default_rng(0))
-        >>> sorted(bins[:2].tolist()), sorted(bins[2:].tolist())
-        ([0, 1], [0, 1])
+    Rows with the most shared keys come first, each into the emptiest bin that it fits. Dealing out one class after the
+    other keeps all bins equally full, so with a single kind of key this fills every bin whenever that is possible; with
+    several kinds it does well. Rows that fit anywhere are dealt out last.
     """
     degrees = conflicts.degrees()
     key, weight = conflicts.heaviest_keys()
@@ -80,11 +65,11 @@ def _place_bound(
 
 
 class _OpenBins:
-    """The bins that are not full, the emptiest first, and the keys in them."""
+    """The bins that are not full, emptiest first, and the keys in them."""
 
     def __init__(self, conflicts: Conflicts, fill: np.ndarray, capacity: int, rng: np.random.Generator) -> None:
         self.num_bins, self.fill, self.capacity = len(fill), fill, capacity
-        self.priority = rng.random(len(fill))  # rows in the bin, and less than one of chance; inf when full
+        self.priority = rng.random(len(fill))  # rows in the bin plus a random number below one; inf when full
         self.heap = list(zip(self.priority.tolist(), range(len(fill)), strict=True))
         heapq.heapify(self.heap)
         first = np.concatenate([[0], np.cumsum(conflicts.key_sizes())])
@@ -94,7 +79,7 @@ class _OpenBins:
         self.keys: list[set[int]] = [set() for _ in range(len(fill))]
 
     def emptiest(self, keys: list[int], closed: AbstractSet[int]) -> int:
-        """The emptiest open bin without these keys that is not closed; -1 when there is none."""
+        """The emptiest open bin that holds none of these keys and is not closed; -1 when there is none."""
         for key in keys:
             if self.end[key] - self.first[key] == self.num_bins:
                 return -1
@@ -102,7 +87,7 @@ class _OpenBins:
         best = -1
         while self.heap and len(passed) < _LOOKS:
             priority, number = self.heap[0]
-            if priority != self.priority[number]:  # left over from before a row was put there
+            if priority != self.priority[number]:  # outdated, since a row was put there
                 heapq.heappop(self.heap)
             elif number in closed or not self.keys[number].isdisjoint(keys):
                 passed.append(heapq.heappop(self.heap))
@@ -116,7 +101,7 @@ class _OpenBins:
         return best
 
     def _emptiest_of_all(self, keys: list[int], closed: AbstractSet[int]) -> int:
-        """The same by one look at every bin, where many have to be passed over."""
+        """The same result by one look at every bin, for when many bins have to be passed over."""
         blocked = np.concatenate(
             [np.fromiter(closed - {-1}, dtype=np.int64), *(self.held[self.first[key] : self.end[key]] for key in keys)]
         )
@@ -128,7 +113,7 @@ class _OpenBins:
         return best if found else -1
 
     def put(self, number: int, keys: list[int], noise: float) -> None:
-        """Count a row in."""
+        """Count a row into a bin."""
         self.fill[number] += 1
         full = self.fill[number] == self.capacity
         self.priority[number] = priority = np.inf if full else float(self.fill[number]) + noise
@@ -143,10 +128,9 @@ class _OpenBins:
 def compatible(conflicts: Conflicts, rows: np.ndarray, limit: int) -> np.ndarray:
     """The first rows, at most ``limit``, of which no two conflict.
 
-    Example:
-        >>> from unime_st.samplers.conflicts import find_conflicts
-        >>> compatible(find_conflicts([np.array([5, 5, 6])], None, 3), np.array([0, 1, 2]), limit=3).tolist()
-        [0, 2]
+    >>> from unime_st.samplers.conflicts import find_conflicts
+    >>> compatible(find_conflicts([np.array([5, 5, 6])], None, 3), np.array([0, 1, 2]), limit=3).tolist()
+    [0, 2]
     """
     chosen: list[int] = []
     keys: set[int] = set()

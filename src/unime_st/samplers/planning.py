@@ -1,4 +1,4 @@
-"""Which rows meet in which global batch, epoch by epoch: a function of the seed and the epoch's number only."""
+"""Plans which rows meet in which global batch of each epoch, by the seed and the epoch's number only."""
 
 from __future__ import annotations
 
@@ -20,36 +20,26 @@ _SLOW_STEPS = 20
 
 @dataclass(frozen=True)
 class Plan:
-    """One epoch, or one pool's part of it.
+    """One epoch, or one pool's part of it."""
 
-    Attributes:
-        full: ``(bins, W * B)`` rows of each global batch.
-        tail: Rows of the last, smaller one; empty with ``drop_last``.
-    """
-
-    full: np.ndarray
-    tail: np.ndarray
+    full: np.ndarray  # (bins, W * B) the rows of each global batch
+    tail: np.ndarray  # rows of the last, smaller one; empty with drop_last
 
     @property
     def rows(self) -> int:
-        """Rows in all batches."""
+        """The number of rows in all batches."""
         return self.full.size + len(self.tail)
 
 
 @dataclass(frozen=True)
 class HardRows:
-    """Rows that should meet, if they may.
+    """Rows that should meet where they may."""
 
-    Attributes:
-        hardest: ``(N, k)`` see :class:`~unime_st.samplers.neighbors.Neighbors`; one row stands for all its twins.
-        twins: ``(N,)`` see there.
-    """
-
-    hardest: np.ndarray
-    twins: np.ndarray
+    hardest: np.ndarray  # (N, k) as in Neighbors: one row stands for all its twins
+    twins: np.ndarray  # (N,)
 
     def draw(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """For some rows, which of them they should meet, in their new numbers: a twin at random for each row meant."""
+        """The rows that each of these rows should meet, renumbered; a random twin stands for each of them."""
         number = np.full(len(self.twins), -1, dtype=np.int32)
         number[rows] = np.arange(len(rows), dtype=np.int32)
         order = rows[np.argsort(self.twins[rows], kind="stable")]
@@ -62,17 +52,10 @@ class HardRows:
 
 
 class Planner:
-    """Draws plans.
+    """Draws the plan of each epoch.
 
-    Args:
-        conflicts: Of ``N`` rows.
-        size: Rows a global batch, ``W * B``.
-        drop_last: Leave out what does not fill a whole global batch.
-        seed: See above.
-        subsets: ``(N,)`` the data set of each row, when that matters.
-        homogeneous: One data set a global batch.
-        max_rows: Of each data set in an epoch; None for all.
-        hard_rows: Rows to draw together, when that is wanted.
+    ``size`` is the number of rows per global batch, ``W * B``; ``max_rows`` bounds the rows of each data set in an
+    epoch.
     """
 
     def __init__(
@@ -82,7 +65,7 @@ class Planner:
         drop_last: bool,
         seed: int,
         *,
-        subsets: np.ndarray | None = None,
+        subsets: np.ndarray | None = None,  # (N,) the data set of each row
         homogeneous: bool = False,
         max_rows: int | None = None,
         hard_rows: HardRows | None = None,
@@ -98,21 +81,21 @@ class Planner:
 
     @property
     def num_full(self) -> int:
-        """Full global batches an epoch."""
+        """The number of full global batches per epoch."""
         return sum(len(plan.full) for plan in self.base)
 
     @property
     def num_tail(self) -> int:
-        """Rows of the last, smaller global batch."""
+        """The number of rows of the last, smaller global batch."""
         return len(self.base[self.tail_pool].tail) if self.base else 0
 
     @property
     def num_drawn(self) -> int:
-        """Rows that an epoch would hold if they all fitted."""
+        """The number of rows that an epoch would hold if they all fitted."""
         return sum(self._num_drawn(number) for number in range(len(self.pools)))
 
     def conflicting(self) -> int:
-        """How many rows an epoch leaves out for their conflicts, not for a cap or because they fill no batch."""
+        """How many rows an epoch leaves out for their conflicts, and not for a cap or an incomplete batch."""
         missing = 0
         for number, plan in enumerate(self.base):
             tailed = not self.drop_last and number == self.tail_pool
@@ -131,18 +114,18 @@ class Planner:
         return sum(min(len(rows), self.max_rows or len(rows)) for rows in self.pools[number])
 
     def _rows(self, number: int, rng: np.random.Generator) -> np.ndarray:
-        """Rows of a pool for one epoch: of each data set as many as the cap allows, others each time."""
+        """The rows of a pool for one epoch: as many per data set as the cap allows, different ones each time."""
         parts = self.pools[number]
         if self.max_rows is not None:
             parts = [rows if len(rows) <= self.max_rows else rng.permutation(rows)[: self.max_rows] for rows in parts]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _base_of(self, number: int) -> Plan:
-        """A pool's plan found once, whose size every epoch keeps; it is the first epoch's."""
+        """A pool's plan found once, whose size every epoch keeps; it is the plan of the first epoch."""
         num_bins = self._num_drawn(number) // self.size
         attempt = 0
         plan, placed = self._draw(number, num_bins, [0, number, attempt])
-        while plan is None:  # ends: no rows always fill no bins
+        while plan is None:  # this ends, for zero bins are always filled
             attempt += 1
             # In larger steps when small ones do not help.
             num_bins = min(max(0, placed // self.size - attempt // _SLOW_STEPS), num_bins)
@@ -165,7 +148,7 @@ class Planner:
     def _draw(
         self, number: int, num_bins: int, key: Sequence[int], everything: bool = False
     ) -> tuple[Plan | None, int]:
-        """Draw a plan with this many full global batches, or None when it fails; and how many rows found a place."""
+        """Draw a plan with ``num_bins`` full batches, or None when that fails, and the number of rows placed."""
         rng = np.random.default_rng([self.seed, *key])
         rows = np.concatenate(self.pools[number]) if everything else self._rows(number, rng)
         whole = len(rows) == len(self.conflicts)
@@ -185,11 +168,6 @@ class Planner:
 
 
 def split_by(numbers: np.ndarray) -> list[np.ndarray]:
-    """The rows of each number, in its order.
-
-    Example:
-        >>> [rows.tolist() for rows in split_by(np.array([1, 0, 1]))]
-        [[1], [0, 2]]
-    """
+    """The rows of each number, in the order of the numbers."""
     order = np.argsort(numbers, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1)

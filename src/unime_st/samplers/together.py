@@ -1,4 +1,4 @@
-"""Bringing rows and their hard negatives into the same bin, by exchanges that keep a packing valid."""
+"""Brings rows and their hard negatives into the same bin, by exchanges that keep a packing valid."""
 
 from __future__ import annotations
 
@@ -11,28 +11,11 @@ _VICTIMS = 4
 
 
 def draw_together(conflicts: Conflicts, bins: np.ndarray, hardest: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Exchange rows between bins so that rows meet their hard negatives.
+    """Exchange rows between bins so that rows meet their hard negatives, and return the new bins ``(N,)``.
 
-    Rows are visited at random; each fetches its hard negatives into its bin, where they stay, in exchange for rows of
-    its bin that are not wanted there. An exchange that would bring conflicting rows together is not made, so bins stay
-    as full and as free of conflicts as they were.
-
-    Args:
-        conflicts: Of ``N`` rows.
-        bins: ``(N,)`` the bin of each row, -1 for none.
-        hardest: ``(N, k)`` rows that each should meet, -1 for none; see
-            :class:`~unime_st.samplers.neighbors.Neighbors`.
-        rng: All choices are drawn from it.
-
-    Returns:
-        ``(N,)`` the new bins.
-
-    Example:
-        >>> from unime_st.samplers.conflicts import find_conflicts
-        >>> free, each_other = find_conflicts([], None, 4), np.array([[1], [0], [3], [2]])
-        >>> moved = draw_together(free, np.array([0, 1, 0, 1]), each_other, np.random.default_rng(0))
-        >>> bool(moved[0] == moved[1]), bool(moved[2] == moved[3])
-        (True, True)
+    Rows are visited at random; each fetches its hard negatives ``(N, k)`` (-1 for none) into its bin, where they stay,
+    in exchange for rows that nobody wants there. An exchange that would bring conflicting rows together is not made, so
+    bins ``(N,)`` (-1 for none) stay as full and as free of conflicts as they were.
     """
     table = _Table(conflicts, bins)
     wanted = bytearray(len(bins))
@@ -48,7 +31,7 @@ def draw_together(conflicts: Conflicts, bins: np.ndarray, hardest: np.ndarray, r
 
 
 def _fetch(table: _Table, row: int, others: list[int], picks: list[list[float]], wanted: bytearray) -> None:
-    """Bring a row's hard negatives to it, where nobody wants them elsewhere."""
+    """Bring a row's hard negatives to it, where no other row wants them elsewhere."""
     home = table.bins[row]
     members = table.members[home]
     for other, other_picks in zip(others, picks, strict=True):
@@ -65,7 +48,7 @@ def _fetch(table: _Table, row: int, others: list[int], picks: list[list[float]],
 
 
 class _Table:
-    """Who is in which bin, and which keys are taken there; in plain lists, which are faster one element at a time."""
+    """The rows and the taken keys of each bin, in plain lists, which are faster than arrays one element at a time."""
 
     def __init__(self, conflicts: Conflicts, bins: np.ndarray) -> None:
         self.neighbours, self.starts = conflicts.neighbours, conflicts.starts.tolist()
@@ -74,7 +57,7 @@ class _Table:
         count = int(bins.max(initial=-1)) + 1
         self.members: list[list[int]] = [[] for _ in range(count)]
         self.taken: list[set[int]] = [set() for _ in range(count)]
-        self.place = [0] * len(self.bins)  # of each row among its bin's members
+        self.place = [0] * len(self.bins)  # the position of each row among its bin's members
         for row, number in enumerate(self.bins):
             if number >= 0:
                 self.place[row] = len(self.members[number])
@@ -82,7 +65,7 @@ class _Table:
                 self.taken[number].update(self.keys[row])
 
     def exchange(self, first: int, second: int) -> bool:
-        """Exchange the bins of two rows unless one would meet a row it conflicts with; whether it was done."""
+        """Exchange the bins of two rows unless that makes a conflict; return whether it was done."""
         home, away = self.bins[first], self.bins[second]
         if not (self._fits(first, away, second) and self._fits(second, home, first)):
             return False

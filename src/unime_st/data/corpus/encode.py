@@ -1,4 +1,4 @@
-"""Encoding corpora that do not fit in memory, into files that survive a kill."""
+"""Encodes corpora that do not fit in memory into files that survive a kill."""
 
 from __future__ import annotations
 
@@ -48,34 +48,34 @@ def encode_corpus(
     show_progress_bar: bool | None = None,
     **encode_options: Any,
 ) -> EncodedCorpus:
-    """Encode a corpus into files, in constant memory; a run that was killed goes on when called again.
+    """Encode a corpus into files, in constant memory; a run that was killed continues when called again.
 
-    Each window becomes one part file, there whole or not at all. When called again, a part that is there is compared
-    with its inputs by their fingerprints and not encoded; memory of earlier inputs is taken up from the files, so that
-    the result is that of a run never killed, to the last bit (given the same batch size, cache and number of
-    processes, and the same processor and threads). Parts that are deleted or damaged are encoded anew; to encode
-    everything anew, delete the folder. Rows can be appended: called with the inputs of before and more of them, it
-    encodes what is new, and the last part again if it was not full.
+    Each window becomes one part file, which is there whole or not at all. When called again, a part that is there is
+    compared with its inputs by their fingerprints and not encoded; the cache of earlier inputs is restored from the
+    files, so that the result is that of a run never killed, to the last bit (given the same batch size, cache and
+    number of processes, and the same processor and threads). Parts that are deleted or damaged are encoded anew; to
+    encode everything anew, delete the folder. Rows can be appended: called with the former inputs and more of them, it
+    encodes the new ones, and the last part again if it was not full.
 
     Several processes (a process group, or torchrun's variables) each take every W-th window and return when theirs are
-    done. All must give the same inputs and settings, and see one folder; each iterates over all rows of what is no
-    sequence. The one that ends last marks the corpus complete.
+    done. All must give the same inputs and settings, and see one folder; each iterates over all rows of inputs that are
+    no sequence. The process that ends last marks the corpus complete.
 
     Args:
         model: See :func:`encode_stream`.
         inputs: See :func:`encode_stream`; the same inputs in the same order when called again.
         output_dir: Folder of the result; made when missing.
         output_format: ``"parquet"``: files of the columns ``row``, ``id``, ``embedding``, ``fingerprint``. ``"npy"``:
-            plain arrays ``(n, D)`` to be memory-mapped, with folders ``fingerprints`` and ``ids`` beside.
-        dtype: Of the embeddings on disk.
-        window_size: Rows a part: what a kill can cost each process.
+            plain arrays ``(n, D)`` to be memory-mapped, with folders ``fingerprints`` and ``ids`` beside them.
+        dtype: The dtype of the embeddings on disk.
+        window_size: Rows per part, which is the most that a kill can cost each process.
         with_ids: Inputs are pairs ``(id, input)`` whose ids, strings or integers, are written too. Several rows may
-            have one id, as pieces of a document.
-        model_name: Identity of the model. None derives it from its weights and settings, which a model that is no
-            ``torch.nn.Module`` does not have, and which takes a pass over the weights.
+            have one id, such as pieces of a document.
+        model_name: Identity of the model. None derives it from the weights and settings, which takes a pass over the
+            weights and needs a ``torch.nn.Module``.
         cache_bytes: See :func:`encode_stream`.
         prefetch: See :func:`encode_stream`.
-        show_progress_bar: Count this process's rows; None shows it when the log level is INFO or below.
+        show_progress_bar: Show a bar of this process's rows; None shows it when the log level is INFO or below.
         **encode_options: See :func:`encode_stream`. ``batch_size`` and ``batch_num_tokens`` may change between calls.
 
     Returns:
@@ -86,7 +86,7 @@ def encode_corpus(
         OSError: When the disk is full.
         TypeError: For an option that would change the kind of result, a model without identity, or ids of another kind.
         ValueError: When there are no inputs; when the folder holds a corpus of another model, prompt or other setting,
-            naming it, or of other inputs, naming the first row that differs; when another run is at work in it.
+            naming it, or of other inputs, naming the first row that differs; when another run is working in it.
 
     Example:
         >>> import tempfile
@@ -113,7 +113,7 @@ def encode_corpus(
             f"`output_format={output_format!r}` and `dtype={dtype!r}`, but formats are {' and '.join(FORMATS)}, and "
             "dtypes float32 and float16."
         )
-    window_size = int(window_size)  # numpy's have no place in JSON
+    window_size = int(window_size)  # JSON takes no numbers of numpy
     rest = {name: value for name, value in encode_options.items() if name not in ("prompt", "prompt_name")}
     options = rest | prompt_options(model, encode_options.get("prompt"), encode_options.get("prompt_name"))
     settings = {
@@ -146,7 +146,7 @@ def encode_corpus(
 
 
 def _own_rows(inputs: Iterable[Any], window_size: int, share: tuple[int, int]) -> int | None:
-    """How many rows this process will take; None where that cannot be known before."""
+    """How many rows this process will take, or None where that cannot be known in advance."""
     if not isinstance(inputs, Sized):
         return None
     starts = range(share[0] * window_size, len(inputs), share[1] * window_size)
@@ -160,7 +160,7 @@ def _identity(model: Any) -> str:
 
 
 def _deciding(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that decide the embeddings; what says nothing is left out."""
+    """The options that decide the embeddings, without those that are None or False."""
     kept = {key: value for key, value in options.items() if key not in _CHANGES_NO_EMBEDDING}
     plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in sorted(kept.items())}
     return {key: value if isinstance(value, str | int | float) else repr(value) for key, value in plain.items()

@@ -1,4 +1,4 @@
-"""A corpus of embeddings on disk: its manifest, and reading it back."""
+"""A corpus of embeddings on disk: its manifest, and how it is read back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from unime_st.identity.model import explain_outdated
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = ".manifest.json"  # hidden: readers of folders, pyarrow and datasets, would take it for a part
+MANIFEST = ".manifest.json"  # hidden, or pyarrow and datasets would take it for a part
 FORMAT_VERSION = 2
 _WITHOUT_CHECKSUMS = 1
 _NEEDED: dict[str, type | tuple[type, ...]] = {
@@ -42,8 +42,8 @@ class EncodedCorpus:
     holds, search ``corpus.parts()`` one by one.
 
     Attributes:
-        folder: Where they are.
-        manifest: Settings they were made with, ``dimension``, ``rows``, and whether they are ``complete``.
+        folder: The folder of the files.
+        manifest: The settings of the run, ``dimension``, ``rows``, and whether the corpus is ``complete``.
     """
 
     ndim = 2
@@ -59,24 +59,24 @@ class EncodedCorpus:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and dimensions."""
+        """The numbers of rows and dimensions."""
         return len(self), self.manifest["dimension"]
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Type of the numbers."""
+        """The dtype of the embeddings."""
         return np.dtype(self.manifest["dtype"])
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Read row after row, ``(D,)``, a part at a time."""
+        """Yield row after row, ``(D,)``, reading one part at a time."""
         for part in self.parts():
             yield from part
 
     def __getitem__(self, place: Any) -> np.ndarray:
-        """Read a row ``(D,)``, or those of a slice, of numbers or of a mask ``(n, D)``; negative ones from the end.
+        """Read a row ``(D,)``, or those of a slice, a list of numbers or a mask ``(n, D)``, also from the end.
 
         Raises:
-            IndexError: For a row that there is not, or what is no row number.
+            IndexError: For a row that does not exist, or something that is no row number.
         """
         if isinstance(place, slice):
             return self.rows(range(len(self))[place])
@@ -115,7 +115,7 @@ class EncodedCorpus:
 
     @property
     def complete(self) -> bool:
-        """Whether all parts are there; not so while other processes still work on theirs."""
+        """Whether all parts are there, which is not so while other processes still work on theirs."""
         return self.manifest["complete"]
 
     @property
@@ -128,10 +128,10 @@ class EncodedCorpus:
         yield from (self._parts.embeddings(number) for number in range(self.manifest["parts"]))
 
     def ids(self) -> Iterator[str | int]:
-        """Read the ids, in the order of the rows.
+        """Yield the ids, in the order of the rows.
 
         Raises:
-            ValueError: When the corpus was encoded without.
+            ValueError: When the corpus was encoded without ids.
         """
         if not self.manifest["with_ids"]:
             raise ValueError(f"{self.folder} has no ids: rows are known by number. Encode with `with_ids=True`.")
@@ -139,10 +139,10 @@ class EncodedCorpus:
             yield from self._parts.ids(number)
 
     def rows(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Read embeddings by row number into ``(n, D)``; of parquet files, each that is touched is read.
+        """Read embeddings by row number into ``(n, D)``; each parquet file with a wanted row is read whole.
 
         Raises:
-            IndexError: For a number that no row has, or what is no whole number.
+            IndexError: For a number that no row has, or something that is no whole number.
             ValueError: When a part is damaged, naming it.
         """
         wanted = _whole_numbers(numbers)
@@ -166,13 +166,13 @@ def _whole_numbers(numbers: Any) -> np.ndarray:
 
 
 def load_corpus(output_dir: str | Path) -> EncodedCorpus:
-    """Open what ``encode_corpus`` has written; nothing but its manifest is read, each part when it is asked for.
+    """Open a corpus that ``encode_corpus`` has written; only its manifest is read now, each part when it is needed.
 
-    A part is compared with its checksum when it is first read; one that is damaged is refused by name. Corpora of
-    versions before carry no checksums, of which a warning tells.
+    A part is compared with its checksum when it is first read; a damaged one is refused by name. Corpora of earlier
+    versions have no checksums, and a warning says so.
 
-    ``corpus[3:7]`` and ``corpus[-1]`` read rows as of an array, ``np.asarray(corpus)`` all of them into memory,
-    ``corpus.rows([3, 70000])`` reads rows by number, ``corpus.parts()`` all of them in turn. With ``"npy"`` both go
+    ``corpus[3:7]`` and ``corpus[-1]`` read rows as an array does, ``np.asarray(corpus)`` reads all into memory,
+    ``corpus.rows([3, 70000])`` reads rows by number, ``corpus.parts()`` reads all in turn. With ``"npy"`` both go
     through memory maps, and ``corpus.files`` are plain arrays ``(n, D)``. Parquet parts are plain too, and
     ``datasets.load_dataset("parquet", data_files=f"{output_dir}/*.parquet")`` or
     ``pyarrow.dataset.dataset(output_dir)`` reads them, with the columns ``row``, ``id`` where there are ids,
@@ -185,7 +185,7 @@ def load_corpus(output_dir: str | Path) -> EncodedCorpus:
         The corpus.
 
     Raises:
-        FileNotFoundError: When the folder holds none.
+        FileNotFoundError: When the folder holds no corpus.
         ValueError: When it is not complete yet.
 
     Example:
@@ -218,7 +218,7 @@ def load_corpus(output_dir: str | Path) -> EncodedCorpus:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Read a folder's manifest; None where there is none."""
+    """Read a folder's manifest, or return None where there is none."""
     path = folder / MANIFEST
     if not path.exists():
         return None
@@ -263,16 +263,10 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 @contextmanager
 def claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Begin a corpus, or go on with one that was made with the same settings; no other may begin meanwhile.
+    """Begin a corpus, or continue one with the same settings, and yield its manifest; no other run may begin meanwhile.
 
-    The folder is claimed before anything is encoded. A claim without any part, left by a run that has ended, is taken
-    over; by a run that is at work, it is respected.
-
-    Yields:
-        The manifest.
-
-    Raises:
-        ValueError: When the settings differ, naming them, or the folder holds parts of something else.
+    The folder is claimed before anything is encoded. A claim without any part is taken over if its run has ended, and
+    respected if its run is still working.
     """
     with ExitStack() as stack:
         with one_at_a_time(folder):

@@ -1,4 +1,4 @@
-"""The part files of an encoded corpus, in two formats: there whole or not at all."""
+"""The part files of an encoded corpus, in two formats; a part is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -23,18 +23,15 @@ class DamagedPartError(ValueError):
 
 
 def part_checksum(keys: Sequence[bytes], embeddings: np.ndarray, ids: Sequence[Any] | None) -> str:
-    """Checksum of all that a part holds."""
+    """The checksum of the whole content of a part."""
     return checksum(b"".join(keys), embeddings, "" if ids is None else json.dumps(list(ids)))
 
 
 class Parts(ABC):
     """The part files of one folder, numbered from 0; a part is there when its file of embeddings is.
 
-    Each part carries the checksum of all it holds, which is compared when the part is first read.
-
-    Args:
-        folder: Where they are.
-        verified: Whether parts have checksums: those of format version 1 have none.
+    Each part carries a checksum of its content, which is compared when the part is first read; parts of format version
+    1 have none (``verified=False``).
     """
 
     suffix: str
@@ -42,27 +39,23 @@ class Parts(ABC):
     def __init__(self, folder: Path, *, verified: bool = True) -> None:
         self.folder = folder
         self.verified = verified
-        self._sound: set[int] = set()  # parts whose checksum was compared
+        self._sound: set[int] = set()  # the parts whose checksum was compared
 
     def path(self, number: int) -> Path:
-        """File that holds a part's embeddings."""
+        """The file of a part's embeddings."""
         return self.folder / f"part-{number:06d}{self.suffix}"
 
     def numbers(self) -> list[int]:
-        """The parts that were written, in order."""
+        """The numbers of the parts that were written, in order."""
         names = [path.stem.partition("-")[2] for path in self.folder.glob(f"part-*{self.suffix}")]
-        return sorted(int(name) for name in names if name.isdecimal())  # other tools have other names
+        return sorted(int(name) for name in names if name.isdecimal())  # other tools may add files with other names
 
     @abstractmethod
     def write(self, number: int, start: int, keys: Sequence[bytes], embeddings: np.ndarray, ids: list | None) -> None:
         """Write a part: fingerprints, embeddings ``(n, D)`` and ids of the rows from ``start`` on."""
 
     def check(self, number: int) -> None:
-        """Compare a part with its checksum, once.
-
-        Raises:
-            DamagedPartError: When it is not what was written.
-        """
+        """Compare a part with its checksum, once, and raise ``DamagedPartError`` if they differ."""
         if self.verified and number not in self._sound:
             if self._stored_checksum(number) != self._checksum(number):
                 raise self.unreadable(self.path(number), ValueError("its bytes are not those that were written"))
@@ -89,7 +82,7 @@ class Parts(ABC):
 
     @abstractmethod
     def rows(self, number: int) -> int:
-        """How many rows a part has, by the head of its file."""
+        """The number of rows of a part, from the head of its file."""
 
     @abstractmethod
     def _stored_checksum(self, number: int) -> str: ...
@@ -107,7 +100,7 @@ class Parts(ABC):
     def _read_ids(self, number: int) -> list[Any]: ...
 
     def _named(self, path: Path, error: Exception) -> Exception:
-        """What a library raised, which may be anything if the file is damaged; errors of the disk stay as they are."""
+        """An error that names the file, for whatever a library raised; errors of the disk stay as they are."""
         of_disk = isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError)
         return error if of_disk else self.unreadable(path, error)
 
@@ -125,12 +118,12 @@ class Parts(ABC):
 
 
 class ParquetParts(Parts):
-    """One parquet file a part: ``row``, ``id`` where there are ids, ``embedding``, ``fingerprint``."""
+    """One parquet file per part: ``row``, ``id`` where there are ids, ``embedding``, ``fingerprint``."""
 
     suffix = ".parquet"
 
     def write(self, number: int, start: int, keys: Sequence[bytes], embeddings: np.ndarray, ids: list | None) -> None:
-        """See :meth:`Parts.write`."""
+        """Write a part as one parquet file."""
         flat = pa.array(np.ascontiguousarray(embeddings).reshape(-1))
         columns = {
             "row": pa.array(np.arange(start, start + len(keys))),
@@ -147,7 +140,7 @@ class ParquetParts(Parts):
         self._sound.discard(number)
 
     def rows(self, number: int) -> int:
-        """See :meth:`Parts.rows`."""
+        """The number of rows of a part, from the parquet metadata."""
         return self._opened(number, lambda file: file.metadata.num_rows)
 
     def _stored_checksum(self, number: int) -> str:
@@ -182,15 +175,15 @@ class ParquetParts(Parts):
 
 
 class NpyParts(Parts):
-    """One array ``(n, D)`` a part; fingerprints and ids in folders beside.
+    """One array ``(n, D)`` per part, with fingerprints and ids in folders beside it.
 
-    The fingerprints are ``(n + 1, 16)`` bytes, the last row being the part's checksum.
+    The fingerprints are ``(n + 1, 16)`` bytes, of which the last row is the part's checksum.
     """
 
     suffix = ".npy"
 
-    def write(self, number: int, start: int, keys: Sequence[bytes], embeddings: np.ndarray, ids: list | None) -> None:  # noqa: ARG002 (its place says where it starts)
-        """See :meth:`Parts.write`; the embeddings come last, for with them the part is there."""
+    def write(self, number: int, start: int, keys: Sequence[bytes], embeddings: np.ndarray, ids: list | None) -> None:  # noqa: ARG002 (its number says where it starts)
+        """Write a part; the embeddings come last, because they make the part count as there."""
         name = self.path(number).name
         total = bytes.fromhex(part_checksum(keys, embeddings, ids))
         packed = np.frombuffer(b"".join([*keys, total]), dtype=np.uint8).reshape(len(keys) + 1, _KEY_BYTES)
@@ -201,7 +194,7 @@ class NpyParts(Parts):
         self._sound.discard(number)
 
     def rows(self, number: int) -> int:
-        """See :meth:`Parts.rows`."""
+        """The number of rows of a part, from the header of its array."""
         return len(self._load(self.path(number)))
 
     def _stored_checksum(self, number: int) -> str:

@@ -1,4 +1,4 @@
-"""One run over a corpus: what is there is compared, what is not is encoded and written."""
+"""One run over a corpus: parts that are there are compared, others are encoded and written."""
 
 from __future__ import annotations
 
@@ -22,25 +22,18 @@ class _GrownError(Exception):
 
 
 class CorpusRun:
-    """One call of :func:`encode_corpus`.
-
-    Args:
-        parts: Files of the result.
-        manifest: As it is in the folder.
-        encoder: Of the windows.
-        with_ids: Whether inputs are pairs.
-    """
+    """One call of :func:`encode_corpus`."""
 
     def __init__(self, parts: Parts, manifest: dict[str, Any], encoder: WindowEncoder, with_ids: bool) -> None:
         self.parts, self.manifest, self.encoder, self.with_ids = parts, manifest, encoder, with_ids
         self.dimension: int | None = None
         self.first_id: Any = None
-        self.finished: list[int] = []  # this process's parts, those that were there too
+        self.finished: list[int] = []  # this process's parts, including those that were there before
         self.found_rows = self.found = 0
-        self.behind = False  # whether parts were passed over that the encoder would remember
+        self.behind = False  # whether the encoder's cache lacks parts that were skipped
 
     def take(self, window: Window) -> None:
-        """See to it that a window's part is there."""
+        """Make sure that a window's part is there."""
         ids = self._ids(window)
         if self._is_there(window, ids):
             self.found += 1
@@ -51,7 +44,7 @@ class CorpusRun:
         self.finished.append(window.number)
 
     def _is_there(self, window: Window, ids: list[Any] | None, level: int = logging.WARNING) -> bool:
-        """Whether a window's part is there; not so if it is damaged, a file of it is missing, or the inputs went on."""
+        """Whether a window's part is there, undamaged and complete, and holds all inputs of the window."""
         path = self.parts.path(window.number)
         if not path.exists():
             return False
@@ -73,8 +66,8 @@ class CorpusRun:
         embeddings = self.encoder(window.contents, window.keys, window.start)
         self._check_dimension(embeddings.shape[1], window)
         if self._is_there(window, ids, logging.DEBUG):
-            return  # another run, of the same inputs, was faster
-        if self.manifest["complete"]:  # a part was deleted since
+            return  # another run with the same inputs was faster
+        if self.manifest["complete"]:  # a part was deleted after that
             self.manifest |= {"complete": False, "rows": None, "parts": None}
             write_manifest(self.parts.folder, self.manifest)
         try:
@@ -99,7 +92,7 @@ class CorpusRun:
         if old == new:
             return
         shorter = min(len(old), len(new))
-        if len(old) < len(new) and old == new[:shorter]:  # once the last; other processes may have gone on behind it
+        if len(old) < len(new) and old == new[:shorter]:  # it was the last part; others may have written later ones
             raise _GrownError
         place = next((place for place in range(shorter) if old[place] != new[place]), shorter)
         now = f"is {shown(window.items[place])}" if place < len(new) else "is missing"

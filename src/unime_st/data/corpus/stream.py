@@ -1,4 +1,4 @@
-"""Encoding inputs of any number as a stream, in constant memory."""
+"""Encodes any number of inputs as a stream, in constant memory."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def encode_stream(
     show_progress_bar: bool | None = None,
     **encode_options: Any,
 ) -> Iterator[np.ndarray]:
-    """Encode inputs of any number in constant memory.
+    """Encode any number of inputs in constant memory.
 
     At most two windows of inputs are in memory: the one being encoded and, with ``prefetch``, the next. An input that
-    recurs is encoded once: within a window always, over windows as long as it is among the ``cache_bytes`` used last.
+    recurs is encoded once: always within a window, and across windows while it is among the ``cache_bytes`` used last.
 
     Args:
         model: A ``SentenceTransformer``, or anything whose ``encode`` takes a list, ``show_progress_bar`` and
             the options.
         inputs: Whatever ``encode`` takes, from a list, a column of a ``datasets`` data set or a generator; iterated
             once. Decoded images are large: give paths, or a column cast to ``Image(decode=False)``, or a small window.
-        window_size: Inputs given to ``encode`` at a time, which sorts them into batches of like inputs.
+        window_size: Inputs given to ``encode`` at a time, which sorts them into batches of similar inputs.
         cache_bytes: Memory for embeddings of earlier windows; 0 for none.
         prefetch: Read the next window in a thread while the model works. The thread ends with the generator.
-        show_progress_bar: Count rows; None shows it when the log level is INFO or below.
+        show_progress_bar: Show a bar of rows; None shows it when the log level is INFO or below.
         **encode_options: ``prompt``, ``prompt_name``, ``batch_size``, ``truncate_dim``, ``normalize_embeddings`` and
-            whatever else ``encode`` takes and does not change the kind of result.
+            whatever else ``encode`` takes that does not change the kind of result.
 
     Yields:
         Embeddings of each window, ``(n, D)`` float32, in the order of the inputs.
@@ -84,12 +84,7 @@ def _stream(
 
 
 def check_arguments(model: Any, window_size: int, cache_bytes: int, inputs: Any, options: Mapping[str, Any]) -> None:
-    """Refuse what cannot be streamed.
-
-    Raises:
-        TypeError: For no model, inputs that are none, a text or a mapping, or options that change the kind of result.
-        ValueError: For numbers out of range.
-    """
+    """Refuse arguments that cannot be streamed."""
     if isinstance(model, str) or not hasattr(model, "encode"):
         raise TypeError(f"`model` is a {type(model).__name__}, but a model with `encode` is needed.")
     iterable = hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__")

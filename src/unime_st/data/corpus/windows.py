@@ -1,4 +1,4 @@
-"""Inputs of any number, window by window: read ahead, and known by their content."""
+"""Cuts any number of inputs into windows, read ahead and identified by a hash of their content."""
 
 from __future__ import annotations
 
@@ -16,21 +16,13 @@ from unime_st.identity.content import Content
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive inputs.
+    """Consecutive inputs."""
 
-    Attributes:
-        number: Of the window, counted over all processes.
-        start: Row number of the first input.
-        items: The inputs; none in a window of another process.
-        contents: What each says.
-        size: How many inputs there are, in another process's window too.
-    """
-
-    number: int
-    start: int
-    items: list[Any]
-    contents: list[Content]
-    size: int
+    number: int  # counted over all processes
+    start: int  # row number of the first input
+    items: list[Any]  # empty in a window of another process
+    contents: list[Content]  # what each input says
+    size: int  # the number of inputs, in another process's window too
 
     @property
     def keys(self) -> list[bytes]:
@@ -39,12 +31,7 @@ class Window:
 
 
 def read_windows(inputs: Iterable[Any], size: int, *, prefetch: bool, **options: Any) -> Generator[Window, None, None]:
-    """Cut inputs into windows as :func:`windows` does, with ``prefetch`` one window ahead in a thread.
-
-    Example:
-        >>> [window.items for window in read_windows(iter("abc"), 2, prefetch=True)]
-        [['a', 'b'], ['c']]
-    """
+    """Cut inputs into windows as :func:`windows` does; with ``prefetch`` a thread reads one window ahead."""
     stop = Event()
     cut = windows(inputs, size, stop=stop, **options)
     return _read_ahead(cut, stop) if prefetch else cut
@@ -58,23 +45,15 @@ def windows(
     share: tuple[int, int] = (0, 1),
     stop: Event | None = None,
 ) -> Generator[Window, None, None]:
-    """Cut inputs into windows; those of other processes are counted, not read where the inputs can be indexed.
+    """Cut inputs into windows of ``size``, the last one having fewer; ``share`` is (this process, all processes).
 
-    Args:
-        inputs: Anything that can be iterated once.
-        size: Inputs a window, the last one having fewer.
-        with_ids: Inputs are pairs of which the second is what is known by its content.
-        share: Number of this process and of all.
-        stop: Ends the reading after the input in hand.
+    Windows of other processes are counted, and not read where the inputs can be indexed. With ids the second of each
+    pair is fingerprinted. ``stop`` ends the reading after the current input.
 
-    Raises:
-        BrokenInputError: For an input whose content cannot be told, such as a file that is not there.
-
-    Example:
-        >>> [window.items for window in windows("abcde", 2)]
-        [['a', 'b'], ['c', 'd'], ['e']]
-        >>> [(window.items, window.size) for window in windows("abcde", 2, share=(1, 2))]
-        [([], 2), (['c', 'd'], 2), ([], 1)]
+    >>> [window.items for window in windows("abcde", 2)]
+    [['a', 'b'], ['c', 'd'], ['e']]
+    >>> [(window.items, window.size) for window in windows("abcde", 2, share=(1, 2))]
+    [([], 2), (['c', 'd'], 2), ([], 1)]
     """
     indexed = inputs if isinstance(inputs, Sequence) else None
     source: Iterator[Any] = iter(inputs if indexed is None else range(len(indexed)))
@@ -103,14 +82,14 @@ def windows(
         if not taken:
             return
         yield Window(number, number * size, items, contents, taken)
-        if taken < size:  # it has ended, even if it would give more when asked again
+        if taken < size:  # the source has ended, even if it gave more when asked again
             return
 
 
 def _read_ahead(windows: Iterator[Window], stop: Event) -> Generator[Window, None, None]:
     """Read the next window in a thread while the one before is used; an error is raised at its window.
 
-    The thread ends with this generator, after the input it is reading.
+    The thread ends with this generator, after the input that it is reading.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
         try:

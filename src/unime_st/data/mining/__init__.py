@@ -1,5 +1,5 @@
-"""Hard negatives of a whole set.
+"""Hard negatives of a whole training set.
 
-``mine`` is the way in, ``contents`` what the rows hold, ``encoder`` their embeddings, ``search`` the nearest ones,
-``rows`` what is kept of them, ``files`` the result on disk.
+``mine`` is the entry point; ``contents`` describes the rows, ``encoder`` embeds them, ``search`` finds the nearest
+targets, ``rows`` chooses among them, ``files`` holds the result on disk.
 """

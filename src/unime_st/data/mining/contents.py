@@ -1,4 +1,4 @@
-"""What the rows of a training set hold: distinct queries and targets, and which answer which."""
+"""The content of a training set's rows: distinct queries and targets, and which targets answer which queries."""
 
 from __future__ import annotations
 
@@ -19,30 +19,14 @@ from unime_st.embedding.store import key_array
 from unime_st.identity.content import fingerprint
 
 _READ_ROWS = 4096
-_IDENTITIES = ("int", "uint", "bool", "string", "large_string")  # what a label that says what the target is can be
+_IDENTITIES = ("int", "uint", "bool", "string", "large_string")  # dtypes of a label that names the target
 
 
 class Contents:
-    """A training set as numbers: of distinct queries, of distinct targets, of labels and of data sets.
+    """A training set as numbers of distinct queries, distinct targets, labels and data sets.
 
-    Args:
-        dataset: With the columns of a training set; the stored table is read, underneath an
-            :class:`~unime_st.data.ItemReader`.
-        by_subset: Tell data sets apart by the column ``subset``.
-        hash_images: Know images by the content of their files, not by their paths.
-
-    Attributes:
-        columns: Which column plays which part.
-        reader: Opens the images; None for a data set that stores its inputs themselves.
-        queries: ``(N,)`` number of each row's query.
-        query_keys: Of the distinct queries.
-        positives: ``(N,)`` number of each row's positive among the targets.
-        target_keys: Of the distinct targets: positives and explicit negatives.
-        groups: ``(N,)`` number of each row's data set.
-
-    Raises:
-        TypeError: When it is no ``datasets.Dataset``.
-        ValueError: When a column is missing, rows are made by another transform, or a query or positive is None.
+    The stored table is read, underneath an :class:`~unime_st.data.ItemReader`; another transform is refused.
+    ``hash_images`` identifies images by the content of their files, and not by their paths.
     """
 
     def __init__(self, dataset: Dataset, *, by_subset: bool, hash_images: bool) -> None:
@@ -60,7 +44,7 @@ class Contents:
                 f"The rows are made by a transform ({type(transform).__name__}) that mining cannot undo. Give the data "
                 "set without it, or as `load_mmeb_train` makes it."
             )
-        self.reader: ItemReader | None = transform
+        self.reader: ItemReader | None = transform  # None for a data set that stores its inputs themselves
         self.features = dataset.features
         self._hash_images = hash_images
         names = [self.columns.anchor, self.columns.positive, *self.columns.negatives]
@@ -69,6 +53,8 @@ class Contents:
             _refuse_none(name, self.table.column(name))
         rows = len(dataset)
         keys = [key_array(self._keys(name)) for name in names]
+        # `queries`, `positives` and `groups` are the numbers, (N,), of each row's query, positive and data set; targets
+        # are positives and explicit negatives.
         self.query_keys, self._query_rows, self.queries = np.unique(keys[0], return_index=True, return_inverse=True)
         self.target_keys, first, numbers = np.unique(np.concatenate(keys[1:]), return_index=True, return_inverse=True)
         self.positives = numbers[:rows]
@@ -86,7 +72,7 @@ class Contents:
         return len(self.queries)
 
     def digest(self) -> str:
-        """Hash of all that mining goes by."""
+        """The hash of everything that the result of mining depends on."""
         total = hashlib.blake2b(digest_size=16)
         for array in (self.query_keys, self.queries, self.target_keys, self._all_targets, self.groups):
             total.update(np.ascontiguousarray(array).tobytes())
@@ -95,11 +81,11 @@ class Contents:
         return total.hexdigest()
 
     def group_targets(self, group: int) -> np.ndarray:
-        """Numbers of the distinct targets of a data set, ascending."""
+        """The numbers of the distinct targets of a data set, ascending."""
         return np.unique(self._all_targets[:, self.groups == group])
 
     def forbidden(self, rows: np.ndarray) -> Forbidden:
-        """Targets that are right answers of rows by identity, or their queries; places in ``rows``, and targets."""
+        """Pairs of a place in ``rows`` and a target that is a right answer there, or the query itself."""
         parts = [answers.of(rows) for answers in self._answers]
         itself = self._itself[self.queries[rows]]
         parts.append((np.flatnonzero(itself >= 0), itself[itself >= 0]))
@@ -107,11 +93,11 @@ class Contents:
         return Forbidden(places, targets)
 
     def query_cells(self, numbers: np.ndarray) -> list[Any]:
-        """Stored cells of distinct queries."""
+        """The stored cells of distinct queries."""
         return self.table.column(self.columns.anchor).take(pa.array(self._query_rows[numbers])).to_pylist()
 
     def target_cells(self, numbers: np.ndarray) -> pa.ChunkedArray:
-        """Stored cells of distinct targets."""
+        """The stored cells of distinct targets."""
         names = [self.columns.positive, *self.columns.negatives]
         column, row = np.divmod(self._target_rows[numbers], len(self))
         parts, order = [], []
@@ -125,12 +111,7 @@ class Contents:
         return gathered.take(pa.array(back))
 
     def read(self, cell: Any) -> Any:
-        """Make a model's input of a stored cell.
-
-        Raises:
-            FileNotFoundError: When its image is missing.
-            ValueError: When its image is damaged.
-        """
+        """Make a model's input of a stored cell; its image may be missing or damaged."""
         if not isinstance(cell, dict):
             return cell
         if self.reader is not None:
@@ -139,7 +120,7 @@ class Contents:
 
     def _keys(self, name: str) -> Iterator[bytes]:
         column = self.table.column(name)
-        with ThreadPoolExecutor() as pool:  # waits for files
+        with ThreadPoolExecutor() as pool:  # a pool, since reading waits for files
             for start in range(0, len(column), _READ_ROWS):
                 yield from pool.map(self._key, column.slice(start, _READ_ROWS).to_pylist(), chunksize=64)
 
@@ -147,7 +128,7 @@ class Contents:
         return bytes.fromhex(fingerprint(self._located(cell), read_files=self._hash_images))
 
     def _located(self, cell: Any) -> Any:
-        """Cell with its image's path as it can be read; an image that is missing is content of its own."""
+        """The cell with a readable path of its image; a missing image is content of its own."""
         if self.reader is None or not self._hash_images or not isinstance(cell, dict):
             return cell
         image = stored_path(cell.get("image", cell))
@@ -158,7 +139,7 @@ class Contents:
         return {"text": f"missing image {image}\0{cell.get('text')}"}
 
     def _codes(self, name: str) -> np.ndarray:
-        """Equal numbers for equal values; each missing one is a value of its own."""
+        """Equal numbers for equal values; each missing value is different from all others."""
         codes = self.table.column(name).combine_chunks().dictionary_encode().indices
         values = np.asarray(codes.fill_null(-1)).astype(np.int64)
         missing = values < 0
@@ -167,7 +148,7 @@ class Contents:
 
 
 def _refuse_none(name: str, column: pa.ChunkedArray) -> None:
-    """Refuse a cell that says nothing; of a dict, one in which nothing is given."""
+    """Refuse a column with an empty cell, such as a dict of which every part is None."""
     missing = np.concatenate([_nothing(chunk) for chunk in column.chunks] or [np.zeros(0, bool)])
     if missing.any():
         raise ValueError(
@@ -184,7 +165,7 @@ def _nothing(cells: pa.Array) -> np.ndarray:
 
 
 class _Answers:
-    """For each kind of row (one query, one label), the distinct positives of the rows of that kind."""
+    """The distinct positives of the rows of each kind, a kind being one query or one label."""
 
     def __init__(self, kinds: np.ndarray, positives: np.ndarray) -> None:
         self.kinds = kinds
@@ -193,7 +174,7 @@ class _Answers:
         self._starts = np.searchsorted(pairs[:, 0], np.arange(kinds.max(initial=-1) + 2))
 
     def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places in ``rows`` and the right answers there."""
+        """The places in ``rows`` and the right answers there."""
         starts = self._starts[self.kinds[rows]]
         counts = self._starts[self.kinds[rows] + 1] - starts
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

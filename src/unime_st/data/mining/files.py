@@ -1,4 +1,4 @@
-"""The files that mining writes: each says whose it is, and no damaged one is taken for whole."""
+"""The files that mining writes: each is tied to its settings, and a damaged one is never taken for whole."""
 
 from __future__ import annotations
 
@@ -28,21 +28,18 @@ _UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, Attr
 
 
 class MinedFiles:
-    """The parts of one result, each there when it is whole, of the same settings, and in its place.
+    """The files of one result; a file is there when it is whole, of the same settings, and in its place.
 
-    Args:
-        folder: Of the result.
-        count: How many files.
-        settings: What decides the rows; part of each file's checksum.
+    The settings, which decide the rows, are part of each file's checksum.
     """
 
     def __init__(self, folder: Path, count: int, settings: str) -> None:
         self.folder, self._settings = folder, settings
         self.paths = [folder / f"part-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
-        self._compared: dict[int, tuple[Any, bool]] = {}  # the state of each file as it was compared, and the outcome
+        self._compared: dict[int, tuple[Any, bool]] = {}  # the state in which each file was compared, and the outcome
 
     def is_there(self, number: int) -> bool:
-        """Whether a file is there and whole; read again only when it is another one."""
+        """Whether a file is there and whole; it is read again only when it has changed."""
         try:
             status = self.paths[number].stat()
         except FileNotFoundError:
@@ -54,7 +51,7 @@ class MinedFiles:
         return known[1]
 
     def stamped(self, number: int, table: pa.Table, counts: Mapping[str, int]) -> pa.Table:
-        """A file's rows with its counts and its checksum, ready to be written."""
+        """The rows of a file with its counts and its checksum, ready to be written."""
         told = json.dumps(counts)
         own = {_COUNTS: told, _CHECKSUM: _checksum(self.paths[number].name, self._settings, told, table)}
         return table.replace_schema_metadata({**(table.schema.metadata or {}), **own})
@@ -74,16 +71,7 @@ class MinedFiles:
 
 
 def read_mined(path: Path, settings: str | None) -> pa.Table:
-    """Read a file's rows.
-
-    Args:
-        path: The file.
-        settings: That it was made with; None for a result of before there were checksums.
-
-    Raises:
-        FileNotFoundError: When it is not there.
-        ValueError: When it is damaged, or of other settings, or another file under its name.
-    """
+    """Read a file's rows, and refuse a damaged or foreign one; ``settings=None`` reads results without checksums."""
     try:
         table = pq.read_table(path)
         metadata = dict(table.schema.metadata or {})
@@ -100,13 +88,9 @@ def read_mined(path: Path, settings: str | None) -> pa.Table:
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> str:
-    """Make a folder that of one set, model and settings, before anything else is written there.
+    """Reserve a folder for one set, model and settings before anything else is written there.
 
-    Returns:
-        The settings as one string, for the checksums.
-
-    Raises:
-        ValueError: When it is another's, or the note of whose it is cannot be read.
+    It returns the settings as one string, for the checksums, and refuses a folder of other settings.
     """
     remove_leftovers(folder)
     path = folder / SETTINGS
@@ -130,19 +114,14 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> str:
 
 
 def write_result(folder: Path, result: Mapping[str, Any], settings: str) -> None:
-    """Say that all files are there."""
+    """Record that all files are there."""
     told = {**result, "format": _FORMAT, "settings": settings}
     with explained_full_disk(folder):
         write_atomically(folder / RESULT, json.dumps({**told, "checksum": checksum(json.dumps(told))}, indent=1))
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """Read what :func:`write_result` has written; ``settings`` is None for a result of before there were checksums.
-
-    Raises:
-        FileNotFoundError: When it is not there.
-        ValueError: When it is damaged.
-    """
+    """Read the record of :func:`write_result`; ``settings`` is None in results without checksums."""
     path = folder / RESULT
     try:
         result = _note(path)
@@ -173,7 +152,7 @@ def _note(path: Path) -> dict[str, Any]:
 
 
 def _wrong(result: dict[str, Any]) -> str:
-    """What is wrong with a result's note, whose checksum is taken out; "" for nothing."""
+    """What is wrong with a result's record, or ""; its checksum is taken out."""
     told = result.pop("checksum", None)
     if (told is not None or "format" in result) and told != checksum(json.dumps(result)):
         return "its checksum is another"
@@ -188,9 +167,9 @@ def _checksum(name: str, settings: str, counts: str, table: pa.Table) -> str:
 
 
 def _content(column: pa.ChunkedArray | pa.Array) -> Iterator[np.ndarray | str]:
-    """What a column says, however it is laid out in memory: which cells are there, and their values."""
+    """The content of a column however it lies in memory: which cells are there, and their values."""
     array = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) and column.chunks else column
-    if isinstance(array, pa.ChunkedArray):  # without a chunk
+    if isinstance(array, pa.ChunkedArray):  # it has no chunks
         array = pa.array([], array.type)
     kind = array.type
     if isinstance(array, pa.ExtensionArray):
@@ -215,7 +194,7 @@ def _content(column: pa.ChunkedArray | pa.Array) -> Iterator[np.ndarray | str]:
         elif pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
             yield np.asarray(there)
         else:
-            yield repr(there.to_pylist())  # parquet has not every unit of time
+            yield repr(there.to_pylist())  # parquet does not keep every unit of time
 
 
 def _bytes(array: pa.Array) -> Sequence[np.ndarray]:

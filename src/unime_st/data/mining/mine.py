@@ -1,4 +1,4 @@
-"""Mining hard negatives for a whole training set, with the model as it is now."""
+"""Mines hard negatives for a whole training set, with the model as it is now."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from unime_st.identity.model import model_fingerprint
 
 logger = logging.getLogger(__name__)
 
-_EXACT_PAIRS = 2e10  # beyond, an index pays on a CPU
+_EXACT_PAIRS = 2e10  # beyond this number of pairs an index pays off on a CPU
 
 
 def mine_hard_negatives(
@@ -58,44 +58,44 @@ def mine_hard_negatives(
     """Find each row's hardest negatives in the whole set, and write the set with them to parquet files.
 
     Candidates are all distinct positives and explicit negatives of the set; the columns ``negative_1`` ...
-    ``negative_n`` that are written hold mined ones only. What is no negative is told by the same rule as in
-    :class:`~unime_st.losses.HardNegativeInfoNCELoss`: a candidate with cos(query, candidate) > cos(query, positive) +
-    ``margin``; one with the content of a right answer, which are the positives of all rows with the same query or
-    ``label``; and one with the content of the query. Equal candidates count once.
+    ``negative_n`` that are written hold mined ones only. The same rule as in
+    :class:`~unime_st.losses.HardNegativeInfoNCELoss` excludes a candidate with cos(query, candidate) >
+    cos(query, positive) + ``margin``; one with the content of a right answer, that is, of a positive of any row with
+    the same query or ``label``; and one with the content of the query. Equal candidates count once.
 
-    A run that was killed goes on where it was: embeddings are kept in ``output_dir/embeddings``, each distinct input
+    A run that was killed continues where it was: embeddings are kept in ``output_dir/embeddings``, each distinct input
     once, and rows in files of ``rows_per_file``, all written whole and with checksums; a damaged file of rows is mined
     again. Several processes share both.
 
-    sentence-transformers' ``mine_hard_negatives`` gives the options their names, but cannot do the work: inputs are
-    keys of a dictionary there, so ``{"image", "text"}`` fails; labels are not known; the margin is measured from the
-    lowest of a query's positives, not from the row's own; and its cache is written in one piece at the end, under the
-    name of the base model, so that a model trained further would be served the embeddings of before.
+    The options have the names of sentence-transformers' ``mine_hard_negatives``, which cannot do this work: inputs are
+    keys of a dictionary there, so ``{"image", "text"}`` fails; it does not know labels; it measures the margin from the
+    lowest of a query's positives, and not from the row's own; and it writes its cache in one piece at the end, under
+    the name of the base model, so that a model trained further would get the former embeddings.
 
     Args:
-        dataset: As :func:`~unime_st.data.load_mmeb_train` makes it, or with inputs stored in its columns.
+        dataset: A data set made by :func:`~unime_st.data.load_mmeb_train`, or one with inputs stored in its columns.
         model: Embeds queries and targets.
         output_dir: Folder of the result; one for each data set and model.
-        num_negatives: ``n``.
-        margin: See above; may be negative. None switches the filter by score off.
-        range_min: The so many nearest valid candidates are skipped.
-        range_max: Candidates are taken from the so many nearest valid ones; None for as many as are needed, or ten
-            times as many for "random".
-        sampling_strategy: "top" takes the nearest, "random" draws.
-        seed: Of "random".
-        too_few: What becomes of a row with fewer than ``n`` valid candidates: "repeat" fills up with those it has (the
-            loss counts equal ones once), "drop" leaves the row out. A row with none is left out by both.
+        num_negatives: Number of negatives per row, ``n``.
+        margin: The margin of the rule above, which may be negative. None switches the filter by score off.
+        range_min: Number of the nearest valid candidates that are skipped.
+        range_max: Number of the nearest valid candidates to take negatives from; None for as many as are needed, or
+            ten times as many for "random".
+        sampling_strategy: "top" takes the nearest candidates, "random" draws among them.
+        seed: Seed of "random".
+        too_few: How to treat a row with fewer than ``n`` valid candidates: "repeat" repeats those it has (the loss
+            counts equal ones once), "drop" leaves the row out. Both leave out a row without any.
         by_subset: When there is a column ``subset``, candidates come from the row's own data set.
         search: "exact", or "faiss" for an approximate index (the extra ``ann``); None decides by the size of the set,
             and is exact on a GPU.
-        query_prompt: Given to ``model.encode`` for queries.
-        corpus_prompt: The same for candidates.
-        hash_images: Know images by the content of their files, which reads each once more; False by their paths.
+        query_prompt: The prompt that ``model.encode`` gets for queries.
+        corpus_prompt: The prompt that ``model.encode`` gets for candidates.
+        hash_images: Identify images by the content of their files, which reads each once more; False by their paths.
         batch_size: Inputs embedded at a time.
         shard_size: Inputs opened at a time, which make one file of embeddings.
         rows_per_file: Rows mined at a time.
         show_progress_bar: Show how many inputs are embedded.
-        patience: Seconds without a new file after which this process does what another owes; the log tells of it.
+        patience: Seconds without a new file after which this process does the missing work of another; the log says so.
 
     Returns:
         ``output_dir``, for :func:`load_mined_negatives`.
@@ -120,7 +120,7 @@ def mine_hard_negatives(
     for name, size in (("batch_size", batch_size), ("shard_size", shard_size)):
         check_count(name, size)
     for name, size in (("num_negatives", num_negatives), ("range_min", range_min), ("rows_per_file", rows_per_file)):
-        check_count(name, size, least=-(2**63))  # MiningSettings says how large they must be
+        check_count(name, size, least=-(2**63))  # MiningSettings checks how large they are
     check_number("patience", patience, above=0)
     contents = Contents(dataset, by_subset=by_subset, hash_images=hash_images)
     depth = range_min + num_negatives * (10 if sampling_strategy == "random" else 1)
@@ -172,12 +172,12 @@ def mine_hard_negatives(
 def load_mined_negatives(
     output_dir: str | Path, *, image_root: str | Path | None = None, **reader_options: Any
 ) -> Dataset:
-    """Load what :func:`mine_hard_negatives` has written, ready for :class:`~unime_st.losses.HardNegativeInfoNCELoss`.
+    """Load the result of :func:`mine_hard_negatives`, ready for :class:`~unime_st.losses.HardNegativeInfoNCELoss`.
 
     Args:
         output_dir: See :func:`mine_hard_negatives`.
-        image_root: Folder of the images; None for that of the set that was mined.
-        **reader_options: See :class:`~unime_st.data.ItemReader`; those of the set that was mined are not kept.
+        image_root: Folder of the images; None for the folder of the set that was mined.
+        **reader_options: See :class:`~unime_st.data.ItemReader`; the options of the set that was mined are not kept.
 
     Returns:
         The set's rows with the columns ``negative_1`` ... ``negative_n``; images are opened when rows are drawn.
@@ -208,7 +208,7 @@ def _write(path: Path, table: pa.Table) -> None:
 
 
 def _mine_all(files: MinedFiles, mine: Callable[[int], None], waiting: Waiting) -> None:
-    """Mine this process's files, wait for those of others, and mine here what does not come."""
+    """Mine this process's files, wait for those of others, and mine here those that do not come."""
     rank, processes = own_share()
     numbers = range(len(files.paths))
     for number in numbers:
@@ -231,7 +231,7 @@ def _mine_all(files: MinedFiles, mine: Callable[[int], None], waiting: Waiting) 
 
 
 def _finish(files: MinedFiles, contents: Contents, claimed: str) -> Path:
-    """Add the counts up, and say that all is there."""
+    """Add up the counts, and record that all files are there."""
     folder, total = files.folder, files.counts()
     if not total["kept"]:
         raise ValueError(

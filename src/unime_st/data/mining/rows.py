@@ -1,4 +1,4 @@
-"""Choosing the negatives of a training set's rows, a file of them at a time."""
+"""Chooses the negatives of a training set's rows, one file of rows at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from unime_st.embedding.store import EmbeddingStore
 
 @dataclass(frozen=True)
 class MiningSettings:
-    """What decides the result, see :func:`~unime_st.data.mine_hard_negatives`; kept beside it."""
+    """The settings that decide the result, see :func:`~unime_st.data.mine_hard_negatives`; they are kept beside it."""
 
     num_negatives: int
     margin: float | None
@@ -33,12 +33,7 @@ class MiningSettings:
     rows_per_file: int
 
     def check(self) -> None:
-        """Refuse what is out of range.
-
-        Raises:
-            TypeError: When the margin is no number.
-            ValueError: With what is allowed.
-        """
+        """Refuse settings that are out of range."""
         if self.margin is not None:
             check_number("margin", self.margin)
         if self.num_negatives < 1:
@@ -60,21 +55,13 @@ class MiningSettings:
 
 
 class Miner:
-    """Chooses the negatives of a file's rows.
-
-    Args:
-        contents: The rows.
-        settings: What to choose.
-        queries: Store of the queries' embeddings, and the number in it of each distinct query.
-        targets: The same of the targets.
-        device: Where similarities are computed.
-    """
+    """Chooses the negatives of a file's rows."""
 
     def __init__(
         self,
         contents: Contents,
         settings: MiningSettings,
-        queries: tuple[EmbeddingStore, np.ndarray],
+        queries: tuple[EmbeddingStore, np.ndarray],  # embeddings, and the number in the store of each distinct query
         targets: tuple[EmbeddingStore, np.ndarray],
         device: Any,
     ) -> None:
@@ -83,7 +70,7 @@ class Miner:
         self._indexes: dict[int, tuple[np.ndarray, FaissIndex | None]] = {}
 
     def mine(self, number: int) -> tuple[pa.Table, dict[str, int]]:
-        """Rows of a file, with their negatives, and what was counted."""
+        """The rows of a file with their negatives, and the counts of the file."""
         settings, contents = self._settings, self._contents
         start = number * settings.rows_per_file
         rows = np.arange(start, min(start + settings.rows_per_file, len(contents)))
@@ -131,11 +118,11 @@ class Miner:
             found = exact_nearest(
                 queries, own_scores, num_candidates=len(numbers), read=self._reader(numbers), **options
             )
-        unusable = own_scores.isnan().cpu().numpy()[:, None]  # rows whose query or positive cannot be read
+        unusable = own_scores.isnan().cpu().numpy()[:, None]  # for rows whose query or positive cannot be read
         return Nearest(np.where(unusable, -np.inf, found.scores), numbers[found.candidates])
 
     def _choose(self, nearest: Nearest, generator: np.random.Generator) -> np.ndarray:
-        """Take or draw negatives, hardest first; -1 where there are too few. ``(rows, n)``."""
+        """Take or draw negatives, hardest first, with -1 where there are too few; ``(rows, n)``."""
         settings = self._settings
         scores = nearest.scores[:, settings.range_min :]
         targets = np.where(scores > -np.inf, nearest.candidates[:, settings.range_min :], -1)

@@ -1,4 +1,4 @@
-"""A benchmark task as indices into its distinct inputs: a thousand candidates a row without a thousand copies."""
+"""A benchmark task as indices into its distinct inputs, so that many candidates per row need no copies."""
 
 from __future__ import annotations
 
@@ -20,49 +20,40 @@ Pair = tuple[str, str]  # text, image path; "" for none
 
 @dataclass
 class EvalTask:
-    """Queries, and what each is to choose from.
+    """Queries, and the candidates that each chooses from.
 
-    With candidates of its own (a *local* pool), a query's slice of ``candidates`` holds them all, the right answer
-    first. With a ``corpus`` (a *global* pool), it holds the relevant ones alone and the rest of the corpus is wrong.
-
-    Attributes:
-        items: Distinct inputs, as ``encode`` takes them.
-        rows: Number of each query in the task, shape (Q,).
-        queries: Place of each query in ``items``, shape (Q,).
-        candidates: Places of candidates in ``items``, one query's after another's.
-        offsets: Where each query's begin, and the end, shape (Q + 1,).
-        gains: Relevance of each of ``candidates``, shape as theirs; None for 1 for the first and 0 for others.
-        corpus: Places in ``items`` of a pool that all queries share, None for local pools.
-        broken: Row -> why it cannot be read, for the rows that are no query therefore.
+    In a *local* pool a query has its own candidates: its slice of ``candidates`` holds them all, the right answer
+    first. In a *global* pool, the ``corpus``, the slice holds only the relevant ones, and the rest of the corpus is
+    wrong.
     """
 
-    items: list[Any]
-    rows: np.ndarray
-    queries: np.ndarray
-    candidates: np.ndarray
-    offsets: np.ndarray
-    gains: np.ndarray | None = None
-    corpus: np.ndarray | None = None
-    broken: dict[int, str] = field(default_factory=dict)
+    items: list[Any]  # distinct inputs, as `encode` takes them
+    rows: np.ndarray  # (Q,) the number of each query in the task
+    queries: np.ndarray  # (Q,) the place of each query in `items`
+    candidates: np.ndarray  # places of candidates in `items`, those of one query after those of another
+    offsets: np.ndarray  # (Q + 1,) where the candidates of each query begin, and the end
+    gains: np.ndarray | None = None  # relevance of each candidate; None: 1 for the right answers, 0 for others
+    corpus: np.ndarray | None = None  # places in `items` of the pool that all queries share; None for local pools
+    broken: dict[int, str] = field(default_factory=dict)  # row -> why it cannot be read; such a row is no query
 
     def own(self, place: int) -> np.ndarray:
-        """Places in ``items`` of the candidates of the query at a place of ``queries``."""
+        """The places in ``items`` of the candidates of the query at a place of ``queries``."""
         return self.candidates[self.offsets[place] : self.offsets[place + 1]]
 
     def gains_of(self, place: int) -> np.ndarray:
-        """Relevance of those candidates."""
+        """The relevance of those candidates."""
         own = self.own(place)
         if self.gains is None:
             return np.ones(len(own)) if self.corpus is not None else (np.arange(len(own)) == 0).astype(float)
         return self.gains[self.offsets[place] : self.offsets[place + 1]]
 
     def right_of(self, place: int) -> list[int]:
-        """Places in ``items`` of the right answers."""
+        """The places in ``items`` of the right answers."""
         return self.own(place)[self.gains_of(place) > 0].tolist()
 
 
 def eval_pairs(source: Source) -> Iterator[tuple[str, Pair, list[Pair]]]:
-    """Yield (where, query, candidates) of a task's rows as they are; instructions joined, placeholders removed."""
+    """Yield (where, query, candidates) for each row of a task; instructions are joined, placeholders removed."""
     for file in source.files:
         columns = read_columns(source, file, EVAL_COLUMNS, OPTIONAL_EVAL_COLUMNS)
         empty = [None] * len(columns["qry_text"])
@@ -81,7 +72,7 @@ def eval_pairs(source: Source) -> Iterator[tuple[str, Pair, list[Pair]]]:
 
 
 def pair_up(texts: Any, images: Any, where: str) -> list[tuple[str | None, str | None]]:
-    """Pair texts with image paths; each a list, one value, or None when there is no such column or value."""
+    """Pair texts with image paths; each is a list, one value, or None where the column or value is missing."""
     if not isinstance(texts, list) and not isinstance(images, list):
         texts, images = [texts], [images]
     lists = [[value] if isinstance(value, str) else value for value in (texts, images)]
@@ -93,11 +84,7 @@ def pair_up(texts: Any, images: Any, where: str) -> list[tuple[str | None, str |
 
 
 def check_row(where: str, query: Pair, candidates: Sequence[Pair]) -> None:
-    """Refuse a row without a query or without a right answer.
-
-    Raises:
-        ValueError: with task, row and file.
-    """
+    """Refuse a row without a query or without a right answer."""
     if not any(query) or not candidates or not any(candidates[0]):
         raise ValueError(f"{where} has an empty query or an empty right answer. Mend or remove the row.")
 
@@ -112,19 +99,8 @@ def read_eval_task(
 ) -> EvalTask:
     """Read a task in MMEB-eval's layout, see :func:`~unime_st.data.load_mmeb_eval`.
 
-    Args:
-        root: Folder of the tasks.
-        name: The task's.
-        split: Start of the files' names.
-        image_root: Folder of the images; None for ``root/images`` when that is a folder, else ``root``.
-        on_error: "report" to note rows that are broken in themselves (no right answer, a path that leaves the folder).
-
-    Returns:
-        The task, with local pools; images by absolute path, not looked for yet.
-
-    Raises:
-        FileNotFoundError: When the task is missing or, with "raise", an image's name cannot be one.
-        ValueError: When a file is damaged, its columns are not as they should be or, with "raise", a row is broken.
+    Images are given by absolute path, and not looked for yet. ``on_error="report"`` notes rows that are broken in
+    themselves: they have no right answer, or a path that leaves the folder.
     """
     (source,) = find_sources(root, [name], split)
     folder = default_image_root(root, image_root)

@@ -1,4 +1,4 @@
-"""MMEB-train and MMEB-eval (VLM2Vec, arXiv 2410.05160), and data of one's own in the same layout."""
+"""MMEB-train and MMEB-eval (VLM2Vec, arXiv 2410.05160), and other data in the same layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from unime_st.arguments import require_number
-from unime_st.data.images import ItemReader, resolve_image
+from unime_st.data.images import ItemReader
 from unime_st.data.mmeb.eval_rows import EVAL_COLUMNS, OPTIONAL_EVAL_COLUMNS, check_row, eval_pairs
 from unime_st.data.mmeb.train_rows import NEGATIVE_COLUMNS, TRAIN_COLUMNS, read_train
 from unime_st.data.mmeb.train_rows import check_images as _check_images
@@ -23,7 +23,7 @@ from unime_st.data.parquet import (
     find_sources,
 )
 
-__all__ = ["load_mmeb_eval", "load_mmeb_train", "resolve_image"]
+__all__ = ["load_mmeb_eval", "load_mmeb_train"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,33 +55,33 @@ def load_mmeb_train(
     ``<|image_1|>`` is taken out of the texts, since a chat template puts the image; instructions stay.
 
     The result's columns are ``anchor``, ``positive``, ``negative_1`` ... and ``label``, ready for
-    :class:`~unime_st.losses.HardNegativeInfoNCELoss`. Each input is ``{"image", "text"}`` with what it has of the two.
+    :class:`~unime_st.losses.HardNegativeInfoNCELoss`. Each input is ``{"image", "text"}``, or has one of the two.
     Only paths are stored; images are opened when rows are drawn, in the data loader's workers.
 
     Rows whose query or positive is empty are skipped, and counted in the log. When some rows have explicit negatives,
     all need as many: a row with too few repeats its own, one with none borrows the positive of another row of its
-    subset with other content, so that every loss may rely on the columns; that is counted in the log too.
+    subset with other content, so that every loss may rely on the columns; these rows are counted in the log too.
 
     Args:
         root: Folder of the subsets.
         subsets: Their names, in the order wanted; None for all.
         split: ``"original"`` or ``"diverse_instruction"``.
         image_root: Folder of the images; None for ``root/images`` when that is a folder, else ``root``.
-        num_negatives: Explicit negatives a row; None for as many as any row has, 0 to leave them out.
+        num_negatives: Explicit negatives per row; None for as many as any row has, 0 to leave them out.
         label: Add an integer identity of the target.
         subset_column: Add the column ``subset`` with the name of each row's data set, which
-            :class:`~unime_st.samplers.FalseNegativeAwareBatchSampler` reads for batches of one data set. It is stored
-            only: rows that are drawn do not have it.
-        max_rows: Rows a subset, at most: from its start or, with ``shuffle_seed``, drawn from all of it.
-        shuffle_seed: Draws ``max_rows`` at random, the same for a subset whichever others are loaded.
+            :class:`~unime_st.samplers.FalseNegativeAwareBatchSampler` reads for batches of one data set. It is only
+            stored: rows that are drawn do not have it.
+        max_rows: Largest number of rows per subset: from its start or, with ``shuffle_seed``, drawn from all of it.
+        shuffle_seed: Draws ``max_rows`` at random, the same rows of a subset whichever others are loaded.
         max_pixels: See :class:`~unime_st.data.ItemReader`.
         image_size: See :class:`~unime_st.data.ItemReader`.
         max_aspect_ratio: See :class:`~unime_st.data.ItemReader`: more elongated images count as damaged.
         check_images: Look now whether every image is there; with ``"open"``, whether it can be opened, which reads all
             of them once.
-        max_bad_images: Different images that may be missing or damaged, over all workers, processes and resumed runs;
-            their rows are replaced by others of their batch, see :class:`~unime_st.data.ItemReader`. 0 makes the first
-            one an error.
+        max_bad_images: Number of different images that may be missing or damaged, over all workers, processes and
+            resumed runs; their rows are replaced by others of their batch, see :class:`~unime_st.data.ItemReader`. 0
+            makes the first one an error.
         bad_images_log: File that names them, needed with ``max_bad_images``;
             :func:`~unime_st.data.bad_image_report` counts by data set.
 
@@ -158,8 +158,8 @@ def load_mmeb_eval(
         image_size: See :class:`~unime_st.data.ItemReader`.
 
     Returns:
-        Rows of ``query``, one input, and ``candidates``, a list of them whose first is right. An image is given by its
-        absolute path, or opened when a resolution is asked for. Empty wrong candidates are left out, and counted in the
+        Rows of ``query``, one input, and ``candidates``, a list of inputs, the right one first. Images are absolute
+        paths, or opened when a resolution is asked for. Empty wrong candidates are left out, and counted in the
         log.
 
     Raises:
@@ -186,7 +186,7 @@ def load_mmeb_eval(
         open_images=max_pixels is not None or image_size is not None,
         max_pixels=max_pixels,
         image_size=image_size,
-        max_aspect_ratio=None,  # the model says what it takes
+        max_aspect_ratio=None,  # the model decides what it takes
         origin=Origin([source], [name for name in (*EVAL_COLUMNS, *OPTIONAL_EVAL_COLUMNS) if "img" in name]),
     )
     return Dataset(pa.table({"query": _cells(queries), "candidates": lists})).with_transform(reader)

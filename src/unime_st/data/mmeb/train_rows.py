@@ -1,4 +1,4 @@
-"""Reading MMEB-train's rows into Arrow columns, without a Python object a row that outlives its file."""
+"""Reads MMEB-train's rows into Arrow columns; no Python object of a row outlives its file."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ NEGATIVE_COLUMNS = ("neg_text", "neg_image_path")
 
 @dataclass
 class _Items:
-    """Texts and image paths, "" for none."""
+    """Texts and image paths, with "" for none."""
 
     texts: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
 
     def add(self, text: str, image: str | None) -> bool:
-        """Add one unless it is empty."""
+        """Add an item unless it is empty; return whether it was added."""
         if not (text or image):
             return False
         self.texts.append(text)
@@ -45,24 +45,16 @@ class _Items:
 
 @dataclass(frozen=True)
 class TrainRows:
-    """The rows of a data set that have a query and a positive.
-
-    Attributes:
-        name: The data set's.
-        anchors: ``(N,)`` cells.
-        positives: ``(N,)`` cells.
-        negatives: Cells of all rows' explicit negatives.
-        counts: ``(N,)`` explicit negatives of each row.
-    """
+    """The rows of a data set that have a query and a positive."""
 
     name: str
-    anchors: pa.StructArray
-    positives: pa.StructArray
-    negatives: pa.StructArray
-    counts: np.ndarray
+    anchors: pa.StructArray  # (N,)
+    positives: pa.StructArray  # (N,)
+    negatives: pa.StructArray  # the explicit negatives of all rows
+    counts: np.ndarray  # (N,) the number of explicit negatives of each row
 
     def table(self, width: int, *, label: bool, subset: bool) -> pa.Table:
-        """Columns of a training set, with ``width`` negatives a row, see :func:`~unime_st.data.load_mmeb_train`."""
+        """The columns of a training set with ``width`` negatives per row, as ``load_mmeb_train`` describes them."""
         columns: dict[str, Any] = {ANCHOR: self.anchors, POSITIVE: self.positives}
         if width:
             pool = pa.concat_arrays([self.positives, self.negatives])
@@ -75,7 +67,7 @@ class TrainRows:
         return pa.table(columns)
 
     def _choose_negatives(self, width: int) -> np.ndarray:
-        """Places of each row's negatives in the positives followed by the negatives, ``(N, width)``."""
+        """Places of each row's negatives among the positives followed by the negatives, ``(N, width)``."""
         rows = len(self.positives)
         starts = np.cumsum(self.counts) - self.counts + rows
         own = starts[:, None] + np.arange(width) % np.maximum(self.counts, 1)[:, None]
@@ -105,7 +97,7 @@ class TrainRows:
 
 
 def _next_other(codes: np.ndarray) -> np.ndarray:
-    """The next row, in a circle, that holds something else; a row itself when all are equal."""
+    """The next row, in a circle, with other content; the row itself when all are equal."""
     rows = np.arange(len(codes))
     changes = np.flatnonzero(codes != np.roll(codes, -1))  # the last row of each run of equals
     if not len(changes):
@@ -114,11 +106,7 @@ def _next_other(codes: np.ndarray) -> np.ndarray:
 
 
 def read_train(source: Source, max_rows: int | None, shuffle_seed: int | None, *, negatives: bool) -> TrainRows:
-    """Read a data set's rows; those with an empty query or positive are skipped, and counted in the log.
-
-    Raises:
-        ValueError: When nothing is left, or a file is damaged or has other columns.
-    """
+    """Read a data set's rows; those with an empty query or positive are skipped and counted in the log."""
     anchors, positives, others = _Items(), _Items(), _Items()
     counts: list[int] = []
     read = 0
@@ -152,12 +140,7 @@ def read_train(source: Source, max_rows: int | None, shuffle_seed: int | None, *
 
 
 def check_images(tables: Sequence[pa.Table], names: Sequence[str], reader: ItemReader, *, by_opening: bool) -> None:
-    """Look for every distinct image, or open it; what is missing or damaged is reported by the reader.
-
-    Raises:
-        FileNotFoundError: On a missing image, when the reader allows none.
-        ValueError: On a damaged one, on more bad images than allowed, or a path that leaves the folder.
-    """
+    """Look for every distinct image, or open it; the reader reports missing and damaged ones."""
     known: set[str] = set()
     with ThreadPoolExecutor() as pool:
         for name, table in zip(names, tables, strict=True):

@@ -1,4 +1,4 @@
-"""MMEB: ``evaluator`` is the way in, ``tasks`` which there are and how each is read, ``inputs`` what the model sees."""
+"""MMEB: ``evaluator`` is the entry point, ``tasks`` lists and reads the tasks, ``inputs`` collects their inputs."""
 
 from unime_st.evaluation.mmeb.evaluator import MMEBEvaluator
 

@@ -22,35 +22,23 @@ from unime_st.evaluation.scoring import score_candidates
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 5  # best candidates kept of each row
+_SHOWN = 5  # number of the best candidates kept for each row
 _METRIC_NAMES: dict[Metric, str] = {"hit@1": "precision@1", "ndcg@5": "ndcg@5"}
 
 
 @dataclass
 class TaskResult:
-    """Outcome of one task.
+    """The outcome of one task; a row with an unreadable input is wrong and has rank and score 0."""
 
-    Attributes:
-        rows: Numbers of the rows in the task; all of them, unless ``limit`` draws some.
-        right: Whether each row is right; a row with something unreadable is not, shape (rows,).
-        tied: Whether only the order of equal scores decides the row's score, shape (rows,).
-        rank: Rank of the best right answer, from 1; 0 in a row with something unreadable, shape (rows,).
-        best: Its place in the row, or in the pool, shape (rows,).
-        top: The best candidates' places in each row, or in the pool, best first, -1 past the last, shape (rows, k).
-        errors: Row number -> what could not be read.
-        metric: What ``scores`` are.
-        scores: Of each row, in [0, 1]; 0 in a row with something unreadable, shape (rows,).
-    """
-
-    rows: np.ndarray
-    right: np.ndarray
-    tied: np.ndarray
-    rank: np.ndarray
-    best: np.ndarray
-    top: np.ndarray
-    errors: dict[int, str] = field(default_factory=dict)
-    metric: Metric = "hit@1"
-    scores: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    rows: np.ndarray  # (rows,) numbers in the task; all of them, unless `limit` draws some
+    right: np.ndarray  # (rows,) whether each row is right
+    tied: np.ndarray  # (rows,) whether only the order of equal scores decides the row's score
+    rank: np.ndarray  # (rows,) rank of the best right answer, from 1
+    best: np.ndarray  # (rows,) the place of that answer in the row, or in the pool
+    top: np.ndarray  # (rows, k) places of the best candidates in the row, or in the pool; -1 past the last
+    errors: dict[int, str] = field(default_factory=dict)  # row number -> what could not be read
+    metric: Metric = "hit@1"  # the metric of `scores`
+    scores: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (rows,) in [0, 1]
 
     @property
     def precision(self) -> float:
@@ -59,17 +47,17 @@ class TaskResult:
 
     @property
     def score(self) -> float:
-        """The task's own metric in [0, 1]."""
+        """The task's metric in [0, 1]."""
         return float(self.scores.mean())
 
 
 class MMEBEvaluator(EmbeddingEvaluator):
-    """MMEB (36 image tasks), or any tasks in its layout, or tasks of one's own.
+    """MMEB (36 image tasks), any tasks in its layout, or custom tasks.
 
     A query is right when, among its own candidates, the right one (the first) has the highest cosine. As published, the
     first of equal scores wins: among a query's own candidates a tie is right, and in a pool that all queries share the
-    pool's order decides. Rows that this decides are counted, and a warning tells when they are many: a model that gives
-    everything one embedding is seen by them. All tasks are read first; each distinct input is then encoded once over
+    pool's order decides. Rows that this decides are counted, and a warning is logged when there are many: they reveal a
+    model that gives all inputs one embedding. All tasks are read first; each distinct input is then encoded once over
     all of them, from one queue, which several processes share.
 
     Args:
@@ -79,37 +67,38 @@ class MMEBEvaluator(EmbeddingEvaluator):
         tasks: Names of tasks below ``root``, or tasks; None takes every task found there.
         meta_tasks: Task -> meta-task; None means the published ones (:data:`META_TASKS`). Tasks it does not name are in
             no meta-task.
-        image_root: Where image paths lead; None means ``root/images`` if it is a folder, else ``root``.
-        max_pixels: Images with more are made smaller, keeping their shape. Part of the cache's key.
-        image_size: Every image is brought to this side, or (width, height), by force, as the published evaluations do
-            (336 or 1344; MMEB V2: 128, 672 or 1344). Part of the cache's key.
+        image_root: Folder of the images; None means ``root/images`` if it is a folder, else ``root``.
+        max_pixels: Larger images are made smaller, keeping their shape. Part of the cache's key.
+        image_size: Every image is resized to this side, or (width, height), ignoring its shape, as in the published
+            evaluations (336 or 1344; MMEB V2: 128, 672 or 1344). Part of the cache's key.
         on_error: "raise", or "report" to count broken rows (an unreadable image, no right answer) as wrong, to leave
             out missing tasks, and to list both in ``errors``.
-        limit: Rows of each task, drawn by ``seed`` and the same in every call; None takes all. For use within training.
-        seed: Of that draw.
-        name: Put before the metrics' names.
+        limit: Number of rows of each task, drawn by ``seed`` and the same in every call, for use within training; None
+            takes all.
+        seed: Seed of that draw.
+        name: Prefix of the metrics' names.
         **arguments: ``batch_size``, ``prompt``, ``prompt_name``, ``cache_dir``, ``show_progress_bar`` and ``write_csv``
             of :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
 
     Attributes:
-        results: Of the last call, task -> :class:`TaskResult`.
-        errors: Of the last call, what could not be read: task -> messages.
+        results: Task -> :class:`TaskResult`, from the last call.
+        errors: Task -> messages on what could not be read in the last call.
         primary_metric: ``mean_precision@1``, over the tasks.
 
     Raises:
         FileNotFoundError: If ``root`` is no folder, or holds no task.
-        ValueError: If ``on_error``, ``limit``, ``seed``, a metric or the resolution is something else, or if two tasks
+        ValueError: If ``on_error``, ``limit``, ``seed``, a metric or the resolution is out of range, or if two tasks
             have one name.
 
     Metrics:
-        ``<task>_precision@1`` (``<task>_ndcg@5`` for tasks scored so) and ``<task>_ties`` (rows whose score only the
-        order of equal candidates decides) for each task, ``ties`` over all;
+        ``<task>_precision@1`` (``<task>_ndcg@5`` for tasks with that metric) and ``<task>_ties`` (rows whose score only
+        the order of equal candidates decides) for each task, ``ties`` over all;
         ``meta_<meta-task>_precision@1``, the mean of its tasks; ``mean_precision@1`` over tasks;
         ``meta_mean_precision@1``, the mean of the meta-tasks (the UniME paper's "Overall");
         ``in_distribution_precision@1`` and ``out_of_distribution_precision@1`` over the published tasks with and
-        without a training set; ``tasks``, how many there are in all; with more than one metric or modality among the
-        tasks, ``mean_ndcg@5``, ``<modality>_mean`` of each one's own metrics, and ``overall_mean``, as MMEB V2 prints
-        them; with "report", ``unreadable_rows``.
+        without a training set; ``tasks``, the number of tasks; with more than one metric or modality among the tasks,
+        ``mean_ndcg@5``, ``<modality>_mean`` over each task's metric, and ``overall_mean``, as MMEB V2 prints them; with
+        "report", ``unreadable_rows``.
     """
 
     def __init__(
@@ -158,11 +147,18 @@ class MMEBEvaluator(EmbeddingEvaluator):
         Args:
             path: The file.
             root: Folder of the data: ``<root>/<dataset_name>/<split>-*.parquet``, and the entries' ``image_root``.
-            parsers: See :func:`~unime_st.evaluation.mmeb.tasks.tasks_from_yaml`: how other kinds of tasks are added.
+            parsers: A mapping from ``dataset_parser`` to a function that makes the task, which adds other kinds of
+                tasks; None takes :data:`~unime_st.evaluation.mmeb.tasks.PARSERS`, which has the image tasks.
             **arguments: Arguments of the class.
 
         Returns:
             The evaluator.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ImportError: If PyYAML is not installed.
+            ValueError: If the file is no mapping of tasks, or if an entry names no parser or an unknown one, asks for a
+                pool that its parser does not make, or names a folder outside ``root``; the error names the entry.
         """
         return cls(None, tasks_from_yaml(path, root, parsers), **arguments)
 
@@ -173,7 +169,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
         return {**super().get_config_dict(), **{key: value for key, value in own.items() if value is not None}}
 
     def encoding_settings(self) -> dict[str, Any]:
-        """Return the resolution policy."""
+        """Return the settings of the images' resolution."""
         own = {"max_pixels": self.max_pixels, "image_size": self.image_size}
         return {key: value for key, value in own.items() if value is not None}
 
@@ -185,8 +181,8 @@ class MMEBEvaluator(EmbeddingEvaluator):
         Args:
             model: A ``SentenceTransformer``.
             output_path: Folder for the results, or None.
-            epoch: Written into the results.
-            steps: Written into the results.
+            epoch: The epoch, which is written into the results.
+            steps: The step, which is written into the results.
 
         Returns:
             The metrics, see the class.
@@ -249,7 +245,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
     def _score(  # noqa: PLR0917
         model: Any, task: MMEBTask, own: EvalTask, rows: np.ndarray, embeddings: np.ndarray, index: np.ndarray
     ) -> TaskResult:
-        """Score the drawn rows; ``index`` tells the embedding of each of the task's items, -1 for an unreadable one."""
+        """Score the drawn rows; ``index`` is the embedding of each item of the task, -1 for an unreadable one."""
         count = len(rows)
         place_of_row = {int(row): place for place, row in enumerate(own.rows)}
         pool = None if own.corpus is None else index[own.corpus]
@@ -283,16 +279,17 @@ class MMEBEvaluator(EmbeddingEvaluator):
     def top(
         self, task: str, k: int = _SHOWN, places: Sequence[int] | None = None, *, with_right: bool = False
     ) -> list[dict[str, Any]]:
-        """Show what queries found in the last call, as entries of :meth:`~unime_st.evaluation.Report.add_gallery`.
+        """Show the results of the last call, as entries of :meth:`~unime_st.evaluation.Report.add_gallery`.
 
         Args:
-            task: Its name.
-            k: Results a query, at most five.
-            places: Which of the evaluated rows, as in ``results[task].right``; None takes all that were readable.
-            with_right: Whether the best right answer comes after them where none is among them, with its rank.
+            task: Name of the task.
+            k: Results per query, at most five.
+            places: Places of evaluated rows, as in ``results[task].right``; None takes all that were readable.
+            with_right: Whether to add the best right answer, with its rank, where no result is right.
 
         Returns:
-            For each row `query`, `results` (each with `image`, `text` or both, and whether it is `right`) and `rank`.
+            One entry per row: `query`, `results` (each with `image`, `text` or both, and whether it is `right`) and
+            `rank`.
 
         Raises:
             ValueError: If the task was not evaluated, or ``k`` is out of range.
@@ -317,7 +314,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
         return entries
 
     def outcomes(self) -> dict[str, TaskOutcomes]:
-        """Each row's share of its task's metric, of the last call."""
+        """The share of each row of the last call in its task's metric."""
         return {task: TaskOutcomes(result.rows, result.scores, result.tied) for task, result in self.results.items()}
 
     def _metrics(self) -> dict[str, float]:
@@ -349,7 +346,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
         return metrics
 
     def _mixed_metrics(self) -> dict[str, float]:
-        """MMEB V2's averages, where there is more than Precision@1 on images."""
+        """MMEB V2's averages, where there are other tasks than Precision@1 on images."""
         scores = {task: result.score for task, result in self.results.items()}
         modality = {task.name: task.modality for task in self._tasks if task.name in scores}
         graded = [task for task, result in self.results.items() if result.metric == "ndcg@5"]
@@ -372,7 +369,7 @@ def _check_tasks(tasks: Sequence[MMEBTask]) -> None:
 
 
 def _explain(result: TaskResult, own: EvalTask, rows: np.ndarray, place: np.ndarray, errors: Mapping[int, str]) -> None:
-    """Note why rows could not be read."""
+    """Record why rows could not be read."""
     at = {int(row): number for number, row in enumerate(own.rows)}
     for row in rows[result.rank == 0].tolist():
         if row in own.broken:
@@ -383,7 +380,7 @@ def _explain(result: TaskResult, own: EvalTask, rows: np.ndarray, place: np.ndar
 
 
 def _places(top: np.ndarray, readable: np.ndarray) -> np.ndarray:
-    """From places among the readable candidates of a pool to places in the pool."""
+    """Turn places among the readable candidates of a pool into places in the pool."""
     return np.where(top >= 0, readable[np.maximum(top, 0)], -1)
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation on MMEB encodes: its tasks, and their distinct inputs over all of them."""
+"""The tasks that an evaluation on MMEB encodes, and the distinct inputs of all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unime_st.evaluation.mmeb.tasks import MMEBTask, found_tasks, image_task
 def as_tasks(
     root: str | Path | None, tasks: Sequence[str | MMEBTask] | None, image_root: str | Path | None
 ) -> list[MMEBTask]:
-    """Tasks as :class:`~unime_st.evaluation.MMEBEvaluator` is given them: by name below a folder, or ready made."""
+    """The tasks of :class:`~unime_st.evaluation.MMEBEvaluator`, which are names below a folder, or ready-made tasks."""
     if wrong := [task for task in tasks or [] if not isinstance(task, str | MMEBTask)]:
         raise TypeError(f"`tasks` holds {wrong[0]!r}; give names or `MMEBTask`s.")
     names = [task for task in tasks or [] if isinstance(task, str)]
@@ -34,7 +34,7 @@ def as_tasks(
 
 
 def _folder(root: str | Path, image_root: str | Path | None) -> Path:
-    """The benchmark's folder; a data set on the Hub is fetched, its images are not."""
+    """The benchmark's folder; a data set on the Hub is downloaded, without its images."""
     folder = Path(root)
     if folder.is_dir() or not isinstance(root, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", root):
         return folder
@@ -49,11 +49,10 @@ def _folder(root: str | Path, image_root: str | Path | None) -> Path:
 def distinct_inputs(
     read: Mapping[str, tuple[EvalTask, np.ndarray]],
 ) -> tuple[list[Any], list[tuple[str, int]], dict[str, np.ndarray]]:
-    """Inputs of the drawn rows, each once over all tasks where that is seen without reading it.
+    """The inputs of the drawn rows, each once over all tasks where that is known without reading files.
 
-    Returns:
-        The inputs; the task and row that has each first; for each task the place of each of its items among the
-        inputs, of those not needed the first.
+    It returns the inputs, the task and row where each occurs first, and for each task the place of each of its items
+    among the inputs (0 for items that are not needed).
     """
     items: list[Any] = []
     owner: list[tuple[str, int]] = []
@@ -81,7 +80,7 @@ def distinct_inputs(
 
 
 def _name(item: Any) -> Any:
-    """Something hashable that tells an input without reading files, None where there is nothing."""
+    """A hashable value that identifies an input without reading files, or None where there is none."""
     if isinstance(item, str):
         return item
     if isinstance(item, dict) and all(isinstance(value, str) for value in item.values()):

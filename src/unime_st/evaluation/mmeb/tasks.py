@@ -1,4 +1,4 @@
-"""The 36 tasks of MMEB V1, as data, and tasks described by the YAML files of MMEB V2."""
+"""The 36 tasks of MMEB V1, as data, and tasks that the YAML files of MMEB V2 describe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PUBLISHED: dict[str, tuple[str, str]] = {
 META_TASKS: dict[str, str] = {
     task: meta for meta, parts in _PUBLISHED.items() for part in parts for task in part.split()
 }
-"""Task -> meta-task, in the published order."""
+"""The meta-task of each task, in the published order."""
 
 IN_DISTRIBUTION = frozenset(task for known, _ in _PUBLISHED.values() for task in known.split())
 """The 20 tasks with a training set in MMEB-train."""
@@ -39,18 +39,18 @@ class TaskLoader(Protocol):
     """Reads a task."""
 
     def __call__(self, *, on_error: Literal["raise", "report"]) -> EvalTask:
-        """Read it; with "report", note broken rows in ``EvalTask.broken``."""
+        """Read the task; with "report", note broken rows in ``EvalTask.broken``."""
 
 
 @dataclass(frozen=True)
 class MMEBTask:
-    """One task of a benchmark, of whatever modality: what is read, and how it is scored.
+    """One task of a benchmark, of any modality: how it is read and scored.
 
     Attributes:
-        name: Of the task.
-        load: Reads it.
+        name: The task's name.
+        load: Reads the task.
         metric: ``"hit@1"`` (Precision@1), or ``"ndcg@5"`` with linear gains, as visual documents are scored.
-        modality: ``"image"``, ``"video"``, ``"visdoc"``: tasks of one are averaged.
+        modality: ``"image"``, ``"video"`` or ``"visdoc"``; tasks of one modality are averaged.
     """
 
     name: str
@@ -60,20 +60,14 @@ class MMEBTask:
 
 
 Parser = Callable[[str, Mapping[str, Any], Path], MMEBTask]
-"""From a task's name, its entry in the YAML file and the root folder to the task."""
+"""Makes a task from its name, its entry in the YAML file and the root folder."""
 
 
 def image_task(name: str, entry: Mapping[str, Any], root: Path, image_root: str | Path | None = None) -> MMEBTask:
     """Make a task in MMEB-eval's layout, with or without instructions in columns of their own.
 
-    Args:
-        name: Of the task.
-        entry: ``dataset_name``, ``dataset_split`` and ``image_root``, which is below ``root``.
-        root: Holds ``<dataset_name>/<split>-*.parquet``.
-        image_root: Folder of the images, wherever it is, in place of the entry's.
-
-    Raises:
-        ValueError: If the entry's ``image_root``, ``dataset_name`` or ``dataset_split`` leads out of ``root``.
+    The ``entry`` may have ``dataset_name``, ``dataset_split`` and ``image_root``, which lies below ``root``; the
+    argument ``image_root`` replaces the latter, and may be any folder.
     """
     images = image_root
     if images is None and entry.get("image_root") is not None:
@@ -97,25 +91,14 @@ def image_task(name: str, entry: Mapping[str, Any], root: Path, image_root: str 
 PARSERS: dict[str, Parser] = dict.fromkeys(
     ("image_cls", "image_qa", "image_i2t", "image_t2i", "image_i2i_vg"), image_task
 )
-"""``dataset_parser`` of MMEB V2's YAML files -> what makes the task. Videos and documents are further entries."""
+"""The parser for each ``dataset_parser`` of MMEB V2's YAML files; videos and documents need further entries."""
 
 
 def tasks_from_yaml(path: str | Path, root: str | Path, parsers: Mapping[str, Parser] | None = None) -> list[MMEBTask]:
     """Read a list of tasks as MMEB V2 describes them: ``name: {dataset_parser, dataset_name, image_root, ...}``.
 
-    Args:
-        path: The YAML file.
-        root: Folder of the data; ``image_root`` of an entry is below it.
-        parsers: ``dataset_parser`` -> parser; None for :data:`PARSERS`, which knows the image tasks.
-
-    Returns:
-        The tasks, in their order.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ImportError: If PyYAML is not installed.
-        ValueError: If the file is no mapping of tasks, an entry names no parser or an unknown one, asks for a pool its
-            parser does not make, or names a folder outside ``root``; says which entry.
+    ``image_root`` of an entry lies below ``root``. ``parsers`` maps ``dataset_parser`` to a parser; None takes
+    :data:`PARSERS`, which has the image tasks. Errors name the entry.
     """
     try:
         import yaml
@@ -147,6 +130,6 @@ def tasks_from_yaml(path: str | Path, root: str | Path, parsers: Mapping[str, Pa
 
 
 def found_tasks(root: Path) -> list[str]:
-    """Names of the tasks below a folder: published ones in the published order, then others by name."""
+    """The names of the tasks below a folder: published ones in the published order, then others by name."""
     names = {path.parent.name for path in root.glob("*/test-*.parquet")}
     return [task for task in META_TASKS if task in names] + sorted(names.difference(META_TASKS))

@@ -1,7 +1,7 @@
 """Reports of evaluations.
 
-``report`` collects parts (``section``), ``html`` and ``markdown`` write, ``plots`` draws, ``summary`` puts scores
-beside published ones, ``compare`` two evaluations row by row.
+``report`` collects the parts of ``section``; ``html`` and ``markdown`` write them, ``plots`` draws; ``summary`` adds
+our scores beside published ones, ``compare`` compares two evaluations row by row.
 """
 
 from unime_st.evaluation.report.report import Report

@@ -1,4 +1,4 @@
-"""Two evaluations of the same rows: what changed, and whether chance explains it."""
+"""Compares two evaluations of the same rows: what changed, and whether chance explains it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unime_st.evaluation.report.report import Report
 
 logger = logging.getLogger(__name__)
 
-_ROWS_AT_ONCE = 1 << 22  # numbers drawn at a time, so that memory stays bounded
+_ROWS_AT_ONCE = 1 << 22  # numbers drawn at a time, which bounds the memory
 _FLIPS_SHOWN = 20
 MEAN = "mean of tasks"
 
@@ -25,15 +25,15 @@ Key = tuple[str, str]  # evaluator, task
 
 @dataclass(frozen=True)
 class Difference:
-    """After minus before, of one task or of their mean.
+    """The change from before to after, of one task or of the mean of tasks.
 
     Attributes:
         before: Score in [0, 1].
         after: Score in [0, 1].
         low: Lower end of the paired bootstrap interval of the difference.
-        high: Upper end.
-        gained: Rows that score higher after, by number.
-        lost: Rows that score lower after, by number.
+        high: Upper end of that interval.
+        gained: Numbers of the rows that score higher after.
+        lost: Numbers of the rows that score lower after.
     """
 
     before: float
@@ -50,19 +50,19 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two evaluations.
+    """The comparison of two evaluations.
 
     Attributes:
         tasks: ``<evaluator>: <task>`` -> difference.
-        means: Evaluator -> difference of the mean over its tasks; those of several do not mix.
-        confidence: Of the intervals.
-        other_rules: Tasks whose ties were treated by different rules -> what that was, and what hangs on it.
+        means: Evaluator -> difference of the mean over its tasks; tasks of several evaluators are not mixed.
+        confidence: Confidence of the intervals.
+        other_rules: Task whose ties were treated by different rules -> a text on the rules and their effect.
     """
 
     tasks: dict[str, Difference]
@@ -124,15 +124,15 @@ def compare(
 ) -> Comparison:
     """Compare two evaluations of the same rows with a paired bootstrap.
 
-    Rows are drawn with replacement within each task, the same ones for both sides, so that what is hard for both does
-    not widen the interval (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 13 and 15).
+    Rows are drawn with replacement within each task, the same ones for both sides, so that rows that are hard for both
+    do not widen the interval (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 13 and 15).
 
     Args:
         before: Folder with one or more ``*_rows.parquet``, or one such file.
-        after: The other.
-        resamples: Draws.
-        seed: Of the draws.
-        confidence: Of the intervals, in (0, 1).
+        after: The other folder or file.
+        resamples: Number of draws.
+        seed: Seed of the draws.
+        confidence: Confidence of the intervals, in (0, 1).
         intersection: Compare the tasks and rows that both have, when they are not the same.
 
     Returns:
@@ -150,7 +150,7 @@ def compare(
     tasks: dict[str, Difference] = {}
     by_evaluator: dict[str, list[tuple[Difference, np.ndarray]]] = {}
     for (evaluator, task), (rows, a, b) in pairs.items():
-        rng = np.random.default_rng([seed, zlib.crc32(task.encode())])  # whatever tasks come before
+        rng = np.random.default_rng([seed, zlib.crc32(task.encode())])  # independent of the tasks before it
         drawn = _resampled_means(b - a, resamples, rng)
         gained, lost = (tuple(rows[changed].tolist()) for changed in (b > a, b < a))
         own = Difference(float(a.mean()), float(b.mean()), *_interval(drawn, tails), gained, lost)
@@ -171,7 +171,7 @@ def compare(
 
 
 def _other_rule(before: TaskOutcomes, after: TaskOutcomes) -> str:
-    """Say that two results treat ties differently, and how many rows may differ for that; "" if they do not."""
+    """A text on two results with different rules for ties, and how many rows may differ for that, or ""."""
     if before.rule == after.rule:
         return ""
     tied = [int(own.tied.sum()) for own in (before, after)]
@@ -186,7 +186,7 @@ def _interval(drawn: np.ndarray, tails: tuple[float, float]) -> tuple[float, flo
 
 
 def _resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Means of resamples of the values, shape (resamples,)."""
+    """The means of resamples of the values, (resamples,)."""
     step = max(1, _ROWS_AT_ONCE // len(values))
     parts = [
         values[rng.integers(len(values), size=(min(step, resamples - start), len(values)))].mean(axis=1)
@@ -196,7 +196,7 @@ def _resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generato
 
 
 def _outcomes(path: Path) -> dict[Key, TaskOutcomes]:
-    """Results of a folder's files, tasks after the name of their evaluator."""
+    """The results of a folder's files, by evaluator and task."""
     files = [path] if path.is_file() else sorted(path.glob("*_rows.parquet"))
     if not files:
         raise FileNotFoundError(
@@ -212,7 +212,7 @@ def _outcomes(path: Path) -> dict[Key, TaskOutcomes]:
 def _paired(
     before: Mapping[Key, TaskOutcomes], after: Mapping[Key, TaskOutcomes], *, intersection: bool
 ) -> dict[Key, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Evaluator and task -> row numbers and the two scores of each."""
+    """The row numbers and both sides' scores for each evaluator and task."""
     if set(before) != set(after) and not intersection:
         only = {"before": sorted(set(before) - set(after)), "after": sorted(set(after) - set(before))}
         told = "; ".join(f"only {side}: {', '.join(map(': '.join, names))}" for side, names in only.items() if names)

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs no other file and no network."""
+"""Writes a report as one HTML page that needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ figure img { width: 100%; min-width: 34rem; max-width: 60rem; height: auto; bord
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
-    """The whole report as a page; fits light and dark, small and large screens."""
+    """The whole report as a page, for light and dark themes and for small and large screens."""
     body = [f"<header><h1>{escape(title)}</h1></header>"]
     for section in sections:
         body.append("<section>")

@@ -1,4 +1,4 @@
-"""A report as Markdown."""
+"""Writes a report as Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FILES = "report_files"
 
 
 def to_markdown(title: str, sections: Sequence[Section]) -> str:
-    """The whole report; pictures are looked for in the folder `report_files` beside it."""
+    """The whole report; its pictures are in the folder `report_files` beside it."""
     parts = [f"# {escape(title)}"]
     for section in sections:
         if section.title:
@@ -24,11 +24,10 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
 
 
 def escape(text: str) -> str:
-    r"""Text in one line that Markdown shows as it is.
+    r"""The text in one line, escaped so that Markdown shows it unchanged.
 
-    Example:
-        >>> escape("a|b <i> *c*")
-        'a\\|b \\<i\\> \\*c\\*'
+    >>> escape("a|b <i> *c*")
+    'a\\|b \\<i\\> \\*c\\*'
     """
     line = " ".join(str(text).split())
     line = re.sub(r"([\\`*_\[\]{}<>#|~$])", r"\\\1", line.replace("&", "&amp;"))
@@ -71,7 +70,7 @@ def _gallery(_: str, data: dict[str, Any]) -> Iterator[str]:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """A sign and a word, and the rank of what does not stand in its place."""
+    """A sign and a word for a result, and its rank if it does not stand at its place."""
     word = "✓ right" if result["right"] else "✗ wrong"
     return f"{word}, rank {result['rank']}" if "rank" in result else word
 
@@ -86,7 +85,7 @@ def _picture(name: str, alt: str) -> str:
 
 
 def _rows(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> str:
-    """A table; its cells are Markdown already."""
+    """A table, whose cells are Markdown already."""
     lines = [[escape(column) for column in columns], ["---:" if right else "---" for right in numeric]]
     return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, *rows])
 

@@ -1,4 +1,4 @@
-"""The report's plots, as PNG bytes for a light and for a dark page. Needs matplotlib, an optional extra."""
+"""The report's plots, as PNG bytes for a light and for a dark page; they need matplotlib, an optional extra."""
 
 from __future__ import annotations
 
@@ -12,27 +12,24 @@ import numpy as np
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
-# Told apart by people who confuse red and green, and lines also by their markers (Okabe and Ito 2008, without yellow).
+# Colours that people who confuse red and green can distinguish (Okabe and Ito 2008, without yellow); lines can also be
+# distinguished by their markers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C8C8C")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _INK = {"light": "#1f2328", "dark": "#e6edf3"}
 _PAPER = {"light": "#ffffff", "dark": "#15191f"}
-_MOST_UPRIGHT = 8  # groups of bars
+_MOST_UPRIGHT = 8  # more groups of bars than this are drawn lying
 _HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
 
 
 def require_matplotlib() -> None:
-    """Raise unless plots can be drawn.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Raise an ``ImportError`` unless plots can be drawn."""
     if find_spec("matplotlib") is None:
         raise ImportError("Plots need matplotlib, which is not installed: `pip install 'unime_st[eval]'`.")
 
 
 def line_plot(series: Series, xlabel: str, ylabel: str, theme: str = "light", *, log_y: bool = False) -> bytes:
-    """Draw lines, one a series of (xs, ys); missing values (NaN) leave gaps."""
+    """Draw one line per series of (xs, ys); missing values (NaN) leave gaps."""
     figure, axes = _figure(theme)
     for number, (name, (xs, ys)) in enumerate(series.items()):
         axes.plot(
@@ -62,9 +59,9 @@ def bar_plot(
     *,
     errors: Mapping[str, Sequence[float]] | None = None,
 ) -> bytes:
-    """Draw bars, one a series in each group; `errors` are drawn as whiskers of that length to both sides.
+    """Draw one bar per series in each group; `errors` are the lengths of whiskers to both sides.
 
-    Many groups lie one below the other, so that their names can be read on any screen.
+    Many groups are drawn one below the other, so that their names can be read on any screen.
     """
     lying = len(groups) > _MOST_UPRIGHT
     height = 0.5 + len(groups) * max(0.24, 0.14 * len(series))
@@ -90,7 +87,7 @@ def bar_plot(
     names = [_plain(group) for group in groups]
     if lying:
         axes.set_yticks(centres, names)
-        axes.set_ylim(len(groups) - 0.5, -0.5)  # the first on top
+        axes.set_ylim(len(groups) - 0.5, -0.5)  # the first group is on top
         return _finish(figure, axes, ylabel, "", theme, legend=bool(series), grid="x")
     slanted = len(groups) > 4 or any(len(group) > 14 for group in groups)
     axes.set_xticks(centres, names, **({"rotation": 30, "ha": "right"} if slanted else {}))
@@ -123,7 +120,7 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, th
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib takes as it is: no formulas, no label hidden for its leading underscore."""
+    """Text that matplotlib shows unchanged: no formulas, no label hidden for its leading underscore."""
     return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
 
 

@@ -29,11 +29,11 @@ _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", "
 class Report:
     """Collects results and writes them for people and for programs.
 
-    Args:
-        title: of the report.
+    All text is shown as it is: nothing in it is taken as HTML or Markdown. Right and wrong are written in words, not
+    only shown in colour.
 
-    All text is shown as it is: nothing in it is taken as HTML or Markdown. What is right or wrong is said in words, not
-    only in colour.
+    Args:
+        title: Title of the report.
 
     Example:
         >>> import tempfile
@@ -48,7 +48,7 @@ class Report:
         self.sections: list[Section] = []
 
     def add_text(self, text: str, *, title: str = "") -> None:
-        """Add paragraphs of plain text; an empty line parts them."""
+        """Add paragraphs of plain text, which are separated by empty lines."""
         self.sections.append(Section("text", title, {"text": text}))
 
     def add_table(
@@ -65,17 +65,17 @@ class Report:
         """Add a table.
 
         Args:
-            title: its heading.
-            columns: names of the columns.
-            rows: cells in the order of the columns, or a mapping from column to cell; a missing cell, None or NaN is
+            title: Heading of the table.
+            columns: Names of the columns.
+            rows: Cells in the order of the columns, or mappings from column to cell; a missing cell, None or NaN is
                 shown as "–".
-            note: text below the table.
-            digits: decimal places of floats.
-            percent: show floats times 100, with two decimal places fewer.
-            highest: columns whose highest number is in bold type, as often as it occurs.
+            note: Text below the table.
+            digits: Decimal places of floats.
+            percent: Show floats times 100, with two decimal places fewer.
+            highest: Columns whose highest number is in bold type, as often as it occurs.
 
         Raises:
-            ValueError: a row has more or fewer cells than there are columns, or it or `highest` names no column.
+            ValueError: If a row has more or fewer cells than there are columns, or it or `highest` names no column.
         """
         if unknown := [name for name in highest if name not in columns]:
             raise ValueError(f"`highest` names {unknown}, but the columns of table {title!r} are {list(columns)}.")
@@ -87,11 +87,11 @@ class Report:
         self.sections.append(Section("table", title, data))
 
     def add_settings(self, settings: Mapping[str, Any], *, title: str = "Settings and versions") -> None:
-        """Add what the results were made with, followed by the versions of Python and the packages that matter.
+        """Add the settings of the results, followed by the versions of Python and of the packages that matter.
 
         Args:
-            settings: name -> value.
-            title: of the table.
+            settings: Name -> value.
+            title: Heading of the table.
         """
         rows = [[name, str(value)] for name, value in {**settings, **_versions()}.items()]
         self.add_table(title, ["setting", "value"], rows)
@@ -102,16 +102,16 @@ class Report:
         """Add a plot of lines.
 
         Args:
-            title: its heading.
-            series: name -> (xs, ys), equally many of both.
-            xlabel: below the plot.
-            ylabel: beside the plot.
-            note: text below the plot.
-            log_y: whether the vertical axis is logarithmic.
+            title: Heading of the plot.
+            series: Name -> (xs, ys), with as many xs as ys.
+            xlabel: Label of the horizontal axis.
+            ylabel: Label of the vertical axis.
+            note: Text below the plot.
+            log_y: Whether the vertical axis is logarithmic.
 
         Raises:
-            ImportError: matplotlib is not installed.
-            ValueError: a series has not as many xs as ys.
+            ImportError: If matplotlib is not installed.
+            ValueError: If a series does not have as many xs as ys.
         """
         require_matplotlib()
         for name, (xs, ys) in series.items():
@@ -134,16 +134,16 @@ class Report:
         """Add a plot of bars.
 
         Args:
-            title: its heading.
-            groups: names of the groups of bars.
-            series: name -> one value a group.
-            ylabel: beside the plot.
-            errors: name of a series -> length of the whiskers, one a group.
-            note: text below the plot.
+            title: Heading of the plot.
+            groups: Names of the groups of bars.
+            series: Name -> one value per group.
+            ylabel: Label of the axis of values.
+            errors: Name of a series -> length of the whiskers, one per group.
+            note: Text below the plot.
 
         Raises:
-            ImportError: matplotlib is not installed.
-            ValueError: a series has not one value a group.
+            ImportError: If matplotlib is not installed.
+            ValueError: If a series does not have one value per group.
         """
         require_matplotlib()
         for name, values in [*series.items(), *(errors or {}).items()]:
@@ -160,18 +160,18 @@ class Report:
         self, title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]],
         *, note: str = "",
     ) -> None:  # fmt: skip
-        """Add a table of shades: darkest the lowest of a column, brightest its highest, with the numbers in them.
+        """Add a table of shades with numbers in them, from the darkest for the lowest of a column to the brightest.
 
         Args:
-            title: its heading.
-            rows: names of the rows.
-            columns: names of the columns.
-            values: one list a row; None where there is no value.
-            note: text below the plot.
+            title: Heading of the plot.
+            rows: Names of the rows.
+            columns: Names of the columns.
+            values: One list per row, with None where there is no value.
+            note: Text below the plot.
 
         Raises:
-            ImportError: matplotlib is not installed.
-            ValueError: there are not as many values as rows and columns, or a column has none.
+            ImportError: If matplotlib is not installed.
+            ValueError: If there are not as many values as rows and columns, or a column has none.
         """
         require_matplotlib()
         table = np.array([[np.nan if cell is None else float(cell) for cell in row] for row in values], dtype=float)
@@ -191,17 +191,17 @@ class Report:
         self.sections.append(section)
 
     def add_gallery(self, title: str, entries: Sequence[Mapping[str, Any]], *, note: str = "") -> None:
-        """Add queries with what was found for each.
+        """Add queries with the results of each.
 
         Args:
-            title: its heading.
-            entries: each has a `query` (text, a PIL image, the path of one, or `{"image", "text"}`), `results` (best
+            title: Heading of the gallery.
+            entries: Each has a `query` (text, a PIL image, the path of one, or `{"image", "text"}`), `results` (best
                 first, each with an `image` or a `text`, `right`, whether it is a right answer, and its `rank` if that
-                is not its place here) and, if known, `rank`, that of the best right answer.
-            note: text below the gallery.
+                is not its place here) and, if known, `rank`, the rank of the best right answer.
+            note: Text below the gallery.
 
         Raises:
-            FileNotFoundError: an image is missing.
+            FileNotFoundError: If an image is missing.
         """
         section = Section("gallery", title, {"note": note, "entries": []})
         for entry in entries:
@@ -214,7 +214,7 @@ class Report:
         self.sections.append(section)
 
     def to_dict(self) -> dict[str, Any]:
-        """All results as plain data, ready for JSON: numbers that are not finite become None."""
+        """Return all results as plain data, ready for JSON: numbers that are not finite become None."""
         sections = [
             {
                 "kind": part.kind,
@@ -229,10 +229,10 @@ class Report:
         """Write `report.json`, `report.md` with its pictures in `report_files/`, and the self-contained `report.html`.
 
         Args:
-            folder: made when missing.
+            folder: Folder of the report, which is made when missing.
 
         Returns:
-            Path of the HTML page.
+            The path of the HTML page.
         """
         folder = Path(folder)
         for section in self.sections:
@@ -284,7 +284,7 @@ def _shown(cell: Any, digits: int, *, percent: bool) -> str:
 
 
 def _side(side: Any, pictures: dict[str, bytes]) -> dict[str, str | None]:
-    """A query or a result as its text and the name of its thumbnail, which is added to `pictures`."""
+    """The text of a query or a result, and the name of its thumbnail, which is added to `pictures`."""
     if not isinstance(side, Mapping):
         is_path = isinstance(side, Path) or (isinstance(side, str) and _is_image_file(side))
         side = {"image": side} if is_path or isinstance(side, Image.Image) else {"text": str(side)}
@@ -299,8 +299,8 @@ def _is_image_file(text: str) -> bool:
 
 
 def _add(image: Any, pictures: dict[str, bytes]) -> str:
-    """Add an image's thumbnail on white to the pictures; returns its file name, equal for equal thumbnails."""
-    if isinstance(image, Mapping):  # as data sets store images
+    """Add an image's thumbnail on white to the pictures, and return its file name, equal for equal thumbnails."""
+    if isinstance(image, Mapping):  # the form in which data sets store images
         image = image["path"] if image.get("bytes") is None else image["bytes"]
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)

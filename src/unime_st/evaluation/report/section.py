@@ -10,18 +10,10 @@ Kind = Literal["text", "table", "plot", "gallery"]
 
 @dataclass
 class Section:
-    """One part of a report.
-
-    Attributes:
-        kind: what it is.
-        title: its heading; may be "".
-        data: what goes into the JSON; for galleries with the names of their thumbnails.
-        pictures: file name -> PNG.
-        dark: file name -> PNG for a dark page.
-    """
+    """One part of a report."""
 
     kind: Kind
-    title: str
-    data: dict[str, Any]
-    pictures: dict[str, bytes] = field(default_factory=dict)
-    dark: dict[str, bytes] = field(default_factory=dict)
+    title: str  # the heading, which may be ""
+    data: dict[str, Any]  # the content of the JSON; of a gallery with the names of its thumbnails
+    pictures: dict[str, bytes] = field(default_factory=dict)  # file name -> PNG
+    dark: dict[str, bytes] = field(default_factory=dict)  # file name -> PNG for a dark page

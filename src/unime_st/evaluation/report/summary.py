@@ -1,4 +1,4 @@
-"""What evaluators found, as parts of a report: tables beside published rows, plots, the worst mistakes as pictures."""
+"""The results of evaluators as parts of a report: tables beside published rows, plots, the worst mistakes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unime_st.evaluation.report.report import Report
 from unime_st.evaluation.retrieval import ImageTextRetrievalEvaluator
 from unime_st.evaluation.sugarcrepe import SugarCrepeEvaluator
 
-_COLUMNS = {  # of the table of averages -> metric, key of the published rows
+_COLUMNS = {  # column of the table of averages -> metric, key of the published rows
     "Classification": ("meta_Classification_precision@1", "Classification"),
     "VQA": ("meta_VQA_precision@1", "VQA"),
     "Retrieval": ("meta_Retrieval_precision@1", "Retrieval"),
@@ -37,22 +37,11 @@ def add_mmeb(
     model: str = "this model",
     published: str = "VLM2Vec-V2.0-Qwen2VL-2B",
 ) -> None:
-    """Add an evaluation on MMEB: every task, every average, what others published, plots and mistakes.
+    """Add an evaluation on MMEB: every task, every average, published results, plots and mistakes.
 
     Published rows stand beside ours where all 36 published tasks were evaluated whole; a row printed with one kind of
-    overall average has a number in that column only, for the kinds differ by three points.
-
-    Args:
-        report: Gets the parts.
-        evaluator: After its call.
-        metrics: What the call returned.
-        model: Name of ours.
-        published: Whose scores by task are drawn beside ours, one of those of
-            :func:`~unime_st.evaluation.published_task_scores`.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-        KeyError: If no scores by task are known of ``published``.
+    overall average has a number in that column only, for the kinds differ by three points. ``published`` is the model
+    of :func:`~unime_st.evaluation.published_task_scores` whose scores by task are drawn beside ours.
     """
     prefix = f"{evaluator.name}_" if evaluator.name else ""
     own = {name.removeprefix(prefix): value for name, value in metrics.items()}
@@ -110,7 +99,7 @@ def _add_averages(report: Report, evaluator: MMEBEvaluator, own: Mapping[str, fl
 
 
 def worst_mistakes(evaluator: MMEBEvaluator, most: int = _MISTAKES) -> list[dict[str, Any]]:
-    """Rows whose right answer ranks lowest, at most one more of a task than of another, as entries of a gallery."""
+    """The rows whose right answer ranks lowest, from all tasks in turn, as entries of a gallery."""
     by_task = {
         task: iter(np.argsort(-result.rank, kind="stable")[: int((result.rank > 1).sum())].tolist())
         for task, result in evaluator.results.items()
@@ -131,11 +120,7 @@ def add_retrieval(
 ) -> None:
     """Add an evaluation of image-text retrieval: recalls in both directions, published rows, worst queries.
 
-    Args:
-        report: Gets the parts.
-        evaluator: After its call. A name that is one of the published sets' brings their rows.
-        metrics: What the call returned.
-        model: Name of ours.
+    An evaluator with the name of a published set brings the rows of that set.
     """
     prefix = f"{evaluator.name}_" if evaluator.name else ""
     title = f"Retrieval: {evaluator.name or 'images and captions'}"
@@ -168,14 +153,7 @@ def add_retrieval(
 def add_sugarcrepe(
     report: Report, evaluator: SugarCrepeEvaluator, metrics: Mapping[str, float], *, model: str = "this model"
 ) -> None:
-    """Add an evaluation on SugarCrepe: every set and group, published groups.
-
-    Args:
-        report: Gets the parts.
-        evaluator: After its call.
-        metrics: What the call returned.
-        model: Name of ours.
-    """
+    """Add an evaluation on SugarCrepe: every set and group, and published groups."""
     prefix = f"{evaluator.name}_" if evaluator.name else ""
     names = [*evaluator.sets, *evaluator.groups]
     rows: list[list[Any]] = [[model, *(100 * metrics[f"{prefix}{name}_accuracy"] for name in names)]]
@@ -187,6 +165,6 @@ def add_sugarcrepe(
 
 
 def _add_ties(report: Report, title: str, evaluator: EmbeddingEvaluator) -> None:
-    """Say above the numbers that ties decide many of them, if they do."""
+    """Say above the numbers if ties decide many of them."""
     if told := told_of_ties(evaluator.outcomes()):
         report.add_text(told, title=f"{title}: ties")

@@ -1,7 +1,7 @@
 """Phi-3-Vision and Phi-3.5-Vision: transformers' Phi-3 and CLIP, and what lies between them.
 
-Written from the public description of ``microsoft/Phi-3.5-vision-instruct``: the names of its configuration keys and
-tensors, so that its checkpoints load as they are, and the order of its operations.
+It is written from the public description of ``microsoft/Phi-3.5-vision-instruct``: the names of its configuration keys
+and tensors, so that its checkpoints load unchanged, and the order of its operations.
 """
 
 from __future__ import annotations

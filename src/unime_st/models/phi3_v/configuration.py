@@ -1,4 +1,4 @@
-"""Configuration of Phi-3-Vision, in the form of its published ``config.json``."""
+"""The configuration of Phi-3-Vision, in the form of its published ``config.json``."""
 
 from __future__ import annotations
 
@@ -34,34 +34,21 @@ _EMBD_LAYER = {
 
 @strict
 class Phi3VConfig(Phi3Config):
-    """Phi-3's configuration, and three keys about images.
+    """Phi-3's configuration, and keys about images.
 
     The published files describe the vision tower by name only (``img_processor["model_name"]``); ``vision_config``
-    spells it out, for towers of other sizes. ``rope_scaling`` of the old type "su" is today's "longrope".
-
-    Attributes:
-        img_processor: the vision tower: ``name``, ``model_name``, ``image_dim_out`` (its width), ``num_img_tokens`` (of
-            one crop, after merging), and optionally ``layer_idx`` (-2), the hidden state to take.
-        embd_layer: how its features become embeddings; published checkpoints know one way.
-        vision_config: of the CLIP vision model; None takes the published one.
-        image_token_id: of the placeholder that stands for one image embedding in ``input_ids``.
-
-    Raises:
-        ValueError: a tower, an order of embeddings or a rope scaling other than the published ones.
-
-    Example:
-        >>> config = Phi3VConfig()
-        >>> config.vision_config.image_size, config.img_processor["num_img_tokens"], config.image_token_id
-        (336, 144, 32044)
+    describes it fully, for towers of other sizes. ``rope_scaling`` of the old type "su" is today's "longrope".
     """
 
     model_type = "phi3_v"
     sub_configs = {"vision_config": CLIPVisionConfig}  # noqa: RUF012 (the host's way)
 
+    # The vision tower: `name`, `model_name`, `image_dim_out` (its width), `num_img_tokens` (per crop, after merging)
+    # and optionally `layer_idx` (-2), the hidden state to take.
     img_processor: dict[str, Any] | None = None
-    embd_layer: dict[str, Any] | str | None = None
-    vision_config: dict[str, Any] | PreTrainedConfig | None = None
-    image_token_id: int = 32044
+    embd_layer: dict[str, Any] | str | None = None  # how features become embeddings: as in published checkpoints only
+    vision_config: dict[str, Any] | PreTrainedConfig | None = None  # of the CLIP model; None takes the published one
+    image_token_id: int = 32044  # stands for one image embedding in `input_ids`
 
     def __post_init__(self, **kwargs: Any) -> None:
         rope = dict(kwargs.pop("rope_scaling", None) or self.rope_parameters or {})
@@ -101,6 +88,6 @@ class Phi3VConfig(Phi3Config):
 
     @property
     def image_feature_layer(self) -> int:
-        """Which hidden state of the vision tower is used; 0 is its input."""
+        """The index of the vision tower's hidden state that is used; 0 is its input."""
         layer = (self.img_processor or {}).get("layer_idx", -2)
         return int(layer)

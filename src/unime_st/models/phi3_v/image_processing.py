@@ -20,36 +20,17 @@ from unime_st.images import as_rgb
 
 
 class Phi3VImagesKwargs(ImagesKwargs, total=False):
-    """What a call of the image processor may change.
+    """The arguments that a call of the image processor may change."""
 
-    Attributes:
-        num_crops: bound on the crops of an image, the whole not counted.
-    """
-
-    num_crops: int
+    num_crops: int  # bound on the crops of an image, without the whole image
 
 
 class Phi3VImageProcessor(BaseImageProcessor):
-    """Crops of an image at its own aspect ratio, and the whole image, all of one size.
+    """Cuts an image into crops at its own aspect ratio, and adds the whole image, all of one size.
 
-    The image is enlarged or reduced until the grid of crops that covers it has as many columns (rows, when it stands
-    upright) as ``num_crops`` allows, padded with white to whole crops, and cut. The whole of it, reduced to one crop,
-    goes first.
-
-    Args:
-        num_crops: bound on the crops of an image; 4 is published for several images in a row, 16 for one.
-        num_img_tokens: embeddings of one crop, without line ends.
-        size: edge of a crop, as ``{"height", "width"}``, both equal.
-        image_mean: of the colours.
-        image_std: of the colours.
-        **kwargs: of the stock class.
-
-    Example:
-        >>> processor = Phi3VImageProcessor(num_crops=4)
-        >>> processor.grid(640, 480)  # columns, rows
-        (2, 2)
-        >>> processor.count_tokens(640, 480)
-        757
+    The image is enlarged or reduced until the grid of crops that covers it has as many columns (rows, when it is
+    upright) as ``num_crops`` allows, padded with white to whole crops, and cut. The whole image, reduced to one crop,
+    comes first. Published are 4 crops for several images in a row and 16 for one.
     """
 
     model_input_names = ["pixel_values", "image_sizes"]  # noqa: RUF012 (the host's way)
@@ -58,7 +39,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
     def __init__(
         self,
         num_crops: int = 16,
-        num_img_tokens: int = 144,
+        num_img_tokens: int = 144,  # embeddings of one crop, without line ends
         size: dict[str, int] | None = None,
         image_mean: Sequence[float] = tuple(OPENAI_CLIP_MEAN),
         image_std: Sequence[float] = tuple(OPENAI_CLIP_STD),
@@ -78,40 +59,34 @@ class Phi3VImageProcessor(BaseImageProcessor):
 
     @property
     def crop_size(self) -> int:
-        """Edge of a crop in pixels."""
+        """The edge of a crop in pixels."""
         return int(self.size["height"])
 
     def grid(self, width: int, height: int, num_crops: int | None = None) -> tuple[int, int]:
-        """Columns and rows of the crops of an image of so many pixels."""
+        """The columns and rows of the crops of an image with this width and height in pixels."""
         columns, scaled = self._scaled(max(width, height), min(width, height), num_crops or self.num_crops)
         rows = math.ceil(scaled / self.crop_size)
         return (columns, rows) if width >= height else (rows, columns)
 
     def _scaled(self, longer: int, shorter: int, num_crops: int) -> tuple[int, int]:
-        """Crops along the longer edge, and pixels of the shorter one once the longer one fills them."""
+        """The crops along the longer edge, and the pixels of the shorter one once the longer one fills them."""
         ratio = longer / shorter
         columns = max(n for n in range(1, num_crops + 1) if n * math.ceil(n / ratio) <= num_crops)
         return columns, max(1, int(columns * self.crop_size / ratio))
 
     def count_tokens(self, width: int, height: int, num_crops: int | None = None) -> int:
-        """Embeddings of an image of so many pixels: its crops and the whole, an end for each line, one separator."""
+        """The number of embeddings of an image of this size: its crops, the whole, line ends and a separator."""
         return self.count_grid_tokens(*self.grid(width, height, num_crops))
 
     def count_grid_tokens(self, columns: int, rows: int) -> int:
-        """Embeddings of an image with a grid of so many crops."""
+        """The number of embeddings of an image with this grid of crops."""
         return (columns * rows + 1) * self.num_img_tokens + 1 + (rows + 1) * math.isqrt(self.num_img_tokens)
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
-        """Cut images into crops.
+        """Cut images into ``pixel_values`` and ``image_sizes``.
 
-        Args:
-            images: one or several, as PIL, arrays, paths or addresses.
-            return_tensors: "pt" or "np"; None is "pt".
-            **kwargs: ``num_crops``, for this call; others of the stock class are of no use here.
-
-        Returns:
-            ``pixel_values`` (images, 1 + most crops, 3, S, S), missing crops zero; ``image_sizes`` (images, 2), height
-            and width in pixels of each grid of crops.
+        ``pixel_values`` are (images, 1 + most crops, 3, S, S), zero where an image has fewer crops; ``image_sizes``
+        (images, 2) are the height and width in pixels of each grid of crops. ``num_crops`` may be given for one call.
         """
         flat: Any = make_flat_list_of_images(self.fetch_images(images))
         pictures = [as_rgb(to_pil_image(image)) for image in flat]
@@ -126,7 +101,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         )
 
     def _laid_out(self, image: Image.Image, num_crops: int) -> Image.Image:
-        """Resize and pad an image to a grid of crops; an upright one is turned over its diagonal meanwhile."""
+        """Resize and pad an image to a grid of crops; an upright one is transposed meanwhile."""
         is_upright = image.width < image.height
         if is_upright:
             image = image.transpose(Image.Transpose.TRANSPOSE)
@@ -144,7 +119,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         return (values - mean) / std
 
     def _cut(self, picture: Tensor) -> Tensor:
-        """The whole picture (3, H, W) at the size of one crop, and its crops in reading order: (crops, 3, S, S)."""
+        """The whole picture (3, H, W) at the size of one crop, then its crops in reading order: (crops, 3, S, S)."""
         edge = self.crop_size
         whole = interpolate(picture[None], size=(edge, edge), mode="bicubic", align_corners=False)
         rows, columns = picture.shape[1] // edge, picture.shape[2] // edge

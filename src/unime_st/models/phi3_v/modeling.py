@@ -1,4 +1,4 @@
-"""Phi-3-Vision: Phi-3's language model whose input holds the features of images."""
+"""Phi-3-Vision: Phi-3's language model with the features of images among its inputs."""
 
 from __future__ import annotations
 
@@ -14,34 +14,27 @@ from transformers.models.phi3.modeling_phi3 import Phi3PreTrainedModel, Phi3Rota
 
 from unime_st.models.phi3_v.configuration import Phi3VConfig
 
-# Tensors of older checkpoints that hold nothing of their own: a second name of the token embeddings, and a range.
+# Redundant tensors of older checkpoints: a second name of the token embeddings, and a range.
 _REDUNDANT = [r"vision_embed_tokens\.wte\.weight", r"img_processor\..*position_ids"]
 
 
 class Phi3VVisionTower(nn.Module):
     """CLIP's vision model, of which one hidden state is used.
 
-    Its layers are run up to that state, and not asked for all of them with ``output_hidden_states``: the host answers
-    with hooks that stay on the model, which then cannot be sent to another process.
+    Its layers run up to that state. ``output_hidden_states`` would make the host add hooks that stay on the model,
+    which then cannot be sent to another process.
     """
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
         whole: Any = CLIPVisionModel._from_config(config.vision_config)
-        self.vision_model = getattr(whole, "vision_model", whole)  # nested in some versions of the host
+        self.vision_model = getattr(whole, "vision_model", whole)  # it is nested in some versions of the host
         count = len(self.vision_model.encoder.layers)
         layer = config.image_feature_layer
         self.depth = layer if layer >= 0 else count + 1 + layer
 
     def forward(self, pixel_values: Tensor) -> BaseModelOutput:
-        """Encode crops.
-
-        Args:
-            pixel_values: (crops, 3, S, S).
-
-        Returns:
-            Patch features (crops, patches, width), without the class token.
-        """
+        """Encode crops (crops, 3, S, S) into patch features (crops, patches, width), without the class token."""
         states = self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixel_values))
         for layer in self.vision_model.encoder.layers[: self.depth]:
             states = layer(states, attention_mask=None)
@@ -49,7 +42,7 @@ class Phi3VVisionTower(nn.Module):
 
 
 class Phi3VImageEmbedding(nn.Module):
-    """From crops to the embeddings of an image: the lines of its grid of crops, a separator, the lines of the whole."""
+    """From crops to an image's embeddings: the lines of its grid of crops, a separator, the lines of the whole."""
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
@@ -64,14 +57,10 @@ class Phi3VImageEmbedding(nn.Module):
         self.sub_GN = nn.Parameter(torch.zeros(1, 1, 1, merged))
 
     def forward(self, pixel_values: Tensor, image_sizes: Tensor) -> Tensor:
-        """Embed images.
+        """Embed images, one after the other, as (embeddings of all images, hidden size).
 
-        Args:
-            pixel_values: (images, crops, 3, S, S): the whole image, its crops in reading order, padding.
-            image_sizes: (images, 2), height and width in pixels of the grid of crops.
-
-        Returns:
-            (embeddings of all images in turn, hidden size).
+        ``pixel_values`` (images, crops, 3, S, S) hold the whole image, its crops in reading order, and padding;
+        ``image_sizes`` (images, 2) are the height and width in pixels of each grid of crops.
         """
         grids = [(height // self.crop_size, width // self.crop_size) for height, width in image_sizes.tolist()]
         crops = torch.cat(
@@ -84,7 +73,7 @@ class Phi3VImageEmbedding(nn.Module):
         return self.img_projection(torch.cat(parts))
 
     def _lines(self, features: Tensor, rows: int, columns: int) -> Tensor:
-        """Lay a grid of crops out as one picture, its 2 x 2 neighbours merged, each line ended by ``sub_GN``."""
+        """Join a grid of crops to one picture, merge its 2 x 2 neighbours, and end each line with ``sub_GN``."""
         width = features.shape[-1]
         side = math.isqrt(features.shape[1]) // 2
         picture = features.reshape(rows, columns, side, 2, side, 2, width)
@@ -94,7 +83,7 @@ class Phi3VImageEmbedding(nn.Module):
 
 
 class Phi3VRotaryEmbedding(Phi3RotaryEmbedding):
-    """Phi-3's rotary embedding, whose short or long factors are chosen for each row by its own length.
+    """Phi-3's rotary embedding, with short or long factors chosen for each row by its own length.
 
     Stock code chooses once for a batch, by its longest row, so that a row's embedding would depend on its neighbours.
     """
@@ -116,10 +105,7 @@ class Phi3VRotaryEmbedding(Phi3RotaryEmbedding):
 
 
 class Phi3VModel(Phi3Model):
-    """Phi-3's decoder over tokens and images.
-
-    Its tensors have the names of the published checkpoints.
-    """
+    """Phi-3's decoder over tokens and images; its tensors have the names of the published checkpoints."""
 
     config_class = Phi3VConfig
     _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012 (the host's way)
@@ -133,7 +119,7 @@ class Phi3VModel(Phi3Model):
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor) -> Tensor:
-        """Embeddings of images, (embeddings of all in turn, hidden size); see :class:`Phi3VImageEmbedding`."""
+        """Embeddings of all images, one after the other; see :class:`Phi3VImageEmbedding`."""
         return self.vision_embed_tokens(pixel_values, image_sizes)
 
     def forward(  # noqa: PLR0917 (the host's order)
@@ -148,23 +134,11 @@ class Phi3VModel(Phi3Model):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Run the decoder.
+        """Run the decoder; each placeholder in ``input_ids`` takes one embedding of the images, in order.
 
-        Positions count the tokens that are attended to, so padding on either side changes nothing.
-
-        Args:
-            input_ids: (B, length); each placeholder takes one embedding of the images, in order.
-            attention_mask: (B, length).
-            position_ids: (B, length); None counts them.
-            past_key_values: of a generation.
-            inputs_embeds: (B, length, hidden size) in place of ``input_ids``, images included.
-            pixel_values: (images, crops, 3, S, S), of all rows in turn; rows may have none or several.
-            image_sizes: (images, 2), of the grids of crops in pixels.
-            use_cache: keep keys and values.
-            **kwargs: of the stock model.
-
-        Raises:
-            ValueError: the placeholders are not as many as the images' embeddings.
+        Positions count the tokens that are attended to, so padding on either side changes nothing. ``pixel_values``
+        (images, crops, 3, S, S) and ``image_sizes`` (images, 2) hold the images of all rows in turn; rows may have none
+        or several. ``inputs_embeds`` (B, length, hidden size) stand for ``input_ids`` and the images.
         """
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds = self._embed(input_ids, pixel_values, image_sizes)
@@ -223,7 +197,7 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
         image_sizes: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Predict tokens; arguments of :class:`Phi3VModel` and of the stock head."""
+        """Predict tokens from the arguments of :class:`Phi3VModel` and of the stock head."""
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -233,7 +207,7 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
         )
 
     def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Inputs of one step; the images go in with their placeholders, in the first."""
+        """Prepare the inputs of one step; the images come with their placeholders, in the first step."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         ids = inputs.get("input_ids")
         if ids is None or not bool((ids == self.config.image_token_id).any()):

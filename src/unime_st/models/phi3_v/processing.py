@@ -1,4 +1,4 @@
-"""Texts with numbered image placeholders, and images, as the inputs of Phi-3-Vision."""
+"""Turns texts with numbered image placeholders, and images, into the inputs of Phi-3-Vision."""
 
 from __future__ import annotations
 
@@ -16,19 +16,11 @@ IMAGE_TOKEN = "<|image|>"  # noqa: S105 (a token of the vocabulary)
 
 
 class Phi3VProcessor(ProcessorMixin):
-    """Tokenizer and image processor of Phi-3-Vision in one.
+    """The tokenizer and the image processor of Phi-3-Vision in one.
 
     ``<|image_1|>``, ``<|image_2|>``, ... name the images of a row, in order; in ``input_ids`` each becomes the id of
-    ``<|image|>``, once for every embedding the image has. As in the published code, the texts between images are
-    tokenized each for itself, so a tokenizer that opens a text with a token of its own does so after each image.
-
-    Args:
-        image_processor: cuts images into crops.
-        tokenizer: with the token ``<|image|>``.
-        chat_template: in Jinja.
-
-    Raises:
-        ValueError: the tokenizer has no ``<|image|>``.
+    ``<|image|>``, once for every embedding of the image. As in the published code, each text between images is
+    tokenized separately, so a tokenizer that begins a text with a special token adds it after each image.
     """
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
@@ -43,27 +35,19 @@ class Phi3VProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of what a call returns."""
+        """The names of a call's outputs."""
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
     def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
-        """Make inputs of a batch.
+        """Make the inputs of a batch.
 
-        Args:
-            images: one image, a list of those of all rows in turn, or a list of lists, one a row.
-            text: a string, or one a row.
-            **kwargs: of the tokenizer and of the image processor, as in other processors.
-
-        Returns:
-            ``input_ids``, ``attention_mask`` and, when there are images, ``pixel_values`` and ``image_sizes``.
-
-        Raises:
-            ValueError: a row's placeholders do not name its images, 1 to n in order, or truncation would cut an image.
+        ``images`` are one image, a list of those of all rows in turn, or a list of lists, one per row. A row's
+        placeholders must name its images, 1 to n in order, and truncation must not cut an image.
         """
         if text is None:
             raise ValueError("Phi3VProcessor needs `text`; an image goes in as '<|image_1|>'.")
         rows = [text] if isinstance(text, str) else list(text)
-        kinds: Any = getattr(self, "valid_processor_kwargs", ProcessingKwargs)  # which older versions want to be given
+        kinds: Any = getattr(self, "valid_processor_kwargs", ProcessingKwargs)  # older versions need this argument
         merged = self._merge_kwargs(kinds, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         options = dict(merged["text_kwargs"])
         pieces = [_NUMBERED.split(row) for row in rows]
@@ -86,7 +70,7 @@ class Phi3VProcessor(ProcessorMixin):
     def _tokenize(
         self, texts: list[list[str]], lengths: list[list[int]], options: dict[str, Any]
     ) -> dict[str, list[list[int]]]:
-        """Token ids of rows whose texts are interleaved with images of so many embeddings."""
+        """Token ids of rows whose texts are interleaved with images, given each image's number of embeddings."""
         padding = {key: options.pop(key, None) for key in ("padding", "pad_to_multiple_of", "padding_side")}
         truncation, limit = options.pop("truncation", None), options.pop("max_length", None)
         wanted = {**options, "padding": False, "return_attention_mask": False}
@@ -120,7 +104,7 @@ class Phi3VProcessor(ProcessorMixin):
 
 
 def _images_by_row(images: Any, named: list[int]) -> list[list[Any]]:
-    """Images of each row; a flat list is dealt out by how many each row names."""
+    """The images of each row; a flat list is dealt out by the number that each row names."""
     if images is None:
         return [[] for _ in named]
     if not isinstance(images, (list, tuple)):

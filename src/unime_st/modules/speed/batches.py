@@ -17,37 +17,24 @@ from unime_st.modules.inputs import contents_of
 from unime_st.modules.speed.token_tree import PREFIX_KEY, common_beginning
 
 CPU_TOKENS = 1024
-"""Tokens of a pass on the CPU: its caches no longer hold what a layer of more passes on, which costs up to a tenth."""
+"""Tokens per pass on the CPU: its caches do not hold the states of more, which costs up to a tenth of the time."""
 
 
 @dataclass(frozen=True)
 class EncodingOrder:
-    """Which inputs are encoded, and how they are batched.
+    """Which inputs are encoded, and how they are batched."""
 
-    Attributes:
-        distinct: Number of the first input of each content, shape (U,).
-        index: For each input its place in ``distinct``, shape (N,).
-        batches: Places in ``distinct`` of each batch, the batch with most work first, so that too large a batch size
-            shows at once.
-        contents: Of the distinct inputs.
-    """
-
-    distinct: np.ndarray
-    index: np.ndarray
-    batches: list[np.ndarray]
-    contents: list[Content]
+    distinct: np.ndarray  # (U,) the number of the first input of each content
+    index: np.ndarray  # (N,) the place of each input in `distinct`
+    batches: list[np.ndarray]  # places in `distinct`, most work first, so that too large a batch size shows at once
+    contents: list[Content]  # of the distinct inputs
 
 
 class NumberedInputs(list[Any]):
-    """Inputs that know at which row of the caller's they begin, also when they are cut into chunks.
+    """Inputs that know the caller's number of their first row, also when they are cut into chunks.
 
-    Args:
-        inputs: The inputs.
-        first_row: The caller's number of the first of them.
-
-    Example:
-        >>> NumberedInputs(["a", "b", "c"])[1:].first_row
-        1
+    >>> NumberedInputs(["a", "b", "c"])[1:].first_row
+    1
     """
 
     def __init__(self, inputs: Iterable[Any] = (), first_row: int = 0) -> None:
@@ -63,21 +50,10 @@ class NumberedInputs(list[Any]):
 
 
 def encoding_order(inputs: Sequence[Any], batch_size: int, *, by_beginning: bool) -> EncodingOrder:
-    """Plan batches; inputs with videos have batches of their own, for not every family can tell whose the frames are.
+    """Plan batches of distinct inputs; inputs with videos get batches of their own.
 
-    Args:
-        inputs: N inputs.
-        batch_size: Of each batch, the last of them being smaller.
-        by_beginning: Put inputs with the same media or the same first words side by side, for a model that computes
-            shared beginnings once and nothing for padding; else inputs of like length.
-
-    Returns:
-        The plan.
-
-    Example:
-        >>> order = encoding_order(["a cat", "dogs", "a cat", "a bird"], 2, by_beginning=True)
-        >>> order.distinct.tolist(), order.index.tolist(), [batch.tolist() for batch in order.batches]
-        ([0, 1, 3], [0, 1, 0, 2], [[2, 0], [1]])
+    ``by_beginning`` puts inputs with the same media or the same first words side by side, for a model that computes
+    shared beginnings once and no padding; otherwise inputs of similar length stand together.
     """
     start = getattr(inputs, "first_row", 0)
     contents = contents_of(inputs, range(start, start + len(inputs)))
@@ -89,7 +65,8 @@ def encoding_order(inputs: Sequence[Any], batch_size: int, *, by_beginning: bool
     beginnings = [(bool(content.media), content.media, content.text) for content in kept]
     order = sorted(range(len(kept)), key=(beginnings if by_beginning else sizes).__getitem__)
     shown = [content.shows_video for content in kept]
-    parts = ([place for place in order if shown[place] is kind] for kind in (False, True))  # not in one batch
+    # Videos apart: not every family can tell whose the frames are.
+    parts = ([place for place in order if shown[place] is kind] for kind in (False, True))
     batches = [np.array(part[at : at + batch_size]) for part in parts for at in range(0, len(part), batch_size)]
     batches.sort(key=lambda batch: tuple(np.sum([sizes[place] for place in batch], axis=0)), reverse=True)
     return EncodingOrder(distinct, index, batches, kept)
@@ -98,17 +75,12 @@ def encoding_order(inputs: Sequence[Any], batch_size: int, *, by_beginning: bool
 def passes(
     features: dict[str, Any], num_tokens: int | None, *, padded: bool
 ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-    """Cut a prepared batch into passes of the model, under a budget of tokens, inputs of like length together.
+    """Yield the rows and features of each pass of a prepared batch, under a budget of tokens, similar lengths together.
 
-    Args:
-        features: Of B inputs, those that begin alike side by side.
-        num_tokens: That a pass computes, at the most. An input with more than half of it takes those that stay with it
-            along, as long as what they add is no more; else one with more is alone. None makes one pass.
-        padded: Whether the model computes padding: it counts then. Otherwise what an input shares with the one before
-            counts once, and inputs that share half of their tokens or more stay together.
-
-    Yields:
-        Rows of a pass, and their features.
+    An input with more than half of ``num_tokens`` also takes those that stay with it, as long as they add no more than
+    the budget; otherwise an input over the budget is alone. None makes one pass. With ``padded`` the padding counts,
+    because the model computes it. Without it the tokens that an input shares with the one before count once, and inputs
+    that share half of their tokens or more stay together.
     """
     counts = token_counts(features)
     if num_tokens is None or counts is None or len(counts) == 1:
@@ -123,10 +95,10 @@ def passes(
         if padded:
             used = tokens[rest[0]] * np.arange(1, len(rest) + 1)
         else:
-            follows = rest[1:] == rest[:-1] + 1  # else what it shares is in another pass, or far away in this one
+            follows = rest[1:] == rest[:-1] + 1  # else its shared tokens are in another pass, or far away
             used = np.cumsum(tokens[rest] - np.concatenate([[0], np.where(follows, shared[rest[1:]], 0)]))
         count = max(1, int(np.searchsorted(used, num_tokens, side="right")))
-        if not padded and 2 * used[0] > num_tokens:  # else what they share is computed again for every few of them
+        if not padded and 2 * used[0] > num_tokens:  # else every few of them compute it again
             stay = follows & (2 * shared[rest[1:]] >= tokens[rest[1:]])
             group = int(np.append(stay, False).argmin()) + 1
             count = max(count, int(np.searchsorted(used[:group] - used[0], num_tokens, side="right")))
@@ -139,7 +111,7 @@ def passes(
 
 
 def _by_length(tokens: np.ndarray, shared: np.ndarray) -> np.ndarray:
-    """Rows from the longest to the shortest; one that shares half of its tokens with the row before stays behind it."""
+    """Rows from the longest to the shortest; one that shares half of its tokens with the row before follows it."""
     group = np.cumsum(2 * shared < tokens) - 1
     longest = np.zeros(group[-1] + 1, dtype=tokens.dtype)
     np.maximum.at(longest, group, tokens)
@@ -147,7 +119,7 @@ def _by_length(tokens: np.ndarray, shared: np.ndarray) -> np.ndarray:
 
 
 def _shared_tokens(features: dict[str, Any], tokens: np.ndarray) -> np.ndarray:
-    """Tokens at the beginning of each row that the row before has too, (B,)."""
+    """The number of tokens at the beginning of each row that the row before has too, (B,)."""
     keys = features.get(PREFIX_KEY)
     if keys is None:
         return np.zeros_like(tokens)
@@ -158,18 +130,12 @@ def _shared_tokens(features: dict[str, Any], tokens: np.ndarray) -> np.ndarray:
 def prepared(
     batches: Sequence[Any], prepare: Callable[[Any], Any], *, ahead: bool, num_workers: int = 0
 ) -> Iterator[Any]:
-    """Prepare batches one after the other.
+    """Yield the features that ``prepare`` makes of each batch, in order; its errors are raised at their batch.
 
-    Args:
-        batches: What ``prepare`` takes.
-        prepare: From a batch to its features.
-        ahead: Prepare each batch in a thread while the one before is used. For a model on a GPU: on the CPU the thread
-            takes the cores from the model's own, which costs more than it brings (a sixth, on two cores).
-        num_workers: Prepare in so many processes, which do not share Python's lock with the model's; with ``ahead``
-            what they make lies in memory that a GPU copies from directly.
-
-    Yields:
-        The features of each batch, in order; an error of ``prepare`` is raised at its batch.
+    ``ahead`` prepares each batch in a thread while the one before is used. That is for a model on a GPU: on the CPU the
+    thread takes cores from the model, which costs more than it brings (a sixth, on two cores). ``num_workers``
+    processes do not share Python's lock with the model; with ``ahead`` their features lie in memory that a GPU copies
+    from directly.
     """
     if num_workers and len(batches) > 1:
         yield from _by_workers(batches, prepare, min(num_workers, len(batches)), pin_memory=ahead)
@@ -192,7 +158,7 @@ def _by_thread(batches: Sequence[Any], prepare: Callable[[Any], Any]) -> Iterato
 
 
 class _Prepared(Dataset):
-    """Features of batches, or the error of one."""
+    """The features of each batch, or the error of preparing it."""
 
     def __init__(self, batches: Sequence[Any], prepare: Callable[[Any], Any]) -> None:
         self.batches, self.prepare = batches, prepare
@@ -220,7 +186,7 @@ def _by_workers(
         collate_fn=_as_it_is,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        multiprocessing_context="fork",  # so that inputs and processor are there at once
+        multiprocessing_context="fork",  # so that inputs and processor need not be sent
     )
     for found in loader:
         if isinstance(found, Exception):

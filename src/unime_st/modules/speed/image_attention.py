@@ -1,8 +1,8 @@
 """Attention of a vision tower over all images of a pass in one call: Qwen-VL's towers, on a GPU, in 16 bits.
 
-Under torch's usual attention these towers ask for each image by itself, in every layer, and wait for the GPU to learn
-how long each is. Under an attention whose name says "flash" they hand over all of them with their bounds, which torch's
-own kernel takes.
+Under torch's usual attention these towers call it for one image at a time in every layer, and wait for the GPU to learn
+how long each image is. Under an attention whose name contains "flash" they pass all images with their bounds, which
+torch's own kernel takes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def attends_at_once(tower: Any, device: torch.device) -> bool:
-    """Whether a vision tower hands over all images with their bounds, and the kernel is there."""
+    """Whether a vision tower can pass all images with their bounds, and the kernel is available."""
     config, blocks = getattr(tower, "config", None), getattr(tower, "blocks", None)
     if config is None or not isinstance(blocks, nn.ModuleList) or varlen_attn is None:
         return False
@@ -81,18 +81,10 @@ def attend(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as transformers calls it.
+    """The attention function that transformers calls: states (1, L, H, D), and no scores.
 
-    Args:
-        module: The attention layer.
-        query: Of all images, shape (1, H, L, D).
-        key: As ``query``.
-        value: As ``query``.
-        attention_mask: None.
-        **options: ``cu_seq_lens_q`` are the bounds of the images, (N + 1,); ``max_length_q`` is the longest of them.
-
-    Returns:
-        States, shape (1, L, H, D), and no scores.
+    All images together have query, key and value (1, H, L, D); ``cu_seq_lens_q`` (N + 1,) are the bounds of the images
+    and ``max_length_q`` is the longest of them.
     """
     bounds, longest = options.pop("cu_seq_lens_q", None), options.pop("max_length_q", None)
     for name in ("cu_seq_lens_k", "max_length_k"):

@@ -21,12 +21,12 @@ from unime_st.modules.speed.tree_attention import attends_by_tree, by_tree, move
 logger = logging.getLogger(__name__)
 
 Attention = Literal["rows", "tree", "mask"]
-"""How a packed pass attends: a row at a time; over the tree, by FlexAttention; with a mask over all tokens."""
+"""How a packed pass attends: row by row; over the tree, by FlexAttention; or with a mask over all tokens."""
 
 LANGUAGE_MODEL_NAMES = ("language_model", "text_model")
-"""What multimodal models of transformers call their language model."""
+"""The names that multimodal models of transformers give their language model."""
 
-_ATTENTION = ("sdpa", "eager", row_attention.NAME, tree_attention.NAME)  # that take a mask of four dimensions
+_ATTENTION = ("sdpa", "eager", row_attention.NAME, tree_attention.NAME)  # these take a mask of four dimensions
 _ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length of the batch
 _CARRIED = ("inputs_embeds", "attention_mask", "position_ids", "cache_position", "use_cache")
 _DEEPSTACK = ("visual_pos_masks", "deepstack_visual_embeds")
@@ -34,7 +34,7 @@ _UNKNOWN_OUTPUTS = ("past_key_values", "output_hidden_states", "output_attention
 
 
 def language_model(model: nn.Module) -> nn.Module | None:
-    """The causal decoder of a multimodal model, None when it has none of the known names."""
+    """The causal decoder of a multimodal model, or None when it has none of the known names."""
     found = [getattr(model, name) for name in LANGUAGE_MODEL_NAMES if hasattr(model, name)]
     return found[0] if found else None
 
@@ -42,18 +42,18 @@ def language_model(model: nn.Module) -> nn.Module | None:
 def shares_prefixes(model: nn.Module) -> bool:
     """Whether equal beginnings have equal states in a model, and its attention takes our masks.
 
-    That is so for a causal decoder with full attention in every layer and rotary positions that do not depend on the
-    length of the batch. Gemma3 (images attend both ways, sliding windows) and Phi-3.5-Vision (long positions chosen by
-    length) are run in padded rows.
+    This holds for a causal decoder with full attention in every layer, and rotary positions that do not depend on the
+    length of the batch. Gemma3 (whose images attend both ways, with sliding windows) and Phi-3.5-Vision (whose long
+    positions depend on the length) run in padded rows.
     """
     decoder = language_model(model)
     config: Any = getattr(decoder, "config", None)
-    if hasattr(model, "_orig_mod"):  # compiled as a whole: its parts are not ours to replace
+    if hasattr(model, "_orig_mod"):  # a model compiled as a whole keeps its parts
         return False
     if config is None or getattr(config, "_attn_implementation", None) not in _ATTENTION:
         return False
     layers = getattr(config, "layer_types", None) or ["full_attention"]
-    rope: Any = getattr(config, "rope_parameters", None)  # without: absolute positions, or biases
+    rope: Any = getattr(config, "rope_parameters", None)  # None for absolute positions or biases
     return (
         set(layers) == {"full_attention"}
         and getattr(config, "sliding_window", None) is None
@@ -65,7 +65,7 @@ def shares_prefixes(model: nn.Module) -> bool:
 
 
 class Turns:
-    """A lock for one thread at a time, that may take it again; a copy of it, or one sent to a process, is free."""
+    """A reentrant lock for one thread at a time; a copy of it, or one sent to a process, is free."""
 
     def __init__(self) -> None:
         self._lock = RLock()
@@ -81,40 +81,24 @@ class Turns:
 
 
 class SharedPrefixes:
-    """Lets the language model of a batch run over shared beginnings once, and over no padding.
-
-    Attributes:
-        active: Whether only embeddings are asked for, see :meth:`encoding`.
-        last_token_only: Whether only the state of each row's last token is read: the last layer then computes its
-            feed-forward part for those alone, and other states mean nothing.
-        inference: Whether none of the passes over these rows has a backward pass: on the CPU attention may then go row
-            by row.
-        attention: "auto", or the kind of attention that packed passes are to have, if the model and device can: a row
-            at a time (CPU, inference), over the tree (GPU), or with a mask.
-        taken: The kind that the last packed pass had; None before there is one.
-        tokens: Of the rows seen, padding left out.
-        padded: With padding.
-        computed: Places the language model ran over in their stead, padding of its sequences included.
-        turns: Held while inputs are encoded or the model runs, for the model's parts are replaced meanwhile.
-    """
+    """Lets the language model compute the shared beginnings of a batch once, and no padding."""
 
     def __init__(self) -> None:
-        self.turns = Turns()
-        self.active = False
-        self.last_token_only = False
-        self.inference = False
-        self.attention: Literal["auto"] | Attention = "auto"
-        self.taken: Attention | None = None
-        self.tokens = 0
-        self.padded = 0
-        self.computed = 0
+        self.turns = Turns()  # held while inputs are encoded or the model runs, since its parts are replaced meanwhile
+        self.active = False  # whether only embeddings are asked for
+        self.last_token_only = False  # the last layer then feeds forward these states alone; the others mean nothing
+        self.inference = False  # whether no pass has a backward pass: a CPU may then attend row by row
+        self.attention: Literal["auto"] | Attention = "auto"  # the wanted kind, if the model and the device can do it
+        self.taken: Attention | None = None  # the kind of the last packed pass
+        self.tokens = 0  # of the rows seen, without padding
+        self.padded = 0  # the same with padding
+        self.computed = 0  # places that the language model ran over instead, with the padding of its sequences
 
     @contextmanager
     def encoding(self, *, last_token_only: bool = False, inference: bool = False) -> Iterator[None]:
-        """Within this context only embeddings are asked for, in inference or by a loss: beginnings may be shared.
+        """Within this context only embeddings are asked for, so beginnings may be shared; outside of it nothing is.
 
-        Outside of it nothing is. A training step's passes over a batch must round alike, so all of them or none are
-        in this context.
+        A training step's passes over a batch must round alike, so all of them or none are in this context.
         """
         before = self.active, self.last_token_only, self.inference
         self.active, self.last_token_only, self.inference = True, last_token_only, inference
@@ -125,12 +109,10 @@ class SharedPrefixes:
 
     @contextmanager
     def serving(self, model: nn.Module, keys: Tensor | None, mask: Tensor) -> Iterator[None]:
-        """Within this context the model's language model runs over packed trees, or one flat one.
+        """Within this context the language model of a headless model runs over packed trees, or one flat tree.
 
-        Args:
-            model: The multimodal model, without a head.
-            keys: What each token is, see :func:`~unime_st.modules.speed.token_tree.pack_tree`; None shares nothing.
-            mask: Attention mask of the batch, shape (B, T).
+        ``keys`` say what each token is, see :func:`~unime_st.modules.speed.token_tree.pack_tree` (None shares nothing);
+        ``mask`` is the batch's attention mask, (B, T).
         """
         told = _told(model, keys, mask) if self.active and keys is not None else None
         if told is None:
@@ -166,7 +148,7 @@ class SharedPrefixes:
             del decoder.forward
 
     def _kind(self, decoder: Any, device: torch.device) -> Attention:
-        """The attention of a packed pass."""
+        """The kind of attention for a packed pass."""
         on_cpu = device.type == "cpu"
         wanted = self.attention if self.attention != "auto" else "rows" if on_cpu else "tree"
         kind: Attention = "mask"
@@ -181,7 +163,7 @@ class SharedPrefixes:
 
 
 def _told(model: nn.Module, keys: Tensor, mask: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
-    """Keys and mask as arrays; None where rows are to stay as they are."""
+    """Keys and mask as arrays, or None when rows are to stay as they are."""
     decoder: Any = language_model(model)
     refused = torch.compiler.is_compiling() or not shares_prefixes(model) or keys.shape != mask.shape
     if refused or "forward" in vars(decoder) or _is_compiled(decoder) or _asks_for_states(model, decoder):
@@ -193,21 +175,21 @@ def _told(model: nn.Module, keys: Tensor, mask: Tensor) -> tuple[np.ndarray, np.
 
 
 def _is_compiled(decoder: Any) -> bool:
-    """Whether it or its layers are compiled for the shapes they have seen."""
+    """Whether the decoder or its layers are compiled for the shapes they have seen."""
     parts = (decoder, decoder.layers[-1])
     return any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in parts)
 
 
 def _asks_for_states(*models: Any) -> bool:
-    """Whether the states of all layers are part of the output, as stock losses over layers set it."""
+    """Whether the output includes the states of all layers, as stock losses over layers require."""
     return any(getattr(model.config, name, False) for model in models for name in _UNKNOWN_OUTPUTS[1:])
 
 
 @contextmanager
 def _last_layer_at(decoder: Any, places: np.ndarray) -> Iterator[None]:
-    """Within this context the last layer asks, mixes and feeds forward for the tokens at some places alone."""
+    """Within this context the last layer's query, output and feed-forward parts serve some places only."""
     layer = decoder.layers[-1]
-    attention = getattr(layer, "self_attn", None)  # other families have other names: then all is computed
+    attention = getattr(layer, "self_attn", None)  # None in families with other names, which compute all
     own = [getattr(attention, name, None) for name in ("q_proj", "o_proj")] + [getattr(layer, "mlp", None)]
     parts = () if _is_computed_again(layer) else own
     served = [part for part in parts if isinstance(part, nn.Module) and "forward" not in vars(part)]
@@ -258,7 +240,7 @@ def _run(
     ):
         output = plain(**carried, **mask)
     states = output["last_hidden_state"]
-    if last_token_only:  # (B, T, D) without its memory: the others are not read
+    if last_token_only:  # (B, T, D) without its memory, since other places are not read
         output["last_hidden_state"] = _taken(states, place[:, -1:]).expand(*place.shape, -1)
     else:
         output["last_hidden_state"] = _taken(states, place)
@@ -266,7 +248,7 @@ def _run(
 
 
 def _attending(decoder: Any, tree: PackedTree, kind: Attention, embeddings: Tensor) -> Any:
-    """A context with the pass's attention, that gives what the decoder is to be called with."""
+    """A context with the pass's attention, which yields further arguments for the decoder."""
     dtype = _scores_dtype(embeddings)
     if tree.allowed is not None:
         return nullcontext({"attention_mask": _attention_mask(tree.allowed, embeddings.device, dtype)})
@@ -278,21 +260,21 @@ def _attending(decoder: Any, tree: PackedTree, kind: Attention, embeddings: Tens
 
 
 def _taken(states: Tensor, places: Tensor) -> Tensor:
-    """States (N, M, D) at flat places; the backward pass of `index_select` is faster than an index's."""
+    """The states (N, M, D) at flat places, by `index_select`, whose backward pass is faster than indexing's."""
     return states.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, -1)
 
 
 def _scores_dtype(embeddings: Tensor) -> torch.dtype:
-    """The type in which attention scores are computed."""
+    """The dtype in which attention scores are computed."""
     kind = embeddings.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeddings.dtype
 
 
 def _attention_mask(allowed: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores, (P, 1, L, L), in the type they are computed in.
+    """The additive mask of attention scores, (P, 1, L, L), in the dtype of the scores.
 
-    A mask of booleans would be smaller, but `scaled_dot_product_attention` turns it into such a one in every layer, and
-    keeps each for the backward pass.
+    A mask of booleans would be smaller, but `scaled_dot_product_attention` turns it into an additive one in every
+    layer, and keeps each for the backward pass.
     """
     asked = moved(allowed, device)[:, None]
     mask = torch.full(asked.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
@@ -300,9 +282,9 @@ def _attention_mask(allowed: np.ndarray, device: torch.device, dtype: torch.dtyp
 
 
 def _positions(given: Tensor | None, tree: PackedTree, source: Tensor) -> Tensor | None:
-    """Positions counted from each row's first token, None when they do not depend on what stands before alone.
+    """Positions counted from each row's first token, or None when they depend on more than the tokens before.
 
-    Rotary attention sees differences of positions only. Qwen-VL has three or four of them a token, (3, B, T).
+    Rotary attention sees only differences of positions. Qwen-VL has three or four positions per token, (3, B, T).
     """
     if given is None:
         return moved(tree.depth, source.device)
@@ -318,11 +300,11 @@ def _positions(given: Tensor | None, tree: PackedTree, source: Tensor) -> Tensor
 
 
 def _deepstack(kwargs: dict[str, Any], tree: PackedTree, source: Tensor) -> dict[str, Any]:
-    """Qwen3-VL adds features of its vision tower to image tokens of the first layers: those of the tokens kept."""
+    """The features that Qwen3-VL's vision tower adds to image tokens in the first layers, for the tokens kept."""
     is_visual = kwargs.get("visual_pos_masks")
     if is_visual is None:
         return {}
-    number = is_visual.flatten().cumsum(0) - 1  # of each token's feature
+    number = is_visual.flatten().cumsum(0) - 1  # the index of each token's feature
     kept = is_visual.flatten()[source] & moved(tree.used, source.device)
     chosen = number[source[kept]]
     return {

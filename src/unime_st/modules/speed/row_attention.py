@@ -1,8 +1,8 @@
-"""Attention of one sequence that holds many rows, row by row: no padding, and no mask over all of them.
+"""Attention of one sequence that holds many rows, row by row: it computes no padding, and no mask over all rows.
 
-On the CPU a call costs little, while attention over sequences of many rows costs as much as if all of their tokens were
-one text: this takes the time of each row's own length. It is an attention implementation of transformers, in use while
-:func:`by_branch` lasts.
+On a CPU a call costs little, while attention over a sequence of many rows costs as much as over one text of that
+length; this takes the time of each row's own length. It is an attention implementation of transformers, in use within
+:func:`by_branch`.
 """
 
 from __future__ import annotations
@@ -29,44 +29,38 @@ _rows: ContextVar[Branches | None] = ContextVar("rows of the sequence", default=
 
 
 class Branches:
-    """Rows of a sequence, as :func:`attend` takes them.
-
-    Attributes:
-        rows: Places of a row's own tokens, and those of the beginning it shares, if it shares one.
-        longest: Tokens of the longest beginning that is shared.
-        mask: What is added to attention scores of those rows, (M, longest + M) for at most M own tokens: nothing for
-            the beginning and up to the diagonal of the row's own.
-    """
+    """The rows of a sequence, as :func:`attend` takes them."""
 
     def __init__(self, tree: PackedTree, dtype: torch.dtype) -> None:
+        # The places of each row's own tokens, and those of the beginning it shares, if any.
         self.rows = [(slice(start, end), _places(before)) for start, end, before in tree.branches]
         sharing = [(end - start, len(before)) for start, end, before in tree.branches if len(before)]
         own = max((size for size, _ in sharing), default=0)
-        self.longest = max((size for _, size in sharing), default=0)
+        self.longest = max((size for _, size in sharing), default=0)  # tokens of the longest shared beginning
         shape = own, self.longest + own
+        # (M, longest + M), additive, for at most M own tokens: 0 for the beginning and up to the own diagonal.
         self.mask = torch.full(shape, torch.finfo(dtype).min, dtype=dtype).triu_(self.longest + 1)
 
     def mask_of(self, own: int, length: int) -> Tensor:
-        """The mask of a row with so many own tokens of so many in all, (own, length)."""
+        """The mask (own, length) of a row with ``own`` tokens after its shared beginning, ``length`` in all."""
         return self.mask[:own, self.longest - (length - own) : self.longest + own]
 
 
 def _places(before: np.ndarray) -> slice | Tensor | None:
-    """Places as a slice, which copies nothing, if they follow each other; None for none."""
+    """Places as a slice, which copies nothing, if they are consecutive; None if there are none."""
     if not len(before):
         return None
-    if int(before[-1] - before[0]) + 1 == len(before):  # they only grow
+    if int(before[-1] - before[0]) + 1 == len(before):  # they are ascending
         return slice(int(before[0]), int(before[-1]) + 1)
     return torch.from_numpy(before)
 
 
 @contextmanager
 def by_branch(decoder: Any, branches: Branches) -> Iterator[dict[str, Tensor]]:
-    """Within this context a decoder's attention is :func:`attend` over these rows, in this thread.
+    """Within this context, in this thread, a decoder attends by :func:`attend` over these rows.
 
-    Yields:
-        What the decoder is to be called with: an empty mask of four dimensions, which transformers hands on as it is,
-        and any other attention refuses.
+    It yields further arguments for the decoder: an empty mask of four dimensions, which transformers passes on as it
+    is, and any other attention refuses.
     """
     token = _rows.set(branches)
     before = decoder.config._attn_implementation
@@ -79,7 +73,7 @@ def by_branch(decoder: Any, branches: Branches) -> Iterator[dict[str, Tensor]]:
 
 
 def attends_by_branch(decoder: Any) -> bool:
-    """Whether :func:`by_branch` reaches all layers of a decoder, and its attention is one that ours stands for."""
+    """Whether :func:`by_branch` reaches all layers of a decoder, and may replace its attention."""
     attentions: Sequence[Any] = [getattr(layer, "self_attn", None) for layer in decoder.layers]
     return decoder.config._attn_implementation in (_USUAL, tree_attention.NAME) and all(
         getattr(attention, "config", None) is decoder.config for attention in attentions
@@ -94,18 +88,10 @@ def attend(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as transformers calls it; outside of :func:`by_branch`, so in other threads, the usual one.
+    """The attention function that transformers calls: states (1, L, H, D), and no scores.
 
-    Args:
-        module: The attention layer.
-        query: Of H heads, shape (1, H, L, D).
-        key: Of as many heads or, grouped, fewer, shape (1, K, L, D).
-        value: As ``key``.
-        attention_mask: Not read: a row attends to itself.
-        **options: Of the usual attention; ``scaling`` of the scores is heeded.
-
-    Returns:
-        States, shape (1, L, H, D), and no scores.
+    The query is (1, H, L, D), key and value are (1, K, L, D), grouped when K < H; the mask is not read. Outside of
+    :func:`by_branch`, and so in other threads, it is the usual attention.
     """
     branches = _rows.get()
     if branches is None:

@@ -1,4 +1,4 @@
-"""An image that several rows of a batch show is opened, resized and normalised once."""
+"""Opens, resizes and normalises an image once that several rows of a batch show."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from unime_st.features import ranges
 
 _GRID, _PATCHES, _COUNTS = "image_grid_thw", "pixel_values", "batch_num_images"
-_BY_ROW = ("pixel_attention_mask", "rows", "cols")  # families that pad the images of each row (Idefics3)
+_BY_ROW = ("pixel_attention_mask", "rows", "cols")  # outputs of families that pad the images of each row (Idefics3)
 
 
 @contextmanager
 def each_image_once(processor: Any) -> Iterator[None]:
     """Within this context a processor works on each image object once, however many rows hold it.
 
-    What it returns is the same. Where images are laid out in a way that is not known here, all are processed.
+    Its output is the same. Where images are laid out in a way that is not known here, all of them are processed.
     """
     images = getattr(processor, "image_processor", None)
     if images is None or "preprocess" in vars(images):
@@ -33,7 +33,7 @@ def each_image_once(processor: Any) -> Iterator[None]:
             return plain(given, *args, **kwargs)
         nested = [[image] for image in distinct] if isinstance(given[0], list | tuple) else distinct
         output = plain(nested, *args, **kwargs)
-        depends_on_row = _COUNTS in output and any(len(row) > 1 for row in given)  # one of several gets no tiles
+        depends_on_row = _COUNTS in output and any(len(row) > 1 for row in given)  # one among several gets no tiles
         if depends_on_row or not _repeat(output, index, len(distinct)):
             return plain(given, *args, **kwargs)
         return output
@@ -46,7 +46,7 @@ def each_image_once(processor: Any) -> Iterator[None]:
 
 
 def _distinct(given: Any) -> tuple[list[Any], list[int]]:
-    """The image objects of a list, or of a list of lists, each once; and for each image its place among them."""
+    """Each image object of a list, or of a list of lists, once, and for each image its place among them."""
     flat = [image for row in given for image in (row if isinstance(row, list | tuple) else [row])]
     places: dict[int, int] = {}
     index = [places.setdefault(id(image), len(places)) for image in flat]
@@ -54,7 +54,7 @@ def _distinct(given: Any) -> tuple[list[Any], list[int]]:
 
 
 def _repeat(output: Any, index: Sequence[int], count: int) -> bool:
-    """Repeat what was made of each image as the index says, in place; False when it is not known how."""
+    """Repeat the output of each image as the index says, in place; False when its layout is unknown."""
     if any(key in output for key in _BY_ROW):
         return False
     chosen = torch.tensor(index)

@@ -1,7 +1,7 @@
 """Attention over a tree of tokens in one sequence, with FlexAttention: on a GPU, in inference and in training.
 
 Rows stand in depth-first order, each shared beginning once. The tokens that attend to a token are then a run that
-begins with it, so one number a token is the whole mask: token q attends to k if k <= q < end[k]. It travels as the
+begins with it, so one number per token is the whole mask: token q attends to k if k <= q < end[k]. It travels as the
 attention mask, which gradient checkpointing keeps for its second forward pass.
 """
 
@@ -23,55 +23,40 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 try:
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
-except ImportError:  # a build of torch without it
+except ImportError:  # this build of torch lacks it
     BlockMask = flex_attention = None  # type: ignore[assignment, misc]
 
 NAME = "unime_tree"
 BLOCK = 128
-"""Tokens of a block: what FlexAttention computes or leaves out as a whole."""
+"""Tokens per block, which FlexAttention computes or leaves out as a whole."""
 
 _USUAL = "sdpa"
-_STEPS = 8  # lengths between a power of two and the next: each costs at most an eighth more, and may be compiled for
-_SINCE = (2, 7)  # of torch: before, shapes that change have faults, or other arguments
-_VARIANTS = 64  # that torch compiles of one function: more than types, heads, gradients and kinds of length can ask for
-_LEAST_HEAD = 16  # dimensions that the compiled kernel takes, powers of two
+_STEPS = 8  # lengths between two powers of two: padding is an eighth at most, and each may be compiled for
+_SINCE = (2, 7)  # version of torch; changing shapes fail before it, or the arguments differ
+_VARIANTS = 64  # of one function, more than dtypes, heads, gradients and kinds of length can ask for
+_LEAST_HEAD = 16  # the least dimension that the compiled kernel takes; it must be a power of two
 
 
 def padded_length(length: int) -> int:
-    """Length of a sequence with padding: whole blocks, and few different ones.
-
-    >>> [padded_length(length) for length in (1, 128, 129, 3000, 16_500)]
-    [128, 128, 256, 3072, 18432]
-    """
+    """The length of a sequence with padding: whole blocks, and few different lengths."""
     step = max(BLOCK, (1 << max(length - 1, 1).bit_length() - 1) // _STEPS)
     return -(-length // step) * step
 
 
 def moved(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array on a device; to a GPU without waiting for it."""
+    """An array on a device, moved to a GPU without waiting for it."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def tree_mask(end: np.ndarray, device: torch.device) -> Any:
-    """Which tokens attend to which, for FlexAttention.
+    """The ``BlockMask`` (1, 1, L, L) of which tokens attend to which.
 
-    Args:
-        end: For each of L tokens one past the last that attends to it, (L,); L is a multiple of :data:`BLOCK`.
-        device: Where to put it.
-
-    Returns:
-        A ``BlockMask`` of shape (1, 1, L, L).
-
-    Example:
-        >>> mask = tree_mask(np.array([3, 2, 3, *range(4, 129)]), torch.device("cpu"))
-        >>> places = torch.arange(4)
-        >>> mask.mask_mod(0, 0, places[:, None], places[None]).int().tolist()
-        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
+    ``end`` (L,) is one past the last token that attends to each token; L is a multiple of :data:`BLOCK`.
     """
     count = len(end) // BLOCK
     ends = end.reshape(count, BLOCK)
-    first = np.arange(count) * BLOCK  # of a block's tokens
+    first = np.arange(count) * BLOCK  # the first token of each block
     some = (first[:, None] >= first) & (first[:, None] < ends.max(axis=1))  # (queries, keys)
     whole = (first[:, None] > first) & (first[:, None] + BLOCK <= ends.min(axis=1))
     numbers: list[np.ndarray] = [end]
@@ -119,17 +104,10 @@ def _can_compile() -> bool:
 
 @contextmanager
 def by_tree(decoder: Any, end: np.ndarray, device: torch.device, *, computed_again: bool) -> Iterator[dict[str, Any]]:
-    """Within this context a decoder's attention is :func:`attend` over one tree.
+    """Within this context a decoder attends by :func:`attend` over one tree; yields arguments for the decoder.
 
-    Args:
-        decoder: The language model.
-        end: See :func:`tree_mask`.
-        device: Where the tokens are.
-        computed_again: Whether gradient checkpointing runs layers again after this context: they must find the
-            attention then, which for all other masks is the usual one.
-
-    Yields:
-        What the decoder is to be called with.
+    ``computed_again`` says whether gradient checkpointing runs layers again after this context. They must then find the
+    attention, so it stays in the configuration; for all other masks it is the usual one.
     """
     before = decoder.config._attn_implementation
     decoder.config._attn_implementation = NAME
@@ -142,7 +120,7 @@ def by_tree(decoder: Any, end: np.ndarray, device: torch.device, *, computed_aga
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    """FlexAttention's kernel; beyond torch's limit of variants it would write out all scores, without a word."""
+    """FlexAttention's kernel; beyond torch's limit of variants it would silently write out all scores."""
     config: Any = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, name, max(getattr(config, name), _VARIANTS))
@@ -157,18 +135,10 @@ def attend(
     attention_mask: Any,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as transformers calls it; for masks other than :func:`tree_mask`'s the usual one.
+    """The attention function that transformers calls: states (1, L, H, D), and no scores.
 
-    Args:
-        module: The attention layer.
-        query: Of H heads, shape (1, H, L, D).
-        key: Of as many heads or, grouped, fewer, shape (1, K, L, D).
-        value: As ``key``.
-        attention_mask: A ``BlockMask`` of L tokens.
-        **options: Of the usual attention; ``scaling`` of the scores is heeded.
-
-    Returns:
-        States, shape (1, L, H, D), and no scores.
+    The query is (1, H, L, D), key and value are (1, K, L, D), grouped when K < H. For masks other than a ``BlockMask``
+    it is the usual attention.
     """
     if BlockMask is None or not isinstance(attention_mask, BlockMask):
         return ALL_ATTENTION_FUNCTIONS[_USUAL](module, query, key, value, attention_mask, **options)

@@ -1,9 +1,9 @@
 """Features of a fixed vision tower, kept: each distinct image is computed once.
 
 GradCache runs every row twice, and a batch often shows one image in several rows. While the tower is frozen, or runs
-without gradients in evaluation mode, its output depends on the pixels alone, so it is remembered by a hash of them (and
-of which state of the weights it was). Within a training step all of it is kept; between steps up to a number of bytes,
-the least recently used going first.
+without gradients in evaluation mode, its output depends on the pixels alone, so it is remembered under a hash of them
+and of the state of the weights. Within a training step everything is kept; between steps up to a number of bytes, and
+the least recently used goes first.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from transformers.utils import ModelOutput
 from unime_st.functional import mix64
 
 VISION_TOWER_NAMES = ("vision_tower", "visual", "vision_model", "vision_encoder", "img_processor")
-"""What multimodal models call their vision tower: transformers', and Phi-3-Vision."""
+"""The names that multimodal models of transformers, and Phi-3-Vision, give their vision tower."""
 
-_IMAGES_A_CALL = 4  # of a convolutional tower: its activations stay in the processor's cache
+_IMAGES_A_CALL = 4  # of a convolutional tower, so that its activations stay in the processor's cache
 _PATCH_CONVOLUTIONS = 2
-_HASHED_AT_ONCE = 2**22  # numbers
+_HASHED_AT_ONCE = 2**22  # this many numbers
 
 
 def vision_tower(model: nn.Module) -> nn.Module | None:
@@ -38,7 +38,7 @@ def vision_tower(model: nn.Module) -> nn.Module | None:
 
 
 def is_convolutional(tower: nn.Module) -> bool:
-    """Whether a tower convolves throughout, as FastVLM's, and not only to cut an image into patches."""
+    """Whether a tower convolves throughout, as FastVLM's does, and not only to cut an image into patches."""
     return sum(isinstance(module, nn.Conv2d) for module in tower.modules()) > _PATCH_CONVOLUTIONS
 
 
@@ -48,30 +48,23 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 class VisionCache:
-    """Remembers what a frozen vision tower made of each image.
+    """Remembers the output of a frozen vision tower for each image.
 
-    Towers are served whose first input has one row an image, and whose outputs have too (LLaVA, Idefics3, SmolVLM,
-    Gemma3, FastVLM), and those that take the patches of all images one after the other, with ``grid_thw`` (Qwen-VL).
-    Of the states of all layers, which LLaVA's towers return, those of the layers it reads are kept.
-
-    Attributes:
-        max_bytes: kept at the most, but for :meth:`holding`; 0 switches the cache off.
-        hits: images answered from the cache.
-        misses: images computed.
-        images_a_call: to the tower, at the most; 0 for no limit.
-        memory_format: of the images given to it. A convolutional tower on the CPU gets few at a time, channels last,
-            which takes half as long.
+    It serves towers whose first input and whose outputs have one row per image (LLaVA, Idefics3, SmolVLM, Gemma3,
+    FastVLM), and towers that take the patches of all images one after the other, with ``grid_thw`` (Qwen-VL). Of the
+    states of all layers, which LLaVA's towers return, it keeps those of the layers that the model reads.
     """
 
     def __init__(self, max_bytes: int = 2**28) -> None:
-        self.max_bytes = max_bytes
-        self.hits = 0
-        self.misses = 0
-        self.images_a_call = 0
+        self.max_bytes = max_bytes  # bound on what is kept outside of `holding`; 0 switches the cache off
+        self.hits = 0  # images answered from the cache
+        self.misses = 0  # images computed
+        # A convolutional tower on the CPU gets few images per call, channels last, which takes half as long.
+        self.images_a_call = 0  # 0 for no limit
         self.memory_format = torch.contiguous_format
         self._bytes = 0
         self._held = False
-        self._step_version: int | None = None  # sharded weights lie elsewhere in each pass, and do not change in a step
+        self._step_version: int | None = None  # sharded weights move in each pass, but do not change in a step
         self._rows: OrderedDict[Key, _Kept] = OrderedDict()
 
     def clear(self) -> None:
@@ -81,7 +74,7 @@ class VisionCache:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Within this context, a training step, nothing is forgotten: its second pass needs what the first computed."""
+        """Within this context, a training step, nothing is forgotten: its second pass needs all of the first's."""
         self._held, self._step_version = True, None
         try:
             yield
@@ -123,7 +116,7 @@ class VisionCache:
             del tower.forward
 
     def _answer(self, plain: Callable[..., Any], images: _Images, weights: int, layers: Collection[int] | None) -> Any:
-        """The tower's output for the images; None when it is not one that can be cut into images."""
+        """The tower's output for the images, or None when it cannot be cut into images."""
         keys = images.keys(weights)
         new = {key: number for number, key in enumerate(keys) if key not in self._rows}
         rows = {key: self._rows[key] for key in keys if key in self._rows}
@@ -164,7 +157,7 @@ class VisionCache:
 
 
 def _is_fixed(tower: nn.Module) -> bool:
-    """Whether what the tower gives depends on the pixels alone, and no gradient is asked of it."""
+    """Whether the tower's output depends on the pixels alone, and no gradient is asked of it."""
     return is_frozen(tower) or not (torch.is_grad_enabled() or tower.training)
 
 
@@ -173,7 +166,7 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def _version(tower: nn.Module) -> int:
-    """Changes when the tower's weights or statistics do, in place or by new tensors; costs no look at their values."""
+    """A number that changes when the tower's tensors change, in place or by new ones, without reading their values."""
     tensors = [*tower.parameters(), *tower.buffers()]
     return hash(tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
 
@@ -191,25 +184,17 @@ class _Kept(NamedTuple):
 
 @dataclass(frozen=True)
 class _Images:
-    """What a tower is called with, image by image.
+    """The arguments of a tower's call, image by image."""
 
-    Attributes:
-        pixels: One row an image, or the patches of all.
-        by_image: Further tensors with a row an image.
-        others: Further arguments, the same for all.
-        sizes: Rows of `pixels` of each image.
-        packed: Whether these are patches.
-    """
-
-    pixels: Tensor
-    by_image: dict[str, Tensor]
-    others: dict[str, Any]
-    sizes: list[int]
-    packed: bool
+    pixels: Tensor  # one row per image, or the patches of all
+    by_image: dict[str, Tensor]  # further tensors with one row per image
+    others: dict[str, Any]  # further arguments, the same for all
+    sizes: list[int]  # the number of rows of `pixels` of each image
+    packed: bool  # whether the rows are patches
 
     @classmethod
     def of(cls, pixels: Tensor, arguments: dict[str, Any]) -> _Images | None:
-        """Take a call apart; None for one whose tensors do not each tell one thing an image."""
+        """Take a call apart, or return None when its tensors do not have one row per image."""
         tensors = {name: value for name, value in sorted(arguments.items()) if isinstance(value, Tensor)}
         others = {name: value for name, value in sorted(arguments.items()) if name not in tensors}
         grid = tensors.get("grid_thw")
@@ -222,7 +207,7 @@ class _Images:
         return cls(pixels, tensors, others, [1] * len(pixels), packed=False)
 
     def keys(self, weights: int) -> list[Key]:
-        """What tells images apart: two 64-bit hashes of each tensor, computed where it is, and all else."""
+        """What identifies each image: two 64-bit hashes of each tensor, computed where it is, and all else."""
         rows = _hashes(self.pixels)
         order = torch.arange(len(rows), device=rows.device)
         if self.packed:  # places count from the image's first patch
@@ -238,7 +223,7 @@ class _Images:
         return [(*row, size, *common) for row, size in zip(hashes, self.sizes, strict=True)]
 
     def some(self, numbers: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
-        """Pixels and arguments of some images."""
+        """The pixels and arguments of some images."""
         ends = np.cumsum(self.sizes)
         rows = np.concatenate([np.arange(ends[number] - self.sizes[number], ends[number]) for number in numbers])
         chosen = torch.as_tensor(list(numbers), device=self.pixels.device)
@@ -247,14 +232,14 @@ class _Images:
 
 
 def _hashes(rows: Tensor) -> Tensor:
-    """Two 64-bit hashes of each row's bits, ``(N, 2)``: sums with odd weights that look random."""
+    """Two 64-bit hashes of each row's bits, ``(N, 2)``: sums with pseudorandom odd weights."""
     rows = rows.detach().contiguous().flatten(1)
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = rows.view(kinds[rows.element_size()])
     places = torch.arange(bits.shape[1], device=bits.device)
     weights = [mix64(places + start) | 1 for start in (1, 2**40)]
     step = max(1, _HASHED_AT_ONCE // max(1, bits.shape[1]))
-    # A few rows at a time: as 64-bit numbers they take twice the memory or more.
+    # A few rows at a time, since as 64-bit numbers they take at least twice the memory.
     return torch.cat([_weighted(part.long(), weights) for part in bits.split(step)])
 
 
@@ -263,18 +248,18 @@ def _weighted(bits: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def _layers_read(model: nn.Module) -> list[int] | None:
-    """Layers of the tower whose states a LLaVA-like model reads; None when it does not say."""
+    """The tower's layers whose states a LLaVA-like model reads, or None when it does not say."""
     layers = getattr(getattr(model, "config", None), "vision_feature_layer", None)
     return None if layers is None else [layers] if isinstance(layers, int) else list(layers)
 
 
 def _cut(output: Any, sizes: Sequence[int], layers: Collection[int] | None, *, packed: bool) -> list[_Kept] | None:
-    """A tower's output image by image; None when it cannot be cut."""
+    """A tower's output image by image, or None when it cannot be cut."""
     if not isinstance(output, ModelOutput):
         return None
     values = dict(output.items())
     if packed:
-        values["last_hidden_state"] = None  # of every patch, while models read what is merged of them
+        values["last_hidden_state"] = None  # it has every patch, while models read the merged ones
     states = values.get("hidden_states")
     if layers is not None and isinstance(states, tuple):
         read = {layer % len(states) for layer in layers}
@@ -298,7 +283,7 @@ def _fits(value: Any, total: int, packed: bool) -> bool:
 
 
 def _piece(value: Any, total: int, start: int, end: int) -> Any:
-    """The part of an output that belongs to rows of the input; packed outputs may have merged several rows into one."""
+    """The part of an output for some rows of the input; packed outputs may have merged several rows into one."""
     if isinstance(value, (tuple, list)):
         return type(value)(_piece(element, total, start, end) for element in value)
     if value is None:
