@@ -38,7 +38,7 @@ def test_there_are_examples():
     assert sum(counts.values()) > 40
     for layer in (
         "functional",
-        "fingerprint",
+        "identity.content",
         "columns",
         "prompts",
         "losses.distill_kl",

@@ -265,6 +265,23 @@ def identity_mask(
     return mask
 
 
+def above_margin(scores: Tensor, positive_scores: Tensor, margin: float | None) -> Tensor:
+    """Whether a candidate is a false negative by its score (UniME, arXiv 2504.17432, section 3.3).
+
+    Args:
+        scores: ``(Q, C)`` similarities.
+        positive_scores: ``(Q, 1)`` of each query's own positive.
+        margin: A candidate above the positive's score plus this is one; None takes none for one.
+
+    Example:
+        >>> above_margin(torch.tensor([[0.4, 0.7]]), torch.tensor([[0.5]]), 0.1)
+        tensor([[False,  True]])
+    """
+    if margin is None:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    return scores > positive_scores + margin
+
+
 def hardest_valid_negatives(
     scores: Tensor,
     positive: Tensor,
@@ -321,7 +338,7 @@ def hardest_valid_negatives(
     by_margin = torch.zeros_like(by_identity)
     if margin is not None:
         with torch.no_grad():
-            by_margin = (scores > scores.gather(1, own) + margin) & ~by_identity
+            by_margin = above_margin(scores, scores.gather(1, own), margin) & ~by_identity
             if trusted is not None:
                 by_margin &= ~(trusted if candidate_ids is None else _spread_over_equals(trusted, candidate_ids))
     invalid = by_identity | by_margin  # (Q, C)

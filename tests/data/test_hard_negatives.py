@@ -92,7 +92,7 @@ def negatives_of(dataset):
     ],
 )
 def test_mined_negatives_are_those_of_a_plain_loop(tmp_path, monkeypatch, caplog, search, kinds, options, expected):
-    monkeypatch.setattr("unime_st.data.mining.search._BLOCK", 16)
+    monkeypatch.setattr("unime_st.embedding.neighbors._BLOCK", 16)
     dataset = training_set(**kinds)
     model = Hashing()
     with caplog.at_level(logging.INFO):

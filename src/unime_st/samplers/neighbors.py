@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from unime_st.arguments import require_number
-from unime_st.functional import check_margin
-from unime_st.samplers.approximate import NearestTargets
+from unime_st.embedding.approximate import MANY_PROBES, NearestTargets
+from unime_st.functional import above_margin, check_margin
 from unime_st.samplers.guide import GuideEmbeddings
 from unime_st.samplers.planning import split_by
 
@@ -26,6 +26,11 @@ _SAMPLE = 256
 _POOR_RECALL = 0.9
 _MAX_MEAN_NEIGHBOURS = 2000
 _MAX_PAIRS = 100_000_000
+_WITHOUT_FAISS = (
+    "Neighbours among so many rows are found through an approximate index, which needs faiss: "
+    '`pip install "unime_st[ann]"` (or faiss-cpu). Or compare everything, with `exact_neighbors=True`, in a time that '
+    "grows with the square of the rows."
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class _Search:
 
     def run(self, approximate: bool) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield positions in the group, their pairs ``(p, 2)`` and their hardest rows ``(n, k)``, part by part."""
-        self.index = NearestTargets(self.targets) if approximate else None
+        self.index = NearestTargets(self.targets, _WITHOUT_FAISS) if approximate else None
         # Cell after cell, so that targets read again soon are still in the processor's cache.
         order = np.arange(len(self.members)) if self.index is None else np.argsort(self.index.places[self.codes])
         chunk = _CHUNK if self.index is None else _INDEX_CHUNK
@@ -141,7 +146,7 @@ class _Search:
         if len(crowded) == 0:
             return false, hardest
         more, hardest[crowded] = self._judge(
-            part[crowded], *self.index.search(queries[crowded], _MANY_CANDIDATES, thorough=True)
+            part[crowded], *self.index.search(queries[crowded], _MANY_CANDIDATES, MANY_PROBES)
         )
         few = false[~np.isin(false[:, 0], crowded)]
         return np.concatenate([few, np.stack([crowded[more[:, 0]], more[:, 1]], axis=1)]), hardest
@@ -163,7 +168,7 @@ class _Search:
             own = scores.gather(1, own_code)
         else:
             own = (self._query(part) * self.targets[own_code[:, 0]]).sum(dim=1, keepdim=True)
-        false = scores > own + self.margin
+        false = above_margin(scores, own, self.margin)
         places = false.nonzero()
         if candidates is None:
             columns = places[:, 1]

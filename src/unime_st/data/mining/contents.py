@@ -13,8 +13,8 @@ from datasets import Dataset
 
 from unime_st.columns import SUBSET, Columns, training_columns
 from unime_st.data.images import ItemReader
-from unime_st.data.mining.search import Forbidden
 from unime_st.data.stored_images import stored_path
+from unime_st.embedding.neighbors import Forbidden
 from unime_st.embedding.store import key_array
 from unime_st.identity.content import fingerprint
 

@@ -14,8 +14,11 @@ from datasets import Features
 from unime_st.columns import LABEL_COLUMNS, SUBSET, negative_column
 from unime_st.data.arguments import check_number
 from unime_st.data.mining.contents import Contents
-from unime_st.data.mining.search import FaissIndex, Forbidden, Nearest, exact_nearest
+from unime_st.embedding.approximate import NearestTargets
+from unime_st.embedding.neighbors import DEPTH, Forbidden, Nearest, approximate_nearest, exact_nearest
 from unime_st.embedding.store import EmbeddingStore
+
+_WITHOUT_FAISS = "`search='faiss'` needs faiss: pip install faiss-cpu (the extra `ann`), or use `search='exact'`."
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Miner:
     ) -> None:
         self._contents, self._settings, self._device = contents, settings, device
         self._queries, self._targets = queries, targets
-        self._indexes: dict[int, tuple[np.ndarray, FaissIndex | None]] = {}
+        self._indexes: dict[int, tuple[np.ndarray, tuple[NearestTargets, torch.Tensor] | None]] = {}
 
     def mine(self, number: int) -> tuple[pa.Table, dict[str, int]]:
         """The rows of a file with their negatives, and the counts of the file."""
@@ -96,13 +99,7 @@ class Miner:
         """The nearest valid targets of rows of one data set, by their numbers among all targets."""
         settings, contents = self._settings, self._contents
         if group not in self._indexes:
-            numbers = contents.group_targets(group)
-            index = (
-                FaissIndex(len(numbers), self._targets[0].dimension or 0, self._reader(numbers))
-                if settings.search == "faiss"
-                else None
-            )
-            self._indexes[group] = numbers, index
+            self._indexes[group] = self._index(contents.group_targets(group))
         numbers, index = self._indexes[group]
         queries = self._unit(self._queries, contents.queries[rows]).to(self._device)
         positives = self._unit(self._targets, contents.positives[rows]).to(self._device)
@@ -113,13 +110,21 @@ class Miner:
         options: dict[str, Any] = {"forbidden": own, "margin": settings.margin, "keep": settings.range_max}
         own_scores = (queries * positives).sum(dim=1)
         if index is not None:
-            found = index.nearest(queries.nan_to_num(), own_scores, **options)
+            found = approximate_nearest(index[0], queries.nan_to_num(), own_scores, usable=index[1], **options)
         else:
             found = exact_nearest(
                 queries, own_scores, num_candidates=len(numbers), read=self._reader(numbers), **options
             )
         unusable = own_scores.isnan().cpu().numpy()[:, None]  # for rows whose query or positive cannot be read
         return Nearest(np.where(unusable, -np.inf, found.scores), numbers[found.candidates])
+
+    def _index(self, numbers: np.ndarray) -> tuple[np.ndarray, tuple[NearestTargets, torch.Tensor] | None]:
+        """Targets of a data set; with ``search="faiss"`` the index of many, and which of them can be read."""
+        if self._settings.search != "faiss" or len(numbers) <= DEPTH:
+            return numbers, None
+        targets = self._reader(numbers)(np.arange(len(numbers)))
+        usable = ~targets.isnan().any(dim=1)
+        return numbers, (NearestTargets(targets.nan_to_num_(), _WITHOUT_FAISS), usable)
 
     def _choose(self, nearest: Nearest, generator: np.random.Generator) -> np.ndarray:
         """Take or draw negatives, hardest first, with -1 where there are too few; ``(rows, n)``."""

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-_PROBES = 8
-_MANY_PROBES = 64
+PROBES, MANY_PROBES = 8, 64
+"""Cells that are looked at for a query, and for one with many near targets."""
+
 _SEED = 0
 
 
@@ -17,11 +18,11 @@ class NearestTargets:
     """Finds most of the targets nearest to a query without comparing the query with all of them.
 
     An inverted file, with about the square root of the number of targets as its number of cells, holds 4-bit product
-    codes; the best candidates by those codes are then scored exactly.
+    codes; the best candidates by those codes are then scored exactly. ``without`` is what to do where faiss is missing.
     """
 
-    def __init__(self, targets: torch.Tensor) -> None:  # (T, D) float32, of length 1
-        faiss = import_faiss()
+    def __init__(self, targets: torch.Tensor, without: str) -> None:  # (T, D) float32, of length 1
+        faiss = import_faiss(without)
         array = targets.numpy()
         count, dim = array.shape
         cells = max(1, int(1.25 * math.sqrt(count)))
@@ -43,15 +44,14 @@ class NearestTargets:
         self.places = np.empty(count, dtype=np.int64)  # (T,) rank of each target by cell: near ones are close
         self.places[np.concatenate(by_cell)] = np.arange(count)
 
-    def search(self, queries: torch.Tensor, number: int, thorough: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(self, queries: torch.Tensor, number: int, probes: int = PROBES) -> tuple[torch.Tensor, torch.Tensor]:
         """Return exact scores and target numbers, about in order of the scores.
 
-        Both are ``(n, C)`` for queries ``(n, D)``; missing results have score -inf and number -1. ``thorough`` looks at
-        eight times as many cells, for queries with many near targets.
+        Both are ``(n, C)`` for queries ``(n, D)``; missing results have score -inf and number -1.
         """
         faiss, asked = import_faiss(), np.ascontiguousarray(queries.numpy())
         number = min(number, len(self.targets))
-        probes = min(_MANY_PROBES if thorough else _PROBES, self.index.nlist)
+        probes = min(probes, self.index.nlist)
         _, found = self.index.search(asked, number, params=faiss.SearchParametersIVF(nprobe=probes))
         scores = np.full(found.shape, -np.inf, dtype=np.float32)
         pointers = [faiss.swig_ptr(array) for array in (scores, asked, self.targets, found)]
@@ -60,14 +60,10 @@ class NearestTargets:
         return torch.from_numpy(scores), torch.from_numpy(found)
 
 
-def import_faiss() -> Any:
-    """Import faiss, or raise an error that says what to install."""
+def import_faiss(without: str = "") -> Any:
+    """Import faiss, or raise an error with the advice ``without``."""
     try:
         import faiss
     except ImportError as error:
-        raise ImportError(
-            "Neighbours among so many rows are found through an approximate index, which needs faiss: "
-            '`pip install "unime_st[ann]"` (or faiss-cpu). Or compare everything, with `exact_neighbors=True`, in a '
-            "time that grows with the square of the rows."
-        ) from error
+        raise ImportError(without) from error
     return faiss
