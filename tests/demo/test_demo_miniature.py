@@ -5,7 +5,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from unime_st.demo.miniature import (
+from emoji.miniature import (
     build_miniature,
     fastest_dtype,
     init_projector,
@@ -13,8 +13,8 @@ from unime_st.demo.miniature import (
     load_vision_state,
     text_teacher,
 )
-from unime_st.demo.packages import Fetched
-from unime_st.demo.ridge import _pixels
+from emoji.packages import Fetched
+from emoji.ridge import _pixels
 
 STRIDES = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1]  # of the 16 blocks
 

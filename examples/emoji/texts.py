@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from unime_st.demo.concepts import Concept
-from unime_st.demo.packages import WORDNET, Fetched
+from emoji.concepts import Concept
+from emoji.packages import WORDNET, Fetched
 
 GLOSS_WORDS = range(4, 15)  # length of a usable gloss in words
 
@@ -44,7 +44,7 @@ def split_glosses(
         Training, validation and test glosses.
     """
     shuffled = list(glosses)
-    random.Random(seed).shuffle(shuffled)  # noqa: S311 (reproducible, not secret)
+    random.Random(seed).shuffle(shuffled)
     senses = Counter(entry.term for entry in shuffled)
     uses = Counter(entry.gloss for entry in shuffled)
     aside = [entry for entry in shuffled if senses[entry.term] == 1 and uses[entry.gloss] == 1][: 2 * held_out]

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from unime_st.demo.concepts import Concept
-from unime_st.demo.ridge import fit_ridge
+from emoji.concepts import Concept
+from emoji.ridge import fit_ridge
 from unime_st.files import write_atomically
 
 
@@ -116,7 +116,7 @@ def fold_of_images(concepts: Sequence[Concept], vendors: Iterable[str], count: i
         Path of each drawing below the image folder, skin tones included -> number of its fold.
     """
     roles = sorted({concept.role for concept in concepts})
-    random.Random(seed).shuffle(roles)  # noqa: S311 (reproducible, not secret)
+    random.Random(seed).shuffle(roles)
     fold = {role: place % count for place, role in enumerate(roles)}
     return {
         concept.image(vendor, tone): fold[concept.role]

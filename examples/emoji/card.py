@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from unime_st.demo.packages import PACKAGES
+from emoji.packages import PACKAGES
 from unime_st.evaluation import Report
 
 _HEAD = """\

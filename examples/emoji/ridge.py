@@ -7,7 +7,6 @@ model. Its penalty is chosen by cross-validation over training concepts; validat
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +18,12 @@ import torch
 from numpy.lib.format import open_memmap
 from PIL import Image
 
-from unime_st.demo.concepts import SPLITS, TRAINED_VENDORS, VENDORS
-from unime_st.demo.emoji import EmojiBenchmark
-from unime_st.demo.images import on_white
-from unime_st.demo.miniature import STRIDE, VISION_DIM, load_vision_state, text_teacher
-from unime_st.demo.packages import Fetched
+from emoji.benchmark import EmojiBenchmark
+from emoji.concepts import SPLITS, TRAINED_VENDORS, VENDORS
+from emoji.images import on_white
+from emoji.miniature import STRIDE, VISION_DIM, load_vision_state, text_teacher
+from emoji.packages import Fetched
 from unime_st.files import write_atomically
-
-logger = logging.getLogger(__name__)
 
 PENALTIES = tuple(10.0**exponent for exponent in np.arange(2, 6.01, 0.5))
 FOLDS = 5

@@ -10,9 +10,9 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from unime_st.demo.concepts import HELD_OUT_VENDOR, TRAINED_VENDORS
-from unime_st.demo.emoji import EmojiBenchmark
-from unime_st.demo.settings import DemoSettings
+from emoji.benchmark import EmojiBenchmark
+from emoji.concepts import HELD_OUT_VENDOR, TRAINED_VENDORS
+from emoji.settings import DemoSettings
 from unime_st.evaluation import ImageTextRetrievalEvaluator, MMEBEvaluator, SugarCrepeEvaluator
 from unime_st.files import write_atomically
 
@@ -50,7 +50,7 @@ def swaps(  # noqa: PLR0917
         if names is not None and name not in names:
             continue
         rows = list(json.loads(file.read_text(encoding="utf-8")).values())
-        drawn = random.Random(0).sample(rows, min(len(rows), settings.swap_limit))  # noqa: S311 (not secret)
+        drawn = random.Random(0).sample(rows, min(len(rows), settings.swap_limit))
         sets[name] = [
             (benchmark.image_root / row["filename"], row["caption"], row["negative_caption"]) for row in drawn
         ]

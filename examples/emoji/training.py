@@ -19,17 +19,17 @@ from torch import nn
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from emoji.align import FoldLoss, Projection
+from emoji.benchmark import EmojiBenchmark
+from emoji.miniature import text_teacher
+from emoji.packages import Fetched
+from emoji.settings import DemoSettings, StageSettings
+from emoji.tasks import TASKS, TRAIN_ONLY_TASKS
+from unime_st import export_encoder, load_encoder
 from unime_st.data import ItemReader, load_mmeb_train, teacher_embeddings, with_teacher_labels
-from unime_st.demo.align import FoldLoss, Projection
-from unime_st.demo.emoji import EmojiBenchmark
-from unime_st.demo.miniature import text_teacher
-from unime_st.demo.packages import Fetched
-from unime_st.demo.settings import DemoSettings, StageSettings
-from unime_st.demo.tasks import TASKS, TRAIN_ONLY_TASKS
 from unime_st.files import write_atomically
 from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss, LossMetricsCallback
-from unime_st.losses.in_batch import InBatchLoss
-from unime_st.modules import default_lora_config, export_encoder, load_encoder
+from unime_st.modules import default_lora_config
 
 LOG_FILE = "training_log.json"
 
@@ -166,7 +166,7 @@ def run_stage(  # noqa: PLR0917
     if projections:
         losses = {name: FoldLoss(loss, projections[1 + fold_of(name)]) for name in rows}
     trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=rows, loss=losses)
-    if isinstance(loss, InBatchLoss):
+    if isinstance(loss, (DistillKLLoss, HardNegativeInfoNCELoss)):
         trainer.add_callback(LossMetricsCallback(loss))
     training_folder = Path(arguments.output_dir or "")
     last = get_last_checkpoint(str(training_folder)) if training_folder.is_dir() else None

@@ -27,12 +27,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from unime_st.demo.card import card
-from unime_st.demo.concepts import Concept, load_concepts, split_concepts
-from unime_st.demo.packages import Fetched
-from unime_st.demo.tasks import META_TASKS
-from unime_st.demo.texts import Gloss
-from unime_st.demo.writer import BenchmarkWriter
+from emoji.card import card
+from emoji.concepts import Concept, load_concepts, split_concepts
+from emoji.packages import Fetched
+from emoji.tasks import META_TASKS
+from emoji.texts import Gloss
+from emoji.writer import BenchmarkWriter
 
 FORMAT = 1  # of the files; a change rebuilds them
 

@@ -8,7 +8,6 @@ the folder with no code of ours. The projector between them starts untrained: al
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 import tempfile
@@ -30,14 +29,12 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
-from unime_st.demo.packages import Fetched
-
-logger = logging.getLogger(__name__)
+from emoji.packages import Fetched
 
 FORMAT = 2  # of the folder; a change rebuilds it
 STRIDE = 32  # pixels a visual token stands for, each way
 VISION_DIM = 1280
-IMAGE_TOKEN = "<image>"  # noqa: S105 (a vocabulary entry, not a secret)
+IMAGE_TOKEN = "<image>"
 STAGE_SIZES = (1, 2, 2, 3, 3, 4, 1)  # blocks a stage of EfficientNet-lite0
 
 CHAT_TEMPLATE = """\

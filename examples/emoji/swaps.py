@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from unime_st.demo.concepts import GENDERS, TONES, Concept, MinimalPair
-from unime_st.demo.tasks import Pool, side_by_side, side_by_side_text
+from emoji.concepts import GENDERS, TONES, Concept, MinimalPair
+from emoji.tasks import Pool, side_by_side, side_by_side_text
 
 SET_OF_KIND = {
     "colour": "replace_att",

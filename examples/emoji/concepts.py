@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unime_st.demo.packages import EMOJIBASE, FLUENT, NOTO, TWEMOJI, Fetched
+from emoji.packages import EMOJIBASE, FLUENT, NOTO, TWEMOJI, Fetched
 
 TRAINED_VENDORS = ("google", "twitter")
 HELD_OUT_VENDOR = "fluent"
@@ -156,7 +156,7 @@ def split_concepts(
     for concept in concepts:
         members[roles[concept.code]].append(concept)
     order = sorted(members)
-    random.Random(seed).shuffle(order)  # noqa: S311 (reproducible, not secret)
+    random.Random(seed).shuffle(order)
     bounds = (shares[0] * len(concepts), (shares[0] + shares[1]) * len(concepts), float("inf"))
     chosen: dict[str, str] = {}
     placed = 0
