@@ -39,11 +39,7 @@ FORMAT = 1  # of the files; a change rebuilds them
 
 @dataclass(frozen=True)
 class EmojiBenchmark:
-    """Where the parts of the benchmark are.
-
-    Attributes:
-        root: the folder that `build_benchmark` wrote.
-    """
+    """Where the parts of the benchmark are, below the folder that `build_benchmark` wrote."""
 
     root: Path
 
@@ -68,14 +64,11 @@ class EmojiBenchmark:
         return dict(META_TASKS)
 
     def eval_root(self, split: str, drawings: str = "trained") -> Path:
-        """A folder in MMEB-eval layout, for "validation" or "test" and "trained" or "heldout" drawings."""
+        """A folder in MMEB-eval layout."""
         return _existing(self.root / "eval" / split / drawings)
 
     def retrieval(self, split: str, vendor: str) -> tuple[list[Path], list[list[str]]]:
-        """Images of one vendor's plain drawings of a split's concepts, and the captions of each (one: its label).
-
-        The same number and order of concepts for every vendor; the held-out vendor has no "train".
-        """
+        """One vendor's plain drawings of a split's concepts and the captions of each, in the order of the concepts."""
         rows = json.loads(_existing(self.root / "retrieval" / f"{split}-{vendor}.json").read_text(encoding="utf-8"))
         return [self.image_root / row["image"] for row in rows], [row["captions"] for row in rows]
 
@@ -109,7 +102,7 @@ def build_benchmark(
     Everything follows from `seed`. The folder appears only when complete.
 
     Args:
-        fetched: the unpacked packages (`packages.fetch`).
+        fetched: the unpacked packages.
         root: the folder to make; replaced if it holds a benchmark of other settings.
         seed: of the split and of all choices.
         num_candidates: answers shown in an evaluation row (classification shows all its classes).

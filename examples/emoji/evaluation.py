@@ -31,16 +31,9 @@ def emoji_tasks(benchmark: EmojiBenchmark, split: str = "test") -> tuple[list[MM
 
 
 def evaluate_demo(demo: Demo, *, limit: int | None = None) -> Path:
-    """Evaluate the demo's last checkpoint, or the aligned miniature if nothing was trained yet.
+    """Evaluate the demo's last checkpoint, or the aligned miniature if nothing was trained yet; returns the report.
 
     What a run has encoded, the next finds in the cache; killed, it goes on where it was.
-
-    Args:
-        demo: Whose cache, output and settings are used.
-        limit: Rows of each task.
-
-    Returns:
-        Path of the report.
     """
     fetched, benchmark = demo.benchmark()
     trained = demo.output / "unime-emoji-miniature"

@@ -32,7 +32,6 @@ from unime_st import build_encoder, export_encoder, load_encoder
 from unime_st.files import write_atomically
 from unime_st.samplers import FalseNegativeAwareBatchSampler
 
-Say = Callable[[str], None]
 PROJECTIONS = "projections.safetensors"
 STEPS = ("aligned", "stage1", "stage2")
 """Checkpoints in order: the projector fitted, text distilled, pairs contrasted."""
@@ -48,7 +47,9 @@ class Demo:
         say: called with each line of progress.
     """
 
-    def __init__(self, cache: str | Path, output: str | Path, settings: DemoSettings, say: Say = print) -> None:
+    def __init__(
+        self, cache: str | Path, output: str | Path, settings: DemoSettings, say: Callable[[str], None] = print
+    ) -> None:
         self.cache = Path(cache)
         self.output = Path(output)
         self.settings = settings
@@ -71,7 +72,8 @@ class Demo:
                 if not kept.is_file():
                     self.say(f"evaluating {name} on concepts never trained on")
                     model = load_encoder(checkpoints[name], device="cpu")
-                    measure.evaluate(model, benchmark, self.settings, self.cache / "embeddings", kept)
+                    measured = measure.evaluate(model, benchmark, self.settings, self.cache / "embeddings")
+                    write_atomically(kept, json.dumps(measured, indent=1) + "\n")
                 results[name] = json.loads(kept.read_text(encoding="utf-8"))
         with self._timed("report"):
             final = self.output / "unime-emoji-miniature"
@@ -94,7 +96,7 @@ class Demo:
         return report
 
     def benchmark(self) -> tuple[Fetched, EmojiBenchmark]:
-        """Fetch the packages and build the benchmark, or find both made; claims the output for these settings."""
+        """Fetch the packages and build the benchmark, or find both made, and claim the output for these settings."""
         self._claim_output()
         with self._timed("packages"):
             fetched = fetch(self.cache, self.say)
