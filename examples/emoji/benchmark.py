@@ -17,8 +17,6 @@ or "heldout" (the third vendor's, never seen).
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +27,7 @@ import pyarrow.parquet as pq
 
 from emoji.card import card
 from emoji.concepts import Concept, load_concepts, split_concepts
-from emoji.packages import Fetched
+from emoji.packages import Fetched, whole_folder
 from emoji.tasks import META_TASKS
 from emoji.texts import Gloss
 from emoji.writer import BenchmarkWriter
@@ -129,17 +127,10 @@ def build_benchmark(
             report(f"emoji benchmark: in {target}")
             return done
     report(f"emoji benchmark: writing {target}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with whole_folder(target) as scratch:
         info = BenchmarkWriter(fetched, scratch, settings, report).write()
         (scratch / "README.md").write_text(card(info), encoding="utf-8")
         (scratch / "benchmark.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
-        scratch.chmod(0o755)
-        shutil.rmtree(target, ignore_errors=True)
-        scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return EmojiBenchmark(target)
 
 

@@ -84,11 +84,6 @@ def write_report(
 def does_it_see(recall: float, shuffled: float, images: int) -> str:
     """What text→image R@1 says when the images are shuffled among the captions, and no more than that.
 
-    Args:
-        recall: R@1, in [0, 1].
-        shuffled: R@1 after the shuffling.
-        images: Of which one is right; as many queries.
-
     Example:
         >>> does_it_see(0.13, 0.0, 315)
         'With the images ..., text→image R@1 is 0.0 % in place of 13.0 % (chance 0.3 %): the answers depend on ...'

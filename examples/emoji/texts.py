@@ -24,11 +24,7 @@ class Gloss:
 
 
 def wordnet_glosses(fetched: Fetched) -> list[Gloss]:
-    """Read noun, verb and adjective entries with glosses of 4 to 14 words, each under its first term.
-
-    Returns:
-        About 82,000 entries in the order of the files; examples of use after the gloss are dropped.
-    """
+    """Noun, verb and adjective entries with glosses of 4 to 14 words, without examples, each under its first term."""
     folder = fetched.path(WORDNET) / "package/dict"
     return [entry for part in ("noun", "verb", "adj") for entry in _entries(folder / f"data.{part}")]
 
@@ -36,12 +32,9 @@ def wordnet_glosses(fetched: Fetched) -> list[Gloss]:
 def split_glosses(
     glosses: Iterable[Gloss], held_out: int = 500, seed: int = 0
 ) -> tuple[list[Gloss], list[Gloss], list[Gloss]]:
-    """Set glosses aside for evaluation: `held_out` for validation and as many for the test.
+    """Part glosses into training, and `held_out` each for validation and test.
 
     Held-out terms have one sense only among the glosses given, so that each has one right gloss, never trained on.
-
-    Returns:
-        Training, validation and test glosses.
     """
     shuffled = list(glosses)
     random.Random(seed).shuffle(shuffled)

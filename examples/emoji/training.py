@@ -50,14 +50,8 @@ def stage2_rows(benchmark: EmojiBenchmark, settings: DemoSettings, folds: dict[s
     Batches are of one kind: all targets are texts, or all are images, since a text among images is too easy a negative.
     Every second caption is turned round, so that there is text->image too.
 
-    Args:
-        benchmark: gives the pairs.
-        settings: of the demo.
-        folds: path of each plain drawing -> its fold.
-
-    Returns:
-        A data set for each fold and kind of target. A pair whose drawings are of two folds is left out; one without
-        plain drawings, a collage say, goes to any fold.
+    There is a data set for each fold of `folds` (path of each plain drawing -> its fold) and kind of target. A pair
+    whose drawings are of two folds is left out; one without plain drawings, a collage say, goes to any fold.
     """
     subsets = []
     for name in (*TRAIN_ONLY_TASKS, *TASKS):
@@ -134,9 +128,6 @@ def run_stage(  # noqa: PLR0917
         projections: of `fit_projections`: a batch of a fold passes through the projector fitted without it, and the
             result holds the one fitted to all.
         options: more training arguments.
-
-    Returns:
-        The checkpoint's folder, with the training log inside.
     """
     target = folder / name
     if (target / LOG_FILE).is_file():

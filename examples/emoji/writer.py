@@ -31,14 +31,7 @@ HARDEST = 3  # a training row's negative is one of so many hardest wrong answers
 
 
 class BenchmarkWriter:
-    """Writes the files of one benchmark: tables first, then the images that they name.
-
-    Args:
-        fetched: the unpacked packages.
-        root: an empty folder.
-        settings: the arguments of `build_benchmark`.
-        report: called with each line of progress.
-    """
+    """Writes the files of one benchmark into an empty folder: tables first, then the images that they name."""
 
     def __init__(self, fetched: Fetched, root: Path, settings: dict[str, Any], report: Callable[[str], None]) -> None:
         self.fetched, self.root, self.settings, self.report = fetched, root, settings, report
