@@ -101,9 +101,9 @@ def build_miniature(
     return target
 
 
-def text_teacher(fetched: Fetched, device: str = "cpu") -> SentenceTransformer:
+def text_teacher(fetched: Fetched) -> SentenceTransformer:
     """The text teacher of stage 1: all-MiniLM-L6-v2, 384 dimensions, unit length."""
-    return SentenceTransformer(str(fetched.teacher), device=device)
+    return SentenceTransformer(str(fetched.teacher), device="cpu")
 
 
 def init_projector(model: FastVlmForConditionalGeneration, seed: int = 0) -> None:
