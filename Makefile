@@ -21,13 +21,13 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: $(STAMP) ## run the whole recipe on a miniature: real weights, real images, report with pictures
-	$(BIN)/python -m unime_st.demo
+	$(BIN)/python examples/emoji_demo.py
 
 demo-short: $(STAMP) ## the same in a few steps, to see that it runs; its numbers mean nothing
-	$(BIN)/python -m unime_st.demo --short --output demo_output_short
+	$(BIN)/python examples/emoji_demo.py --short --output demo_output_short
 
 eval-demo: $(STAMP) ## evaluate the miniature on the whole emoji benchmark; again from the cache, in seconds
-	$(BIN)/python -m unime_st.demo --evaluate
+	$(BIN)/python examples/emoji_demo.py --evaluate
 
 bench: $(STAMP) ## all speed benchmarks against their peers, some hours; some: make bench BENCH="encode parts"
 	$(BIN)/python benchmarks/bench.py $(BENCH)

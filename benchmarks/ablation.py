@@ -28,7 +28,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from unime_st.demo.settings import DemoSettings, StageSettings
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from emoji.settings import DemoSettings, StageSettings
 from unime_st.files import write_atomically
 
 SETTINGS = DemoSettings(
@@ -77,10 +79,10 @@ def run_one(name: str, seed: int, split: str, cache: Path, work: Path) -> dict[s
     from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
     from sentence_transformers.training_args import BatchSamplers
 
-    from unime_st.demo.align import load_projections
-    from unime_st.demo.emoji import EmojiBenchmark
-    from unime_st.demo.pipeline import PROJECTIONS
-    from unime_st.demo.training import hard_negative_loss, run_stage, stage2_rows
+    from emoji.align import load_projections
+    from emoji.benchmark import EmojiBenchmark
+    from emoji.pipeline import PROJECTIONS
+    from emoji.training import hard_negative_loss, run_stage, stage2_rows
     from unime_st.modules import load_encoder
     from unime_st.samplers import FalseNegativeAwareBatchSampler
 
@@ -125,9 +127,9 @@ def run_one(name: str, seed: int, split: str, cache: Path, work: Path) -> dict[s
 
 def stage1(seed: int, cache: Path, work: Path) -> Path:
     """The first stage of a seed, shared by its variants."""
-    from unime_st.demo.emoji import EmojiBenchmark
-    from unime_st.demo.packages import fetch
-    from unime_st.demo.training import run_stage1
+    from emoji.benchmark import EmojiBenchmark
+    from emoji.packages import fetch
+    from emoji.training import run_stage1
 
     fetched, settings = fetch(cache, print), replace(SETTINGS, seed=seed)
     benchmark = EmojiBenchmark(cache / "benchmark")
@@ -139,7 +141,7 @@ def stage1(seed: int, cache: Path, work: Path) -> Path:
 
 def score(model: Any, benchmark: Any, split: str, settings: DemoSettings, cache: Path) -> dict[str, Any]:
     """Recall@1 both ways over a split's concepts by a trained vendor, and accuracy on their attribute swaps."""
-    from unime_st.demo.measure import metric, retrieval, swaps
+    from emoji.measure import metric, retrieval, swaps
 
     recalls = retrieval(benchmark, split, "trained", cache / "embeddings")(model)
     preferred = swaps(benchmark, split, "trained", cache / "embeddings", settings, ("replace_att", "replace_obj"))
@@ -149,9 +151,9 @@ def score(model: Any, benchmark: Any, split: str, settings: DemoSettings, cache:
 
 def prepare(cache: Path, work: Path) -> None:
     """Packages, benchmark and the aligned start, shared by all runs."""
-    from unime_st.demo.emoji import build_benchmark
-    from unime_st.demo.packages import fetch
-    from unime_st.demo.pipeline import Demo
+    from emoji.benchmark import build_benchmark
+    from emoji.packages import fetch
+    from emoji.pipeline import Demo
 
     work.mkdir(parents=True, exist_ok=True)
     fetched = fetch(cache, print)

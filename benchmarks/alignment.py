@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unime_st.demo.align import Projection, caption_states, fit_projections
-from unime_st.demo.concepts import TRAINED_VENDORS, VENDORS
-from unime_st.demo.emoji import build_benchmark
-from unime_st.demo.miniature import build_miniature, text_teacher
-from unime_st.demo.packages import fetch
-from unime_st.demo.pipeline import Demo
-from unime_st.demo.ridge import Ridge, fit_ridge, recalls, ridge_baseline, vision_features
-from unime_st.demo.settings import DemoSettings
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from emoji.align import Projection, caption_states, fit_projections
+from emoji.benchmark import build_benchmark
+from emoji.concepts import TRAINED_VENDORS, VENDORS
+from emoji.miniature import build_miniature, text_teacher
+from emoji.packages import fetch
+from emoji.pipeline import Demo
+from emoji.ridge import Ridge, fit_ridge, recalls, ridge_baseline, vision_features
+from emoji.settings import DemoSettings
 from unime_st.modules import build_encoder
 
 LAYERS = (16,)

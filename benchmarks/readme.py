@@ -16,10 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import speed_tables
-from unime_st.demo.settings import DemoSettings
+from emoji.settings import DemoSettings
 from unime_st.published import PUBLISHED
 from unime_st.published_card import published_card
 

@@ -34,6 +34,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
 from memory import peak_above
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
@@ -275,7 +277,7 @@ def load_teacher() -> tuple[Any, str]:
     """MiniLM of the demo's package where that is installed, else a small BERT with random weights."""
     from sentence_transformers import SentenceTransformer
 
-    from unime_st.demo.packages import TEACHER
+    from emoji.packages import TEACHER
 
     found = sorted(Path(os.environ.get("UNIME_DEMO_CACHE", ".demo_cache")).glob(f"{TEACHER.folder}/**/modules.json"))
     if found:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from emoji.miniature import build_miniature
+from emoji.packages import fetch
 from tiny import tiny_backbone
 from unime_st import build_encoder, export_encoder
-from unime_st.demo.miniature import build_miniature
-from unime_st.demo.packages import fetch
 
 TILE = 112  # pixels, for the 384 of SigLIP
 SQUARE = (392, 392)  # 3.5 tiles a side, for UniME-V2's 1344 pixels

@@ -20,12 +20,12 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from emoji.benchmark import EmojiBenchmark, concepts_of
+from emoji.miniature import text_teacher
+from emoji.packages import Fetched
+from emoji.settings import DemoSettings
+from emoji.training import stage1_texts
 from unime_st.data import teacher_embeddings
-from unime_st.demo.emoji import EmojiBenchmark, concepts_of
-from unime_st.demo.miniature import text_teacher
-from unime_st.demo.packages import Fetched
-from unime_st.demo.settings import DemoSettings
-from unime_st.demo.training import stage1_texts
 from unime_st.files import write_atomically
 from unime_st.fingerprint import fingerprint
 from unime_st.modules import build_encoder, default_lora_config

@@ -29,7 +29,9 @@ from typing import Any, NamedTuple
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from unime_st.demo.settings import DemoSettings, StageSettings
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from emoji.settings import DemoSettings, StageSettings
 from unime_st.files import write_atomically
 from unime_st.functional import KL_DIRECTIONS
 
@@ -144,10 +146,10 @@ def kept_runs(work: Path) -> Runs:
 
 def prepare(cache: Path, work: Path) -> Any:
     """Packages, texts, teacher and model; what is no run's is scored and kept."""
+    from emoji.benchmark import build_benchmark
+    from emoji.miniature import build_miniature
+    from emoji.packages import fetch
     from stage1_lab import Lab
-    from unime_st.demo.emoji import build_benchmark
-    from unime_st.demo.miniature import build_miniature
-    from unime_st.demo.packages import fetch
 
     work.mkdir(parents=True, exist_ok=True)
     fetched = fetch(cache, print)

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from unime_st import load_encoder
-from unime_st.evaluation import ImageTextRetrievalEvaluator, MMEBEvaluator, Report, SugarCrepeEvaluator
-from unime_st.evaluation.report.compare import compare
+from unime_st.evaluation import ImageTextRetrievalEvaluator, MMEBEvaluator, Report, SugarCrepeEvaluator, compare
 from unime_st.evaluation.report.summary import add_mmeb, add_retrieval, add_sugarcrepe
 
 

@@ -6,9 +6,14 @@ import pkgutil
 
 import pytest
 
+import emoji
 import unime_st
 
-MODULES = sorted(module.name for module in pkgutil.walk_packages(unime_st.__path__, "unime_st."))
+MODULES = sorted(
+    module.name
+    for package in (unime_st, emoji)
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+)
 FINDER = doctest.DocTestFinder(exclude_empty=True)
 WITH_EXAMPLES = {}  # module -> its docstrings with examples
 

@@ -1,6 +1,10 @@
-"""Who may import whom: prompts and columns nothing, the pure core only torch, siblings not each other."""
+"""Who may import whom: prompts and columns nothing, the pure core only torch, siblings not each other.
+
+Examples import what is public.
+"""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +37,6 @@ LAYERS = {
     "evaluation": 3,
     "hub": 3,
     "model_card": 3,
-    "demo": 4,
     "published_card": 4,
 }
 ROOT = 5  # __init__ names the public things of every layer, lazily
@@ -74,11 +77,40 @@ def test_imports_go_down(path):
         if parts[0] == "unime_st" and len(parts) > 1:
             other = parts[1]
             if other not in LAYERS:
-                assert other == "__version__" or LAYERS[own] == 4, f"{path} imports {name}: only examples use the root"
+                assert other == "__version__", f"{path} imports {name}: only examples use the root"
                 continue
             assert other == own or LAYERS[other] < LAYERS[own], f"{path} (layer {LAYERS[own]}) imports {name}"
         elif LAYERS[own] == 0:
             assert parts[0] in sys.stdlib_module_names, f"{path} is data: it may not import {name}"
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PUBLIC_PACKAGES = (
+    "unime_st",
+    *(f"unime_st.{name}" for name in ("data", "evaluation", "losses", "modules", "samplers")),
+)
+"""Each says in `__all__` what of it is public."""
+PUBLIC_MODULES = {f"unime_st.{name}" for name in ("checkpoints", "columns", "files", "functional", "images", "prompts")}
+INTERNALS = {
+    "unime_st.distributed.from_rank_zero",
+    "unime_st.evaluation.mmeb.tasks.MMEBTask",
+    "unime_st.evaluation.mmeb.tasks.image_task",
+    "unime_st.evaluation.mteb_models.eval_results",
+    "unime_st.evaluation.mteb_models.mteb_model_meta",
+    "unime_st.evaluation.report.summary.add_mmeb",
+    "unime_st.evaluation.report.summary.add_retrieval",
+    "unime_st.evaluation.report.summary.add_sugarcrepe",
+    "unime_st.hub.encoder_card",
+    "unime_st.modules.text_only.VISION_PARTS",
+}
+"""What the examples use beyond that."""
+
+
+def test_examples_import_what_is_public():
+    used = {name for path in EXAMPLES.rglob("*.py") for name in imports(path) if name.split(".")[0] == "unime_st"}
+    public = {f"{name}.{own}" for name in PUBLIC_PACKAGES for own in importlib.import_module(name).__all__}
+    beyond = {name for name in used - public if name.rpartition(".")[0] not in PUBLIC_MODULES}
+    assert beyond == INTERNALS
 
 
 def test_the_package_imports_nothing_heavy():

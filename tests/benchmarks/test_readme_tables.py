@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from unime_st.demo.settings import SHORT, DemoSettings
+from emoji.settings import SHORT, DemoSettings
 from unime_st.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from unime_st.demo.settings import DemoSettings
+from emoji.settings import DemoSettings
 from unime_st.functional import KL_DIRECTIONS
 from unime_st.losses import DistillKLLoss
 from unime_st.modules import build_encoder

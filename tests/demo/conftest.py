@@ -8,9 +8,9 @@ import pytest
 from fake_packages import make_fake_packages
 from filelock import FileLock
 
+from emoji.benchmark import build_benchmark
+from emoji.packages import fetch
 from tiny import tiny_backbone
-from unime_st.demo.emoji import build_benchmark
-from unime_st.demo.packages import fetch
 
 
 @pytest.fixture(scope="session")

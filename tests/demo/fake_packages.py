@@ -5,7 +5,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from unime_st.demo.packages import EMOJIBASE, FLUENT, NOTO, TWEMOJI, WORDNET, Fetched
+from emoji.packages import EMOJIBASE, FLUENT, NOTO, TWEMOJI, WORDNET, Fetched
 
 TONE_CODES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
 COLOURS = ("red", "blue", "green", "black")

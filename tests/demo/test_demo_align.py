@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from unime_st.demo.align import (
+from emoji.align import (
     FoldLoss,
     caption_states,
     fit_projections,
@@ -12,10 +12,10 @@ from unime_st.demo.align import (
     load_projections,
     save_projections,
 )
-from unime_st.demo.concepts import TRAINED_VENDORS
-from unime_st.demo.emoji import concepts_of
-from unime_st.demo.settings import DemoSettings, StageSettings
-from unime_st.demo.training import LOG_FILE, fold_of, hard_negative_loss, run_stage, stage2_rows
+from emoji.benchmark import concepts_of
+from emoji.concepts import TRAINED_VENDORS
+from emoji.settings import DemoSettings, StageSettings
+from emoji.training import LOG_FILE, fold_of, hard_negative_loss, run_stage, stage2_rows
 from unime_st.modules import build_encoder, export_encoder, load_encoder
 from unime_st.samplers import FalseNegativeAwareBatchSampler
 

@@ -1,6 +1,6 @@
 import pytest
 
-from unime_st.demo.concepts import SPLITS, VENDORS, Concept, load_concepts, minimal_pairs, split_concepts
+from emoji.concepts import SPLITS, VENDORS, Concept, load_concepts, minimal_pairs, split_concepts
 
 
 def test_flags_and_families_are_left_out_and_tones_kept(fake):

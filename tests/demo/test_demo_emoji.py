@@ -5,11 +5,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from unime_st.demo import emoji
-from unime_st.demo.concepts import SPLITS
-from unime_st.demo.emoji import build_benchmark, concepts_of
-from unime_st.demo.images import on_white, write_collage
-from unime_st.demo.texts import split_glosses, wordnet_glosses
+from emoji import benchmark
+from emoji.benchmark import build_benchmark, concepts_of
+from emoji.concepts import SPLITS
+from emoji.images import on_white, write_collage
+from emoji.texts import split_glosses, wordnet_glosses
 
 
 def quiet(line):
@@ -111,7 +111,7 @@ def test_a_second_build_is_the_same_and_a_repeated_one_does_nothing(benchmark_fo
 
 
 def test_a_build_that_dies_leaves_nothing(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(emoji, "card", lambda info: 1 / 0)
+    monkeypatch.setattr(benchmark, "card", lambda info: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build_benchmark(fake, tmp_path / "bench", eval_rows=10, report=quiet)
     assert list(tmp_path.iterdir()) == []

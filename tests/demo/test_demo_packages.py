@@ -6,8 +6,8 @@ import zipfile
 
 import pytest
 
-from unime_st.demo import packages
-from unime_st.demo.packages import Package, fetch, unpack
+from emoji import packages
+from emoji.packages import Package, fetch, unpack
 
 
 def _tarball(path, members):

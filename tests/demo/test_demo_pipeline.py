@@ -8,14 +8,14 @@ import pytest
 from huggingface_hub import ModelCard
 from sentence_transformers import SentenceTransformer
 
+from emoji import measure, pipeline, training
+from emoji.benchmark import build_benchmark
+from emoji.evaluation import evaluate_demo
+from emoji.measure import VENDOR_OF
+from emoji.pipeline import Demo
+from emoji.reporting import does_it_see
+from emoji.settings import MEANS_NOTHING, SHORT, DemoSettings, StageSettings
 from tiny_data import tiny_teacher
-from unime_st.demo import measure, pipeline, training
-from unime_st.demo.emoji import build_benchmark
-from unime_st.demo.evaluation import evaluate_demo
-from unime_st.demo.measure import VENDOR_OF
-from unime_st.demo.pipeline import Demo
-from unime_st.demo.reporting import does_it_see, write_report
-from unime_st.demo.settings import MEANS_NOTHING, SHORT, DemoSettings, StageSettings
 from unime_st.evaluation import encoding
 
 SETTINGS = DemoSettings(
@@ -106,7 +106,6 @@ def test_a_whole_run_publishes_what_it_measured(demo, monkeypatch):
     """The same run, as if its settings were those that results are stated for."""
     demo.run()
     monkeypatch.setattr(DemoSettings, "is_short", False)
-    monkeypatch.setattr(pipeline, "write_report", write_report)
     page = Demo(demo.cache, demo.output, SETTINGS, demo.lines.append).run()
     card = (demo.output / "unime-emoji-miniature" / "README.md").read_text()
     assert ModelCard(card).data.eval_results

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from unime_st.demo import ridge
-from unime_st.demo.ridge import choose_penalty, fit_ridge, pooled, recalls, ridge_baseline
+from emoji import ridge
+from emoji.ridge import choose_penalty, fit_ridge, pooled, recalls, ridge_baseline
 
 
 @pytest.mark.parametrize("shape", [(40, 7), (12, 30)])  # more rows than features, and fewer

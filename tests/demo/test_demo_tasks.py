@@ -2,9 +2,9 @@ import random
 
 import pytest
 
-from unime_st.demo.concepts import load_concepts, minimal_pairs
-from unime_st.demo.swaps import attribute_swaps
-from unime_st.demo.tasks import TASKS, TRAIN_ONLY_TASKS, Pool
+from emoji.concepts import load_concepts, minimal_pairs
+from emoji.swaps import attribute_swaps
+from emoji.tasks import TASKS, TRAIN_ONLY_TASKS, Pool
 
 
 @pytest.fixture

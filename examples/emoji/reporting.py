@@ -6,23 +6,20 @@ import importlib.metadata
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from unime_st.demo import measure
-from unime_st.demo.card import add_card
-from unime_st.demo.emoji import EmojiBenchmark
-from unime_st.demo.measure import VENDOR_OF, metric
-from unime_st.demo.settings import MEANS_NOTHING, DemoSettings
-from unime_st.demo.training import LOG_FILE
+from emoji import measure
+from emoji.benchmark import EmojiBenchmark
+from emoji.card import add_card
+from emoji.measure import VENDOR_OF, metric
+from emoji.settings import MEANS_NOTHING, DemoSettings
+from emoji.training import LOG_FILE
+from unime_st import load_encoder
 from unime_st.evaluation import Report
 from unime_st.files import write_atomically
 from unime_st.hub import encoder_card
-from unime_st.modules import load_encoder
-
-if TYPE_CHECKING:
-    from unime_st.demo.pipeline import Demo
 
 NAMES = {
     "aligned": "projector aligned",
@@ -38,23 +35,27 @@ _ORIGIN = (
 RECALLS = [f"{way}_recall@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
 
 
-def write_report(  # noqa: PLR0917
-    demo: Demo,
+def write_report(
+    output: Path,
+    settings: DemoSettings,
     benchmark: EmojiBenchmark,
+    *,
+    embeddings: Path,
     ridge: dict[str, Any],
     results: dict[str, Any],
     checkpoints: dict[str, Path],
     final: Path,
+    seconds: dict[str, float],
 ) -> Path:
-    """Write `report/` in the demo's output, `results.json`, and the checkpoint's model card."""
+    """Write `report/` and `results.json` in the demo's output, and the model card of the `final` checkpoint."""
     summary = summarise(benchmark, ridge, results)
-    write_atomically(demo.output / "results.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(output / "results.json", json.dumps(summary, indent=1) + "\n")
     report = Report("UniME on a miniature: emoji")
-    if demo.settings.is_short:
+    if settings.is_short:
         report.add_text(MEANS_NOTHING)
     report.add_text(
         "A miniature multimodal LLM of real pretrained parts (SmolLM2-135M-Instruct with "
-        f"{len(demo.settings.layers)} of its 30 layers, EfficientNet-lite0) goes through the UniME recipe. All numbers "
+        f"{len(settings.layers)} of its 30 layers, EfficientNet-lite0) goes through the UniME recipe. All numbers "
         "are on concepts never trained on. The linear baseline is a ridge regression from the same frozen vision "
         "features to the teacher's embedding of the label."
     )
@@ -69,24 +70,19 @@ def write_report(  # noqa: PLR0917
     _meta_tasks(report, results)
     _training(report, checkpoints)
     model = load_encoder(final, device="cpu")
-    _galleries(report, demo, benchmark, model)
+    _galleries(report, benchmark, embeddings, model)
     packages = ("sentence-transformers", "transformers", "torch", "peft", "datasets")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    report.add_table("Seconds a step took", ["step", "seconds"], list(demo.seconds.items()), digits=0)
-    report.add_text(f"{json.dumps(asdict(demo.settings))}\n\n{versions}", title="Settings and versions")
+    report.add_table("Seconds a step took", ["step", "seconds"], list(seconds.items()), digits=0)
+    report.add_text(f"{json.dumps(asdict(settings))}\n\n{versions}", title="Settings and versions")
     add_card(report, benchmark.info)
-    page = report.write(demo.output / "report")
-    write_atomically(final / "README.md", _model_card(model, summary, demo.settings))
+    page = report.write(output / "report")
+    write_atomically(final / "README.md", _model_card(model, summary, settings))
     return page
 
 
 def does_it_see(recall: float, shuffled: float, images: int) -> str:
     """What text→image R@1 says when the images are shuffled among the captions, and no more than that.
-
-    Args:
-        recall: R@1, in [0, 1].
-        shuffled: R@1 after the shuffling.
-        images: Of which one is right; as many queries.
 
     Example:
         >>> does_it_see(0.13, 0.0, 315)
@@ -177,9 +173,9 @@ def _training(report: Report, checkpoints: dict[str, Path]) -> None:
                 report.add_line_plot(title, drawn, "step", unit)  # type: ignore[arg-type]
 
 
-def _galleries(report: Report, demo: Demo, benchmark: EmojiBenchmark, model: SentenceTransformer) -> None:
+def _galleries(report: Report, benchmark: EmojiBenchmark, embeddings: Path, model: SentenceTransformer) -> None:
     for drawings, vendor in VENDOR_OF.items():
-        evaluator = measure.retrieval(benchmark, "test", drawings, demo.cache / "embeddings")
+        evaluator = measure.retrieval(benchmark, "test", drawings, embeddings)
         evaluator(model)
         for direction, shown in (("text_to_image", "Text→image"), ("image_to_text", "Image→text")):
             count = len(evaluator.images)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from unime_st.demo.packages import PACKAGES
+from emoji.packages import PACKAGES
 from unime_st.evaluation import Report
 
 _HEAD = """\
@@ -24,14 +24,7 @@ _TWEMOJI = "Twemoji: copyright Twitter, Inc and other contributors, graphics und
 
 
 def card(info: dict[str, Any]) -> str:
-    """Write the card of a benchmark.
-
-    Args:
-        info: the content of `benchmark.json`.
-
-    Returns:
-        Markdown.
-    """
+    """The card of a benchmark, in Markdown, from the content of its `benchmark.json`."""
     rows = [_ROWS, ["---"] * len(_ROWS), *_rows(info)]
     parts = [
         f"# Emoji benchmark\n\n{_head(info)}",

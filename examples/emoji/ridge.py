@@ -7,7 +7,6 @@ model. Its penalty is chosen by cross-validation over training concepts; validat
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +18,12 @@ import torch
 from numpy.lib.format import open_memmap
 from PIL import Image
 
-from unime_st.demo.concepts import SPLITS, TRAINED_VENDORS, VENDORS
-from unime_st.demo.emoji import EmojiBenchmark
-from unime_st.demo.images import on_white
-from unime_st.demo.miniature import STRIDE, VISION_DIM, load_vision_state, text_teacher
-from unime_st.demo.packages import Fetched
+from emoji.benchmark import EmojiBenchmark
+from emoji.concepts import SPLITS, TRAINED_VENDORS, VENDORS
+from emoji.images import on_white
+from emoji.miniature import STRIDE, VISION_DIM, load_vision_state, text_teacher
+from emoji.packages import Fetched
 from unime_st.files import write_atomically
-
-logger = logging.getLogger(__name__)
 
 PENALTIES = tuple(10.0**exponent for exponent in np.arange(2, 6.01, 0.5))
 FOLDS = 5
@@ -37,20 +34,12 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Ridge:
-    """A fitted map: standardised features times weights plus a mean.
+    """A fitted map: standardised features times weights plus a mean."""
 
-    Attributes:
-        mean, deviation: of the training features. (F,)
-        weight: (F, D)
-        bias: mean of the training targets. (D,)
-        penalty: added to the diagonal of the features' Gram matrix.
-    """
-
-    mean: torch.Tensor
-    deviation: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor
-    penalty: float
+    mean: torch.Tensor  # of the training features, (F,)
+    deviation: torch.Tensor  # of the training features, (F,)
+    weight: torch.Tensor  # (F, D)
+    bias: torch.Tensor  # mean of the training targets, (D,)
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """Predict embeddings (N, D) of features (N, F)."""
@@ -58,12 +47,7 @@ class Ridge:
 
 
 def fit_ridge(features: torch.Tensor, targets: torch.Tensor, penalties: Sequence[float]) -> list[Ridge]:
-    """Fit one ridge regression a penalty, in float64, from one eigendecomposition of the smaller Gram matrix.
-
-    Args:
-        features: (N, F)
-        targets: (N, D)
-        penalties: positive numbers.
+    """Fit (N, F) to (N, D) once a penalty, in float64, from one eigendecomposition of the smaller Gram matrix.
 
     >>> x = torch.eye(2)
     >>> fit_ridge(x, x, [1e-9])[0](x).round(decimals=3).tolist()
@@ -78,7 +62,7 @@ def fit_ridge(features: torch.Tensor, targets: torch.Tensor, penalties: Sequence
     fits = []
     for penalty in penalties:
         solution = vectors @ (rotated / (values + penalty)[:, None])
-        fits.append(Ridge(mean, deviation, x.T @ solution if dual else solution, bias, float(penalty)))
+        fits.append(Ridge(mean, deviation, x.T @ solution if dual else solution, bias))
     return fits
 
 
@@ -88,7 +72,7 @@ def choose_penalty(
     """Choose the penalty with the best mean reciprocal rank of text->image retrieval over five folds of concepts.
 
     Args:
-        features: one (N, F) tensor a vendor, rows in the same order of concepts, so that folds part concepts.
+        features: one (N, F) tensor a vendor, rows in the same order of concepts.
         targets: the teacher's embeddings. (N, D)
         penalties: to choose from.
         seed: of the folds.
@@ -109,12 +93,7 @@ def choose_penalty(
 
 
 def recalls(images: torch.Tensor, texts: torch.Tensor) -> dict[str, Scores]:
-    """R@1, R@5 and R@10 in percent both ways, row i of one being the right answer of row i of the other.
-
-    Args:
-        images: embeddings of any length. (N, D)
-        texts: (N, D)
-    """
+    """R@1, R@5 and R@10 in percent both ways; row i of the images (N, D) belongs to row i of the texts (N, D)."""
     both = {"text_to_image": _ranks(texts, images), "image_to_text": _ranks(images, texts)}
     return {way: {f"R@{k}": 100.0 * (rank <= k).double().mean().item() for k in KS} for way, rank in both.items()}
 
@@ -135,18 +114,9 @@ def vision_features(
     batch_size: int = 32,
     report: Callable[[str], None] = print,
 ) -> np.ndarray:
-    """Frozen EfficientNet-lite0 features of images, kept in a file.
+    """Frozen EfficientNet-lite0 features in float16, (N, (image_size / 32) ** 2, 1280), kept in the .npy file `cache`.
 
-    Args:
-        fetched: the unpacked packages.
-        images: files.
-        cache: an `.npy` file to write, or to read if it holds as many rows of this size. Name it after what it holds.
-        image_size: side of the square every image is resized to, as in the miniature.
-        batch_size: images at a time.
-        report: called with each line of progress.
-
-    Returns:
-        Float16 features of each position, read from the file as needed. (N, (image_size / 32) ** 2, 1280)
+    A file that holds as many rows of this size is read in place of the images: name it after what it holds.
     """
     shape = (len(images), (image_size // STRIDE) ** 2, VISION_DIM)
     if cache.is_file():
@@ -187,13 +157,6 @@ def ridge_baseline(
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Fit the baseline on the training concepts and score it on validation and test; kept in `cache_dir`.
-
-    Args:
-        fetched: the unpacked packages.
-        benchmark: gives split and retrieval lists.
-        cache_dir: holds the features (about 64 kB an image at 160 px) and the result.
-        image_size: of the vision tower's input.
-        report: called with each line of progress.
 
     Returns:
         "penalty"; and "validation" and "test": vendor -> "text_to_image" and "image_to_text" -> "R@1", "R@5", "R@10"

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from unime_st.demo.concepts import Concept
-from unime_st.demo.packages import WORDNET, Fetched
+from emoji.concepts import Concept
+from emoji.packages import WORDNET, Fetched
 
 GLOSS_WORDS = range(4, 15)  # length of a usable gloss in words
 
@@ -24,11 +24,7 @@ class Gloss:
 
 
 def wordnet_glosses(fetched: Fetched) -> list[Gloss]:
-    """Read noun, verb and adjective entries with glosses of 4 to 14 words, each under its first term.
-
-    Returns:
-        About 82,000 entries in the order of the files; examples of use after the gloss are dropped.
-    """
+    """Noun, verb and adjective entries with glosses of 4 to 14 words, without examples, each under its first term."""
     folder = fetched.path(WORDNET) / "package/dict"
     return [entry for part in ("noun", "verb", "adj") for entry in _entries(folder / f"data.{part}")]
 
@@ -36,15 +32,12 @@ def wordnet_glosses(fetched: Fetched) -> list[Gloss]:
 def split_glosses(
     glosses: Iterable[Gloss], held_out: int = 500, seed: int = 0
 ) -> tuple[list[Gloss], list[Gloss], list[Gloss]]:
-    """Set glosses aside for evaluation: `held_out` for validation and as many for the test.
+    """Part glosses into training, and `held_out` each for validation and test.
 
     Held-out terms have one sense only among the glosses given, so that each has one right gloss, never trained on.
-
-    Returns:
-        Training, validation and test glosses.
     """
     shuffled = list(glosses)
-    random.Random(seed).shuffle(shuffled)  # noqa: S311 (reproducible, not secret)
+    random.Random(seed).shuffle(shuffled)
     senses = Counter(entry.term for entry in shuffled)
     uses = Counter(entry.gloss for entry in shuffled)
     aside = [entry for entry in shuffled if senses[entry.term] == 1 and uses[entry.gloss] == 1][: 2 * held_out]

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from unime_st.demo.concepts import COLOURS, HELD_OUT_VENDOR, TONES, Concept, minimal_pairs
+from emoji.concepts import COLOURS, HELD_OUT_VENDOR, TONES, TRAINED_VENDORS, Concept, minimal_pairs
 
 IMAGE = "<|image_1|>"
 TARGET_IMAGE = f"{IMAGE}\nRepresent this drawing."
@@ -258,4 +258,4 @@ META_TASKS = {
     "EmojiCIR": "Retrieval",
     "EmojiGrounding": "Grounding",
 }
-DRAWINGS = {"trained": ("google", "twitter"), "heldout": (HELD_OUT_VENDOR,)}
+DRAWINGS = {"trained": TRAINED_VENDORS, "heldout": (HELD_OUT_VENDOR,)}

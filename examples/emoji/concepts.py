@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unime_st.demo.packages import EMOJIBASE, FLUENT, NOTO, TWEMOJI, Fetched
+from emoji.packages import EMOJIBASE, FLUENT, NOTO, TWEMOJI, Fetched
 
 TRAINED_VENDORS = ("google", "twitter")
 HELD_OUT_VENDOR = "fluent"
@@ -93,16 +93,10 @@ class MinimalPair:
 
 
 def load_concepts(fetched: Fetched) -> list[Concept]:
-    """Read every emoji that all three vendors draw.
+    """Read every emoji that all three vendors draw, in the order of their code points.
 
     Left out: flags (a drawing does not say its country's name), components (bare skin tones and hair), the families
     told apart by members (two vendors draw them as the same few silhouettes), and drawings that a vendor uses twice.
-
-    Args:
-        fetched: the unpacked packages.
-
-    Returns:
-        Concepts in the order of their code points.
     """
     texts = {_plain(row["hexcode"]): row for row in _read(fetched.path(EMOJIBASE) / "package/en/data.json")}
     drawn: dict[str, set[bytes]] = {vendor: set() for vendor in VENDORS}
@@ -142,21 +136,13 @@ def split_concepts(
     A role is the code points before the first joiner; for people at work or play it is what they do ("man farmer" and
     "woman farmer" are one role), and concepts whose labels differ only in a word of gender are one role too. Otherwise
     a drawing nearly equal to a test drawing would be trained on.
-
-    Args:
-        concepts: from `load_concepts`.
-        shares: of the concepts, for the three splits.
-        seed: of the shuffle.
-
-    Returns:
-        split -> its concepts in the order given.
     """
     roles = _merged_roles(concepts)
     members: dict[str, list[Concept]] = defaultdict(list)
     for concept in concepts:
         members[roles[concept.code]].append(concept)
     order = sorted(members)
-    random.Random(seed).shuffle(order)  # noqa: S311 (reproducible, not secret)
+    random.Random(seed).shuffle(order)
     bounds = (shares[0] * len(concepts), (shares[0] + shares[1]) * len(concepts), float("inf"))
     chosen: dict[str, str] = {}
     placed = 0
@@ -230,10 +216,7 @@ def _sources(fetched: Fetched, row: dict[str, Any]) -> dict[str, tuple[Path, ...
     """Files of one emoji by vendor, or None if a vendor lacks it. Tones only where all vendors draw all five."""
     tones = list(row.get("skin_variations", {}).values())
     tones = tones if len(tones) == 5 else []
-    sources = {}
-    for vendor in VENDORS:
-        paths = [_file(fetched, vendor, variant["image"]) for variant in (row, *tones)]
-        sources[vendor] = paths
+    sources = {vendor: [_file(fetched, vendor, variant["image"]) for variant in (row, *tones)] for vendor in VENDORS}
     if any(paths[0] is None for paths in sources.values()):
         return None
     complete = all(path is not None for paths in sources.values() for path in paths)

@@ -1,14 +1,11 @@
-"""The first step of the demo: teaching the projector to speak the language model's inner language, in closed form.
+"""The first step of the demo: the projector is fitted, in closed form, to the language model's own states of captions.
 
-A layer half-way up the language model holds, at the position of a word, what the model has made of that word in its
-sentence. The projector is fitted (ridge regression) so that the visual tokens of a drawing are, on the mean, that
-state of its caption. Such vectors are long, so the layers below hardly change them on their way up through the
-residual connections, and the layers above read them as if they had read the caption.
+A layer half-way up the language model holds, at the position of a word, what the model has made of that word. Ridge
+regression makes a drawing's visual tokens, on the mean, that state of its caption. Such vectors are long, so the layers
+below hardly change them, and the layers above read them as if they had read the caption.
 
-On the drawings it was fitted to, such a projector is far better than on any other: a language model trained on them
-would learn to read what it will never see again. So stage 2 trains on cross-fitted projections: the concepts are parted
-into folds, and a batch of one fold's drawings passes through a projector fitted without that fold. The projector of the
-finished model is fitted to all.
+The fit is far better on the drawings it was made of than on others, so stage 2 is cross-fitted: a batch of one fold of
+concepts passes through a projector fitted without that fold. The projector of the finished model is fitted to all.
 """
 
 from __future__ import annotations
@@ -25,22 +22,17 @@ from safetensors.torch import load_file, save
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from unime_st.demo.concepts import Concept
-from unime_st.demo.ridge import fit_ridge
+from emoji.concepts import Concept
+from emoji.ridge import fit_ridge
 from unime_st.files import write_atomically
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear projector.
+    """A linear projector."""
 
-    Attributes:
-        weight: (D, C)
-        bias: (D,)
-    """
-
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor  # (D, C)
+    bias: Tensor  # (D,)
 
     def write(self, model: SentenceTransformer) -> None:
         """Put it into a FastVLM's projector: two linear layers without an activation between; in place."""
@@ -54,12 +46,7 @@ class Projection:
 
 
 class FoldLoss(nn.Module):
-    """A loss over batches of one fold: puts the projector fitted without that fold in place, then computes the loss.
-
-    Args:
-        loss: with the model inside; shared by the folds.
-        projection: fitted without the fold.
-    """
+    """A loss over batches of one fold: puts the projector fitted without that fold in place before it is computed."""
 
     def __init__(self, loss: nn.Module, projection: Projection) -> None:
         super().__init__()
@@ -75,16 +62,13 @@ class FoldLoss(nn.Module):
 def fit_projections(
     features: Sequence[np.ndarray], targets: Tensor, folds: Sequence[int], penalty: float
 ) -> list[Projection]:
-    """Fit the projector to all drawings, and once without each fold.
+    """Fit the projector to all drawings, then without fold 0, without fold 1, and so on.
 
     Args:
         features: of the frozen vision tower, one array a vendor, row i showing concept i. (N, P, C)
         targets: what the mean visual token should be. (N, D)
         folds: number of each concept's fold, from 0. (N,)
         penalty: of the ridge regression on standardised features.
-
-    Returns:
-        The projection fitted to all, then the one fitted without fold 0, without fold 1, and so on.
     """
     pooled = [torch.from_numpy(np.array(maps)).float().mean(dim=1) for maps in features]
     number = torch.tensor(folds)
@@ -110,13 +94,9 @@ def load_projections(path: Path) -> list[Projection]:
 
 
 def fold_of_images(concepts: Sequence[Concept], vendors: Iterable[str], count: int, seed: int) -> dict[str, int]:
-    """Part concepts into folds, those of one role together, as the splits of the benchmark do.
-
-    Returns:
-        Path of each drawing below the image folder, skin tones included -> number of its fold.
-    """
+    """Part concepts by role: path of each drawing below the image folder, skin tones included -> its fold."""
     roles = sorted({concept.role for concept in concepts})
-    random.Random(seed).shuffle(roles)  # noqa: S311 (reproducible, not secret)
+    random.Random(seed).shuffle(roles)
     fold = {role: place % count for place, role in enumerate(roles)}
     return {
         concept.image(vendor, tone): fold[concept.role]
@@ -127,17 +107,7 @@ def fold_of_images(concepts: Sequence[Concept], vendors: Iterable[str], count: i
 
 
 def caption_states(model: SentenceTransformer, captions: Sequence[str], layer: int, batch_size: int = 64) -> Tensor:
-    """Mean hidden state of each caption's own tokens after some layers of the language model.
-
-    Args:
-        model: the encoder.
-        captions: N texts.
-        layer: how many decoder layers have been passed.
-        batch_size: texts at a time.
-
-    Returns:
-        (N, D)
-    """
+    """Mean state of each caption's own tokens, (N, D), after `layer` decoder layers of the language model."""
     encoder: Any = model[0]
     before, after = _frame(encoder)
     states = []

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from unime_st.demo.concepts import GENDERS, TONES, Concept, MinimalPair
-from unime_st.demo.tasks import Pool, side_by_side, side_by_side_text
+from emoji.concepts import GENDERS, TONES, Concept, MinimalPair
+from emoji.tasks import Pool, side_by_side, side_by_side_text
 
 SET_OF_KIND = {
     "colour": "replace_att",
@@ -31,8 +31,7 @@ def attribute_swaps(pool: Pool, pairs: dict[str, list[MinimalPair]]) -> dict[str
         pairs: minimal pairs over *all* concepts: the wrong caption may be any concept's, the image is the pool's.
 
     Returns:
-        Name of the set ("replace_att", "replace_obj", "swap_obj", "add_obj") -> rows with `filename`, `caption`,
-        `negative_caption` and `kind` ("colour", "size", "number", "direction", "skin tone", "gender", ...).
+        Name of the set -> rows with `filename`, `caption`, `negative_caption` and `kind`.
     """
     sets: dict[str, list[Row]] = {"replace_att": [], "replace_obj": [], "swap_obj": [], "add_obj": []}
     for concept in pool.concepts:

@@ -8,11 +8,7 @@ the folder with no code of ours. The projector between them starts untrained: al
 from __future__ import annotations
 
 import json
-import logging
 import re
-import shutil
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,14 +26,12 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
-from unime_st.demo.packages import Fetched
-
-logger = logging.getLogger(__name__)
+from emoji.packages import Fetched, whole_folder
 
 FORMAT = 2  # of the folder; a change rebuilds it
 STRIDE = 32  # pixels a visual token stands for, each way
 VISION_DIM = 1280
-IMAGE_TOKEN = "<image>"  # noqa: S105 (a vocabulary entry, not a secret)
+IMAGE_TOKEN = "<image>"
 STAGE_SIZES = (1, 2, 2, 3, 3, 4, 1)  # blocks a stage of EfficientNet-lite0
 
 CHAT_TEMPLATE = """\
@@ -65,23 +59,19 @@ def build_miniature(
     *,
     layers: Sequence[int] | None = None,
     image_size: int = 160,
-    dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Path:
     """Write the miniature MLLM to `output_dir`, unless it is there with the same settings.
 
-    An image becomes `(image_size / 32) ** 2` visual tokens: 25 at the default 160 px.
+    An image becomes `(image_size / 32) ** 2` visual tokens: 25 at the default 160 px. The folder appears only when
+    complete and takes up to 555 MB.
 
     Args:
-        fetched: the unpacked packages (`packages.fetch`).
+        fetched: the unpacked packages.
         output_dir: the checkpoint folder; replaced if it holds a miniature of other settings.
         layers: which layers of the language model (of 30) to keep; None keeps all.
         image_size: side of the square that every image is resized to, a multiple of 32.
-        dtype: of the saved weights; the folder takes 555 MB in float32, half of it in bfloat16. See `fastest_dtype`.
         seed: of the untrained projector.
-
-    Returns:
-        `output_dir` as a path. It appears only when complete.
 
     Raises:
         ValueError: `image_size` or `layers` out of range.
@@ -94,7 +84,7 @@ def build_miniature(
         "format": FORMAT,
         "layers": None if layers is None else list(layers),
         "image_size": image_size,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": "float32",
         "seed": seed,
     }
     marker = target / "miniature.json"
@@ -104,75 +94,32 @@ def build_miniature(
         if json.loads(marker.read_text()) == settings:
             return target
     model, tokenizer = _assemble(fetched, layers, seed)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        model.to(dtype=dtype)  # type: ignore[call-arg, arg-type]
+    with whole_folder(target) as scratch:
         model.save_pretrained(scratch)
         make_processor(tokenizer, image_size).save_pretrained(scratch)
-        (scratch / "miniature.json").write_text(json.dumps(settings, indent=2) + "\n")
-        scratch.chmod(0o755)
-        shutil.rmtree(target, ignore_errors=True)
-        scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        (scratch / marker.name).write_text(json.dumps(settings, indent=2) + "\n")
     return target
 
 
-def text_teacher(fetched: Fetched, device: str = "cpu") -> SentenceTransformer:
+def text_teacher(fetched: Fetched) -> SentenceTransformer:
     """The text teacher of stage 1: all-MiniLM-L6-v2, 384 dimensions, unit length."""
-    return SentenceTransformer(str(fetched.teacher), device=device)
+    return SentenceTransformer(str(fetched.teacher), device="cpu")
 
 
 def init_projector(model: FastVlmForConditionalGeneration, seed: int = 0) -> None:
-    """Start the projector at random, its outputs about as long as the word embeddings they stand among; in place.
-
-    Args:
-        model: the miniature, or any FastVLM.
-        seed: of the random numbers.
-    """
+    """Start a FastVLM's projector at random, its outputs about as long as word embeddings; in place."""
     projector = model.model.multi_modal_projector
     scale = model.model.language_model.embed_tokens.weight.float().std()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in (projector.linear_1, projector.linear_2):
-            fan_in = layer.weight.shape[1]
-            noise = torch.randn(layer.weight.shape, generator=generator) * fan_in**-0.5
-            layer.weight.copy_(noise)
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * layer.weight.shape[1] ** -0.5)
             layer.bias.zero_()
         projector.linear_2.weight.mul_(scale)
 
 
-def fastest_dtype() -> torch.dtype:
-    """bfloat16 where this CPU multiplies matrices faster in it, else float32: a large factor either way."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        torch.mm(left, right)
-        started = time.perf_counter()
-        for _ in range(3):
-            torch.mm(left, right)
-        seconds[dtype] = time.perf_counter() - started
-    return min(seconds, key=lambda dtype: seconds[dtype])
-
-
-def keep_vision_in_float32(model: FastVlmForConditionalGeneration) -> None:
-    """Run vision tower and projector of a bfloat16 FastVLM in float32; in place.
-
-    Depthwise convolutions in bfloat16 are several times slower than in float32 on a CPU. FastVLM casts the projector's
-    output to the language model's dtype, so the two halves need not agree.
-    """
-    model.model.vision_tower.float()
-    model.model.multi_modal_projector.float()
-
-
 def make_processor(tokenizer: PreTrainedTokenizerBase, image_size: int) -> LlavaProcessor:
-    """The miniature's processor: plain bicubic resize to a square and (x - 127) / 128, transparency on white.
-
-    Args:
-        tokenizer: holds `<image>` as one token.
-        image_size: side of the square in pixels, a multiple of 32.
-    """
+    """The miniature's processor: plain bicubic resize to a square and (x - 127) / 128, transparency on white."""
     square = {"height": image_size, "width": image_size}
     images = LlavaImageProcessor(
         size=square,
@@ -193,11 +140,7 @@ def make_processor(tokenizer: PreTrainedTokenizerBase, image_size: int) -> Llava
 
 
 def load_vision_state(path: Path) -> dict[str, torch.Tensor]:
-    """Read the packaged EfficientNet-lite0 weights under timm's names (`tf_efficientnet_lite0`, no classifier).
-
-    Args:
-        path: the package's `.pth` file; read as plain tensors, never as pickled code.
-    """
+    """Read the packaged EfficientNet-lite0 (tensors, never pickled code) under timm's names, without classifier."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     return {_timm_name(name): value for name, value in state.items() if not name.startswith("_fc.")}
 
@@ -238,7 +181,7 @@ def _assemble(
         text_config=text_config.to_dict(),
         vision_config=_vision_config(),
         image_token_index=tokenizer.encode(IMAGE_TOKEN, add_special_tokens=False)[0],
-        projector_hidden_act="linear",  # so that a least-squares fit can be written into it (`align_projector`)
+        projector_hidden_act="linear",  # so that a least-squares fit can be written into it
         tie_word_embeddings=True,
     )
     model = FastVlmForConditionalGeneration(config)

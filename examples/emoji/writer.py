@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unime_st.demo.concepts import (
+from emoji.concepts import (
     SPLITS,
     TRAINED_VENDORS,
     VENDORS,
@@ -21,24 +21,17 @@ from unime_st.demo.concepts import (
     minimal_pairs,
     split_concepts,
 )
-from unime_st.demo.images import write_collage, write_drawing
-from unime_st.demo.packages import Fetched
-from unime_st.demo.swaps import attribute_swaps
-from unime_st.demo.tasks import DRAWINGS, TASKS, TRAIN_ONLY_TASKS, Example, Pool
-from unime_st.demo.texts import caption_texts, split_glosses, wordnet_glosses
+from emoji.images import write_collage, write_drawing
+from emoji.packages import Fetched
+from emoji.swaps import attribute_swaps
+from emoji.tasks import DRAWINGS, TASKS, TRAIN_ONLY_TASKS, Example, Pool
+from emoji.texts import caption_texts, split_glosses, wordnet_glosses
 
 HARDEST = 3  # a training row's negative is one of so many hardest wrong answers
 
 
 class BenchmarkWriter:
-    """Writes the files of one benchmark: tables first, then the images that they name.
-
-    Args:
-        fetched: the unpacked packages.
-        root: an empty folder.
-        settings: the arguments of `build_benchmark`.
-        report: called with each line of progress.
-    """
+    """Writes the files of one benchmark into an empty folder: tables first, then the images that they name."""
 
     def __init__(self, fetched: Fetched, root: Path, settings: dict[str, Any], report: Callable[[str], None]) -> None:
         self.fetched, self.root, self.settings, self.report = fetched, root, settings, report
@@ -70,7 +63,7 @@ class BenchmarkWriter:
     def _pool(self, split: str, vendors: Sequence[str], purpose: str) -> Pool:
         seed = f"{self.settings['seed']} {split} {vendors} {purpose}"
         prefix = "-".join((split, vendors[0] if len(vendors) == 1 else "trained", purpose))
-        rng = random.Random(seed)  # noqa: S311 (reproducible, not secret)
+        rng = random.Random(seed)
         num_wrong = self.settings["num_candidates"] - 1
         return Pool(self.splits[split], vendors, self.subgroups, rng, prefix, num_wrong=num_wrong)
 

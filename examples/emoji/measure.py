@@ -10,11 +10,10 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from unime_st.demo.concepts import HELD_OUT_VENDOR, TRAINED_VENDORS
-from unime_st.demo.emoji import EmojiBenchmark
-from unime_st.demo.settings import DemoSettings
+from emoji.benchmark import EmojiBenchmark
+from emoji.concepts import HELD_OUT_VENDOR, TRAINED_VENDORS
+from emoji.settings import DemoSettings
 from unime_st.evaluation import ImageTextRetrievalEvaluator, MMEBEvaluator, SugarCrepeEvaluator
-from unime_st.files import write_atomically
 
 VENDOR_OF = {"trained": TRAINED_VENDORS[0], "heldout": HELD_OUT_VENDOR}
 """Kind of drawings -> the vendor whose drawings the retrieval lists show."""
@@ -50,7 +49,7 @@ def swaps(  # noqa: PLR0917
         if names is not None and name not in names:
             continue
         rows = list(json.loads(file.read_text(encoding="utf-8")).values())
-        drawn = random.Random(0).sample(rows, min(len(rows), settings.swap_limit))  # noqa: S311 (not secret)
+        drawn = random.Random(0).sample(rows, min(len(rows), settings.swap_limit))
         sets[name] = [
             (benchmark.image_root / row["filename"], row["caption"], row["negative_caption"]) for row in drawn
         ]
@@ -58,27 +57,18 @@ def swaps(  # noqa: PLR0917
 
 
 def evaluate(
-    model: SentenceTransformer,
-    benchmark: EmojiBenchmark,
-    settings: DemoSettings,
-    cache: Path,
-    kept: Path,
-    *,
-    split: str = "test",
-    kinds: tuple[str, ...] = ("trained", "heldout"),
+    model: SentenceTransformer, benchmark: EmojiBenchmark, settings: DemoSettings, cache: Path
 ) -> dict[str, Any]:
-    """All numbers of one checkpoint on one split, kept in a file.
+    """All numbers of one checkpoint on the test split.
 
     Returns:
-        Kind of drawings -> "mmeb", "retrieval" and "swaps" -> metric -> value in [0, 1]; and "sees": text->image R@1
-        after the images were shuffled among the captions.
+        Kind of drawings -> "mmeb", "retrieval" and "swaps" -> metric -> value in [0, 1]; and "shuffled" -> retrieval
+        metric -> value after the images were shuffled among the captions.
     """
-    if kept.is_file():
-        return json.loads(kept.read_text(encoding="utf-8"))
     results: dict[str, Any] = {}
-    for drawings in kinds:
+    for drawings in VENDOR_OF:
         mmeb = MMEBEvaluator(
-            benchmark.eval_root(split, drawings),
+            benchmark.eval_root("test", drawings),
             tasks=list(benchmark.meta_tasks),
             meta_tasks=benchmark.meta_tasks,
             image_root=benchmark.image_root,
@@ -90,13 +80,11 @@ def evaluate(
         )
         results[drawings] = {
             "mmeb": mmeb(model),
-            "retrieval": retrieval(benchmark, split, drawings, cache)(model),
-            "swaps": swaps(benchmark, split, drawings, cache, settings)(model),
+            "retrieval": retrieval(benchmark, "test", drawings, cache)(model),
+            "swaps": swaps(benchmark, "test", drawings, cache, settings)(model),
         }
-    shuffled = retrieval(benchmark, split, kinds[0], cache, shuffle_images_seed=settings.seed)(model)
-    results["shuffled"] = shuffled
-    write_atomically(kept, json.dumps(results, indent=1) + "\n")
-    return results
+    shuffled = retrieval(benchmark, "test", "trained", cache, shuffle_images_seed=settings.seed)
+    return results | {"shuffled": shuffled(model)}
 
 
 def metric(results: dict[str, float], ending: str) -> float:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from functools import partial
 from pathlib import Path
 
-from unime_st.demo.emoji import EmojiBenchmark
-from unime_st.demo.pipeline import Demo
-from unime_st.demo.settings import MEANS_NOTHING
+from emoji.benchmark import EmojiBenchmark
+from emoji.pipeline import Demo
+from emoji.settings import MEANS_NOTHING
+from unime_st import load_encoder
 from unime_st.evaluation import MMEBEvaluator, Report
 from unime_st.evaluation.mmeb.tasks import MMEBTask, image_task
 from unime_st.evaluation.report.summary import add_mmeb
 from unime_st.files import write_atomically
-from unime_st.modules import load_encoder
 
 KINDS = {"trained": "", "heldout": ", held-out vendor"}
 """Folder of the benchmark -> what is added to its tasks' names."""
@@ -32,16 +31,9 @@ def emoji_tasks(benchmark: EmojiBenchmark, split: str = "test") -> tuple[list[MM
 
 
 def evaluate_demo(demo: Demo, *, limit: int | None = None) -> Path:
-    """Evaluate the demo's last checkpoint, or the aligned miniature if nothing was trained yet.
+    """Evaluate the demo's last checkpoint, or the aligned miniature if nothing was trained yet; returns the report.
 
     What a run has encoded, the next finds in the cache; killed, it goes on where it was.
-
-    Args:
-        demo: Whose cache, output and settings are used.
-        limit: Rows of each task.
-
-    Returns:
-        Path of the report.
     """
     fetched, benchmark = demo.benchmark()
     trained = demo.output / "unime-emoji-miniature"
@@ -75,11 +67,3 @@ def evaluate_demo(demo: Demo, *, limit: int | None = None) -> Path:
     report.add_settings({"checkpoint": checkpoint.name, **evaluator.get_config_dict()})
     write_atomically(folder / "seconds.json", json.dumps({"evaluation": round(seconds, 2), "rows": rows}) + "\n")
     return report.write(folder)
-
-
-def main(cache: str, output: str, *, short: bool) -> None:
-    """Run it and say where the report is."""
-    from unime_st.demo.settings import SHORT, DemoSettings
-
-    demo = Demo(cache, output, SHORT if short else DemoSettings(), partial(print, flush=True))
-    demo.say(f"report: {evaluate_demo(demo, limit=SHORT.eval_limit if short else None)}")

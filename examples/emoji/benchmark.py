@@ -17,8 +17,6 @@ or "heldout" (the third vendor's, never seen).
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,23 +25,19 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from unime_st.demo.card import card
-from unime_st.demo.concepts import Concept, load_concepts, split_concepts
-from unime_st.demo.packages import Fetched
-from unime_st.demo.tasks import META_TASKS
-from unime_st.demo.texts import Gloss
-from unime_st.demo.writer import BenchmarkWriter
+from emoji.card import card
+from emoji.concepts import Concept, load_concepts, split_concepts
+from emoji.packages import Fetched, whole_folder
+from emoji.tasks import META_TASKS
+from emoji.texts import Gloss
+from emoji.writer import BenchmarkWriter
 
 FORMAT = 1  # of the files; a change rebuilds them
 
 
 @dataclass(frozen=True)
 class EmojiBenchmark:
-    """Where the parts of the benchmark are.
-
-    Attributes:
-        root: the folder that `build_benchmark` wrote.
-    """
+    """Where the parts of the benchmark are, below the folder that `build_benchmark` wrote."""
 
     root: Path
 
@@ -68,14 +62,11 @@ class EmojiBenchmark:
         return dict(META_TASKS)
 
     def eval_root(self, split: str, drawings: str = "trained") -> Path:
-        """A folder in MMEB-eval layout, for "validation" or "test" and "trained" or "heldout" drawings."""
+        """A folder in MMEB-eval layout."""
         return _existing(self.root / "eval" / split / drawings)
 
     def retrieval(self, split: str, vendor: str) -> tuple[list[Path], list[list[str]]]:
-        """Images of one vendor's plain drawings of a split's concepts, and the captions of each (one: its label).
-
-        The same number and order of concepts for every vendor; the held-out vendor has no "train".
-        """
+        """One vendor's plain drawings of a split's concepts and the captions of each, in the order of the concepts."""
         rows = json.loads(_existing(self.root / "retrieval" / f"{split}-{vendor}.json").read_text(encoding="utf-8"))
         return [self.image_root / row["image"] for row in rows], [row["captions"] for row in rows]
 
@@ -109,7 +100,7 @@ def build_benchmark(
     Everything follows from `seed`. The folder appears only when complete.
 
     Args:
-        fetched: the unpacked packages (`packages.fetch`).
+        fetched: the unpacked packages.
         root: the folder to make; replaced if it holds a benchmark of other settings.
         seed: of the split and of all choices.
         num_candidates: answers shown in an evaluation row (classification shows all its classes).
@@ -136,17 +127,10 @@ def build_benchmark(
             report(f"emoji benchmark: in {target}")
             return done
     report(f"emoji benchmark: writing {target}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with whole_folder(target) as scratch:
         info = BenchmarkWriter(fetched, scratch, settings, report).write()
         (scratch / "README.md").write_text(card(info), encoding="utf-8")
         (scratch / "benchmark.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
-        scratch.chmod(0o755)
-        shutil.rmtree(target, ignore_errors=True)
-        scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return EmojiBenchmark(target)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import resource
 import shutil
 import time
@@ -13,29 +12,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from unime_st.demo import measure
-from unime_st.demo.align import (
+from emoji import measure
+from emoji.align import (
     caption_states,
     fit_projections,
     fold_of_images,
     load_projections,
     save_projections,
 )
-from unime_st.demo.concepts import TRAINED_VENDORS
-from unime_st.demo.emoji import EmojiBenchmark, build_benchmark, concepts_of
-from unime_st.demo.miniature import build_miniature
-from unime_st.demo.packages import Fetched, fetch
-from unime_st.demo.reporting import write_report
-from unime_st.demo.ridge import ridge_baseline, vision_features
-from unime_st.demo.settings import DemoSettings
-from unime_st.demo.training import LOG_FILE, hard_negative_loss, run_stage, run_stage1, stage2_rows
+from emoji.benchmark import EmojiBenchmark, build_benchmark, concepts_of
+from emoji.concepts import TRAINED_VENDORS
+from emoji.miniature import build_miniature
+from emoji.packages import Fetched, fetch
+from emoji.reporting import write_report
+from emoji.ridge import ridge_baseline, vision_features
+from emoji.settings import DemoSettings
+from emoji.training import LOG_FILE, hard_negative_loss, run_stage, run_stage1, stage2_rows
+from unime_st import build_encoder, export_encoder, load_encoder
 from unime_st.files import write_atomically
-from unime_st.modules import build_encoder, export_encoder, load_encoder
 from unime_st.samplers import FalseNegativeAwareBatchSampler
 
-logger = logging.getLogger(__name__)
-
-Say = Callable[[str], None]
 PROJECTIONS = "projections.safetensors"
 STEPS = ("aligned", "stage1", "stage2")
 """Checkpoints in order: the projector fitted, text distilled, pairs contrasted."""
@@ -51,7 +47,9 @@ class Demo:
         say: called with each line of progress.
     """
 
-    def __init__(self, cache: str | Path, output: str | Path, settings: DemoSettings, say: Say = print) -> None:
+    def __init__(
+        self, cache: str | Path, output: str | Path, settings: DemoSettings, say: Callable[[str], None] = print
+    ) -> None:
         self.cache = Path(cache)
         self.output = Path(output)
         self.settings = settings
@@ -74,20 +72,31 @@ class Demo:
                 if not kept.is_file():
                     self.say(f"evaluating {name} on concepts never trained on")
                     model = load_encoder(checkpoints[name], device="cpu")
-                    measure.evaluate(model, benchmark, self.settings, self.cache / "embeddings", kept)
+                    measured = measure.evaluate(model, benchmark, self.settings, self.cache / "embeddings")
+                    write_atomically(kept, json.dumps(measured, indent=1) + "\n")
                 results[name] = json.loads(kept.read_text(encoding="utf-8"))
         with self._timed("report"):
             final = self.output / "unime-emoji-miniature"
             if not (final / "modules.json").is_file():
                 shutil.copytree(checkpoints["stage2"], final, dirs_exist_ok=True)
-            report = write_report(self, benchmark, ridge, results, checkpoints, final)
+            report = write_report(
+                self.output,
+                self.settings,
+                benchmark,
+                embeddings=self.cache / "embeddings",
+                ridge=ridge,
+                results=results,
+                checkpoints=checkpoints,
+                final=final,
+                seconds=self.seconds,
+            )
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kB on Linux
         taken = time.monotonic() - self._started
         self.say(f"done in {taken:.0f} s, at most {peak:.1f} GB; checkpoint: {final}; report: {report}")
         return report
 
     def benchmark(self) -> tuple[Fetched, EmojiBenchmark]:
-        """Fetch the packages and build the benchmark, or find both made; claims the output for these settings."""
+        """Fetch the packages and build the benchmark, or find both made, and claim the output for these settings."""
         self._claim_output()
         with self._timed("packages"):
             fetched = fetch(self.cache, self.say)

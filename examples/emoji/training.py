@@ -19,17 +19,17 @@ from torch import nn
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from emoji.align import FoldLoss, Projection
+from emoji.benchmark import EmojiBenchmark
+from emoji.miniature import text_teacher
+from emoji.packages import Fetched
+from emoji.settings import DemoSettings, StageSettings
+from emoji.tasks import TASKS, TRAIN_ONLY_TASKS
+from unime_st import export_encoder, load_encoder
 from unime_st.data import ItemReader, load_mmeb_train, teacher_embeddings, with_teacher_labels
-from unime_st.demo.align import FoldLoss, Projection
-from unime_st.demo.emoji import EmojiBenchmark
-from unime_st.demo.miniature import text_teacher
-from unime_st.demo.packages import Fetched
-from unime_st.demo.settings import DemoSettings, StageSettings
-from unime_st.demo.tasks import TASKS, TRAIN_ONLY_TASKS
 from unime_st.files import write_atomically
 from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss, LossMetricsCallback
-from unime_st.losses.in_batch import InBatchLoss
-from unime_st.modules import default_lora_config, export_encoder, load_encoder
+from unime_st.modules import default_lora_config
 
 LOG_FILE = "training_log.json"
 
@@ -50,14 +50,8 @@ def stage2_rows(benchmark: EmojiBenchmark, settings: DemoSettings, folds: dict[s
     Batches are of one kind: all targets are texts, or all are images, since a text among images is too easy a negative.
     Every second caption is turned round, so that there is text->image too.
 
-    Args:
-        benchmark: gives the pairs.
-        settings: of the demo.
-        folds: path of each plain drawing -> its fold.
-
-    Returns:
-        A data set for each fold and kind of target. A pair whose drawings are of two folds is left out; one without
-        plain drawings, a collage say, goes to any fold.
+    There is a data set for each fold of `folds` (path of each plain drawing -> its fold) and kind of target. A pair
+    whose drawings are of two folds is left out; one without plain drawings, a collage say, goes to any fold.
     """
     subsets = []
     for name in (*TRAIN_ONLY_TASKS, *TASKS):
@@ -134,9 +128,6 @@ def run_stage(  # noqa: PLR0917
         projections: of `fit_projections`: a batch of a fold passes through the projector fitted without it, and the
             result holds the one fitted to all.
         options: more training arguments.
-
-    Returns:
-        The checkpoint's folder, with the training log inside.
     """
     target = folder / name
     if (target / LOG_FILE).is_file():
@@ -166,7 +157,7 @@ def run_stage(  # noqa: PLR0917
     if projections:
         losses = {name: FoldLoss(loss, projections[1 + fold_of(name)]) for name in rows}
     trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=rows, loss=losses)
-    if isinstance(loss, InBatchLoss):
+    if isinstance(loss, (DistillKLLoss, HardNegativeInfoNCELoss)):
         trainer.add_callback(LossMetricsCallback(loss))
     training_folder = Path(arguments.output_dir or "")
     last = get_last_checkpoint(str(training_folder)) if training_folder.is_dir() else None
