@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unime_st.step_encoder import StepEncoder
+
 _GRIDS = (  # families that put the patches of all media one after the other, with a grid each (Qwen-VL)
     ("image_grid_thw", "pixel_values", "num_images_per_sample"),
     ("video_grid_thw", "pixel_values_videos", "num_videos_per_sample"),
@@ -137,9 +139,8 @@ def forget_kept_features(model: Any) -> None:
         model: Any; what is no ``torch.nn.Module`` keeps none.
     """
     for module in model.modules() if isinstance(model, nn.Module) else ():
-        cache = getattr(module, "vision_cache", None)
-        if cache is not None:
-            cache.clear()
+        if isinstance(module, StepEncoder):
+            module.forget_features()
 
 
 def check_finite(embeddings: Any, inputs: Sequence[Any]) -> Any:

@@ -17,8 +17,9 @@ from unime_st.features import num_rows, select_rows, token_counts
 from unime_st.identity.features import input_keys
 from unime_st.losses.checks import check_mini_batch
 from unime_st.losses.finite import refuse_non_finite
-from unime_st.losses.grad_cache import BatchEmbedder, cached_backward, embedded_together, holding_vision
+from unime_st.losses.grad_cache import BatchEmbedder, cached_backward, embedded_together
 from unime_st.losses.mini_batches import MiniBatchPlan, plan_mini_batches
+from unime_st.step_encoder import step_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class InBatchLoss(nn.Module):
         training = torch.is_grad_enabled()
         plan = self.last_plan = self._plan(columns, training=training)
         with ExitStack() as step:
-            step.enter_context(holding_vision(self.model))
+            step.enter_context(step_encoder(self.model).keeping_features())
             embedder = BatchEmbedder(self.model, columns, plan, exchange=self.gather_across_devices)
             embeddings = embedder.embed()
             loss = self.calculate_loss([[column] for column in embeddings], targets, with_backward=training)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -126,6 +126,22 @@ class MultimodalEncoder(Transformer):
 
     relative_positions = True
     """Padding before a row changes nothing, so a mini-batch may leave it out."""
+
+    def keeping_features(self) -> AbstractContextManager[None]:
+        """Within this context, a training step, features of a frozen vision tower are kept, however many."""
+        return self.vision_cache.holding()
+
+    def embeddings_alone(self, *, last_token_only: bool) -> AbstractContextManager[None]:
+        """Within this context only embeddings are asked for: equal beginnings are computed once, and no padding is.
+
+        Args:
+            last_token_only: whether embeddings are made of the state of each row's last token alone.
+        """
+        return self.prefixes.encoding(last_token_only=last_token_only)
+
+    def forget_features(self) -> None:
+        """Forget the features of a frozen vision tower that are kept between steps."""
+        self.vision_cache.clear()
 
     def _set_template(self, template: str) -> None:
         self.processor.chat_template = template if "{" in template else chat_template(template)
