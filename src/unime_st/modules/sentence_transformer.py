@@ -22,6 +22,7 @@ from unime_st.identity.content import Content
 from unime_st.modules.card_data import EncoderCardData
 from unime_st.modules.checks import loading_note
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
+from unime_st.modules.saved import folder_of, saved_parts
 from unime_st.modules.speed.batches import CPU_TOKENS, NumberedInputs, encoding_order, passes, prepared
 from unime_st.modules.speed.prefixes import shares_prefixes
 
@@ -53,9 +54,8 @@ class MultimodalSentenceTransformer(SentenceTransformer):
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, *_: Any, **__: Any) -> Any:
         """The Trainer's way to load a checkpoint: with our module, for stock code drops the magnitudes of DoRA."""
-        from unime_st.modules.build import load_encoder
-
-        return load_encoder(model_name_or_path, device="cpu")
+        parts = saved_parts(folder_of(model_name_or_path), model_kwargs={"dtype": "auto"})
+        return MultimodalSentenceTransformer(device="cpu", **parts)
 
     def get_model_kwargs(self) -> list[str]:
         """Names of what ``encode`` takes beyond its own arguments: two, see below, and the modules'.
