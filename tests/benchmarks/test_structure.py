@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CIRCLES: list[list[str]] = []
+CIRCLES = []
 """All that there are: none. Do not add."""
 
 LONG = (

@@ -22,6 +22,7 @@ from unime_st.identity.content import Content
 from unime_st.modules.adapters import attach_adapter
 from unime_st.modules.capture_hooks import enable_capture, remove_capture_hooks
 from unime_st.modules.checks import check_adapter, check_loaded, check_processor
+from unime_st.modules.cutting import cut_long_rows
 from unime_st.modules.inputs import (
     Message,
     as_messages,
@@ -285,7 +286,8 @@ class MultimodalEncoder(Transformer):
         processing["text"] = {**processing.get("text", {}), "truncation": False}
         with each_image_once(self.processor):
             features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
-            while features["attention_mask"].shape[1] > limit and self._shorten(messages, features, limit, rows):
+            while cut := cut_long_rows(messages, features["attention_mask"], limit, rows, self.tokenizer):
+                self._tell_of_cuts(limit, cut)
                 features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
         if self.flat_image_positions and "mm_token_type_ids" in features:
             features["mm_token_type_ids"] = torch.zeros_like(features["mm_token_type_ids"])  # all are words
@@ -339,34 +341,10 @@ class MultimodalEncoder(Transformer):
         words += [tokenizer.convert_ids_to_tokens(number) for number in self._media_token_ids()]
         return {word for word in words if isinstance(word, str) and word}
 
-    def _shorten(
-        self, messages: list[list[Message]], features: dict[str, Any], limit: int, rows: Sequence[int]
-    ) -> bool:
-        """Cut the user's text of every row over the limit, in place; whether any row was."""
-        lengths = features["attention_mask"].sum(dim=1).tolist()
-        tokenize: Any = self.tokenizer
-        over = [row for row, length in enumerate(lengths) if length > limit]
-        for row in over:
-            excess = int(lengths[row]) - limit
-            parts = [
-                part
-                for message in messages[row]
-                if message["role"] != "system"
-                for part in message["content"]
-                if part["type"] == "text" and part["text"]
-            ]
-            if not parts:
-                raise ValueError(
-                    f"Row {rows[row]} needs {int(lengths[row])} tokens for its media and instruction alone, but the "
-                    f"limit is {limit}. Raise `max_seq_length`, or give smaller or fewer images."
-                )
-            offsets = tokenize(parts[-1]["text"], add_special_tokens=False, return_offsets_mapping=True)
-            starts = [start for start, _ in offsets["offset_mapping"]]
-            parts[-1]["text"] = parts[-1]["text"][: starts[-excess]].rstrip() if excess < len(starts) else ""
-        if over and not self._told_of_cuts:
+    def _tell_of_cuts(self, limit: int, rows: int) -> None:
+        if not self._told_of_cuts:
             self._told_of_cuts = True  # once is enough
-            logger.warning("Texts that make a row longer than %d tokens are cut, here in %d rows.", limit, len(over))
-        return bool(over)
+            logger.warning("Texts that make a row longer than %d tokens are cut, here in %d rows.", limit, rows)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Embed; see the stock module. Image tensors of a batch without images are left out."""
