@@ -28,8 +28,7 @@ class StepEncoder(Protocol):
     def embeddings_alone(self, *, last_token_only: bool) -> AbstractContextManager[None]:
         """Within this context only embeddings are asked for, so that whatever they do not need may be left out.
 
-        Args:
-            last_token_only: Whether embeddings are made of the state of each row's last token alone.
+        With ``last_token_only`` they are made of the state of each row's last token alone.
         """
 
     def forget_features(self) -> None:

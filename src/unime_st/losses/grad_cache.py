@@ -68,7 +68,7 @@ def embedded_together(model: Any, batches: Sequence[dict[str, Any]]) -> list[Ten
 
 
 def _images_last(model: Any, batches: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """As above, by a call each: the one that reaches most weights is the last."""
+    """Embeddings of several batches, ``(B, D)`` each, by one call a batch; the last call reaches most weights."""
     order = list(range(len(batches)))
     if distributed.is_distributed():
         order.sort(key=lambda number: _shows_images(batches[number]))
@@ -87,13 +87,8 @@ class BatchEmbedder:
     The passes are GradCache's (https://huggingface.co/papers/2101.06983): all mini-batches are embedded without
     gradients, the loss is computed from all embeddings, and each mini-batch is embedded again with gradients. The last
     mini-batch, the largest, keeps its activations from the first pass, so a batch of one mini-batch takes one pass. A
-    frozen vision tower runs in the first pass only.
-
-    Args:
-        model: The model, as the Trainer has wrapped it.
-        columns: Features, one dict a column.
-        plan: What to embed.
-        exchange: Whether the plan spans all processes, so that embeddings and gradients are exchanged.
+    frozen vision tower runs in the first pass only. With ``exchange`` the plan spans all processes, which exchange
+    embeddings and gradients.
     """
 
     def __init__(
@@ -109,7 +104,7 @@ class BatchEmbedder:
         self._sizes = [len(rows) for _, rows in plan.mini_batches]
 
     def embed(self) -> list[Tensor]:
-        """Embed; returns a leaf ``(B, D)`` a column, whose gradient :meth:`backward` takes up."""
+        """Embed all mini-batches; a column gives a leaf ``(B, D)``, whose gradient :meth:`gradients` collects."""
         training = torch.is_grad_enabled()
         last = len(self.plan.mini_batches) - 1
         parts = []
@@ -141,7 +136,7 @@ class BatchEmbedder:
         return list(total[: sum(self._sizes)].split(self._sizes))
 
     def backward(self, gradients: Sequence[Tensor], scale: Tensor) -> None:
-        """Embed each mini-batch again with gradients and send its own back, times ``scale``.
+        """Embed each mini-batch again with gradients, and send its gradient times ``scale`` back.
 
         A data-parallel wrapper synchronises once, at the last.
         """
@@ -225,14 +220,7 @@ def _padded(table: Tensor, rows: int) -> Tensor:
 def cached_backward(
     loss: Tensor, embedder: BatchEmbedder, gradients: Sequence[Tensor], finish: Callable[[], None]
 ) -> Tensor:
-    """A loss whose backward pass sends the embeddings' gradients on to the model.
-
-    Args:
-        loss: Its value.
-        embedder: Of the step.
-        gradients: See :meth:`BatchEmbedder.gradients`.
-        finish: Called when the backward pass is over, or failed.
-    """
+    """A loss whose backward pass sends the embeddings' gradients on to the model; ``finish`` is called at its end."""
 
     def send(scale: Tensor) -> None:
         try:

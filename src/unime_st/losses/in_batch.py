@@ -45,20 +45,9 @@ class InBatchLoss(nn.Module):
     are computed once, where the encoder knows how to (``share_prefixes``). Loss and gradients are the same. The
     comparison itself runs once, on the whole batch.
 
-    Args:
-        model: The model to train; None when only ``compute_loss_from_embeddings`` is used.
-        gather_across_devices: Compare with the rows of all processes.
-        mini_batch_size: Inputs embedded at a time, >= 1; None embeds each column at once.
-        mini_batch_num_tokens: Tokens embedded at a time, >= 1, padding included, in place of a number of inputs; a
-            longer input is alone.
-
     Attributes:
         metric_names: What every step of a subclass records, so that processes agree on it.
-        last_plan: What the last step embedded; ``distinct`` of it counts inputs.
-
-    Raises:
-        ValueError: On a mini-batch below 1, or when the model's inputs cannot be split into mini-batches.
-        FloatingPointError: In training, when the loss is not finite; says which rows.
+        last_plan: What the last step embedded; its ``distinct`` counts inputs.
     """
 
     metric_names: ClassVar[tuple[str, ...]] = ()

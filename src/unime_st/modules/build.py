@@ -57,8 +57,8 @@ def build_encoder(
             a warning. The named templates end where the model would answer in any case.
         max_pixels: bound on an image's pixels, for families that keep an image's own resolution (Qwen-VL).
         max_seq_length: tokens of an input at the most; longer texts lose their last tokens, never the instruction.
-        torch_dtype: of the weights; "auto" keeps the checkpoint's.
-        attn_implementation: of transformers, e.g. "sdpa" or "flash_attention_2".
+        torch_dtype: type of the weights; "auto" keeps the checkpoint's.
+        attn_implementation: attention of transformers, e.g. "sdpa" or "flash_attention_2".
         device: where to put the model; None chooses.
         peft_config: adapters to train; True takes :func:`default_lora_config`.
         truncate_dim: keep that many numbers of each embedding, the first ones (Matryoshka). As in stock code this comes

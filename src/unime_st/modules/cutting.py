@@ -13,7 +13,7 @@ from unime_st.modules.inputs import Message
 def cut_long_rows(
     messages: Sequence[Sequence[Message]], mask: Tensor, limit: int, rows: Sequence[int], tokenizer: Any
 ) -> int:
-    """Cut the last text of every row with more than ``limit`` tokens, never an instruction; how many rows were cut.
+    """Cut the last text of every row with more than ``limit`` tokens, never an instruction, and count those rows.
 
     The attention mask (B, T) counts a row's tokens, and ``rows`` holds the caller's numbers of the rows, for errors.
     A text loses as many tokens as the row has too many. Cut, it may still be tokenised into more than were left of it:

@@ -36,8 +36,8 @@ def load_encoder(
         path: a folder, or a Hub name, of a saved encoder; or of a model of :data:`unime_st.published.PUBLISHED`, which
             is a plain transformers repository.
         published: the Hub name of the published model that the folder is a copy of.
-        torch_dtype: of the weights; "auto" keeps the checkpoint's.
-        attn_implementation: of transformers.
+        torch_dtype: type of the weights; "auto" keeps the checkpoint's.
+        attn_implementation: attention of transformers.
         device: where to put the model; None chooses.
         truncate_dim: as in :func:`build_encoder`; it is not saved, as in stock code.
         allow_remote_images: open images at ``http(s)`` addresses; a checkpoint's own settings never allow it.

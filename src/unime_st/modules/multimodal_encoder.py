@@ -87,7 +87,7 @@ class MultimodalEncoder(Transformer):
         flat_image_positions: count an image's tokens like words where transformers counts them by rows and columns
             (Qwen-VL), as models do that were trained on a lone placeholder, see :mod:`unime_st.published`. It is saved,
             but stock code does not know it.
-        **kwargs: of the stock module.
+        **kwargs: arguments of the stock module.
 
     Raises:
         ValueError: weights are missing or left over, or the family has no template.
@@ -167,7 +167,7 @@ class MultimodalEncoder(Transformer):
 
     @classmethod
     def load(cls, model_name_or_path: str, **kwargs: Any) -> Self:  # type: ignore[override]
-        """Load from a folder saved by ``save``, with our own settings where they are."""
+        """Load from a folder saved by ``save``, with our settings if the folder has them."""
         settings = Path(model_name_or_path) / SETTINGS_FILE
         found = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
         kept = {key: value for key, value in found.items() if key in _SAVED}
@@ -181,7 +181,7 @@ class MultimodalEncoder(Transformer):
         return {key: value for key, value in config.items() if key not in _THE_CALLERS}
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Save as the stock module does, with a clean tokenizer and our own settings beside."""
+        """Save as the stock module does, with a clean tokenizer and with our settings in a file beside."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
             backend.no_truncation()
@@ -200,7 +200,7 @@ class MultimodalEncoder(Transformer):
         write_atomically(Path(output_path) / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
 
     def extra_repr(self) -> str:
-        """What of a module's printed form is its own; by this fingerprints tell the setting."""
+        """Name the setting that changes embeddings in the printed form, by which fingerprints tell encoders apart."""
         return ", ".join(filter(None, [super().extra_repr(), "flat_image_positions" * self.flat_image_positions]))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -234,10 +234,10 @@ class MultimodalEncoder(Transformer):
         Args:
             inputs: B inputs: text, images, ``{"image", "text"}`` or chat messages, mixed as you like.
             prompt: an instruction for all rows; an instruction in a row's own system message goes before it.
-            processing_kwargs: of the stock module.
+            processing_kwargs: as in the stock module.
             row_numbers: the caller's numbers of the inputs, as ``encode`` gives them, for errors; blank texts are taken
                 then, as stock code does. None counts from 0, and refuses them.
-            **kwargs: of the stock module; ``max_length`` bounds the tokens of a row.
+            **kwargs: arguments of the stock module; ``max_length`` bounds the tokens of a row.
 
         Returns:
             The stock features, ``content_id`` (B,), and ``prefix_key`` (B, T) where beginnings can be shared.

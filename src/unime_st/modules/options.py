@@ -35,7 +35,7 @@ def check_prompts(prompts: Mapping[str, str] | None) -> None:
 
 
 def check_device(device: str | None) -> None:
-    """Refuse what torch knows no device by."""
+    """Refuse a name by which torch knows no device."""
     try:
         torch.device(device or "cpu")
     except (RuntimeError, TypeError) as error:
@@ -43,7 +43,7 @@ def check_device(device: str | None) -> None:
 
 
 def check_dtype(dtype: Any) -> None:
-    """Refuse what names no type of weights."""
+    """Refuse what is no type of torch, nor the name of one."""
     known = dtype == "auto" if isinstance(dtype, str) else isinstance(dtype, torch.dtype)
     if not known and not (isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)):
         raise ValueError(

@@ -56,12 +56,7 @@ def saved_parts(
     allow_remote_images: bool = False,
     text_only: bool = False,
 ) -> dict[str, Any]:
-    """Arguments to make a SentenceTransformer of a folder: its modules, its prompts and how it compares embeddings.
-
-    Raises:
-        FileNotFoundError: the folder holds no saved encoder.
-        ValueError: a file is damaged, or names what lies outside of the folder or of sentence-transformers.
-    """
+    """Arguments to make a SentenceTransformer of a folder: its modules, its prompts and its measure of similarity."""
     modules: list[nn.Module] = []
     for kind, source in _listed_modules(folder):
         if kind.rpartition(".")[2] == Transformer.__name__:
@@ -110,7 +105,7 @@ def _listed_modules(folder: Path) -> list[tuple[str, str]]:
 
 @contextmanager
 def _damage_named(source: str) -> Iterator[None]:
-    """Within this context, what libraries say of a damaged file is said of the folder too."""
+    """Within this context, the error of a library about a damaged file names the folder too."""
     try:
         yield
     except (SafetensorError, json.JSONDecodeError) as error:
