@@ -61,10 +61,16 @@ def load_encoder(
         "text_only": text_only,
     }
     if not holds_saved_encoder(folder) and (published is not None or str(path) in PUBLISHED):
-        known = published_checkpoint(published or str(path))
-        options |= {"device": device, "truncate_dim": truncate_dim, "model_kwargs": model_kwargs}
-        options |= {"torch_dtype": torch_dtype, "attn_implementation": attn_implementation}
-        return _load_published(folder, known, **options)
+        return _load_published(
+            folder,
+            published_checkpoint(published or str(path)),
+            torch_dtype=torch_dtype,
+            attn_implementation=attn_implementation,
+            model_kwargs=model_kwargs,
+            device=device,
+            truncate_dim=truncate_dim,
+            **options,
+        )
     if holds_saved_encoder(folder) and published is not None:
         raise ValueError(f"{folder} is a saved encoder, which knows its prompts. Leave `published` out.")
     weights = weight_options(torch_dtype, attn_implementation, model_kwargs)
