@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 from os import PathLike, fspath
 from pathlib import Path
@@ -9,7 +10,13 @@ from typing import Any
 
 
 def require_number(
-    name: str, value: Any, *, least: float | None = None, whole: bool = True, optional: bool = False
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    whole: bool = True,
+    optional: bool = False,
 ) -> None:
     """Refuse what is no number, or one too small; NaN is smaller than anything.
 
@@ -17,28 +24,64 @@ def require_number(
         name: Of the argument.
         value: What was given.
         least: The smallest allowed; None for any.
+        above: What it must be greater than; minus infinity refuses NaN alone, None nothing.
         whole: Whether it must be an integer, Python's or numpy's.
         optional: Whether None is allowed.
 
     Raises:
-        TypeError: For another type.
-        ValueError: For a number below ``least``.
+        TypeError: For another type; True is no number, and 2.0 is no whole one.
+        ValueError: For a number below ``least``, or not above ``above``.
 
     Example:
         >>> require_number("max_rows", "all", optional=True)
         Traceback (most recent call last):
         ...
         TypeError: `max_rows='all'`, but it must be a whole number, or None.
+        >>> require_number("patience", float("nan"), above=0, whole=False)
+        Traceback (most recent call last):
+        ...
+        ValueError: `patience=nan`, but it must be a number above 0.
     """
     if value is None and optional:
         return
     number: Any = value
-    kinds: tuple[type, ...] = (Integral,) if whole else (Real,)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        kind = "a whole number" if whole else "a number"
-        raise TypeError(f"`{name}={value!r}`, but it must be {kind}{', or None' if optional else ''}.")
+    kind = "a whole number" if whole else "a number"
+    if above is not None and above != -math.inf:
+        kind += f" above {above:g}"
+    or_none = ", or None" if optional else ""
+    if not _is_number(value, whole=whole):
+        raise TypeError(f"`{name}={value!r}`, but it must be {kind}{or_none}.")
+    if above is not None and not number > above:
+        raise ValueError(f"`{name}={value}`, but it must be {kind}{or_none}.")
     if least is not None and not number >= least:
-        raise ValueError(f"`{name}={value}`, but it must be at least {least}{', or None' if optional else ''}.")
+        raise ValueError(f"`{name}={value}`, but it must be at least {least}{or_none}.")
+
+
+def require_count(name: str, value: Any, *, least: int = 1) -> None:
+    """Refuse what is no whole number, or one too small; in either case the message says how small it may be.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+        least: The smallest allowed.
+
+    Raises:
+        TypeError: For another type.
+        ValueError: For a number below ``least``.
+
+    Example:
+        >>> require_count("batch_size", 2.0)
+        Traceback (most recent call last):
+        ...
+        TypeError: `batch_size=2.0`, but it must be a whole number of at least 1.
+    """
+    if not _is_number(value, whole=True):
+        raise TypeError(f"`{name}={value!r}`, but it must be a whole number of at least {least}.")
+    require_number(name, value, least=least)
+
+
+def _is_number(value: Any, *, whole: bool) -> bool:
+    return isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
 
 
 def require_path(name: str, value: Any) -> Path:

@@ -37,13 +37,6 @@ def mark_complete(checkpoint: Path, step: int) -> None:
     """Write the marker of a checkpoint all of whose files are written, after bringing them to the disk.
 
     Files are read once more for their checksums: about 0.6 s a gigabyte and thread, of several files at a time.
-
-    Args:
-        checkpoint: Its folder.
-        step: Of the optimizer.
-
-    Raises:
-        OSError: When the disk refuses what it had seemed to take.
     """
     remove_leftovers(checkpoint)
 
@@ -63,20 +56,7 @@ def is_complete(checkpoint: Path, *, read_files: bool = True) -> bool:
     """Whether a checkpoint has its marker, and every file the marker names at its size and with its checksum.
 
     A file that has changed since is named in the log. The marker of an earlier version has no checksums: sizes alone
-    are compared then, and the log says so.
-
-    Args:
-        checkpoint: Its folder.
-        read_files: Compare checksums, which reads every file; False goes by the sizes.
-
-    Example:
-        >>> import tempfile
-        >>> checkpoint = Path(tempfile.mkdtemp()) / "checkpoint-2"
-        >>> write_atomically(checkpoint / "model.safetensors", b"weights")
-        >>> before = is_complete(checkpoint)
-        >>> mark_complete(checkpoint, step=2)
-        >>> before, is_complete(checkpoint), last_complete_checkpoint(checkpoint.parent) == checkpoint
-        (False, True, True)
+    are compared then, and the log says so. Without ``read_files`` they are compared in any case, and no file is read.
     """
     try:
         told = json.loads((checkpoint / MARKER).read_bytes())["files"]
@@ -115,17 +95,12 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint to go on from: that of the latest step among the whole ones.
+    """The checkpoint to go on from, that of the latest step among the whole ones; None when there is none.
 
     Unlike ``transformers.trainer_utils.get_last_checkpoint`` it passes over one that a kill or a full disk has left
     half-written, which would not load, or would load with parts of it missing, and over one with a damaged file. Files
     are read for that; with several processes, let one look: ``from_rank_zero(lambda: last_complete_checkpoint(...))``.
-
-    Args:
-        folder: ``output_dir`` of the training arguments, of a run with :class:`CheckpointCallback`.
-
-    Returns:
-        The checkpoint for ``train(resume_from_checkpoint=...)``; None when there is none to go on from.
+    The folder is the ``output_dir`` of a run with :class:`CheckpointCallback`.
     """
     return next((path for path in reversed(checkpoints(folder)) if is_complete(path)), None)
 
@@ -212,14 +187,7 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 @contextmanager
 def explained_write_errors(folder: str | Path) -> Iterator[None]:
-    """Within this context an error for want of disk space says what is whole and what to do.
-
-    Args:
-        folder: Where checkpoints are written.
-
-    Raises:
-        OSError: In place of what Python, safetensors and torch each raise when a disk is full.
-    """
+    """Within this context an error for want of disk space says which checkpoints are whole and what to do."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unime_st.step_encoder import StepEncoder
+
 _GRIDS = (  # families that put the patches of all media one after the other, with a grid each (Qwen-VL)
     ("image_grid_thw", "pixel_values", "num_images_per_sample"),
     ("video_grid_thw", "pixel_values_videos", "num_videos_per_sample"),
@@ -35,22 +37,10 @@ def token_counts(features: Mapping[str, Any]) -> Tensor | None:
 def select_rows(features: Mapping[str, Any], rows: Sequence[int], *, trim_leading: bool = False) -> dict[str, Any]:
     """Take some rows, with the media that are theirs, and without the padding that they do not need.
 
-    Args:
-        features: Of ``B`` rows: tensors of a row an entry, of an image an entry, or of all patches one after the other.
-        rows: Their numbers, at least one, in any order.
-        trim_leading: Whether padding before the rows goes too, which moves absolute positions. Padding behind them
-            always goes.
-
-    Returns:
-        The features of those rows; values that are no tensors as they are.
-
-    Raises:
-        ValueError: When the rows are packed into one sequence, as stock modules do under flash attention.
-
-    Example:
-        >>> features = {"input_ids": torch.tensor([[0, 7], [8, 9]]), "attention_mask": torch.tensor([[0, 1], [1, 1]])}
-        >>> select_rows(features, [0], trim_leading=True)
-        {'input_ids': tensor([[7]]), 'attention_mask': tensor([[1]])}
+    Features of ``B`` rows are tensors with an entry for each row, for each image or for each patch of all images;
+    values that are no tensors stay as they are. Padding behind the rows always goes. With ``trim_leading`` padding
+    before them goes too, which moves absolute positions. Rows packed into one sequence, as stock modules pack them
+    under flash attention, are refused.
     """
     if "cu_seq_lens_q" in features:
         raise ValueError(
@@ -94,7 +84,7 @@ def _kept_columns(features: Mapping[str, Any], rows: Tensor, trim_leading: bool)
 
 
 def _media_entries(features: Mapping[str, Any], rows: Tensor, total: int) -> dict[str, Tensor]:
-    """For each tensor that is not by row: the entries that belong to the rows."""
+    """Entries that belong to the rows, of each tensor that has no entry for each row."""
     entries: dict[str, Tensor] = {}
     for grid_key, pixel_key, count_key in _GRIDS:
         grid, counts = features.get(grid_key), features.get(count_key)
@@ -132,27 +122,14 @@ def forget_kept_features(model: Any) -> None:
 
     Features differ in the last bits with the batch they were made in. A run that was stopped and goes on has none of
     before; for it to give the same bytes as one never stopped, both forget at the same points.
-
-    Args:
-        model: Any; what is no ``torch.nn.Module`` keeps none.
     """
     for module in model.modules() if isinstance(model, nn.Module) else ():
-        cache = getattr(module, "vision_cache", None)
-        if cache is not None:
-            cache.clear()
+        if isinstance(module, StepEncoder):
+            module.forget_features()
 
 
 def check_finite(embeddings: Any, inputs: Sequence[Any]) -> Any:
-    """Refuse NaN and infinity among the embeddings (N, D) of inputs; whatever else is asked of a model passes through.
-
-    Raises:
-        ValueError: With the first such row, by its number among the caller's.
-
-    Example:
-        >>> check_finite(torch.tensor([[1.0], [float("nan")]]), ["a", "b"])
-        Traceback (most recent call last):
-        ValueError: The model gave NaN or infinity for row 1 ('b') and 0 more of 2. Its weights may have diverged; ...
-    """
+    """Refuse NaN and infinity among the embeddings (N, D) of inputs; whatever else a model gave passes through."""
     if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or bool(torch.isfinite(embeddings).all()):
         return embeddings
     broken = (~torch.isfinite(embeddings).all(dim=1)).nonzero()[:, 0].tolist()

@@ -30,20 +30,6 @@ def new_folder(target: Path) -> Iterator[Path]:
     At every moment the old folder or the new one is at ``target``, whole, also if the process is killed: on Linux the
     two change places in one step. Where the file system cannot do that, the old one is moved aside first; a kill in
     that instant leaves it beside, and :func:`recover` puts it back. What killed processes have left is removed.
-
-    Args:
-        target: The place; its parent is made when missing.
-
-    Yields:
-        An empty folder beside it.
-
-    Example:
-        >>> place = Path(tempfile.mkdtemp()) / "made"
-        >>> for text in ("old", "new"):
-        ...     with new_folder(place) as folder:
-        ...         _ = (folder / "a.txt").write_text(text)
-        >>> (place / "a.txt").read_text(), [path.name for path in place.parent.iterdir()]
-        ('new', ['made'])
     """
     target = Path(os.path.realpath(target))  # a link stays, and what it leads to is replaced
     with one_at_a_time(target.parent):  # so that no other cleans up between a folder and its lock
@@ -73,10 +59,7 @@ def _put(scratch: Path, target: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Put back a folder that a kill has left beside its place; nothing is done if something is there.
-
-    >>> recover(Path("no/such/folder"))
-    """
+    """Put back a folder that a kill has left beside its place; nothing is done if something is there."""
     target = Path(os.path.realpath(target))
     if target.exists() or not target.parent.is_dir():
         return

@@ -5,10 +5,8 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from unime_st.data import teacher_embeddings
-from unime_st.data.arguments import check_count, check_number
 from unime_st.embedding import waiting
 from unime_st.embedding.waiting import Waiting
 
@@ -59,18 +57,3 @@ def test_a_dead_process_is_waited_for_as_long_as_asked_and_its_part_is_done(tmp_
     assert found.shape == (20, 2)
     assert "inputs from rank 0, 2 in" in caplog.text
     assert "rank 0, 2 owes" in caplog.text
-
-
-@pytest.mark.parametrize("value", [True, 1.0, "1", None])
-def test_counts_are_whole_numbers(value):
-    with pytest.raises(TypeError, match="must be a whole number of at least 1"):
-        check_count("k", value)
-    check_count("k", np.int64(3))
-
-
-def test_numbers_are_numbers():
-    check_number("margin", -3)
-    check_number("margin", np.float32(0.1))
-    for value, error in ((float("nan"), ValueError), ("0.1", TypeError), (None, TypeError), (False, TypeError)):
-        with pytest.raises(error, match="must be a number"):
-            check_number("margin", value)

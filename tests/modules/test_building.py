@@ -154,6 +154,18 @@ def test_a_peft_config_that_adapts_the_wrong_thing(backbone):
         build_encoder(backbone("fast_vlm"), device="cpu", peft_config=default_lora_config(layers=[9]))
 
 
+def test_the_trainer_loads_a_checkpoint_as_load_encoder_does(adapted, tmp_path):
+    adapted.save_pretrained(str(tmp_path / "saved"))
+    ours = load_encoder(tmp_path / "saved", device="cpu")
+    found = type(adapted)._load_with_module_classes(str(tmp_path / "saved"), {}, trust_remote_code=False)
+    assert [type(module) for module in found] == [type(module) for module in ours] == [type(m) for m in adapted]
+    assert found.device.type == "cpu"
+    np.testing.assert_array_equal(embed(found), embed(ours))
+    for load in (load_encoder, type(adapted)._load_with_module_classes):
+        with pytest.raises(FileNotFoundError, match=r"has no modules\.json, so it is no saved encoder.*`published`"):
+            load(str(tmp_path))
+
+
 def test_settings_travel(backbone, tmp_path):
     model = build_encoder(
         backbone("fast_vlm"),

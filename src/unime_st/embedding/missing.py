@@ -10,7 +10,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from unime_st import distributed
-from unime_st.data.arguments import check_count, check_number
+from unime_st.arguments import require_count, require_number
 from unime_st.embedding.store import EmbeddingStore
 from unime_st.embedding.waiting import PATIENCE, Waiting
 
@@ -47,10 +47,10 @@ def embed_missing(
     Raises:
         ValueError: When ``shard_size`` is below 1.
     """
-    check_count("shard_size", shard_size, least=0)
+    require_count("shard_size", shard_size, least=0)
     if shard_size < 1:
         raise ValueError(f"`shard_size={shard_size}`, but a file holds at least one embedding.")
-    check_number("patience", patience, above=0)  # now, not when it is needed
+    require_number("patience", patience, above=0, whole=False)  # now, not when it is needed
     rank, processes = own_share()
     missing = np.flatnonzero(store.find(keys) < 0)
     logger.info(

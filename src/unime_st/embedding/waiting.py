@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from unime_st.data.arguments import check_number
+from unime_st.arguments import require_number
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Waiting:
     """
 
     def __init__(self, description: str, folder: Path, patience: float = PATIENCE) -> None:
-        check_number("patience", patience, above=0)
+        require_number("patience", patience, above=0, whole=False)
         self._description, self._folder, self._patience = description, folder, patience
         self._began = self._news = time.monotonic()
         self._since = time.strftime("%H:%M:%S")

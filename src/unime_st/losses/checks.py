@@ -32,12 +32,7 @@ def check_number_of_negatives(k: int | None) -> None:
 
 
 def few_of_a_small_batch(k: int | None, candidates: int) -> str:
-    """What to say of so many negatives out of so many candidates; empty where nothing is to be said.
-
-    Example:
-        >>> few_of_a_small_batch(8, 31)[:58], few_of_a_small_batch(8, 1023), few_of_a_small_batch(None, 31)
-        ('`num_hard_negatives=8` keeps a few of only 31 candidates. ', '', '')
-    """
+    """Warn of negatives that are a few of only so many candidates; an empty text where they are not."""
     if k is None or k >= candidates or k * _FEW <= candidates:
         return ""
     return (
@@ -48,15 +43,7 @@ def few_of_a_small_batch(k: int | None, candidates: int) -> str:
 
 
 def all_left_out(rows: int, offered: int, margin: float | None, by_margin: float, by_identity: float) -> str:
-    """Why none of so many rows has a negative.
-
-    Args:
-        rows: Of the batch.
-        offered: Candidates of a row besides its positive.
-        margin: Of the filter.
-        by_margin: Of them left out by it, a row in the mean.
-        by_identity: Of them left out as right answers.
-    """
+    """Say why no row has a negative, by how many of the candidates offered each filter leaves out in the mean."""
     if not offered:
         return f"its only row has no candidate but its own positive. {MORE_ROWS}"
     return (

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from unime_st.losses.grad_cache import encoder_of
+from unime_st.step_encoder import first_module
 
 
 def described(model: Any, features: Mapping[str, Any], row: int) -> str:
-    """The row's text, and its images by number; its content's identity too, to find it in a data set."""
-    tokenizer = getattr(encoder_of(model), "tokenizer", None)
+    """Say what a row holds: its text, the number of its images, and its content's identity, to find it in the data."""
+    tokenizer = getattr(first_module(model), "tokenizer", None)
     tokens, content = features.get("input_ids"), features.get("content_id")
     parts = []
     if tokenizer is not None and isinstance(tokens, Tensor):

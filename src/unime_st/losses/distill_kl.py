@@ -49,7 +49,7 @@ class DistillKLLoss(InBatchLoss):
         mini_batch_num_tokens: Tokens embedded at a time, padding included, in place of a number of texts.
 
     Attributes:
-        last_metrics: Of the last batch, as scalars on the device: ``teacher_self_probability`` and
+        last_metrics: Numbers of the last batch, as scalars on the device: ``teacher_self_probability`` and
             ``student_self_probability`` (mean probability of a text itself, 0 without the diagonal) and
             ``nearest_neighbor_agreement`` (share of texts whose most similar other text is the same for both), over the
             local rows. :class:`~unime_st.losses.LossMetricsCallback` logs their means.
@@ -185,7 +185,7 @@ class DistillKLLoss(InBatchLoss):
 
     @torch.no_grad()
     def _told(self, student_scores: Tensor, teacher_scores: Tensor, own: Tensor) -> tuple[Tensor, ...]:
-        """Of each row, in the order of ``metric_names``."""
+        """Metrics of each row, ``(q,)``, in the order of ``metric_names``."""
         if self.include_diagonal:
             teacher_self = _self_probability(teacher_scores, own, self.teacher_temperature or self.temperature)
             student_self = _self_probability(student_scores, own, self.student_temperature or self.temperature)

@@ -18,17 +18,7 @@ _MOST_ROWS = 5
 def refuse_non_finite(
     loss: float, model: Any, columns: Sequence[Mapping[str, Any]], embeddings: Sequence[Tensor]
 ) -> None:
-    """Raise when a loss is NaN or infinite, before it reaches the weights.
-
-    Args:
-        loss: Its value.
-        model: Has the tokenizer that the rows are read by.
-        columns: Features of the batch, one dict a column.
-        embeddings: ``(B, D)`` a column.
-
-    Raises:
-        FloatingPointError: With the rows whose embeddings are not finite.
-    """
+    """Refuse a loss that is NaN or infinite, before it reaches the weights; name the rows of ``(B, D)`` that are."""
     if math.isfinite(loss):
         return
     process = f" on process {distributed.rank()}" if distributed.is_distributed() else ""

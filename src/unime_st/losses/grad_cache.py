@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 # Beside `has_static_embedding_input` the one use of sentence-transformers beyond its documented names.
 from sentence_transformers.base.losses import RandContext
+from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from unime_st import distributed
 from unime_st.features import select_rows
 from unime_st.losses.mini_batches import MiniBatchPlan
-
-
-def unwrapped(model: Any) -> Any:
-    """The model inside what accelerate and torch.compile put around it."""
-    while hasattr(model, "_orig_mod") or isinstance(getattr(model, "module", None), nn.Module):
-        model = getattr(model, "_orig_mod", None) or model.module
-    return model
-
-
-def _is_compiled(model: Any) -> bool:
-    while not hasattr(model, "_orig_mod") and isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
-
-
-def encoder_of(model: Any) -> Any:
-    """The module that turns inputs into states, the first of a SentenceTransformer; None where there are no modules."""
-    inner = unwrapped(model)
-    return inner[0] if isinstance(inner, nn.Sequential) and len(inner) else None
-
-
-@contextmanager
-def holding_vision(model: Any) -> Iterator[None]:
-    """Within this context the features of a frozen vision tower are kept, where the encoder knows how to."""
-    cache = getattr(encoder_of(model), "vision_cache", None)
-    with cache.holding() if cache is not None else nullcontext():
-        yield
+from unime_st.step_encoder import is_compiled, step_encoder, unwrapped
 
 
 def embedded(model: Any, features: dict[str, Any]) -> Tensor:
@@ -50,12 +25,17 @@ def embedded(model: Any, features: dict[str, Any]) -> Tensor:
 
     A compiled model runs as it was compiled: packed sequences have another shape in every batch.
     """
-    modules, prefixes = unwrapped(model), getattr(encoder_of(model), "prefixes", None)
-    if prefixes is None or _is_compiled(model):
+    if is_compiled(model):
         return model(features)["sentence_embedding"]
-    reads_last = len(modules) > 1 and getattr(modules[1], "pooling_mode", None) == "lasttoken"
-    with prefixes.encoding(last_token_only=reads_last):
+    with step_encoder(model).embeddings_alone(last_token_only=_reads_last_token(model)):
         return model(features)["sentence_embedding"]
+
+
+def _reads_last_token(model: Any) -> bool:
+    """Whether embeddings are made of the state of each row's last token alone."""
+    modules = unwrapped(model)
+    pooling = modules[1] if isinstance(modules, nn.Sequential) and len(modules) > 1 else None
+    return isinstance(pooling, Pooling) and pooling.pooling_mode == "lasttoken"
 
 
 def embedded_together(model: Any, batches: Sequence[dict[str, Any]]) -> list[Tensor]:
@@ -65,7 +45,7 @@ def embedded_together(model: Any, batches: Sequence[dict[str, Any]]) -> list[Ten
     pass does not reach for unused, and fails when an earlier call has a gradient for them: the vision tower, where
     texts follow images.
     """
-    if not isinstance(model, DistributedDataParallel) or _is_compiled(model) or "forward" in vars(model):
+    if not isinstance(model, DistributedDataParallel) or is_compiled(model) or "forward" in vars(model):
         return _images_last(model, batches)  # `MatryoshkaLoss` sets a forward of its own, which takes one batch
     inner = model.module
     own = vars(inner).get("forward")  # accelerate sets it, for autocast
@@ -88,7 +68,7 @@ def embedded_together(model: Any, batches: Sequence[dict[str, Any]]) -> list[Ten
 
 
 def _images_last(model: Any, batches: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """As above, by a call each: the one that reaches most weights is the last."""
+    """Embeddings of several batches, ``(B, D)`` each, by one call a batch; the last call reaches most weights."""
     order = list(range(len(batches)))
     if distributed.is_distributed():
         order.sort(key=lambda number: _shows_images(batches[number]))
@@ -107,13 +87,8 @@ class BatchEmbedder:
     The passes are GradCache's (https://huggingface.co/papers/2101.06983): all mini-batches are embedded without
     gradients, the loss is computed from all embeddings, and each mini-batch is embedded again with gradients. The last
     mini-batch, the largest, keeps its activations from the first pass, so a batch of one mini-batch takes one pass. A
-    frozen vision tower runs in the first pass only.
-
-    Args:
-        model: The model, as the Trainer has wrapped it.
-        columns: Features, one dict a column.
-        plan: What to embed.
-        exchange: Whether the plan spans all processes, so that embeddings and gradients are exchanged.
+    frozen vision tower runs in the first pass only. With ``exchange`` the plan spans all processes, which exchange
+    embeddings and gradients.
     """
 
     def __init__(
@@ -123,13 +98,13 @@ class BatchEmbedder:
         self.columns = columns
         self.plan = plan
         self.exchange = exchange and distributed.is_distributed()
-        self._trims = bool(getattr(encoder_of(model), "relative_positions", False))
+        self._trims = step_encoder(model).relative_positions
         self._states: list[RandContext | None] = []
         self._kept: Tensor | None = None
         self._sizes = [len(rows) for _, rows in plan.mini_batches]
 
     def embed(self) -> list[Tensor]:
-        """Embed; returns a leaf ``(B, D)`` a column, whose gradient :meth:`backward` takes up."""
+        """Embed all mini-batches; a column gives a leaf ``(B, D)``, whose gradient :meth:`gradients` collects."""
         training = torch.is_grad_enabled()
         last = len(self.plan.mini_batches) - 1
         parts = []
@@ -161,7 +136,7 @@ class BatchEmbedder:
         return list(total[: sum(self._sizes)].split(self._sizes))
 
     def backward(self, gradients: Sequence[Tensor], scale: Tensor) -> None:
-        """Embed each mini-batch again with gradients and send its own back, times ``scale``.
+        """Embed each mini-batch again with gradients, and send its gradient times ``scale`` back.
 
         A data-parallel wrapper synchronises once, at the last.
         """
@@ -245,14 +220,7 @@ def _padded(table: Tensor, rows: int) -> Tensor:
 def cached_backward(
     loss: Tensor, embedder: BatchEmbedder, gradients: Sequence[Tensor], finish: Callable[[], None]
 ) -> Tensor:
-    """A loss whose backward pass sends the embeddings' gradients on to the model.
-
-    Args:
-        loss: Its value.
-        embedder: Of the step.
-        gradients: See :meth:`BatchEmbedder.gradients`.
-        finish: Called when the backward pass is over, or failed.
-    """
+    """A loss whose backward pass sends the embeddings' gradients on to the model; ``finish`` is called at its end."""
 
     def send(scale: Tensor) -> None:
         try:

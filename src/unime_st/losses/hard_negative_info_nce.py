@@ -73,7 +73,7 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         mini_batch_num_tokens: Tokens embedded at a time, padding included, in place of a number of inputs.
 
     Attributes:
-        last_metrics: Of the last batch, as scalars on the device: ``positive_similarity`` and
+        last_metrics: Numbers of the last batch, as scalars on the device: ``positive_similarity`` and
             ``hard_negative_similarity`` (mean cosines), ``false_negatives_filtered`` (candidates a row lost to either
             filter, mean) with its parts ``false_negatives_by_margin`` and ``false_negatives_by_identity``,
             ``rows_without_negatives`` (a count), all over the local rows.
@@ -287,7 +287,7 @@ def _own_explicit_negatives(rows: Tensor, documents: Sequence[Tensor]) -> Tensor
 
 @torch.no_grad()
 def _summed(negatives: functional.HardNegatives) -> tuple[Tensor, ...]:
-    """Of each row: the negatives' similarities summed, how many were kept, dropped by margin and by identity."""
+    """Sum each row's similarities to its negatives; count those kept, dropped by margin and by identity, ``(q,)``."""
     kept = negatives.scores > -torch.inf  # (q, K)
     total = negatives.scores.masked_fill(~kept, 0.0).sum(dim=1)
     return total, kept.sum(dim=1), negatives.filtered_by_margin, negatives.filtered_by_identity

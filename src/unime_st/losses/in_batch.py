@@ -17,8 +17,9 @@ from unime_st.features import num_rows, select_rows, token_counts
 from unime_st.identity.features import input_keys
 from unime_st.losses.checks import check_mini_batch
 from unime_st.losses.finite import refuse_non_finite
-from unime_st.losses.grad_cache import BatchEmbedder, cached_backward, embedded_together, holding_vision
+from unime_st.losses.grad_cache import BatchEmbedder, cached_backward, embedded_together
 from unime_st.losses.mini_batches import MiniBatchPlan, plan_mini_batches
+from unime_st.step_encoder import step_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -44,20 +45,9 @@ class InBatchLoss(nn.Module):
     are computed once, where the encoder knows how to (``share_prefixes``). Loss and gradients are the same. The
     comparison itself runs once, on the whole batch.
 
-    Args:
-        model: The model to train; None when only ``compute_loss_from_embeddings`` is used.
-        gather_across_devices: Compare with the rows of all processes.
-        mini_batch_size: Inputs embedded at a time, >= 1; None embeds each column at once.
-        mini_batch_num_tokens: Tokens embedded at a time, >= 1, padding included, in place of a number of inputs; a
-            longer input is alone.
-
     Attributes:
         metric_names: What every step of a subclass records, so that processes agree on it.
-        last_plan: What the last step embedded; ``distinct`` of it counts inputs.
-
-    Raises:
-        ValueError: On a mini-batch below 1, or when the model's inputs cannot be split into mini-batches.
-        FloatingPointError: In training, when the loss is not finite; says which rows.
+        last_plan: What the last step embedded; its ``distinct`` counts inputs.
     """
 
     metric_names: ClassVar[tuple[str, ...]] = ()
@@ -139,7 +129,7 @@ class InBatchLoss(nn.Module):
         training = torch.is_grad_enabled()
         plan = self.last_plan = self._plan(columns, training=training)
         with ExitStack() as step:
-            step.enter_context(holding_vision(self.model))
+            step.enter_context(step_encoder(self.model).keeping_features())
             embedder = BatchEmbedder(self.model, columns, plan, exchange=self.gather_across_devices)
             embeddings = embedder.embed()
             loss = self.calculate_loss([[column] for column in embeddings], targets, with_backward=training)

@@ -16,11 +16,11 @@ class MiniBatchPlan:
     mini-batches.
 
     Attributes:
-        mini_batches: Of this process: a column, and rows of it; the one with most tokens last. Some may repeat rows of
-            others, so that all processes have as many.
+        mini_batches: A column, and rows of it, for each mini-batch of this process; the one with most tokens is last.
+            Some may repeat rows of others, so that all processes have as many.
         place: Where in the table the embedding of each of this process's inputs is, ``(n, B)``.
-        share: Entries of the table a process.
-        distinct: Inputs embedded, over all processes.
+        share: How many entries of the table each process has.
+        distinct: How many inputs all processes embed.
     """
 
     mini_batches: list[tuple[int, np.ndarray]]
@@ -41,23 +41,11 @@ def plan_mini_batches(
 ) -> MiniBatchPlan:
     """Give each distinct input to one process that has it, and cut each process's inputs into mini-batches.
 
-    All processes compute the same plan from the same table. An input that several have goes to the one with the fewest
-    tokens so far. Within a column, inputs are sorted by length, so that mini-batches hold little padding.
-
-    Args:
-        keys: What each input is: equal numbers are embedded once; ``(W, n * B)``, one column after the other.
-        tokens: Of each input, likewise.
-        batch: ``B``.
-        rank: Of this process.
-        size: Inputs of a mini-batch, at the most.
-        num_tokens: Tokens of a mini-batch, padding included, at the most; a longer input is alone. With neither,
-            there is one mini-batch a column.
-        least: Mini-batches that each process has, at the least.
-
-    Example:
-        >>> plan = plan_mini_batches(np.array([[5, 6, 7, 5]]), np.array([[9, 3, 4, 9]]), batch=2, size=2)
-        >>> [(column, rows.tolist()) for column, rows in plan.mini_batches], plan.place.tolist()
-        ([(1, [0]), (0, [0, 1])], [[1, 2], [0, 1]])
+    All processes compute the same plan from the same ``keys`` and ``tokens``, ``(W, n * B)``, one column after the
+    other: equal keys are equal inputs, which are embedded once. An input that several processes have goes to the one
+    with the fewest tokens so far. Within a column, inputs are sorted by length, so that mini-batches hold little
+    padding. A mini-batch has at most ``size`` inputs, or ``num_tokens`` tokens with padding, where a longer input is
+    alone; with neither there is one mini-batch a column. Each process has ``least`` mini-batches or more.
     """
     owned, chosen = _owners(keys, tokens)
     cut = [_cut(own, row, batch, size, num_tokens) for own, row in zip(owned, tokens, strict=True)]
@@ -75,7 +63,7 @@ def plan_mini_batches(
 
 
 def _owners(keys: np.ndarray, tokens: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """Inputs each process embeds, ascending; and for each distinct key, ascending, the flat place of the input chosen.
+    """Inputs that each process embeds, and the flat place of the input chosen for each distinct key, both ascending.
 
     A process all of whose inputs went to others still embeds its first, for a wrapper that waits for all processes.
     """

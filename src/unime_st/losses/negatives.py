@@ -18,8 +18,8 @@ class Negatives(NamedTuple):
 
     Attributes:
         number: Others that each query is compared with, false negatives not yet left out.
-        rows: Of each process's batch.
-        processes: Whose rows are compared.
+        rows: Rows of each process's batch.
+        processes: Number of processes whose rows are compared.
         warnings: What makes the number smaller than was meant, each with what to do.
     """
 
@@ -35,8 +35,8 @@ def effective_negatives(
     """Count the negatives of a query in a training step; the number decides what contrastive training is worth.
 
     Args:
-        loss: Of the training.
-        arguments: Of the Trainer, made in the process that trains: they start the group of processes.
+        loss: The loss of the training.
+        arguments: The Trainer's arguments, made in the process that trains: they start the group of processes.
         candidates_a_row: Positives and explicit negatives of a row; for stage 1, its texts.
 
     Returns:

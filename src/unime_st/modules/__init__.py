@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from unime_st import stock  # noqa: F401 (importing it checks the seams that all below rely on)
 from unime_st.modules.adapters import default_lora_config, merge_adapters
-from unime_st.modules.build import MultimodalSentenceTransformer, build_encoder, export_encoder, load_encoder
+from unime_st.modules.build import build_encoder
+from unime_st.modules.export import export_encoder
+from unime_st.modules.load import load_encoder
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
+from unime_st.modules.sentence_transformer import MultimodalSentenceTransformer
 
 __all__ = [
     "MultimodalEncoder",

@@ -36,9 +36,9 @@ def default_lora_config(
     """LoRA on all linear layers of the language model and nothing else (UniME, 3.2 and Table 6: rank 32, then 16).
 
     Args:
-        rank: of the update.
-        alpha: scale of the update times the rank; the paper gives none, None takes twice the rank.
-        dropout: on the adapter's input.
+        rank: rank of the update.
+        alpha: scale of the update times the rank; None takes twice the rank, for the paper gives no number.
+        dropout: dropout on the adapter's input.
         layers: indices of the decoder layers to adapt; None adapts all.
         use_dora: learn a magnitude for each output beside the low-rank direction (DoRA, arXiv 2402.09353).
 
@@ -61,14 +61,7 @@ def default_lora_config(
 
 
 def check_config(config: PeftConfig) -> None:
-    """Refuse adapters that would train, and then not load, resume or merge as they were.
-
-    Args:
-        config: of peft.
-
-    Raises:
-        ValueError: it is no LoRA, or changes more than LoRA's own tensors, added modules and tokens; with the option.
-    """
+    """Refuse adapters that would train, and then not load, resume or merge as they were."""
     if not isinstance(config, LoraConfig):
         raise TypeError(
             f"`peft_config` is a {type(config).__name__}, but encoders take LoRA alone (DoRA and rank stabilisation "
@@ -91,7 +84,7 @@ def check_config(config: PeftConfig) -> None:
 
 
 def tuner_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """(parent, name, layer) of every adapted layer, and of every module or embedding that is trained beside them."""
+    """Find every adapted layer, and every module or embedding that is trained beside them, as (parent, name, layer)."""
     return [
         (parent, name, child)
         for parent in list(model.modules())
@@ -101,11 +94,7 @@ def tuner_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
 
 
 def check_adapted(model: nn.Module) -> None:
-    """Refuse a model whose adapters sit where they would be lost, or nowhere.
-
-    Raises:
-        ValueError: no layer is adapted, or an embedding is.
-    """
+    """Refuse a model whose adapters sit where they would be lost, or nowhere."""
     layers = tuner_layers(model)
     if not layers:
         raise ValueError(f"`peft_config` adapts no layer of {type(model).__name__}. Check its `target_modules`.")
@@ -155,21 +144,10 @@ def merge_adapters(model: nn.Module) -> int:
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path) -> int:
-    """Attach a saved adapter to a backbone whose modules may have other names than where it was trained.
+    """Attach a saved adapter to a backbone without a head, in place, and count the layers that it adapts.
 
     Adapters are usually trained on the model with its head, where the language model is ``model.language_model``, or
     ``language_model.model`` in older versions of transformers; an encoder has no head and calls it ``language_model``.
-
-    Args:
-        model: the backbone without a head, changed in place.
-        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-    Returns:
-        How many layers were adapted.
-
-    Raises:
-        FileNotFoundError: there are no weights in safetensors.
-        ValueError: some of its tensors have no place in the model, or do not fit: it belongs to another backbone.
     """
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
@@ -236,7 +214,7 @@ def _is_saved(path: str, config: LoraConfig) -> bool:
 
 
 def _for_these_names(config: LoraConfig, owners: Mapping[str, str], saved: Sequence[str]) -> LoraConfig:
-    """Settings that say of the model's own names what the stored ones say of those of the model trained."""
+    """Settings by the names of this model's modules, made of settings by the names that they had in training."""
     config = copy.copy(config)
     for option in ("rank_pattern", "alpha_pattern"):
         given = getattr(config, option) or {}
@@ -258,7 +236,7 @@ def _targets(model: nn.Module, config: PeftConfig) -> list[str]:
 
 
 def renamed(path: str) -> list[str]:
-    """What a module of a model with a head may be called in the model without."""
+    """Names that a module of a model with a head may have in the model without."""
     inner = path.removeprefix("model.")
     nested = path.replace("language_model.model.", "language_model.")
     return [path, inner, nested, f"language_model.{inner}", inner.replace(".vision_model.", ".")]

@@ -1,4 +1,4 @@
-"""That a model in memory holds the weights of its file, all of them and no others."""
+"""Checks that a model in memory holds the weights of its file, all of them and no others."""
 
 from __future__ import annotations
 
@@ -17,15 +17,7 @@ _HEAD = "lm_head."  # at the top or below the language model; an embedder has no
 
 
 def check_loaded(name: str, report: dict[str, Any]) -> None:
-    """Refuse a model some of whose weights were not in the checkpoint, or did not fit.
-
-    Args:
-        name: of the checkpoint, for the message.
-        report: what ``from_pretrained(output_loading_info=True)`` returned beside the model.
-
-    Raises:
-        ValueError: with the tensors' names.
-    """
+    """Refuse a model that a checkpoint did not fill, by the report of ``from_pretrained(output_loading_info=True)``."""
     left_over = [key for key in report.get("unexpected_keys", ()) if _HEAD not in key]
     problems = {
         "missing": sorted(key for key in report.get("missing_keys", ()) if "lora_" not in key),
@@ -42,11 +34,7 @@ def check_loaded(name: str, report: dict[str, Any]) -> None:
 
 
 def check_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Refuse a model whose LoRA weights are not those of the adapter file.
-
-    Raises:
-        ValueError: with the tensors' names.
-    """
+    """Refuse a model whose LoRA weights are not those of the adapter file."""
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         return  # on the Hub: transformers has fetched it; only a local file can be compared
@@ -70,11 +58,7 @@ def check_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def check_processor(model: PreTrainedModel, processor: Any, name: str) -> None:
-    """Refuse a processor that belongs to another model.
-
-    Raises:
-        ValueError: its tokens go beyond the embeddings, or an image's placeholder is another token than the model's.
-    """
+    """Refuse another model's processor: it has more tokens than the model, or another placeholder of an image."""
     tokenizer = getattr(processor, "tokenizer", processor)
     embeddings: Any = model.get_input_embeddings()
     rows, tokens = len(embeddings.weight), len(tokenizer)
@@ -91,11 +75,7 @@ def check_processor(model: PreTrainedModel, processor: Any, name: str) -> None:
 
 
 def check_family(model: PreTrainedModel, known: PublishedCheckpoint) -> None:
-    """Refuse a model of another architecture than the published one it was said to be.
-
-    Raises:
-        ValueError: with both.
-    """
+    """Refuse a model of another architecture than the published one it was said to be."""
     if model.config.model_type != known.family:
         raise ValueError(
             f"{known.repo_id} is a {known.family}, but this folder holds a {model.config.model_type}. Check the "

@@ -34,28 +34,12 @@ def as_messages(
     allow_blank: bool = False,
     opened: dict[Any, Any] | None = None,
 ) -> list[Message]:
-    """Turn one input into chat messages whose images are opened.
+    """Turn one input into chat messages ``{"role", "content": [{"type", ...}]}`` whose images are opened.
 
-    Args:
-        item: text; an image as PIL, path, data URI, bytes, numpy or torch array; ``{"image", "text"}`` where the image
-            may be a list; or chat messages (one dict or a list of them).
-        row: its number among the caller's inputs, for error messages (``encode`` sorts them by length into batches).
-        allow_remote_images: open ``http(s)`` addresses.
-        allow_blank: take a text without a word, as stock code does, if it is all that the input has.
-        opened: images of this batch by their path, address or bytes, or as objects; those opened here are added.
-
-    Returns:
-        Messages of ``{"role", "content": [{"type": "text" | "image" | ..., ...}]}``.
-
-    Raises:
-        FileNotFoundError: An image file is not there.
-        TypeError: An input of a kind that is not known, or a number where a text belongs.
-        ValueError: Neither text nor image, an unreadable image, a text that is not valid UTF-8, or a remote address
-            (of a video or sound too) that was not allowed.
-
-    Example:
-        >>> as_messages({"text": "a cat"}, 0)
-        [{'role': 'user', 'content': [{'type': 'text', 'text': 'a cat'}]}]
+    An input is a text, an image, ``{"image", "text"}`` where the image may be a list, or chat messages (one dict or a
+    list of them); ``row`` is its number among the caller's inputs, for errors. ``opened`` holds the images of a batch
+    by their path, address or bytes, or as objects, and images opened here are added. A text without a word is taken,
+    as stock code does, only with ``allow_blank`` and if it is all that the input has.
     """
 
     def open_once(value: Any) -> Image.Image:
@@ -65,7 +49,7 @@ def as_messages(
             return known[1]
         image = open_image(value, row, allow_remote_images=allow_remote_images)
         if opened is not None and key is not None:
-            opened[key] = (value, image)  # the value too: an object's number is its own only while it is there
+            opened[key] = (value, image)  # the value too: another object may get its number once it is gone
         return image
 
     def local(medium: Any, kind: str) -> Any:
@@ -97,13 +81,10 @@ def _is_blank_text(item: Any) -> bool:
 
 
 def open_image(value: Any, row: int, *, allow_remote_images: bool = False) -> Image.Image:
-    """Open one image in any of the accepted forms, by the one rule of :mod:`unime_st.images`.
+    """Open one image in any of the accepted forms, by the one rule of :mod:`unime_st.images`; errors name the row.
 
-    Args:
-        value: PIL image, path, data URI, ``http(s)`` address, bytes, array (H, W, C) or (C, H, W) of bytes or of floats
-            in [0, 1], or ``{"bytes", "path"}`` as data sets store an image.
-        row: its number among the caller's inputs, for error messages.
-        allow_remote_images: open ``http(s)`` addresses.
+    It is a PIL image, path, data URI, ``http(s)`` address, bytes, array (H, W, C) or (C, H, W) of bytes or of floats in
+    [0, 1], or ``{"bytes", "path"}`` as data sets store an image.
     """
     if isinstance(value, Image.Image):
         return _seen(value, row)
@@ -153,7 +134,7 @@ def _not_asked_for(row: int, address: str, kind: str) -> str:
 
 
 def _local(medium: Any, row: int, kind: str, allow_remote: bool) -> Any:
-    """A video or sound itself, all of whose addresses are of this machine, frames and nested mappings included."""
+    """Pass a video or sound on; a remote address in it, in its frames or in nested mappings must have been allowed."""
     if isinstance(medium, Mapping):
         return {key: _local(value, row, kind, allow_remote) for key, value in medium.items()}
     if isinstance(medium, (list, tuple)):
@@ -164,15 +145,9 @@ def _local(medium: Any, row: int, kind: str, allow_remote: bool) -> Any:
 
 
 def checked_text(text: Any, name: str) -> str:
-    """The text itself, if it is one that tokenizers take.
+    """Pass a text on that tokenizers take, and refuse anything else under the name that errors call it.
 
-    Args:
-        text: what stands where a text belongs.
-        name: what errors call it.
-
-    Raises:
-        TypeError: it is a number (a missing value of pandas is), a list or another thing.
-        ValueError: it holds half of a surrogate pair, as broken JSON and file names do, so it is no valid UTF-8.
+    Half of a surrogate pair, which broken JSON and file names hold, makes a string that is no valid UTF-8.
 
     Example:
         >>> checked_text(float("nan"), "Row 3: the text")
@@ -284,8 +259,7 @@ def _chat_part(part: Any, row: int, open_once: Open, local: Local) -> dict[str, 
 def names_an_image(text: str, row: int) -> bool:
     """Whether a bare string stands for an image, as stock code decides: an address or an existing file.
 
-    Raises:
-        FileNotFoundError: One word that ends as image files do, and no such file: a mistyped path, most likely.
+    One word that ends as the names of image files do, but names none, is refused: most likely it is a mistyped path.
     """
     if stands_for_image(text):
         return True
@@ -300,17 +274,7 @@ def names_an_image(text: str, row: int) -> bool:
 
 
 def contents_of(inputs: Sequence[Any], rows: Sequence[int]) -> list[Content]:
-    """The door: what each input says, told once; one whose content is known already passes through.
-
-    Args:
-        inputs: What the caller gave, or contents of it.
-        rows: the caller's numbers of them, for errors.
-
-    Raises:
-        FileNotFoundError: a file is not there.
-        TypeError: an input of another kind.
-        ValueError: an image that cannot be read.
-    """
+    """Find out what each input says, with the caller's row numbers for errors; a :class:`Content` passes through."""
     return [
         item if isinstance(item, Content) else content_of(named_input(item, row), row)
         for row, item in zip(rows, inputs, strict=True)
@@ -318,14 +282,14 @@ def contents_of(inputs: Sequence[Any], rows: Sequence[int]) -> list[Content]:
 
 
 def named_input(item: Any, row: int) -> Any:
-    """What the model is given: of a bare string, the image that it names or the text that it is."""
+    """Name what a bare string is, an image or a text; of a :class:`Content` take the input that it was made of."""
     if isinstance(item, Content):
         return item.item
     return {"image" if names_an_image(item, row) else "text": item} if isinstance(item, str) else item
 
 
 def content_of(named: Any, row: int) -> Content:
-    """What a :func:`named_input` says; errors name the row."""
+    """The :class:`Content` of a :func:`named_input`; errors name the row."""
     try:
         return Content(named)
     except UnicodeError as error:  # made of more than a text
@@ -336,14 +300,6 @@ def content_of(named: Any, row: int) -> Content:
 
 def refuse_placeholders(messages: list[Message], row: int, placeholders: Collection[str]) -> None:
     """Refuse a text that spells out the token that stands for an image: it would be counted as one more image.
-
-    Args:
-        messages: of one input, as :func:`as_messages` made them.
-        row: its number among the caller's inputs.
-        placeholders: the family's tokens for media.
-
-    Raises:
-        ValueError: with the row and the token.
 
     Example:
         >>> refuse_placeholders(as_messages("a <image>", 0), 0, ["<image>"])

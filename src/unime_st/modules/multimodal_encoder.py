@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ from unime_st.identity.content import Content
 from unime_st.modules.adapters import attach_adapter
 from unime_st.modules.capture_hooks import enable_capture, remove_capture_hooks
 from unime_st.modules.checks import check_adapter, check_loaded, check_processor
+from unime_st.modules.cutting import cut_long_rows
 from unime_st.modules.inputs import (
     Message,
     as_messages,
@@ -86,7 +87,7 @@ class MultimodalEncoder(Transformer):
         flat_image_positions: count an image's tokens like words where transformers counts them by rows and columns
             (Qwen-VL), as models do that were trained on a lone placeholder, see :mod:`unime_st.published`. It is saved,
             but stock code does not know it.
-        **kwargs: of the stock module.
+        **kwargs: arguments of the stock module.
 
     Raises:
         ValueError: weights are missing or left over, or the family has no template.
@@ -127,6 +128,22 @@ class MultimodalEncoder(Transformer):
     relative_positions = True
     """Padding before a row changes nothing, so a mini-batch may leave it out."""
 
+    def keeping_features(self) -> AbstractContextManager[None]:
+        """Within this context, a training step, features of a frozen vision tower are kept, however many."""
+        return self.vision_cache.holding()
+
+    def embeddings_alone(self, *, last_token_only: bool) -> AbstractContextManager[None]:
+        """Within this context only embeddings are asked for: equal beginnings are computed once, and no padding is.
+
+        Args:
+            last_token_only: whether embeddings are made of the state of each row's last token alone.
+        """
+        return self.prefixes.encoding(last_token_only=last_token_only)
+
+    def forget_features(self) -> None:
+        """Forget the features of a frozen vision tower that are kept between steps."""
+        self.vision_cache.clear()
+
     def _set_template(self, template: str) -> None:
         self.processor.chat_template = template if "{" in template else chat_template(template)
         self.input_formatter.message_format = "structured"
@@ -150,7 +167,7 @@ class MultimodalEncoder(Transformer):
 
     @classmethod
     def load(cls, model_name_or_path: str, **kwargs: Any) -> Self:  # type: ignore[override]
-        """Load from a folder saved by ``save``, with our own settings where they are."""
+        """Load from a folder saved by ``save``, with our settings if the folder has them."""
         settings = Path(model_name_or_path) / SETTINGS_FILE
         found = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
         kept = {key: value for key, value in found.items() if key in _SAVED}
@@ -164,7 +181,7 @@ class MultimodalEncoder(Transformer):
         return {key: value for key, value in config.items() if key not in _THE_CALLERS}
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Save as the stock module does, with a clean tokenizer and our own settings beside."""
+        """Save as the stock module does, with a clean tokenizer and with our settings in a file beside."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
             backend.no_truncation()
@@ -183,7 +200,7 @@ class MultimodalEncoder(Transformer):
         write_atomically(Path(output_path) / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
 
     def extra_repr(self) -> str:
-        """What of a module's printed form is its own; by this fingerprints tell the setting."""
+        """Name the setting that changes embeddings in the printed form, by which fingerprints tell encoders apart."""
         return ", ".join(filter(None, [super().extra_repr(), "flat_image_positions" * self.flat_image_positions]))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -217,10 +234,10 @@ class MultimodalEncoder(Transformer):
         Args:
             inputs: B inputs: text, images, ``{"image", "text"}`` or chat messages, mixed as you like.
             prompt: an instruction for all rows; an instruction in a row's own system message goes before it.
-            processing_kwargs: of the stock module.
+            processing_kwargs: as in the stock module.
             row_numbers: the caller's numbers of the inputs, as ``encode`` gives them, for errors; blank texts are taken
                 then, as stock code does. None counts from 0, and refuses them.
-            **kwargs: of the stock module; ``max_length`` bounds the tokens of a row.
+            **kwargs: arguments of the stock module; ``max_length`` bounds the tokens of a row.
 
         Returns:
             The stock features, ``content_id`` (B,), and ``prefix_key`` (B, T) where beginnings can be shared.
@@ -269,7 +286,8 @@ class MultimodalEncoder(Transformer):
         processing["text"] = {**processing.get("text", {}), "truncation": False}
         with each_image_once(self.processor):
             features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
-            while features["attention_mask"].shape[1] > limit and self._shorten(messages, features, limit, rows):
+            while cut := cut_long_rows(messages, features["attention_mask"], limit, rows, self.tokenizer):
+                self._tell_of_cuts(limit, cut)
                 features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
         if self.flat_image_positions and "mm_token_type_ids" in features:
             features["mm_token_type_ids"] = torch.zeros_like(features["mm_token_type_ids"])  # all are words
@@ -323,34 +341,10 @@ class MultimodalEncoder(Transformer):
         words += [tokenizer.convert_ids_to_tokens(number) for number in self._media_token_ids()]
         return {word for word in words if isinstance(word, str) and word}
 
-    def _shorten(
-        self, messages: list[list[Message]], features: dict[str, Any], limit: int, rows: Sequence[int]
-    ) -> bool:
-        """Cut the user's text of every row over the limit, in place; whether any row was."""
-        lengths = features["attention_mask"].sum(dim=1).tolist()
-        tokenize: Any = self.tokenizer
-        over = [row for row, length in enumerate(lengths) if length > limit]
-        for row in over:
-            excess = int(lengths[row]) - limit
-            parts = [
-                part
-                for message in messages[row]
-                if message["role"] != "system"
-                for part in message["content"]
-                if part["type"] == "text" and part["text"]
-            ]
-            if not parts:
-                raise ValueError(
-                    f"Row {rows[row]} needs {int(lengths[row])} tokens for its media and instruction alone, but the "
-                    f"limit is {limit}. Raise `max_seq_length`, or give smaller or fewer images."
-                )
-            offsets = tokenize(parts[-1]["text"], add_special_tokens=False, return_offsets_mapping=True)
-            starts = [start for start, _ in offsets["offset_mapping"]]
-            parts[-1]["text"] = parts[-1]["text"][: starts[-excess]].rstrip() if excess < len(starts) else ""
-        if over and not self._told_of_cuts:
+    def _tell_of_cuts(self, limit: int, rows: int) -> None:
+        if not self._told_of_cuts:
             self._told_of_cuts = True  # once is enough
-            logger.warning("Texts that make a row longer than %d tokens are cut, here in %d rows.", limit, len(over))
-        return bool(over)
+            logger.warning("Texts that make a row longer than %d tokens are cut, here in %d rows.", limit, rows)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Embed; see the stock module. Image tensors of a batch without images are left out."""

@@ -22,6 +22,7 @@ from unime_st.identity.content import Content
 from unime_st.modules.card_data import EncoderCardData
 from unime_st.modules.checks import loading_note
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
+from unime_st.modules.saved import folder_of, saved_parts
 from unime_st.modules.speed.batches import CPU_TOKENS, NumberedInputs, encoding_order, passes, prepared
 from unime_st.modules.speed.prefixes import shares_prefixes
 
@@ -52,13 +53,12 @@ class MultimodalSentenceTransformer(SentenceTransformer):
 
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, *_: Any, **__: Any) -> Any:
-        """The Trainer's way to load a checkpoint: with our module, for stock code drops the magnitudes of DoRA."""
-        from unime_st.modules.build import load_encoder
-
-        return load_encoder(model_name_or_path, device="cpu")
+        """Load a checkpoint for the Trainer with our module, for stock code drops the magnitudes of DoRA."""
+        parts = saved_parts(folder_of(model_name_or_path), model_kwargs={"dtype": "auto"})
+        return MultimodalSentenceTransformer(device="cpu", **parts)
 
     def get_model_kwargs(self) -> list[str]:
-        """Names of what ``encode`` takes beyond its own arguments: two, see below, and the modules'.
+        """Names of what ``encode`` takes beyond the stock arguments: two of ours, see below, and those of the modules.
 
         ``encode(inputs, batch_size=256, batch_num_tokens=16384)`` prepares 256 inputs at a time and runs the model over
         at most so many of their tokens at once, images' included, what is shared counting once; a longer input is
@@ -74,7 +74,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
 
     @wraps(SentenceTransformer.encode)
     def encode(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As stock, with numbers that are none refused by name."""
+        """Encode as the stock model does; an argument that must be a number, and is none, is refused by name."""
         for name, optional in _NUMBERS.items():
             if name in kwargs:
                 require_number(name, kwargs[name], least=int(name != _WORKERS), optional=optional)

@@ -16,16 +16,10 @@ def streams_media(dataset: Any) -> bool:
 
 
 def refuse_dispatched_media(settings: Mapping[str, Any]) -> None:
-    """Refuse what stock code does with streams: cut each batch's tensors by rows, and send them to the processes.
+    """Refuse training arguments by which accelerate cuts each batch's tensors by rows, for streams of images.
 
-    The patches of a batch's images stand in one tensor that has no rows, so that cut at the number of rows most of them
-    are lost, on one process too; on several, it fails at what is no tensor.
-
-    Args:
-        settings: All training arguments.
-
-    Raises:
-        ValueError: with the argument that prevents it.
+    The patches of a batch's images stand in one tensor that has no rows. Cut at the number of rows, it loses most of
+    them, on one process too; on several processes, accelerate fails at values that are no tensors.
     """
     if (settings.get("accelerator_config") or {}).get("dispatch_batches") is not False:
         raise ValueError(

@@ -21,11 +21,7 @@ class AbsentPart(nn.Module):
     """Stands where a vision part was: no weights, and none are loaded into it."""
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        """Refuse.
-
-        Raises:
-            ValueError: Always, with what to do.
-        """
+        """Refuse images, and say what to do."""
         raise ValueError(no_images())
 
     def _load_from_state_dict(self, *_: Any, **__: Any) -> None:
@@ -46,19 +42,7 @@ def absent_parts(model: nn.Module) -> list[str]:
 
 
 def load_text_model(source: str, config: PretrainedConfig, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load a model whose vision parts are :class:`AbsentPart`.
-
-    Args:
-        source: A Hub name or folder.
-        config: Of the whole model.
-        kwargs: Of ``from_pretrained``.
-
-    Returns:
-        The model, and the loading report, without the keys of the vision parts.
-
-    Raises:
-        ValueError: The model has none of :data:`VISION_PARTS`.
-    """
+    """Load a model whose vision parts are :class:`AbsentPart`, and its report, without the keys of those parts."""
     whole: Any = MODEL_MAPPING[type(config)]
     dropped: list[str] = []
 
@@ -84,15 +68,7 @@ def load_text_model(source: str, config: PretrainedConfig, **kwargs: Any) -> tup
 
 @contextmanager
 def whole_model(model: PreTrainedModel, source: str) -> Iterator[None]:
-    """Within this context a text-only model has its vision parts, read from the backbone's files; then not any more.
-
-    Args:
-        model: Loaded by :func:`load_text_model`, or a whole one, which stays as it is.
-        source: Where it was loaded from.
-
-    Raises:
-        OSError: The files are not there any more.
-    """
+    """Within this context a text-only model has its vision parts, read from the backbone's files in ``source``."""
     names = absent_parts(model)
     if not names:
         yield

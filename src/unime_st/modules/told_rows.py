@@ -1,4 +1,4 @@
-"""What the row holds that an error names by its number among the inputs of a call."""
+"""Telling what the row holds that an error names by its number among the inputs of a call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _IN_SHORT.maxstring = _IN_SHORT.maxother = 120
 
 
 def told_row(error: Exception, inputs: Sequence[Any]) -> str:
-    """How rows are counted, and the input that the error is about, to find it in a data set.
+    """Say how rows are counted, and what the row that an error names holds, to find it in a data set.
 
     Example:
         >>> error = ValueError("Row 1 holds a word too many.")

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
-from unime_st.data.arguments import check_count, check_number
+from unime_st.arguments import require_count, require_number
 from unime_st.data.images import ItemReader
 from unime_st.data.mining.contents import Contents
 from unime_st.data.mining.encoder import MiningEncoder
@@ -118,10 +118,10 @@ def mine_hard_negatives(
         ['bba', 'cb']
     """
     for name, size in (("batch_size", batch_size), ("shard_size", shard_size)):
-        check_count(name, size)
+        require_count(name, size)
     for name, size in (("num_negatives", num_negatives), ("range_min", range_min), ("rows_per_file", rows_per_file)):
-        check_count(name, size, least=-(2**63))  # MiningSettings checks how large they are
-    check_number("patience", patience, above=0)
+        require_count(name, size, least=-(2**63))  # MiningSettings checks how large they are
+    require_number("patience", patience, above=0, whole=False)
     contents = Contents(dataset, by_subset=by_subset, hash_images=hash_images)
     depth = range_min + num_negatives * (10 if sampling_strategy == "random" else 1)
     device = getattr(model, "device", torch.device("cpu"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,8 @@ import pyarrow as pa
 import torch
 from datasets import Features
 
+from unime_st.arguments import require_number
 from unime_st.columns import LABEL_COLUMNS, SUBSET, negative_column
-from unime_st.data.arguments import check_number
 from unime_st.data.mining.contents import Contents
 from unime_st.embedding.approximate import NearestTargets
 from unime_st.embedding.neighbors import DEPTH, Forbidden, Nearest, approximate_nearest, exact_nearest
@@ -38,7 +39,7 @@ class MiningSettings:
     def check(self) -> None:
         """Refuse settings that are out of range."""
         if self.margin is not None:
-            check_number("margin", self.margin)
+            require_number("margin", self.margin, above=-math.inf, whole=False)
         if self.num_negatives < 1:
             raise ValueError(f"`num_negatives={self.num_negatives}`, but at least 1 must be mined.")
         if not 0 <= self.range_min <= self.range_max - self.num_negatives:

@@ -11,9 +11,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
-from unime_st.arguments import require_path
+from unime_st.arguments import require_count, require_path
 from unime_st.columns import LABEL, LABEL_COLUMNS
-from unime_st.data.arguments import check_count
 from unime_st.data.teacher.identity import teacher_folder, teacher_identity
 from unime_st.data.teacher.rows import check_embeddings, checked_labels, refuse_one_text
 from unime_st.embedding.missing import embed_missing
@@ -202,7 +201,7 @@ def _fill_store(
     folder = require_path("cache_dir", cache_dir)
     if not isinstance(texts, Sized):
         raise TypeError(f"`texts` is a {type(texts).__name__}, but a list of texts is needed.")
-    check_count("batch_size", batch_size)
+    require_count("batch_size", batch_size)
     if not len(texts):
         raise ValueError("There are no texts to embed.")
     by_row = key_array(_text_keys(texts))

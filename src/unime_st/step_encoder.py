@@ -1,0 +1,78 @@
+"""What a training step may ask of the module that turns inputs into states, and how that module is found in a model.
+
+A loss asks for nothing else of an encoder than what :class:`StepEncoder` says. A :class:`PlainEncoder` stands for
+encoders that know nothing of it, such as the stock ``Transformer``, so that a loss treats all models alike.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+
+
+@runtime_checkable
+class StepEncoder(Protocol):
+    """The first module of a SentenceTransformer, as losses and callbacks of the Trainer see it.
+
+    Attributes:
+        relative_positions: Whether padding before a row changes nothing, so that a mini-batch may leave it out.
+    """
+
+    relative_positions: bool
+
+    def keeping_features(self) -> AbstractContextManager[None]:
+        """Within this context, a training step, features are kept that its second pass would compute again."""
+
+    def embeddings_alone(self, *, last_token_only: bool) -> AbstractContextManager[None]:
+        """Within this context only embeddings are asked for, so that whatever they do not need may be left out.
+
+        With ``last_token_only`` they are made of the state of each row's last token alone.
+        """
+
+    def forget_features(self) -> None:
+        """Forget what is kept between steps."""
+
+
+class PlainEncoder:
+    """Stands for an encoder that keeps nothing and leaves nothing out."""
+
+    relative_positions = False
+
+    def keeping_features(self) -> AbstractContextManager[None]:
+        """Change nothing."""
+        return nullcontext()
+
+    def embeddings_alone(self, *, last_token_only: bool) -> AbstractContextManager[None]:  # noqa: ARG002 the protocol's
+        """Change nothing."""
+        return nullcontext()
+
+    def forget_features(self) -> None:
+        """Do nothing: there is nothing to forget."""
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside what accelerate and torch.compile put around it."""
+    while hasattr(model, "_orig_mod") or isinstance(getattr(model, "module", None), nn.Module):
+        model = getattr(model, "_orig_mod", None) or model.module
+    return model
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether a model is compiled, beneath a wrapper of accelerate or not."""
+    while not hasattr(model, "_orig_mod") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+
+
+def first_module(model: Any) -> Any:
+    """The module that turns inputs into states, the first of a SentenceTransformer; None where there are no modules."""
+    inner = unwrapped(model)
+    return inner[0] if isinstance(inner, nn.Sequential) and len(inner) else None
+
+
+def step_encoder(model: Any) -> StepEncoder:
+    """The encoder of a model, wrapped or not; a :class:`PlainEncoder` for any model whose encoder is none."""
+    found = first_module(model)
+    return found if isinstance(found, StepEncoder) else PlainEncoder()
