@@ -161,7 +161,7 @@ def test_tight_rows_fall_back_on_the_first_plan(monkeypatch, caplog):
     """When an epoch's draw cannot fill what the first plan filled, its batches come again in another order."""
     dataset = table()
     sampler, first = batches_of(dataset, 2, drop_last=False)
-    monkeypatch.setattr("unime_st.samplers.planning._EPOCH_TRIES", 0)
+    monkeypatch.setattr("unime_st.samplers.planning.plan._EPOCH_TRIES", 0)
     with caplog.at_level(logging.INFO):
         sampler.set_epoch(1)
         again = list(sampler)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from two_processes import run_two
-from unime_st.samplers import neighbors
-from unime_st.samplers.guide import GuideEmbeddings
-from unime_st.samplers.neighbor_store import NeighborStore
-from unime_st.samplers.neighbors import find_neighbors
+from unime_st.samplers.guide import neighbors
+from unime_st.samplers.guide.embeddings import GuideEmbeddings
+from unime_st.samplers.guide.neighbors import find_neighbors
+from unime_st.samplers.guide.store import NeighborStore
 
 
 def guides(queries, targets):
@@ -139,7 +139,7 @@ def test_what_was_found_is_kept_and_nothing_half(tmp_path, monkeypatch):
     calls = []
     real = find_neighbors
     monkeypatch.setattr(
-        "unime_st.samplers.neighbor_store.find_neighbors", lambda *a, **k: (calls.append(1), real(*a, **k))[1]
+        "unime_st.samplers.guide.store.find_neighbors", lambda *a, **k: (calls.append(1), real(*a, **k))[1]
     )
     first = store.load_or_find(*sides, **options)
     again = store.load_or_find(*sides, **options)

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from unime_st.samplers.conflicts import find_conflicts
-from unime_st.samplers.packing import compatible, pack
-from unime_st.samplers.together import draw_together
+from unime_st.samplers.planning.conflicts import find_conflicts
+from unime_st.samplers.planning.packing import compatible, pack
+from unime_st.samplers.planning.together import draw_together
 
 
 def clash(identities, pairs, rows):

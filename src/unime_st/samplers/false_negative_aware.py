@@ -18,11 +18,11 @@ from unime_st.arguments import require_number
 from unime_st.columns import SUBSET
 from unime_st.functional import check_margin
 from unime_st.identity.rows import row_identities, subset_numbers
-from unime_st.samplers.conflicts import Conflicts, find_conflicts
-from unime_st.samplers.guide import GuideEmbeddings
-from unime_st.samplers.neighbor_store import NeighborStore
-from unime_st.samplers.neighbors import Neighbors, find_neighbors
-from unime_st.samplers.planning import HardRows, Plan, Planner
+from unime_st.samplers.guide.embeddings import GuideEmbeddings
+from unime_st.samplers.guide.neighbors import Neighbors, find_neighbors
+from unime_st.samplers.guide.store import NeighborStore
+from unime_st.samplers.planning.conflicts import Conflicts, find_conflicts
+from unime_st.samplers.planning.plan import HardRows, Plan, Planner
 
 logger = logging.getLogger(__name__)
 

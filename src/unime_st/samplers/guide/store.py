@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from unime_st.files import checksum, remove_leftovers, write_atomically
-from unime_st.samplers.guide import GuideEmbeddings
-from unime_st.samplers.neighbors import Neighbors, find_neighbors
+from unime_st.samplers.guide.embeddings import GuideEmbeddings
+from unime_st.samplers.guide.neighbors import Neighbors, find_neighbors
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _DAMAGE = (
 
 
 class NeighborStore:
-    """A folder of :class:`~unime_st.samplers.neighbors.Neighbors`, each under a digest of all that it depends on.
+    """A folder of :class:`~unime_st.samplers.guide.neighbors.Neighbors`, each under a digest of all that it depends on.
 
     The files are ``neighbors-<digest>.<array>.npy`` and, written last, ``neighbors-<digest>.json`` with checksums of
     all; without it the arrays do not count, so a killed process leaves nothing that would be taken for whole. Results

@@ -12,8 +12,8 @@ import torch
 from unime_st.arguments import require_number
 from unime_st.embedding.approximate import MANY_PROBES, NearestTargets
 from unime_st.functional import above_margin, check_margin
-from unime_st.samplers.guide import GuideEmbeddings
-from unime_st.samplers.planning import split_by
+from unime_st.samplers.guide.embeddings import GuideEmbeddings
+from unime_st.samplers.planning.plan import split_by
 
 logger = logging.getLogger(__name__)
 

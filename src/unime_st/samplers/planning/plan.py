@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unime_st.samplers.conflicts import Conflicts
-from unime_st.samplers.packing import compatible, pack
-from unime_st.samplers.together import draw_together
+from unime_st.samplers.planning.conflicts import Conflicts
+from unime_st.samplers.planning.packing import compatible, pack
+from unime_st.samplers.planning.together import draw_together
 
 logger = logging.getLogger(__name__)
 

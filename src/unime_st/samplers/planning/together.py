@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from unime_st.samplers.conflicts import Conflicts
+from unime_st.samplers.planning.conflicts import Conflicts
 
 _BLOCK = 4096
 _VICTIMS = 4

@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 
 import numpy as np
 
-from unime_st.samplers.conflicts import Conflicts
+from unime_st.samplers.planning.conflicts import Conflicts
 
 _BLOCK = 4096
 _LOOKS = 32
@@ -128,7 +128,7 @@ class _OpenBins:
 def compatible(conflicts: Conflicts, rows: np.ndarray, limit: int) -> np.ndarray:
     """The first rows, at most ``limit``, of which no two conflict.
 
-    >>> from unime_st.samplers.conflicts import find_conflicts
+    >>> from unime_st.samplers.planning.conflicts import find_conflicts
     >>> compatible(find_conflicts([np.array([5, 5, 6])], None, 3), np.array([0, 1, 2]), limit=3).tolist()
     [0, 2]
     """

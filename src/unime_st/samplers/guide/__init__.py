@@ -1,0 +1,1 @@
+"""What a guide says of rows: ``embeddings`` reads it, ``neighbors`` compares, ``store`` keeps what was found."""
