@@ -16,7 +16,7 @@ from emoji.pipeline import Demo
 from emoji.reporting import does_it_see
 from emoji.settings import MEANS_NOTHING, SHORT, DemoSettings, StageSettings
 from tiny_data import tiny_teacher
-from unime_st.evaluation import encoding
+from unime_st.embedding import distinct as encoding
 
 SETTINGS = DemoSettings(
     layers=(0, 1),

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 from torch import nn
 
+from unime_st.embedding import cache as cache_module
 from unime_st.embedding.distinct import encode_indexed
 from unime_st.embedding.sections import remove_section
 from unime_st.evaluation import BrokenItemError, EmbeddingCache, encode_distinct, model_fingerprint
-from unime_st.evaluation import cache as cache_module
 
 ITEMS = [f"text {number % 40}" for number in range(100)]
 

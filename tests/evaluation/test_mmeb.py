@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 from evaluation_fakes import TableModel, cosines, numbered_picture
 
-from unime_st.evaluation import MMEBEvaluator, encoding
+from unime_st.embedding import distinct as encoding
+from unime_st.evaluation import MMEBEvaluator
 from unime_st.evaluation.mmeb import inputs as mmeb_inputs
 from unime_st.evaluation.mmeb.evaluator import IN_DISTRIBUTION, META_TASKS
 

@@ -7,7 +7,8 @@ from evaluation_fakes import HashModel
 from test_mmeb import write_task
 
 from two_processes import run_two
-from unime_st.evaluation import MMEBEvaluator, encoding
+from unime_st.embedding import distinct as encoding
+from unime_st.evaluation import MMEBEvaluator
 
 TASKS = {"VOC2007": [(1, [1, 3]), (5, [5, 7]), (2, [4, 6])], "CIRR": [(9, [9, 11]), (2, [6, 4]), (13, [15, 17, 19])]}
 

@@ -117,33 +117,14 @@ def encode_indexed(
     on_error: OnError = "raise",
     prepare: Callable[[Any], Any] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Encode items as :func:`encode_distinct` does, without repeating equal rows.
+    """Encode items as :func:`encode_distinct` does, without repeating equal rows; every process makes this call.
 
-    What the cache lacks is one queue: items that begin alike (the same image) in one chunk, the most costly chunk
-    first. With several processes chunks are dealt out in turn and the embeddings exchanged, so that all end with the
-    same; every process must call this with the same items.
+    With ``on_error="report"`` items that cannot be read or encoded are left out: those of a batch that fails are found
+    by halving it, and the rest of it is kept. ``prepare`` makes of an item what the model encodes, late, such as an
+    opened and resized image; what it does must be part of the cache's settings.
 
-    Args:
-        model: See :func:`encode_distinct`, as for all below.
-        items: What to encode.
-        cache: Where embeddings are kept.
-        batch_size: Items a forward pass.
-        prompt: Instruction for all items.
-        prompt_name: Name of one of the model's prompts.
-        show_progress_bar: Whether to show progress.
-        on_error: "raise", or "report" to go on without the items that cannot be read or encoded. Those of a batch that
-            fails are found by halving it; the rest of it is kept.
-        prepare: Makes of an item what the model encodes, late: opens and resizes its image. What it does must be part
-            of the cache's settings.
-
-    Returns:
-        Embeddings of the distinct items, shape (U, D), float32, in the order of first appearance; the row of each item,
-        shape (N,), -1 for one that failed; and item number -> error for those. (0, 0) when all failed.
-
-    Raises:
-        BrokenItemError: With "raise", if an item cannot be read or encoded; with both, if its embedding is not finite.
-        TypeError: If ``items`` is a single one.
-        ValueError: If there are no items, or ``prompt_name`` is not one of the model's.
+    Returns embeddings of the distinct items ``(U, D)``, float32, in the order of first appearance, ``(0, 0)`` when all
+    failed; the row of each item ``(N,)``, -1 for one that failed; and item number -> error for those.
     """
     if isinstance(items, str | bytes | Mapping):
         raise TypeError(f"`items` is one item, {shown(items)}, and not a list of them: give [item].")
@@ -159,39 +140,10 @@ def encode_indexed(
     found = {key: row for key, row in zip(distinct, section.get(distinct), strict=True) if row is not None}
     missing = {key for key in distinct if key not in found}
     run.has_worked = bool(found)
-    alone = getattr(model, "_distributed_inference", None) is not None  # the Trainer shares out `encode` itself
-    share, of = (0, 1) if alone else (rank(), world_size())
-    if of > 1:  # all have looked before any writes; what one lacks, all take as missing
-        missing = set().union(*gather_objects(missing))
-    queue = sorted(missing, key=lambda key: (*run.beginning(key), key))
-    step = batch_size * _BATCHES_A_CHUNK
-    chunks = [queue[start : start + step] for start in range(0, len(queue), step)]
-    chunks.sort(key=lambda chunk: -sum(map(run.cost, chunk)))
-    fresh: dict[str, np.ndarray] = {}
-    failure: BrokenItemError | None = None
-    with _progress(len(queue), len(distinct), show_progress_bar) as bar:
-        for chunk in chunks[share::of]:
-            try:
-                made = run.encode(chunk)
-            except BrokenItemError as error:
-                if of == 1:
-                    raise
-                failure = error
-                break
-            if made:
-                section.add(list(made), np.stack(list(made.values())))
-            fresh.update(made)
-            bar.update(len(chunk) * of)
-    if of > 1:
-        shared = gather_objects((fresh, run.errors, failure and (failure.position, failure.reason)))
-        if failures := [failed for *_, failed in shared if failed]:
-            raise BrokenItemError(*min(failures))
-        for part, errors, _ in shared:
-            fresh.update(part)
-            run.errors.update(errors)
+    fresh, encoded = run.fill(missing, section, len(distinct), show_progress_bar)
     found.update(fresh)
     logger.info("%d items, %d distinct: %d from the cache, %d encoded", len(items), len(distinct),
-                len(distinct) - len(queue), len(fresh))  # fmt: skip
+                len(distinct) - encoded, len(fresh))  # fmt: skip
     kept = [key for key in distinct if key in found]
     place = {key: row for row, key in enumerate(kept)}
     index = np.array([place.get(key, -1) for key in keys], dtype=np.int64)
@@ -260,12 +212,57 @@ class _Run:
             self.first[content.fingerprint], self.contents[content.fingerprint] = row, content
         return content.fingerprint
 
-    def beginning(self, key: str) -> tuple[int, tuple[bytes, ...], str]:
+    def fill(
+        self, missing: set[str], section: Section, distinct: int, shown: bool | None
+    ) -> tuple[dict[str, np.ndarray], int]:
+        """Encode what is missing into a section; embeddings of all processes by key, and how many were asked for.
+
+        It is one queue: items that begin alike (the same image) in one chunk, the most costly chunk first. With several
+        processes chunks are dealt out in turn and the embeddings exchanged, so that all end with the same.
+        """
+        alone = getattr(self.model, "_distributed_inference", None) is not None  # the Trainer shares `encode` out
+        share, of = (0, 1) if alone else (rank(), world_size())
+        if of > 1:  # all have looked before any writes; what one lacks, all take as missing
+            missing = set().union(*gather_objects(missing))
+        queue = sorted(missing, key=lambda key: (*self._beginning(key), key))
+        step = self.batch_size * _BATCHES_A_CHUNK
+        chunks = [queue[start : start + step] for start in range(0, len(queue), step)]
+        chunks.sort(key=lambda chunk: -sum(map(self._cost, chunk)))
+        fresh: dict[str, np.ndarray] = {}
+        failure: BrokenItemError | None = None
+        with _progress(len(queue), distinct, shown) as bar:
+            for chunk in chunks[share::of]:
+                try:
+                    made = self.encode(chunk)
+                except BrokenItemError as error:
+                    if of == 1:
+                        raise
+                    failure = error
+                    break
+                if made:
+                    section.add(list(made), np.stack(list(made.values())))
+                fresh.update(made)
+                bar.update(len(chunk) * of)
+        if of > 1:
+            fresh = self._exchanged(fresh, failure)
+        return fresh, len(queue)
+
+    def _exchanged(self, fresh: dict[str, np.ndarray], failure: BrokenItemError | None) -> dict[str, np.ndarray]:
+        """What all processes have encoded, and their errors."""
+        shared = gather_objects((fresh, self.errors, failure and (failure.position, failure.reason)))
+        if failures := [failed for *_, failed in shared if failed]:
+            raise BrokenItemError(*min(failures))
+        for part, errors, _ in shared:
+            fresh = fresh | part
+            self.errors.update(errors)
+        return fresh
+
+    def _beginning(self, key: str) -> tuple[int, tuple[bytes, ...], str]:
         """Brings into one chunk what an encoder can share: number of images, which they are, the text."""
         content = self.contents[key]
         return len(content.media), content.media, content.text
 
-    def cost(self, key: str) -> int:
+    def _cost(self, key: str) -> int:
         """Tokens, roughly: letters by four, and an image as a thousand letters."""
         content = self.contents[key]
         return len(content.media) * _LETTERS_AN_IMAGE + len(content.text)

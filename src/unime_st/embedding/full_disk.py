@@ -14,14 +14,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 def explained_full_disk(folder: Path) -> Iterator[None]:
     """Within this context an error for want of space names the folder and says what to do.
 
-    Raises:
-        OSError: In place of that error.
-
-    Example:
-        >>> with explained_full_disk(Path("cache")):
-        ...     raise OSError(errno.ENOSPC, "No space left on device")
-        Traceback (most recent call last):
-        OSError: [Errno 28] The disk of cache is full (...). What was written before is whole: free some space and ...
+    >>> with explained_full_disk(Path("cache")):
+    ...     raise OSError(errno.ENOSPC, "No space left on device")
+    Traceback (most recent call last):
+    OSError: [Errno 28] The disk of cache is full (...). What was written before is whole: free some space and ...
     """
     try:
         yield

@@ -30,22 +30,11 @@ def embed_missing(
 ) -> None:
     """Embed the inputs whose keys a store lacks; when this returns, it has all of them.
 
-    Each process embeds the inputs that are its own by their key, whatever the others have done by then, and then waits
-    for the files of the others: no collective, whose time limit a long wait would hit. Inputs go from the largest to
-    the smallest, so that batches hold like sizes, and a run that goes on after a kill makes the batches that were left.
-
-    Args:
-        store: Where embeddings are kept.
-        keys: ``(n,)``, all different; see :func:`~unime_st.embedding.store.key_array`.
-        sizes: ``(n,)`` how long each input is, in any unit.
-        embed: Takes places ``(m,)`` in ``keys`` and returns their embeddings ``(m, D)``.
-        shard_size: Inputs embedded at a time, which make one file: what a kill can cost.
-        description: Of the inputs' purpose, for the log and the progress bar.
-        show_progress_bar: Show how many of this process's inputs are done.
-        patience: Seconds without a new file after which this process embeds what another owes.
-
-    Raises:
-        ValueError: When ``shard_size`` is below 1.
+    Each process embeds the inputs that are its share by their keys, whatever the others have done by then, and waits
+    for the files of the others: a collective's time limit would be hit by a long wait. ``embed`` takes places ``(m,)``
+    in ``keys`` ``(n,)`` and returns embeddings ``(m, D)``; ``shard_size`` of them make one file, which is what a kill
+    can cost. Inputs go from the largest to the smallest by ``sizes`` ``(n,)``, so that batches hold like sizes, and a
+    run that goes on after a kill makes the batches that were left.
     """
     require_count("shard_size", shard_size, least=0)
     if shard_size < 1:

@@ -31,12 +31,7 @@ _OPEN_FILES = 256  # each map holds a file descriptor, and every worker of a dat
 
 
 def key_array(keys: Iterable[bytes]) -> np.ndarray:
-    """Pack keys of 16 bytes into an array ``(n,)``, a twentieth of what they take as Python objects.
-
-    Example:
-        >>> len(key_array([bytes(16), b"k" * 16]))
-        2
-    """
+    """Pack keys of 16 bytes into an array ``(n,)``, which takes a twentieth of the memory of Python objects."""
     return np.frombuffer(b"".join(keys), dtype=_KEY)
 
 
@@ -46,13 +41,6 @@ class EmbeddingStore:
     Each file is one numpy record: the keys ``(n,)``, their embeddings ``(n, D)`` and a checksum of both, which is
     compared once, when the file is found; copies in other processes, such as a data loader's, rely on that. As a data
     set's transform, it replaces numbers in the ``label`` column by the embeddings with those numbers.
-
-    Attributes:
-        folder: Where it is.
-        dimension: Of the embeddings; None while there are none.
-
-    Raises:
-        ValueError: When a file is damaged, naming it, or holds embeddings of another dimension.
 
     Example:
         >>> import tempfile
@@ -107,13 +95,7 @@ class EmbeddingStore:
         return np.where(ordered[places] == keys, order[places], -1)
 
     def add(self, keys: np.ndarray, embeddings: np.ndarray) -> None:
-        """Write embeddings ``(n, D)`` in one file; it is there when this returns, and not in parts before.
-
-        Embeddings of more than a gigabyte become several files.
-
-        Raises:
-            OSError: When the disk is full, with the folder and what to do.
-        """
+        """Write embeddings ``(n, D)`` in one file, more than a gigabyte in several; a file is there whole or not."""
         rows = max(1, _FILE_BYTES // (KEY_BYTES + 4 * embeddings.shape[1]))
         for start in range(0, len(keys), rows):
             part = slice(start, start + rows)

@@ -22,24 +22,14 @@ _SAY_EVERY = 60.0
 class Waiting:
     """One process's wait for the files of others; each new file gives them their whole time again.
 
-    The log tells at the start, and every minute, who is waited for, since when, and for how long yet.
+    The log says at the start, and every minute, who is waited for, since when, and for how long yet.
 
-    Args:
-        description: Of the work, for the log.
-        folder: Where the files are to come.
-        patience: Seconds without a new file.
-
-    Raises:
-        TypeError: When ``patience`` is no number.
-        ValueError: When it is not above 0.
-
-    Example:
-        >>> waiting = Waiting("Teacher", Path("cache"), patience=0.05)
-        >>> rounds = 0
-        >>> while waiting.goes_on([1], "3 inputs"):
-        ...     rounds += 1
-        >>> rounds > 0
-        True
+    >>> waiting = Waiting("Teacher", Path("cache"), patience=0.05)
+    >>> rounds = 0
+    >>> while waiting.goes_on([1], "3 inputs"):
+    ...     rounds += 1
+    >>> rounds > 0
+    True
     """
 
     def __init__(self, description: str, folder: Path, patience: float = PATIENCE) -> None:
@@ -55,12 +45,7 @@ class Waiting:
         self._news, self._pause = time.monotonic(), _FIRST_PAUSE
 
     def goes_on(self, ranks: Iterable[int], owed: str) -> bool:
-        """Sleep a moment; whether there is still hope.
-
-        Args:
-            ranks: Numbers of the processes that owe something.
-            owed: What, in words.
-        """
+        """Sleep a moment; whether there is still hope that ``ranks`` bring what is ``owed``."""
         now = time.monotonic()
         left = self._patience - (now - self._news)
         if left <= 0:
