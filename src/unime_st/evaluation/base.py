@@ -106,22 +106,26 @@ class EmbeddingEvaluator(SentenceEvaluator):
         """What each row contributed to the last call's metrics, by task; written beside them, to be compared."""
         raise NotImplementedError
 
-    def finish(
-        self, model: Any, metrics: Mapping[str, float], output_path: str | None, epoch: float, steps: int
+    def measure(self, model: Any) -> dict[str, float]:
+        """Evaluate a model; the metrics, without the evaluator's name."""
+        raise NotImplementedError
+
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
-        """Name the metrics, note them for the model card, write them to files.
+        """Evaluate a model, note the metrics for its card, and write them to files.
 
         Args:
-            model: The model evaluated.
-            metrics: Metrics without the evaluator's name.
-            output_path: Folder for the files, or None.
-            epoch: As given to the call.
-            steps: As given to the call.
+            model: A ``SentenceTransformer``.
+            output_path: Folder for the results, or None.
+            epoch: The epoch, which is written into the results.
+            steps: The step, which is written into the results.
 
         Returns:
-            The metrics with the evaluator's name.
+            The metrics, see the class.
         """
-        named = self.prefix_name_to_metrics(dict(metrics), self.name)
+        metrics = self.measure(model)
+        named = self.prefix_name_to_metrics(metrics, self.name)
         outcomes = self.outcomes()
         if rank() == 0 and (told := told_of_ties(outcomes)):
             logger.warning("%s: %s", self.name or type(self).__name__, told)

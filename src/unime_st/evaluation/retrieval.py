@@ -187,20 +187,8 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         shuffled = {} if self.shuffle_images_seed is None else {"shuffle_images_seed": self.shuffle_images_seed}
         return {**super().get_config_dict(), **sizes, **shuffled}
 
-    def __call__(
-        self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
-    ) -> dict[str, float]:
-        """Evaluate a model.
-
-        Args:
-            model: A ``SentenceTransformer``.
-            output_path: Folder for the results, or None.
-            epoch: The epoch, which is written into the results.
-            steps: The step, which is written into the results.
-
-        Returns:
-            The metrics, see the class.
-        """
+    def measure(self, model: Any) -> dict[str, float]:
+        """Evaluate a model; the metrics, without the evaluator's name."""
         items = [*map(image_item, self.images), *map(text_item, self.texts)]
         embeddings, index, _ = self.encode(model, items, self._where)
         images, image_place = _once(index[: len(self.images)])
@@ -223,7 +211,7 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
             "text_to_image": [[int(place)] for place in images[image_place[self.image_of]]],
             "image_to_text": [texts[own].tolist() for own in captions_of],
         }
-        return self.finish(model, self._metrics(), output_path, epoch, steps)
+        return self._metrics()
 
     def _where(self, item: int) -> str:
         number = item - len(self.images)

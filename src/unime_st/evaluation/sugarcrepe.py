@@ -193,20 +193,8 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
         rows = {set_name: len(rows) for set_name, rows in self.sets.items()}
         return {**super().get_config_dict(), "rows": rows, "groups": self.groups}
 
-    def __call__(
-        self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
-    ) -> dict[str, float]:
-        """Evaluate a model.
-
-        Args:
-            model: A ``SentenceTransformer``.
-            output_path: Folder for the results, or None.
-            epoch: The epoch, which is written into the results.
-            steps: The step, which is written into the results.
-
-        Returns:
-            The metrics, see the class.
-        """
+    def measure(self, model: Any) -> dict[str, float]:
+        """Evaluate a model; the metrics, without the evaluator's name."""
         cells = [
             cell
             for rows in self.sets.values()
@@ -223,7 +211,7 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
             positive, negative = ((unit[image] * unit[caption]).sum(axis=1) for caption in (right, wrong))
             self.scores[set_name] = PreferenceScores(positive, negative)
             start += len(rows)
-        return self.finish(model, self._metrics(), output_path, epoch, steps)
+        return self._metrics()
 
     def _where(self, item: int) -> str:
         row, cell = divmod(item, 3)

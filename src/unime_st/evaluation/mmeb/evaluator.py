@@ -173,20 +173,8 @@ class MMEBEvaluator(EmbeddingEvaluator):
         own = {"max_pixels": self.max_pixels, "image_size": self.image_size}
         return {key: value for key, value in own.items() if value is not None}
 
-    def __call__(
-        self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
-    ) -> dict[str, float]:
-        """Evaluate a model.
-
-        Args:
-            model: A ``SentenceTransformer``.
-            output_path: Folder for the results, or None.
-            epoch: The epoch, which is written into the results.
-            steps: The step, which is written into the results.
-
-        Returns:
-            The metrics, see the class.
-        """
+    def measure(self, model: Any) -> dict[str, float]:
+        """Evaluate a model; the metrics, without the evaluator's name."""
         self.results, self.errors = {}, {}
         read = self._read()
         items, owner, places = distinct_inputs(read)
@@ -206,7 +194,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
                 logger.info("%s: %s %.4f, %d rows, %d of them decided by ties", *told)
         if not self.results:
             raise ValueError(f"None of the tasks could be evaluated; the first: {next(iter(self.errors.values()))[0]}")
-        return self.finish(model, self._metrics(), output_path, epoch, steps)
+        return self._metrics()
 
     def _read(self) -> dict[str, tuple[EvalTask, np.ndarray]]:
         """Read each task, and draw the rows that are evaluated."""
