@@ -353,8 +353,8 @@ def test_a_full_cache_on_a_disk_that_is_not_to_be_written_is_served(tmp_path, mo
     def refuses(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    for name in ("teacher.identity.write_atomically", "store.embeddings.write_atomically"):
-        monkeypatch.setattr(f"unime_st.data.{name}", refuses)
+    for name in ("data.teacher.identity.write_atomically", "embedding.store.write_atomically"):
+        monkeypatch.setattr(f"unime_st.{name}", refuses)
     monkeypatch.setattr("unime_st.embedding.store.remove_leftovers", refuses)
     assert np.array_equal(embed(Counting(), texts, tmp_path), expected)
     assert shard.exists()
