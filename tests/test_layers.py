@@ -33,6 +33,8 @@ LAYERS = {
     "evaluation": 3,
     "hub": 3,
     "model_card": 3,
+    "training": 3.5,
+    "cli": 4,
     "demo": 4,
     "published_card": 4,
 }

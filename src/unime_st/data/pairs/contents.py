@@ -27,17 +27,23 @@ def row_contents(rows: Dataset, reader: ItemReader, *, show_progress_bar: bool =
     Returns:
         ``(N, 2)``; equal numbers are equal contents, of queries and targets alike. -1 where nothing can be known.
     """
+    ids = content_ids(rows, reader, show_progress_bar=show_progress_bar)
+    numbers = np.unique(ids, return_inverse=True)[1].reshape(ids.shape)
+    return np.where(ids < 0, -1, numbers)
+
+
+def content_ids(rows: Dataset, reader: ItemReader, *, show_progress_bar: bool = False) -> np.ndarray:
+    """Know the contents of queries and targets by hashes, ``(N, 2)``, the same in every run; -1 for a missing file."""
     columns = training_columns(rows.column_names)
     sides = [columns.anchor, columns.positive or columns.anchor]
     found = np.full((len(rows), 2), -1, dtype=np.int64)
     digests: dict[str, Any] = {}
-    seen: dict[int, int] = {}
     stored = rows.select_columns(list(dict.fromkeys(sides)))
     for row, cells in enumerate(tqdm(stored, desc="Comparing rows", disable=not show_progress_bar)):
         for side, name in enumerate(sides):
             item = _readable(cells[name], reader, digests)
             if item is not None:
-                found[row, side] = seen.setdefault(content_id(item, read_files=False), len(seen))
+                found[row, side] = content_id(item, read_files=False)
     return found
 
 
