@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from tiny import picture
-from unime_st.data import load_inputs, load_pairs
+from unime_st.data import bad_image_report, check_pairs, load_inputs, load_pairs
 
 
 @pytest.fixture
@@ -175,3 +175,25 @@ def test_lists_that_do_not_fit(folder):
 def test_every_row_dropped(folder):
     path = written(folder, "caption,image\nx,none.png\n")
     refused(path, "no row is left. `check_pairs` tells", bad_images="drop")
+
+
+def test_paths_below_no_folder(folder):
+    rows = Dataset.from_dict({"caption": ["x"], "image": ["a.png"]})
+    refused(rows, r"the data set, row 0, column 'image': 'a.png' is the path of a file, .* Give `image_root`")
+
+
+def test_labels_that_mean_something_else(folder):
+    path = written(folder, "query,target,label\na,x,1\nb,y,1\n")
+    told = check_pairs(load_pairs(path)).problems
+    assert told[0].startswith("All 2 rows have one label, so none is a negative of another.")
+    assert not check_pairs(load_pairs(path, label="")).problems
+    assert load_pairs(path, label="").column_names == ["anchor", "positive"]
+
+
+def test_bad_images_are_logged_by_data_set_and_line(folder):
+    path = written(folder, "caption,image\nx,a.png\ny,none.png\n")
+    log = folder / "bad.jsonl"
+    rows = load_pairs(path, max_bad_images=1, bad_images_log=log)[:]
+    assert [item["text"] for item in rows["anchor"]] == ["x", "x"]
+    assert bad_image_report(log) == {"rows.csv": 1}
+    assert json.loads(log.read_text())["row"] == 3

@@ -1,15 +1,18 @@
 """Pairs from every format, column for column, and as the Trainer's loss takes them."""
 
 import csv
+import gc
 import json
 import pickle
+import tracemalloc
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
 from tiny import picture, tiny_encoder
-from unime_st.data import load_inputs, load_pairs
+from unime_st.data import load_inputs, load_mined_negatives, load_pairs, mine_hard_negatives
 from unime_st.losses import HardNegativeInfoNCELoss
 from unime_st.samplers import FalseNegativeAwareBatchSampler
 
@@ -254,3 +257,36 @@ def test_inputs_to_encode(photos):
     assert dict(load_inputs(photos / "pairs.csv", columns="caption"))["a red, picture"] == {"text": "a red, picture"}
     (photos / "pairs.csv").unlink()
     assert len(load_inputs(photos)) == 4
+
+
+def test_negatives_are_mined_over_them(photos, tmp_path):
+    rows_of(photos, ".csv")
+    model = tiny_encoder("qwen2_vl", tmp_path / "model")
+    folder = mine_hard_negatives(
+        load_pairs(photos / "pairs.csv"), model, tmp_path / "mined", num_negatives=2, margin=None
+    )
+    mined = load_mined_negatives(folder)
+    assert mined.column_names == ["anchor", "positive", "negative_1", "negative_2"]
+    for row in mined:
+        shown = [row[name]["image"].getpixel((39, 0)) for name in mined.column_names[1:]]
+        assert len(set(shown)) == 3
+        assert shown[0] == picture(row["anchor"]["text"].split()[1].rstrip(",")).getpixel((39, 0))
+
+
+def test_images_in_a_file_stay_in_the_file(tmp_path):
+    features = Features({"image": Image(), "text": Value("string")})
+    images = [{"bytes": bytes([number]) * 1_000_000, "path": None} for number in range(60)]
+    rows = Dataset.from_dict({"image": images, "text": [f"t{number}" for number in range(60)]}, features=features)
+    rows.save_to_disk(tmp_path / "saved")
+    del rows, images
+    gc.collect()
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    try:
+        pairs = load_pairs(tmp_path / "saved")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak + pa.total_allocated_bytes() - before < 10_000_000
+    assert pairs.with_format(None)[7]["positive"]["image"]["bytes"] == bytes([7]) * 1_000_000
+    assert len(pickle.dumps(pairs.format["format_kwargs"]["transform"])) < 1_000_000

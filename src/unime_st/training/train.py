@@ -29,6 +29,8 @@ from unime_st.training.settings import PairsTraining
 
 logger = logging.getLogger(__name__)
 
+_FEW = 50
+
 PROVENANCE = "training.json"
 """In the exported encoder: what it was trained from, on how many rows, by which settings, and its scores."""
 
@@ -93,7 +95,13 @@ def train_pairs(
     output = Path(output_dir)
     report = check_pairs(pairs, batch_size=settings.per_device_train_batch_size)
     report.raise_for_problems()
-    train, held = (pairs, eval_pairs) if eval_pairs else split_pairs(pairs, settings.held_out, seed=settings.seed)
+    if eval_pairs is not None:
+        check_pairs(eval_pairs).raise_for_problems()
+        train, held = pairs, eval_pairs
+    else:
+        train, held = split_pairs(pairs, settings.held_out, seed=settings.seed)
+    if len(held) < _FEW:
+        logger.warning("Only %d rows are held out: their scores say little. Raise `held_out`.", len(held))
     if len(train) < settings.per_device_train_batch_size:
         logger.warning("%d rows are fewer than a batch: it is lowered to them.", len(train))
         settings = replace(settings, per_device_train_batch_size=max(2, len(train)))

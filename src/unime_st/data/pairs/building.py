@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -80,7 +81,10 @@ def join_columns(source: Source, columns: Sequence[Cells], name: str) -> Pairs:
 def _dataset(arrays: dict[str, pa.ChunkedArray], features: dict[str, Any]) -> Dataset:
     known = Features(features)
     table = pa.table({name: array.cast(known.arrow_schema.field(name).type) for name, array in arrays.items()})
-    return Dataset(table, info=DatasetInfo(features=known))
+    # A hash of what is stored would read images that a file holds.
+    stored = any(isinstance(feature.get("image"), ImageFeature | ListFeature) for feature in features.values()
+                 if isinstance(feature, dict))  # fmt: skip
+    return Dataset(table, info=DatasetInfo(features=known), fingerprint=uuid.uuid4().hex[:16] if stored else None)
 
 
 class _Place(NamedTuple):

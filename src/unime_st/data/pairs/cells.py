@@ -133,7 +133,12 @@ def _check_paths(source: Source, cells: Cells, allow_remote_images: bool) -> Non
                     f"{where}: {path[:200]!r} is an address of the web, and data are not to make this machine fetch "
                     "things unasked. Download the images, or give `allow_remote_images=True`."
                 )
-        elif source.image_root is not None and _MAY_LEAVE.search(path):
+        elif source.image_root is None:
+            raise ValueError(
+                f"{where}: {path[:200]!r} is the path of a file, and it is not known below which folder. Give "
+                "`image_root`, or `image_columns=[]` if these are texts."
+            )
+        elif _MAY_LEAVE.search(path):
             _check_below(source.image_root, path, where)
 
 

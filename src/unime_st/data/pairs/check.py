@@ -14,9 +14,9 @@ from unime_st.arguments import require_number
 from unime_st.columns import training_columns
 from unime_st.data.pairs.contents import groups, row_contents
 from unime_st.data.pairs.damage import rows_without_content, unreadable_rows
-from unime_st.data.pairs.reader import PairReader
+from unime_st.data.pairs.reader import PairOrigin
 from unime_st.data.pairs.report import Finding, PairsReport, Shared
-from unime_st.data.pairs.stored import stored_rows, transform_of
+from unime_st.data.pairs.stored import stored_rows
 from unime_st.data.pairs.tokens import kind_of, token_counts
 
 _EXAMPLES = 3
@@ -61,8 +61,7 @@ def check_pairs(
     require_number("batch_size", batch_size, least=1)
     require_number("num_train_epochs", num_train_epochs, least=0, whole=False)
     stored, reader = stored_rows(dataset)
-    transform = transform_of(dataset)
-    origin = transform.origin if isinstance(transform, PairReader) else None
+    origin = reader.origin if isinstance(reader.origin, PairOrigin) else None
 
     def place(row: int) -> str:
         return f"row {row}" if origin is None else origin.place_of(row, stored[row])

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from unime_st.data.images import ItemReader
 from unime_st.data.pairs.building import join_columns
 from unime_st.data.pairs.cells import read_cells
 from unime_st.data.pairs.naming import Names, find_side
@@ -89,7 +88,7 @@ def load_inputs(
         given = opened.columns[id_column]
         every = given if isinstance(given, list) else given.to_pylist()
         ids = [str(every[row]) for row in source_rows[kept]]
-    return LoadedInputs(rows, ids, names, PairReader(ItemReader(opened.image_root, open_images=False), None))
+    return LoadedInputs(rows, ids, names, PairReader(opened.image_root, open_images=False))
 
 
 def _id_of(cell: dict[str, Any], row: int) -> str:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 from datasets import Dataset
 
-from unime_st.data.images import ItemReader
 from unime_st.data.pairs.building import build_pairs
 from unime_st.data.pairs.cells import read_cells
 from unime_st.data.pairs.damage import rows_without_content, unreadable_rows
@@ -57,7 +56,8 @@ def load_pairs(
         query: The query's column, or several to join: ``["image", "question"]``.
         target: The target's, likewise.
         negatives: Columns of explicit negatives; None takes ``negative``, ``negative_1``, ... and ``[]`` none.
-        label: Column of the target's identity: rows with an equal one are no negatives of each other.
+        label: Column of the target's identity: rows with an equal one are no negatives of each other. None takes
+            ``label``, ``""`` none.
         image_columns: Which of the columns hold images; None tells by the rule above.
         image_root: Folder of the images, which no path leaves; None takes the file's own.
         num_negatives: Explicit negatives a row; None for the most that a row has. A row with fewer repeats its own.
@@ -106,17 +106,17 @@ def load_pairs(
     for note in opened.notes:
         logger.info("%s", note)
     origin = PairOrigin(opened, pairs.rows, pairs.source_rows)
-    reader = PairReader(ItemReader(opened.image_root, origin=origin, **reader_options), origin)
+    reader = PairReader(opened.image_root, origin=origin, **reader_options)
     kept = np.ones(len(pairs.rows), dtype=bool)
     if empty_cells == "drop":
         kept[list(rows_without_content(pairs.rows))] = False
     if bad_images == "drop":
-        kept[list(unreadable_rows(pairs.rows, reader.reader))] = False
+        kept[list(unreadable_rows(pairs.rows, reader))] = False
     if not kept.all():
         logger.warning("%s: %d of %d rows are left out.", opened.name, int((~kept).sum()), len(kept))
         if not kept.any():
             raise ValueError(f"{opened.name}: no row is left. `check_pairs` tells what is wrong with each.")
         rows = pairs.rows.select(np.flatnonzero(kept))
-        reader.origin = reader.reader.origin = PairOrigin(opened, rows, pairs.source_rows[kept])
+        reader.origin = PairOrigin(opened, rows, pairs.source_rows[kept])
         return rows.with_transform(reader)
     return pairs.rows.with_transform(reader)

@@ -61,7 +61,7 @@ def find_roles(
         "target": _tuple(target),
         "image_columns": _tuple(image_columns),
     }
-    given |= {"negatives": _tuple(negatives), "label": _tuple(label)}
+    given |= {"negatives": _tuple(negatives), "label": _tuple(label or None)}
     for argument, own in given.items():
         for name in own or ():
             if name not in source.columns:
@@ -70,7 +70,7 @@ def find_roles(
     chosen_negatives = given["negatives"]
     if chosen_negatives is None:
         chosen_negatives = tuple(name for name in names if _NEGATIVE.fullmatch(name.lower()))
-    chosen_label = label or next((name for name in names if name == "label"), None)
+    chosen_label = next((name for name in names if name == "label"), None) if label is None else (label or None)
     free = [name for name in names if name not in chosen_negatives and name != "label"]
     queries, targets = _sides(source, given["query"], given["target"], free)
     if shared := set(queries) & set(targets):
@@ -140,7 +140,7 @@ def _named(free: list[str], usual: tuple[str, ...]) -> tuple[str, ...]:
     """The first usual name that is there, with the image that goes by the same name."""
     for name in usual:
         stem = name.removesuffix("s")
-        found = [column for column in free if column in {f"{stem}_{image}" for image in IMAGES}]
+        found = [column for column in free if column in {f"{stem}_{kind}" for kind in (*IMAGES, "text", "caption")}]
         if name in free:
             return (*found, name)
         if found:

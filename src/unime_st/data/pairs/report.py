@@ -106,6 +106,11 @@ class PairsReport:
             for side, shared in sides
             if self.rows > 1 and shared.largest == self.rows
         ]
+        if self.rows > 1 and self.kinds.get("label", {}).get("different") == 1:
+            found.append(
+                f"All {self.rows} rows have one label, so none is a negative of another. A label tells which target is "
+                'meant; leave out what means something else with `label=""`.'
+            )
         return found
 
     def raise_for_problems(self) -> None:

@@ -24,13 +24,12 @@ def stored_rows(dataset: Dataset) -> tuple[Dataset, ItemReader]:
     if transform is None:
         dataset = with_images(dataset)
         transform = transform_of(dataset)
-    reader = transform.reader if isinstance(transform, PairReader) else transform
-    if not isinstance(reader, ItemReader):
+    if not isinstance(transform, ItemReader):
         raise TypeError(
-            f"The rows have a transform of type {type(reader).__name__}, underneath which nothing is known. Give those "
-            "of `load_pairs` or `with_images`, or rows without a transform."
+            f"The rows have a transform of type {type(transform).__name__}, underneath which nothing is known. Give "
+            "those of `load_pairs` or `with_images`, or rows without a transform."
         )
-    return dataset.with_format(None), reader
+    return dataset.with_format(None), transform
 
 
 def transform_of(dataset: Dataset) -> Any:
@@ -46,6 +45,6 @@ def closed_inputs(dataset: Dataset, column: str) -> list[Any]:
     Evaluators take such inputs, and open an image when it is encoded.
     """
     stored, reader = stored_rows(dataset)
-    closed = PairReader(ItemReader(reader.image_root, open_images=False, origin=reader.origin), None)
+    closed = PairReader(reader.image_root, open_images=False, origin=reader.origin)
     cells = closed({column: stored[column][:]})[column]
     return [{"text": cell} if isinstance(cell, str) else cell for cell in cells]
