@@ -46,7 +46,9 @@ def test_a_missing_column_lists_those_that_are_there(folder):
 def test_mixed_types(folder):
     rows = [{"query": "a", "target": "x"}, {"query": "b", "target": 7}]
     path = written(folder, "\n\n".join(map(json.dumps, rows)), "rows.jsonl")
-    refused(path, r"rows.jsonl, line 3, column 'target' holds '7', a int, where a text .* Write it as a string")
+    refused(
+        path, r"rows.jsonl, line 3, column 'target' holds '7' \(of type int\), where a text .* Write it as a string"
+    )
     rows = [{"query": "a", "target": "x", "label": 1}, {"query": "b", "target": "y", "label": "one"}]
     path = written(folder, "\n".join(map(json.dumps, rows)), "rows.jsonl")
     refused(path, r"rows.jsonl, line 2: labels are int and str. Write all of them in one way")
@@ -142,6 +144,12 @@ def test_other_kinds_and_encodings(folder):
     pairs = load_pairs(folder / "rows.csv", encoding="cp1252")
     assert pairs[0]["anchor"]["text"] == "\xe9t\xe9"
     refused(written(folder, b"PAR1 or not", "rows.parquet"), "rows.parquet is damaged or no parquet")
+    refused(written(folder, "query,target\na,b\n".encode("utf-16")), r"Save it as UTF-8, .*`encoding='utf-16'`")
+    assert load_pairs(folder / "rows.csv", encoding="utf-16")[0]["anchor"] == {"text": "a"}
+    refused(
+        written(folder, '{"query": "a", "target": "\\ud800"}', "rows.jsonl"), "line 1, column 'target' holds half a"
+    )
+    refused(written(folder, "[]", "rows.json"), "rows.json has no row")
     refused(written(folder, "x", "rows.xlsx"), "rows.xlsx is of no kind that is read. Give a file")
     refused(written(folder, '{"query": "a"', "rows.jsonl"), "rows.jsonl, line 1 is no JSON")
     with pytest.raises(FileNotFoundError, match=r"There is no .*nowhere.csv'. Give a file"):

@@ -119,6 +119,8 @@ def test_data_sets_that_hold_their_images(stored, photos, tmp_path):
         (["title", "text"], {"text": "0"}, {"text": "1"}),
         (["text", "title"], {"text": "1"}, {"text": "0"}),
         (["image", "caption"], {"text": "1"}, {"image": "0"}),
+        (["Image", "Question", "Answer"], {"image": "0", "text": "1"}, {"text": "2"}),
+        (["query_text", "query_image", "target_text"], {"image": "1", "text": "0"}, {"text": "2"}),
         (["query", "image"], {"text": "0"}, {"image": "1"}),
         (["query", "image", "title"], {"text": "0"}, {"image": "1", "text": "2"}),
         (["image", "answer"], {"image": "0"}, {"text": "1"}),
@@ -290,3 +292,9 @@ def test_images_in_a_file_stay_in_the_file(tmp_path):
     assert peak + pa.total_allocated_bytes() - before < 10_000_000
     assert pairs.with_format(None)[7]["positive"]["image"]["bytes"] == bytes([7]) * 1_000_000
     assert len(pickle.dumps(pairs.format["format_kwargs"]["transform"])) < 1_000_000
+
+
+def test_long_cells(tmp_path):
+    (tmp_path / "rows.csv").write_text(f"query,target\n{'a' * 300_000},b\nc,d\n")
+    assert len(load_pairs(tmp_path / "rows.csv")[0]["anchor"]["text"]) == 300_000
+    assert csv.field_size_limit() == 131072  # as it was

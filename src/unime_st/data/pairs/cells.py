@@ -70,14 +70,22 @@ def _of_objects(source: Source, name: str, cells: list[Any]) -> Cells:
         for one in (cell or [None]) if isinstance(cell, list) else [cell]:
             if one is not None and not isinstance(one, str):
                 raise ValueError(
-                    f"{source.place(row, name)} holds {str(one)[:80]!r}, a {type(one).__name__}, where a text or the "
-                    "path of an image belongs. Write it as a string, in quotes, or leave the column out."
+                    f"{source.place(row, name)} holds {str(one)[:80]!r} (of type {type(one).__name__}), where a text "
+                    "or the path of an image belongs. Write it as a string, in quotes, or leave the column out."
                 )
             values.append(one)
             rows.append(row)
-    array = pa.array(values, pa.string())
+    try:
+        array = pa.array(values, pa.string())
+    except UnicodeEncodeError as error:
+        row = next(row for row, one in zip(rows, values, strict=True) if one and not _is_unicode(one))
+        raise ValueError(f"{source.place(row, name)} holds half a character ({error}). Write it anew.") from error
     chunked = array if isinstance(array, pa.ChunkedArray) else pa.chunked_array([array])
     return Cells(name, chunked, np.array(rows, dtype=np.int64), False, lists)
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _of_arrow(source: Source, name: str, cells: pa.ChunkedArray) -> Cells:

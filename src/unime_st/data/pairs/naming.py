@@ -70,8 +70,8 @@ def find_roles(
     chosen_negatives = given["negatives"]
     if chosen_negatives is None:
         chosen_negatives = tuple(name for name in names if _NEGATIVE.fullmatch(name.lower()))
-    chosen_label = next((name for name in names if name == "label"), None) if label is None else (label or None)
-    free = [name for name in names if name not in chosen_negatives and name != "label"]
+    chosen_label = next((name for name in names if name.lower() == "label"), None) if label is None else (label or None)
+    free = [name for name in names if name not in chosen_negatives and name.lower() != "label"]
     queries, targets = _sides(source, given["query"], given["target"], free)
     if shared := set(queries) & set(targets):
         raise ValueError(f"{source.name}: the column {min(shared)!r} is query and target in one.")
@@ -109,7 +109,7 @@ def _sides(
     targets = target or _named(free, TARGETS)
     if queries and targets:
         if image and query is None and target is None:
-            if "question" in queries or "answer" in targets:  # visual question answering
+            if "question" in _lower(queries) or "answer" in _lower(targets):  # visual question answering
                 return (*image, *queries), targets
             raise ValueError(
                 f"{source.name}: is the column {image[0]!r} a part of the query or of the target? Say so: "
@@ -122,7 +122,7 @@ def _sides(
             return (queries, other) if queries else (other, targets)
     elif image and text:
         return text, image  # a caption asks for its image
-    elif len(texts := [name for name in TEXTS if name in free]) > 1:
+    elif len(texts := [column for name in TEXTS for column in free if column.lower() == name]) > 1:
         return _two(texts)
     raise ValueError(
         f"{source.name}: no column is a {'target' if queries else 'query'} by its name. {_there(source)} Name both "
@@ -132,24 +132,27 @@ def _sides(
 
 def _two(texts: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Two columns of texts: the shorter kind, a title, asks for the other."""
-    first = "title" if "title" in texts else texts[0]
+    first = next((name for name in texts if name.lower() == "title"), texts[0])
     return (first,), (next(name for name in texts if name != first),)
 
 
 def _named(free: list[str], usual: tuple[str, ...]) -> tuple[str, ...]:
-    """The first usual name that is there, with the image that goes by the same name."""
+    """The first usual name that is there, however it is capitalised, with the image that goes by the same name."""
     for name in usual:
-        stem = name.removesuffix("s")
-        found = [column for column in free if column in {f"{stem}_{kind}" for kind in (*IMAGES, "text", "caption")}]
-        if name in free:
-            return (*found, name)
+        parts = {f"{name.removesuffix('s')}_{kind}" for kind in (*IMAGES, "text", "caption")}
+        found = [column for column in free if column.lower() in parts]
+        found += [column for column in free if column.lower() == name]
         if found:
             return tuple(found)
     return ()
 
 
 def _first(free: list[str], usual: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple([name for name in usual if name in free][:1])
+    return tuple([column for name in usual for column in free if column.lower() == name][:1])
+
+
+def _lower(names: tuple[str, ...]) -> list[str]:
+    return [name.lower() for name in names]
 
 
 def _tuple(names: Names) -> tuple[str, ...] | None:

@@ -47,15 +47,21 @@ def read_text_table(path: Path, *, separator: str | None = None, encoding: str =
     try:
         text = path.read_bytes().decode(encoding)
     except UnicodeDecodeError as error:
+        other = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
         raise ValueError(
             f"{path} is no {encoding.removesuffix('-sig').upper()} text (byte {error.start} is "
-            f"0x{error.object[error.start]:02x}). Save it as UTF-8, or give its encoding, such as `encoding='cp1252'`."
+            f"0x{error.object[error.start]:02x}). Save it as UTF-8, or give its encoding, such as `encoding={other!r}`."
         ) from error
     if not text.strip():
         raise ValueError(f"{path} is empty. A table has a line of column names, or one JSON object a line.")
-    table = _READERS[path.suffix.lower()](path, text, separator)
+    limit = csv.field_size_limit(len(text) + 1)  # or a long cell passes for a quote that is never closed
+    try:
+        table = _READERS[path.suffix.lower()](path, text, separator)
+    finally:
+        csv.field_size_limit(limit)
     if not len(table.lines):
-        raise ValueError(f"{path} has the columns {', '.join(table.columns)}, but no row. Add at least two pairs.")
+        has = f"has the columns {', '.join(table.columns)}, but" if table.columns else "has"
+        raise ValueError(f"{path} {has} no row. Add at least two pairs.")
     return table
 
 
