@@ -17,7 +17,7 @@ from conftest import TRAIN, draw
 from unime_st import build_encoder
 from unime_st.cli import main
 from unime_st.data import load_pairs
-from unime_st.training import pairs_evaluator
+from unime_st.training import PairsTraining, pairs_evaluator, train_pairs
 
 
 def losses(output):
@@ -140,3 +140,19 @@ def test_a_killed_run_goes_on_to_the_same_weights(trained, pairs, backbone, tmp_
     assert losses(output) == losses(trained)
     weights, others = (load_file(path / "encoder" / "model.safetensors") for path in (output, trained))
     assert all(np.array_equal(weights[name], others[name]) for name in others)
+
+
+def test_a_long_run_is_evaluated_on_the_way(pairs, backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr("unime_st.training.settings._STEPS_THAT_ALLOW", 4)
+    rows = load_pairs(pairs)
+    settings = PairsTraining(per_device_train_batch_size=4, max_steps=4, learning_rate=1e-3)
+    done = train_pairs(
+        rows.select(range(16)), backbone("qwen2_vl"), tmp_path / "run", settings,
+        eval_pairs=rows.select(range(16, 24)), device="cpu",
+    )  # fmt: skip
+    state = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-4" / "trainer_state.json").read_text())
+    on_the_way = {entry["step"]: entry for entry in state["log_history"] if "eval_held_out_mean_recall@1" in entry}
+    assert sorted(on_the_way) == [1, 2, 3, 4]
+    assert on_the_way[4]["eval_held_out_mean_recall@1"] == pytest.approx(done.after["held_out_mean_recall@1"], abs=0.2)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["rows"] == {"train": 16, "held_out": 8}
+    assert "step" in done.report.with_suffix(".md").read_text()

@@ -205,3 +205,24 @@ def test_bad_images_are_logged_by_data_set_and_line(folder):
     assert [item["text"] for item in rows["anchor"]] == ["x", "x"]
     assert bad_image_report(log) == {"rows.csv": 1}
     assert json.loads(log.read_text())["row"] == 3
+
+
+def test_a_parquet_file_that_is_damaged_inside(folder):
+    rows = Dataset.from_dict({"query": [f"q {n}" for n in range(999)], "target": ["t"] * 999})
+    rows.to_parquet(folder / "rows.parquet")
+    content = bytearray((folder / "rows.parquet").read_bytes())
+    content[20:400] = bytes(380)
+    refused(written(folder, bytes(content), "other.parquet"), r"other.parquet is damaged \(.*\). Write it again")
+
+
+def test_a_folder_of_splits_and_hidden_images(folder):
+    for split in ("train", "test"):
+        (folder / split).mkdir()
+        (folder / split / "metadata.csv").write_text("file_name,text\na.png,x\n")
+    refused(folder, "has its tables in test, train. Give one of these folders")
+    hidden = folder / "photos" / ".checkpoints"
+    hidden.mkdir(parents=True)
+    for place in (hidden, hidden.parent):
+        (place / "a.png").hardlink_to(folder / "a.png")
+    (hidden.parent / "a.txt").write_text("x")
+    assert len(load_pairs(hidden.parent)) == 1

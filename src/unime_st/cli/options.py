@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Any
 
@@ -12,8 +13,9 @@ class UsageError(Exception):
 
 
 def say(text: str) -> None:
-    """Print what was asked for."""
-    sys.stdout.write(f"{text}\n")
+    """Print what was asked for; of several processes the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(f"{text}\n")
 
 
 def columns_of(text: str | None) -> str | list[str] | None:

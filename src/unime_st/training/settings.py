@@ -110,7 +110,7 @@ class PairsTraining:
         arguments.save_steps = -(-every // arguments.logging_steps) * arguments.logging_steps
         if steps >= _STEPS_THAT_ALLOW:
             size = self.per_device_train_batch_size
-            arguments.set_evaluate(strategy="steps", steps=steps // _EVALUATIONS, batch_size=size)
+            arguments.set_evaluate(strategy="steps", steps=steps // _EVALUATIONS, batch_size=size, delay=0)
         return arguments
 
     def told(self) -> dict[str, Any]:

@@ -90,13 +90,14 @@ class PairsReport:
             different = len({finding.what.partition(": ")[0] for finding in self.bad_images})
             found.append(
                 f"{different} image{'s' * (different != 1)} in {rows} of {self.rows} rows cannot be read: "
-                f'{_places(self.bad_images)}. Mend them, or leave their rows out with `bad_images="drop"`.'
+                f"{_places(self.bad_images)}. Mend them, or leave their rows out with "
+                '`bad_images="drop"` (--bad-images drop).'
             )
         if self.empty_cells:
             rows = len({finding.row for finding in self.empty_cells})
             found.append(
                 f"{rows} of {self.rows} rows have a side with nothing on it: {_places(self.empty_cells)}. Fill them "
-                'in, or leave them out with `empty_cells="drop"`.'
+                'in, or leave them out with `empty_cells="drop"` (--empty-cells drop).'
             )
         if self.rows < 2:
             found.append(f"{self.rows} row: contrastive training compares rows, so at least two are needed.")

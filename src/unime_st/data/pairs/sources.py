@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 from unime_st.data.pairs.text_tables import TEXT_TABLES, read_text_table
 
@@ -103,7 +104,11 @@ def _open_file(path: Path, separator: str | None, encoding: str) -> Source:
             raise ValueError(f"{path} is damaged or no parquet ({error}). Write it again.") from error
         if not rows:
             raise ValueError(f"{path} has no row. Add at least two pairs.")
-        return _of_dataset(Dataset.from_parquet(str(path)), path.name, path.parent)
+        try:
+            found = Dataset.from_parquet(str(path))
+        except DatasetGenerationError as error:
+            raise ValueError(f"{path} is damaged ({error.__cause__ or error}). Write it again.") from error
+        return _of_dataset(found, path.name, path.parent)
     if path.suffix.lower() not in TEXT_TABLES:
         raise ValueError(f"{path} is of no kind that is read. Give {_READABLE}.")
     table = read_text_table(path, separator=separator, encoding=encoding)
@@ -116,7 +121,9 @@ def _open_folder(folder: Path, split: str | None, captions: bool, open_file: Cal
     for name in _METADATA:
         if (folder / name).is_file():
             return open_file(folder / name)
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_FILES and path.is_file())
+    if inside := sorted({path.parent.name for name in _METADATA for path in folder.glob(f"*/{name}")}):
+        raise ValueError(f"{folder} has its tables in {', '.join(inside)}. Give one of these folders.")
+    images = [path for path in sorted(folder.rglob("*")) if _is_image(path.relative_to(folder)) and path.is_file()]
     if not images:
         tables = sorted(file for end in (*TEXT_TABLES, ".parquet") for file in folder.glob(f"*{end}"))
         if len(tables) == 1:
@@ -131,6 +138,11 @@ def _open_folder(folder: Path, split: str | None, captions: bool, open_file: Cal
             image_root=folder,
         )
     return _captioned(folder, images)
+
+
+def _is_image(path: Path) -> bool:
+    """By its name, where nothing on the way is hidden."""
+    return path.suffix.lower() in IMAGE_FILES and not any(part.startswith(".") for part in path.parts)
 
 
 def _captioned(folder: Path, images: list[Path]) -> Source:
