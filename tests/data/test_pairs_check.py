@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
 from datasets import Dataset
 
 from tiny import picture, tiny_encoder
-from unime_st.data import PairsReport, check_pairs, load_pairs, split_pairs, with_images
+from unime_st.data import ItemReader, PairsReport, check_pairs, load_pairs, split_pairs, with_images
+from unime_st.data.pairs.walk import each_cell, each_row
+from unime_st.samplers import FalseNegativeAwareBatchSampler
 
 
 @pytest.fixture
@@ -163,3 +166,33 @@ def test_a_split_that_cannot_be(forty):
         split_pairs(rows, 0.3)
     with pytest.raises(ValueError, match="`held_out=1`, but it is a share of the rows"):
         split_pairs(rows, 1)
+
+
+def test_nothing_is_no_content_and_texts_are_no_images(monkeypatch):
+    monkeypatch.setattr(ItemReader, "check", lambda *_, **__: pytest.fail("a text was opened"))
+    rows = Dataset.from_dict({"query": ["", "", None, "b"], "target": ["x", "y", "z", "w"]})
+    for pairs in (rows, load_pairs(rows)):
+        report = check_pairs(pairs)
+        assert report.equal_queries.rows == 0
+        assert report.bad_rows == (0, 1, 2)
+
+
+def test_rows_are_walked_in_order_and_whole():
+    rows = Dataset.from_dict({"a": [str(row) for row in range(1001)], "b": list(range(1001))})
+    assert list(each_row(rows)) == list(rows)
+    assert list(each_cell(rows, "a")) == rows["a"][:]
+
+
+def test_rows_that_share_contents_are_those_the_sampler_keeps_apart():
+    draw = np.random.default_rng(0)
+    queries, targets = ([f"{kind}{n}" for n in draw.integers(0, 30, 60)] for kind in "qt")
+    report = check_pairs(Dataset.from_dict({"query": queries, "target": targets}))
+    copies = [count for count in Counter(zip(queries, targets, strict=True)).values() if count > 1]
+    assert (report.duplicates.contents, report.duplicates.rows) == (len(copies), sum(copies))
+    assert copies  # else there is nothing to count once
+    once = list(dict.fromkeys(zip(queries, targets, strict=True)))
+    rows = Dataset.from_dict({"query": [query for query, _ in once], "target": [target for _, target in once]})
+    keys = FalseNegativeAwareBatchSampler(rows, batch_size=2, drop_last=False).conflicts.keys
+    found = [report.equal_queries.rows, report.equal_targets.rows]
+    assert found == (keys >= 0).sum(axis=0).tolist()
+    assert min(found) > 0

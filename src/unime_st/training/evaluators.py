@@ -13,6 +13,7 @@ from unime_st.columns import training_columns
 from unime_st.data.pairs.contents import row_contents
 from unime_st.data.pairs.stored import closed_inputs, stored_rows
 from unime_st.data.pairs.tokens import kind_of
+from unime_st.data.pairs.walk import each_cell
 from unime_st.evaluation import ImageTextRetrievalEvaluator
 
 KS = (1, 5, 10)
@@ -41,7 +42,7 @@ def pairs_evaluator(dataset: Dataset, *, name: str = "held_out", batch_size: int
     sides = [columns.anchor, columns.positive or columns.anchor]
     contents = row_contents(stored, reader)
     inputs = [closed_inputs(dataset, side) for side in sides]
-    kinds = [{kind_of(cell) for cell in stored[side]} for side in sides]
+    kinds = [{kind_of(cell) for cell in each_cell(stored, side)} for side in sides]
     pictured = [side for side in (0, 1) if kinds[side] <= {"image", "image+text"} and kinds[1 - side] == {"text"}]
     if pictured and not any(isinstance(item.get("image"), list) for item in inputs[pictured[0]]):
         return _captions(inputs, contents, pictured[0], name=name, batch_size=batch_size)

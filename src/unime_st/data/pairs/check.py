@@ -18,6 +18,7 @@ from unime_st.data.pairs.reader import PairOrigin
 from unime_st.data.pairs.report import Finding, PairsReport, Shared
 from unime_st.data.pairs.stored import stored_rows
 from unime_st.data.pairs.tokens import kind_of, token_counts
+from unime_st.data.pairs.walk import each_cell
 
 _EXAMPLES = 3
 
@@ -95,9 +96,9 @@ def check_pairs(
 def _kinds(stored: Dataset) -> dict[str, dict[str, int]]:
     columns = training_columns(stored.column_names)
     sides = filter(None, (columns.anchor, columns.positive, *columns.negatives))
-    found = {side: dict(Counter(kind_of(cell) for cell in stored[side])) for side in sides}
+    found = {side: dict(Counter(kind_of(cell) for cell in each_cell(stored, side))) for side in sides}
     if columns.label is not None:
-        found["label"] = {"different": len({str(label) for label in stored[columns.label][:]})}
+        found["label"] = {"different": len({str(label) for label in each_cell(stored, columns.label)})}
     return found
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from unime_st.columns import training_columns
 from unime_st.data.images import ItemReader
+from unime_st.data.pairs.walk import each_row
 from unime_st.fingerprint import content_id
 from unime_st.images import is_remote
 
@@ -38,25 +39,32 @@ def content_ids(rows: Dataset, reader: ItemReader, *, show_progress_bar: bool = 
     sides = [columns.anchor, columns.positive or columns.anchor]
     found = np.full((len(rows), 2), -1, dtype=np.int64)
     digests: dict[str, Any] = {}
-    stored = rows.select_columns(list(dict.fromkeys(sides)))
-    for row, cells in enumerate(tqdm(stored, desc="Comparing rows", disable=not show_progress_bar)):
+    walk = each_row(rows, sides, told="Comparing rows", show_progress_bar=show_progress_bar)
+    for row, cells in enumerate(walk):
         for side, name in enumerate(sides):
             item = _readable(cells[name], reader, digests)
-            if item is not None:
-                found[row, side] = content_id(item, read_files=False)
+            if item is not None and item != "":  # nothing is equal to nothing
+                found[row, side] = _text_id(item) if isinstance(item, str) else content_id(item, read_files=False)
     return found
 
 
 def _readable(cell: Any, reader: ItemReader, digests: dict[str, Any]) -> Any:
-    """A cell with each path in place of which stands what its file holds; None if a file is not there."""
+    """A text, or a cell with each path in place of which stands what its file holds; None if a file is not there."""
     if not isinstance(cell, Mapping) or "role" in cell:
-        return {"text": cell} if isinstance(cell, str) else cell
+        return cell
     shown = cell.get("image", cell if "bytes" in cell or "path" in cell else None)
     images = [_content(image, reader, digests) for image in (shown if isinstance(shown, list) else [shown])]
     if any(image is _MISSING for image in images):
         return None
     present = [image for image in images if image is not None]
+    if not present:
+        return cell.get("text") or ""
     return {"image": present or None, "text": cell.get("text")}
+
+
+def _text_id(text: str) -> int:
+    """As `content_id` of a text, several times as fast: most cells are texts."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
 _MISSING = object()

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from unime_st.columns import training_columns
 from unime_st.data.images import ItemReader
-from unime_st.data.stored_images import identity
+from unime_st.data.pairs.walk import each_row
+from unime_st.data.stored_images import ENCODED_KEYS, identity
 from unime_st.images import is_remote
 
 
@@ -44,7 +44,7 @@ def unreadable_rows(
     """
     found: dict[int, list[BadImage]] = {}
     known: dict[str, str | None] = {}
-    for row, cells in enumerate(tqdm(rows, desc="Opening images", disable=not show_progress_bar)):
+    for row, cells in enumerate(each_row(rows, told="Opening images", show_progress_bar=show_progress_bar)):
         for column, image in images_of(cells):
             name = identity(image)
             if name not in known:
@@ -58,7 +58,7 @@ def rows_without_content(rows: Dataset) -> dict[int, list[str]]:
     """Row -> its columns that say nothing; rows whose columns all do say something are left out."""
     found: dict[int, list[str]] = {}
     label = training_columns(rows.column_names).label
-    for row, cells in enumerate(rows):
+    for row, cells in enumerate(each_row(rows)):
         if empty := [name for name, cell in cells.items() if name != label and is_empty(cell)]:
             found[row] = empty
     return found
@@ -67,7 +67,9 @@ def rows_without_content(rows: Dataset) -> dict[int, list[str]]:
 def images_of(cells: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The stored images of a row that are no addresses, each with its column."""
     for column, cell in cells.items():
-        shown = cell.get("image", cell) if isinstance(cell, Mapping) else None
+        if not isinstance(cell, Mapping):
+            continue
+        shown = cell.get("image") if "image" in cell or not cell.keys() <= ENCODED_KEYS else cell
         for image in shown if isinstance(shown, list) else [shown]:
             if image is not None and not (isinstance(image, str) and is_remote(image)):
                 yield column, image

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from datasets import Dataset
 
+from unime_st.data.images import ItemReader
 from unime_st.data.pairs.building import build_pairs
 from unime_st.data.pairs.cells import read_cells
 from unime_st.data.pairs.damage import rows_without_content, unreadable_rows
@@ -107,16 +108,22 @@ def load_pairs(
         logger.info("%s", note)
     origin = PairOrigin(opened, pairs.rows, pairs.source_rows)
     reader = PairReader(opened.image_root, origin=origin, **reader_options)
-    kept = np.ones(len(pairs.rows), dtype=bool)
-    if empty_cells == "drop":
-        kept[list(rows_without_content(pairs.rows))] = False
-    if bad_images == "drop":
-        kept[list(unreadable_rows(pairs.rows, reader))] = False
-    if not kept.all():
-        logger.warning("%s: %d of %d rows are left out.", opened.name, int((~kept).sum()), len(kept))
-        if not kept.any():
-            raise ValueError(f"{opened.name}: no row is left. `check_pairs` tells what is wrong with each.")
-        rows = pairs.rows.select(np.flatnonzero(kept))
-        reader.origin = PairOrigin(opened, rows, pairs.source_rows[kept])
-        return rows.with_transform(reader)
-    return pairs.rows.with_transform(reader)
+    kept = _kept(pairs.rows, reader, empty=empty_cells == "keep", bad=bad_images == "keep")
+    if kept.all():
+        return pairs.rows.with_transform(reader)
+    logger.warning("%s: %d of %d rows are left out.", opened.name, int((~kept).sum()), len(kept))
+    if not kept.any():
+        raise ValueError(f"{opened.name}: no row is left. `check_pairs` tells what is wrong with each.")
+    rows = pairs.rows.select(np.flatnonzero(kept))
+    reader.origin = PairOrigin(opened, rows, pairs.source_rows[kept])
+    return rows.with_transform(reader)
+
+
+def _kept(rows: Dataset, reader: ItemReader, *, empty: bool, bad: bool) -> np.ndarray:
+    """Which rows stay, ``(N,)``, if those with an empty side or a bad image do or do not."""
+    kept = np.ones(len(rows), dtype=bool)
+    if not empty:
+        kept[list(rows_without_content(rows))] = False
+    if not bad:
+        kept[list(unreadable_rows(rows, reader))] = False
+    return kept

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from unime_st.columns import training_columns
+from unime_st.data.pairs.walk import each_cell
 
 _MEASURED = 8  # rows of each kind whose images and prompt are put through the whole processor
 _AT_ONCE = 1000
@@ -56,7 +57,7 @@ def token_counts(stored: Dataset, dataset: Dataset, model: Model) -> tuple[dict[
     columns = training_columns(stored.column_names)
     found = {}
     for column in filter(None, (columns.anchor, columns.positive, *columns.negatives)):
-        told = [(text_of(cell), kind_of(cell)) for cell in stored[column]]  # without holding images that are stored
+        told = [(text_of(cell), kind_of(cell)) for cell in each_cell(stored, column)]
         texts = [text for text, _ in told]
         pieces = [counts(texts[start : start + _AT_ONCE]) for start in range(0, len(texts), _AT_ONCE)]
         tokens = np.array([number for piece in pieces for number in piece], dtype=np.int64)
