@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Image
 
 from tiny import picture
 from unime_st.data import bad_image_report, check_pairs, load_inputs, load_pairs
@@ -187,7 +187,11 @@ def test_every_row_dropped(folder):
 
 def test_paths_below_no_folder(folder):
     rows = Dataset.from_dict({"caption": ["x"], "image": ["a.png"]})
-    refused(rows, r"the data set, row 0, column 'image': 'a.png' is the path of a file, .* Give `image_root`")
+    for stored in (rows, rows.cast_column("image", Image())):
+        refused(stored, r"the data set, row 0, column 'image': 'a.png' is the path of a file, .* Give `image_root`")
+        assert load_pairs(stored, image_root=folder)[0]["positive"]["image"].size == (40, 30)
+    away = Dataset.from_dict({"caption": ["x"], "image": ["../a.png"]}).cast_column("image", Image())
+    refused(away, "row 0, column 'image': Image path '../a.png' leaves the image folder", image_root=folder)
 
 
 def test_labels_that_mean_something_else(folder):

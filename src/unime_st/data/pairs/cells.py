@@ -54,10 +54,13 @@ def read_cells(source: Source, name: str, *, image: bool, allow_remote_images: b
     found = _of_objects(source, name, cells) if isinstance(cells, list) else _of_arrow(source, name, cells)
     is_stored = pa.types.is_struct(found.values.type)
     found = found._replace(image=image or is_stored)
-    if image and not is_stored:
+    if is_stored:
+        _check_paths(source, found._replace(values=_paths_alone(found.values)), allow_remote_images)
+        return found
+    if image:
         found = found._replace(values=pc.utf8_trim_whitespace(found.values))
         _check_paths(source, found, allow_remote_images)
-    return found if is_stored else found._replace(values=_without_blanks(found.values))
+    return found._replace(values=_without_blanks(found.values))
 
 
 def _of_objects(source: Source, name: str, cells: list[Any]) -> Cells:
@@ -125,6 +128,12 @@ def _without_blanks(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     """Texts with null for what is blank."""
     blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)
     return pc.if_else(blank, pa.scalar(None, pa.string()), texts)
+
+
+def _paths_alone(stored: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Paths of the stored images that are paths and nothing else; null for the others."""
+    alone = pc.is_null(pc.struct_field(stored, "bytes"))
+    return pc.if_else(alone, pc.struct_field(stored, "path"), pa.scalar(None, pa.string()))
 
 
 def _check_paths(source: Source, cells: Cells, allow_remote_images: bool) -> None:
