@@ -38,6 +38,8 @@ LAYERS = {
     "evaluation": 3,
     "hub": 3,
     "model_card": 3,
+    "training": 3.5,
+    "cli": 4,
     "published_card": 4,
 }
 ROOT = 5  # __init__ names the public things of every layer, lazily

@@ -1,4 +1,4 @@
-"""Training and evaluation data: MMEB's layout, a teacher's embeddings, corpora of any size."""
+"""Training and evaluation data: MMEB's layout, a teacher's embeddings, corpora of any size, pairs of one's own."""
 
 from unime_st.data.bad_images import bad_image_report
 from unime_st.data.corpus.encode import encode_corpus
@@ -8,6 +8,11 @@ from unime_st.data.images import ItemReader, resolve_image
 from unime_st.data.mining.mine import load_mined_negatives, mine_hard_negatives
 from unime_st.data.mmeb.load import load_mmeb_eval, load_mmeb_train
 from unime_st.data.nli import load_nli
+from unime_st.data.pairs.check import check_pairs
+from unime_st.data.pairs.inputs import load_inputs
+from unime_st.data.pairs.load import load_pairs
+from unime_st.data.pairs.report import PairsReport
+from unime_st.data.pairs.split import split_pairs
 from unime_st.data.teacher.embed import teacher_embeddings, with_teacher_labels
 from unime_st.data.with_images import with_images
 from unime_st.embedding.broken import BrokenInputError
@@ -16,16 +21,21 @@ __all__ = [
     "BrokenInputError",
     "EncodedCorpus",
     "ItemReader",
+    "PairsReport",
     "bad_image_report",
+    "check_pairs",
     "encode_corpus",
     "encode_stream",
     "load_corpus",
+    "load_inputs",
     "load_mined_negatives",
     "load_mmeb_eval",
     "load_mmeb_train",
     "load_nli",
+    "load_pairs",
     "mine_hard_negatives",
     "resolve_image",
+    "split_pairs",
     "teacher_embeddings",
     "with_images",
     "with_teacher_labels",

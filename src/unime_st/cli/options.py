@@ -1,0 +1,69 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+
+class UsageError(Exception):
+    """Options that do not go together: exit code 2."""
+
+
+def say(text: str) -> None:
+    """Print what was asked for; of several processes the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(f"{text}\n")
+
+
+def columns_of(text: str | None) -> str | list[str] | None:
+    """Names of columns, parted by commas.
+
+    >>> columns_of("image,question"), columns_of("caption"), columns_of(""), columns_of(None)
+    (['image', 'question'], 'caption', [], None)
+    """
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return names[0] if len(names) == 1 else names
+
+
+def add_data_options(parser: argparse.ArgumentParser, *, argument: str = "data") -> None:
+    """Options of reading pairs, with the names of :func:`~unime_st.data.load_pairs`."""
+    parser.add_argument(
+        argument, metavar=argument.upper(), help="a .csv, .tsv, .jsonl or .parquet file, a folder of images, ..."
+    )
+    group = parser.add_argument_group("how the data are read")
+    group.add_argument("--query", help="its column, or several parted by commas, such as image,question")
+    group.add_argument("--target", help="its column or columns, likewise")
+    group.add_argument("--negatives", help='columns of explicit negatives; "" for none')
+    group.add_argument("--label", help='column of the target\'s identity; "" for none')
+    group.add_argument("--image-columns", help='which columns hold images; "" for none (default: by name and content)')
+    group.add_argument("--image-root", help="folder of the images (default: the data's own)")
+    group.add_argument("--split", help="of a saved data set with several")
+    group.add_argument("--bad-images", choices=["keep", "drop"], default="keep", help="(default: %(default)s)")
+    group.add_argument("--empty-cells", choices=["keep", "drop"], default="keep", help="(default: %(default)s)")
+    group.add_argument("--separator", help="of a .csv's cells (default: the one found)")
+    group.add_argument("--encoding", default="utf-8-sig", help="of a file of text (default: UTF-8)")
+
+
+def read_pairs(given: argparse.Namespace) -> Any:
+    """The pairs that the options above tell of."""
+    from unime_st.data import load_pairs
+
+    return load_pairs(
+        given.data,
+        query=columns_of(given.query),
+        target=columns_of(given.target),
+        negatives=columns_of(given.negatives),
+        label=given.label,
+        image_columns=columns_of(given.image_columns),
+        image_root=given.image_root,
+        bad_images=given.bad_images,
+        empty_cells=given.empty_cells,
+        split=given.split,
+        separator=given.separator,
+        encoding=given.encoding,
+    )

@@ -1,0 +1,119 @@
+"""The settings of a training on pairs, and the Trainer's arguments that they make."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformerTrainingArguments
+
+from unime_st.arguments import require_number
+from unime_st.samplers import FalseNegativeAwareBatchSampler
+
+logger = logging.getLogger(__name__)
+
+_EVALUATIONS = 4
+_STEPS_THAT_ALLOW = 40  # evaluations while training; a shorter run has one before and one after
+_SAVE_STEPS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsTraining:
+    """Settings of :func:`~unime_st.training.train_pairs`; the paper's, where it prints any.
+
+    Attributes:
+        per_device_train_batch_size: Rows a step and process, which a query is compared with. Take hundreds if possible.
+        num_train_epochs: Times that each row is drawn.
+        max_steps: In place of epochs; -1 for none.
+        learning_rate: Of AdamW.
+        warmup_ratio: Share of the steps in which it rises.
+        rank: Of LoRA on the language model.
+        temperature: Of the loss.
+        margin: Of its filter of false negatives; None switches it off.
+        num_hard_negatives: Hardest negatives kept; None keeps all.
+        mini_batch_num_tokens: Embedded at a time (GradCache): lower it when memory is short, the result is the same.
+        held_out: Share of the rows to evaluate on, which are not trained on.
+        max_pixels: Bound on an image's pixels, for backbones that keep an image's own resolution.
+        max_seq_length: Tokens of an input at the most.
+        save_steps: Steps between checkpoints; None for 100, or a quarter of a short run.
+        dataloader_num_workers: Processes that open images.
+        bf16: Mixed precision; None where a GPU has it.
+        seed: Of the split, LoRA's start and the order of rows.
+
+    Raises:
+        TypeError: When a number is none.
+        ValueError: When a number is out of range.
+    """
+
+    per_device_train_batch_size: int = 32
+    num_train_epochs: float = 1.0
+    max_steps: int = -1
+    learning_rate: float = 1e-4
+    warmup_ratio: float = 0.05
+    rank: int = 16
+    temperature: float = 0.02
+    margin: float | None = 0.1
+    num_hard_negatives: int | None = None
+    mini_batch_num_tokens: int = 8192
+    held_out: float = 0.1
+    max_pixels: int | None = None
+    max_seq_length: int | None = None
+    save_steps: int | None = None
+    dataloader_num_workers: int = 0
+    bf16: bool | None = None
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        require_number("per_device_train_batch_size", self.per_device_train_batch_size, least=2)
+        require_number("num_train_epochs", self.num_train_epochs, least=0, whole=False)
+        require_number("learning_rate", self.learning_rate, least=0, whole=False)
+        require_number("rank", self.rank, least=1)
+        require_number("save_steps", self.save_steps, least=1, optional=True)
+
+    def steps(self, rows: int, world_size: int) -> int:
+        """Steps of the run, at the most."""
+        batch = self.per_device_train_batch_size * world_size
+        return self.max_steps if self.max_steps > 0 else math.ceil(rows // batch * self.num_train_epochs)
+
+    def arguments(self, output_dir: Path, rows: int, *, use_cpu: bool = False) -> SentenceTransformerTrainingArguments:
+        """Make the Trainer's arguments, and with them the group of processes.
+
+        Args:
+            output_dir: Of the checkpoints.
+            rows: To train on.
+            use_cpu: Whether a GPU is left alone.
+        """
+        bf16 = self.bf16 if self.bf16 is not None else not use_cpu and torch.cuda.is_available()
+        arguments = SentenceTransformerTrainingArguments(
+            str(output_dir),
+            per_device_train_batch_size=self.per_device_train_batch_size,
+            num_train_epochs=self.num_train_epochs,
+            max_steps=self.max_steps,
+            learning_rate=self.learning_rate,
+            bf16=bool(bf16),
+            use_cpu=use_cpu,
+            batch_sampler=FalseNegativeAwareBatchSampler,
+            dataloader_drop_last=True,
+            dataloader_num_workers=self.dataloader_num_workers,
+            save_total_limit=2,
+            report_to="none",
+            seed=self.seed,
+        )
+        steps = self.steps(rows, arguments.world_size)
+        arguments.warmup_steps = round(self.warmup_ratio * steps)
+        arguments.logging_steps = 1 if steps < _SAVE_STEPS else 5
+        every = self.save_steps or min(_SAVE_STEPS, max(1, steps // _EVALUATIONS))
+        arguments.save_steps = -(-every // arguments.logging_steps) * arguments.logging_steps
+        if steps >= _STEPS_THAT_ALLOW:
+            size = self.per_device_train_batch_size
+            arguments.set_evaluate(strategy="steps", steps=steps // _EVALUATIONS, batch_size=size, delay=0)
+        return arguments
+
+    def told(self) -> dict[str, Any]:
+        """What decides the result, for comparison with a run before."""
+        kept = {"save_steps", "dataloader_num_workers", "mini_batch_num_tokens"}
+        return {name: value for name, value in vars(self).items() if name not in kept}

@@ -1,0 +1,241 @@
+"""One run of stage 2 on pairs: checked, split, evaluated, trained, evaluated, exported; called again, it goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
+from transformers import set_seed
+
+from unime_st.checkpoints import CheckpointCallback, explained_write_errors, last_complete_checkpoint
+from unime_st.data import PairsReport, check_pairs, split_pairs
+from unime_st.data.pairs.contents import content_ids
+from unime_st.data.pairs.stored import stored_rows
+from unime_st.distributed import from_rank_zero
+from unime_st.files import checksum, write_atomically
+from unime_st.losses import HardNegativeInfoNCELoss, LossMetricsCallback, effective_negatives
+from unime_st.modules import build_encoder, default_lora_config, export_encoder, load_encoder
+from unime_st.published import PUBLISHED
+from unime_st.samplers import SamplerEpochCallback
+from unime_st.training.evaluators import pairs_evaluator
+from unime_st.training.report import write_report
+from unime_st.training.settings import PairsTraining
+
+logger = logging.getLogger(__name__)
+
+_FEW = 50
+
+PROVENANCE = "training.json"
+"""In the exported encoder: what it was trained from, on how many rows, by which settings, and its scores."""
+
+_RUN, _BEFORE, _RESULTS = "run.json", "before.json", "results.json"
+
+
+class TrainedPairs(NamedTuple):
+    """What a run has made.
+
+    Attributes:
+        encoder: Folder of the exported encoder, a stock checkpoint.
+        report: The HTML page; ``report.md`` and ``report.json`` lie beside it.
+        before: Metrics on the held-out rows before training.
+        after: And after.
+    """
+
+    encoder: Path
+    report: Path
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+def train_pairs(
+    pairs: Dataset,
+    backbone: str | Path,
+    output_dir: str | Path,
+    settings: PairsTraining | None = None,
+    *,
+    eval_pairs: Dataset | None = None,
+    device: str | None = None,
+) -> TrainedPairs:
+    """Train an encoder on pairs of one's own by UniME's stage 2, with LoRA on the language model.
+
+    The pairs are checked first (:func:`~unime_st.data.check_pairs`) and refused whole if they are not fit; then a part
+    is held out by content (:func:`~unime_st.data.split_pairs`), on which the encoder is evaluated before, in a long run
+    while, and after training. Called again with the same arguments after a kill, it goes on from the last whole
+    checkpoint; with others, it refuses.
+
+    Args:
+        pairs: Of :func:`~unime_st.data.load_pairs`.
+        backbone: Hub name or folder of a multimodal LLM, or of a saved encoder.
+        output_dir: Gets ``checkpoints/``, ``encoder/``, ``report.html`` and the results.
+        settings: None for the defaults.
+        eval_pairs: Rows to evaluate on, in place of held-out ones.
+        device: Where to train; None chooses.
+
+    Returns:
+        The encoder, the report and the metrics.
+
+    Raises:
+        ValueError: When the data are not fit for training, with all that must be mended; or the folder holds a run with
+            other data or settings, naming them.
+
+    Example:
+        >>> train_pairs(Dataset.from_dict({"query": ["a"], "target": [""]}), "backbone", "output")
+        Traceback (most recent call last):
+        ...
+        ValueError: the data set is not fit for training.
+        * 1 of 1 rows have a side with nothing on it: row 0. ...
+    """
+    settings = settings or PairsTraining()
+    output = Path(output_dir)
+    report = check_pairs(pairs, batch_size=settings.per_device_train_batch_size)
+    report.raise_for_problems()
+    if eval_pairs is not None:
+        check_pairs(eval_pairs).raise_for_problems()
+        train, held = pairs, eval_pairs
+    else:
+        train, held = split_pairs(pairs, settings.held_out, seed=settings.seed)
+    if len(held) < _FEW:
+        logger.warning("Only %d rows are held out: their scores say little. Raise `held_out`.", len(held))
+    if len(train) < settings.per_device_train_batch_size:
+        logger.warning("%d rows are fewer than a batch: it is lowered to them.", len(train))
+        settings = replace(settings, per_device_train_batch_size=max(2, len(train)))
+    told = _told(pairs, backbone, settings, report, {"train": len(train), "held_out": len(held)})
+    arguments = settings.arguments(output / "checkpoints", len(train), use_cpu=device == "cpu")
+    from_rank_zero(lambda: _claim(output / _RUN, told))
+    if (done := from_rank_zero(lambda: _finished(output, told))) is not None:
+        logger.info("%s holds the finished run.", output)
+        return done
+    evaluator = pairs_evaluator(held)
+    model = _start(backbone, settings, str(arguments.device))
+    before = _before(output / _BEFORE, evaluator, model)
+    log = _train(model, train, arguments, settings, evaluator)
+    after = _metrics(evaluator, model)
+    return from_rank_zero(lambda: _finish(model, output, told, report, evaluator, before, after, log))
+
+
+def _told(
+    pairs: Dataset, backbone: str | Path, settings: PairsTraining, report: PairsReport, rows: dict[str, int]
+) -> dict[str, Any]:
+    identity = checksum(content_ids(*stored_rows(pairs)))
+    return {"backbone": str(backbone), "data": report.name, "data_checksum": identity, "rows": rows, **settings.told()}
+
+
+def _claim(path: Path, told: dict[str, Any]) -> None:
+    """Write down what a run is of, or compare it with what is there."""
+    if path.is_file():
+        was = json.loads(path.read_text(encoding="utf-8"))
+        differing = [f"`{name}` was {was.get(name)!r} and is {told.get(name)!r}" for name in {**was, **told}
+                     if was.get(name) != told.get(name)]  # fmt: skip
+        if differing:
+            raise ValueError(
+                f"{path.parent} holds a run with other data or settings: {'; '.join(differing)}. Give them as "
+                "before to go on with it, or another output folder."
+            )
+    write_atomically(path, json.dumps(told, indent=1) + "\n")
+
+
+def _finished(output: Path, told: dict[str, Any]) -> TrainedPairs | None:
+    """What a run with these settings has made that got to its end; None for one that did not."""
+    results, encoder, page = (output / name for name in (_RESULTS, "encoder", "report.html"))
+    if not (results.is_file() and (encoder / PROVENANCE).is_file() and page.is_file()):
+        return None
+    was = json.loads(results.read_text(encoding="utf-8"))
+    same = all(was.get(name) == value for name, value in told.items())
+    return TrainedPairs(encoder, page, was["before"], was["after"]) if same else None
+
+
+def _start(backbone: str | Path, settings: PairsTraining, device: str) -> SentenceTransformer:
+    """The backbone or saved encoder with fresh LoRA weights."""
+    set_seed(settings.seed)  # the Trainer's comes too late for them
+    lora = default_lora_config(settings.rank)
+    if str(backbone) not in PUBLISHED and not (Path(backbone) / "modules.json").is_file():
+        return build_encoder(
+            backbone,
+            peft_config=lora,
+            device=device,
+            max_pixels=settings.max_pixels,
+            max_seq_length=settings.max_seq_length,
+        )
+    if settings.max_pixels is not None:
+        raise ValueError(f"{backbone} is a saved encoder, which keeps its `max_pixels`. Leave it out.")
+    model = load_encoder(backbone, device=device)
+    if settings.max_seq_length is not None:
+        model.max_seq_length = settings.max_seq_length
+    model.add_adapter(lora)
+    return model
+
+
+def _before(path: Path, evaluator: SentenceEvaluator, model: SentenceTransformer) -> dict[str, float]:
+    """Metrics before training; those of a run that goes on are kept."""
+    known = from_rank_zero(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
+    if known is None:
+        known = _metrics(evaluator, model)
+        from_rank_zero(lambda: write_atomically(path, json.dumps(known, indent=1) + "\n"))
+    return known
+
+
+def _metrics(evaluator: SentenceEvaluator, model: SentenceTransformer) -> dict[str, float]:
+    found: Any = evaluator(model)
+    return {name: float(value) for name, value in found.items()}
+
+
+def _train(
+    model: SentenceTransformer,
+    rows: Dataset,
+    arguments: SentenceTransformerTrainingArguments,
+    settings: PairsTraining,
+    evaluator: SentenceEvaluator,
+) -> list[dict[str, Any]]:
+    """Train, from the last whole checkpoint if there is one; returns the Trainer's log."""
+    folder = Path(str(arguments.output_dir))
+    loss = HardNegativeInfoNCELoss(
+        model,
+        temperature=settings.temperature,
+        margin=settings.margin,
+        num_hard_negatives=settings.num_hard_negatives,
+        gather_across_devices=arguments.world_size > 1,
+        mini_batch_num_tokens=settings.mini_batch_num_tokens,
+    )
+    found = effective_negatives(loss, arguments)
+    logger.info("Each query is compared with %d others a step.", found.number)
+    for warning in found.warnings:
+        logger.warning("%s", warning)
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        loss=loss,
+        evaluator=evaluator if arguments.eval_strategy != "no" else None,
+        callbacks=[SamplerEpochCallback(), CheckpointCallback()],
+    )
+    LossMetricsCallback.attach(trainer)
+    checkpoint = from_rank_zero(lambda: last_complete_checkpoint(folder))  # reads it: once is enough
+    if checkpoint is not None:
+        logger.info("Going on from %s", checkpoint)
+    with explained_write_errors(folder):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer.state.log_history
+
+
+def _finish(  # noqa: PLR0917
+    model: SentenceTransformer,
+    output: Path,
+    told: dict[str, Any],
+    report: PairsReport,
+    evaluator: SentenceEvaluator,
+    before: dict[str, float],
+    after: dict[str, float],
+    log: list[dict[str, Any]],
+) -> TrainedPairs:
+    encoder = export_encoder(model, output / "encoder")
+    results = {**told, "before": before, "after": after}
+    write_atomically(encoder / PROVENANCE, json.dumps(results, indent=1) + "\n")
+    page = write_report(output, results, report, evaluator, log)
+    write_atomically(output / _RESULTS, json.dumps(results, indent=1) + "\n")  # the last: a run without is not over
+    return TrainedPairs(encoder, page, before, after)
