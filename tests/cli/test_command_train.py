@@ -111,6 +111,18 @@ def test_pairs_that_are_not_image_and_text(kind, pairs, backbone, tmp_path):
     assert after["held_out_cosine_recall@1"] <= after["held_out_cosine_recall@4"] == 1.0
 
 
+def test_training_goes_on_from_a_saved_encoder(trained, pairs, tmp_path, capsys):
+    arguments = ["train", str(pairs), "--backbone", str(trained / "encoder"), "--output", str(tmp_path / "run"), *TRAIN]
+    arguments += ["--max-steps", "2"]
+    assert main([*arguments, "--max-pixels", "1000"]) == 1
+    assert "is a saved encoder, which keeps its `max_pixels`" in capsys.readouterr().err
+    assert main(arguments) == 0  # in the same folder, for nothing was trained there
+    before, after = (load_file(path / "encoder" / "model.safetensors") for path in (trained, tmp_path / "run"))
+    assert any(not np.array_equal(before[name], after[name]) for name in before)
+    first = json.loads((tmp_path / "run" / "before.json").read_text())
+    assert first == pytest.approx(json.loads((trained / "results.json").read_text())["after"])  # where the other ended
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(trained, pairs, backbone, tmp_path):
     output = tmp_path / "run"

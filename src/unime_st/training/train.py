@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 from transformers import set_seed
 
-from unime_st.checkpoints import CheckpointCallback, explained_write_errors, last_complete_checkpoint
+from unime_st.checkpoints import CheckpointCallback, checkpoints, explained_write_errors, last_complete_checkpoint
 from unime_st.data import PairsReport, check_pairs, split_pairs
 from unime_st.data.pairs.contents import content_ids
 from unime_st.data.pairs.stored import stored_rows
@@ -107,7 +107,7 @@ def train_pairs(
         settings = replace(settings, per_device_train_batch_size=max(2, len(train)))
     told = _told(pairs, backbone, settings, report, {"train": len(train), "held_out": len(held)})
     arguments = settings.arguments(output / "checkpoints", len(train), use_cpu=device == "cpu")
-    from_rank_zero(lambda: _claim(output / _RUN, told))
+    from_rank_zero(lambda: _claim(output, told))
     if (done := from_rank_zero(lambda: _finished(output, told))) is not None:
         logger.info("%s holds the finished run.", output)
         return done
@@ -126,17 +126,22 @@ def _told(
     return {"backbone": str(backbone), "data": report.name, "data_checksum": identity, "rows": rows, **settings.told()}
 
 
-def _claim(path: Path, told: dict[str, Any]) -> None:
-    """Write down what a run is of, or compare it with what is there."""
-    if path.is_file():
-        was = json.loads(path.read_text(encoding="utf-8"))
-        differing = [f"`{name}` was {was.get(name)!r} and is {told.get(name)!r}" for name in {**was, **told}
-                     if was.get(name) != told.get(name)]  # fmt: skip
-        if differing:
-            raise ValueError(
-                f"{path.parent} holds a run with other data or settings: {'; '.join(differing)}. Give them as "
-                "before to go on with it, or another output folder."
+def _claim(output: Path, told: dict[str, Any]) -> None:
+    """Write down what a run is of, or compare it with what is there; a run that never took a step is no run."""
+    path = output / _RUN
+    was = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else told
+    if was != json.loads(json.dumps(told)):
+        if checkpoints(output / "checkpoints") or (output / "encoder").exists():
+            differing = "; ".join(
+                f"`{name}` was {was.get(name)!r} and is {told.get(name)!r}"
+                for name in {**was, **told}
+                if was.get(name) != told.get(name)
             )
+            raise ValueError(
+                f"{output} holds a run with other data or settings: {differing}. Give them as before to go on with it, "
+                "or another output folder."
+            )
+        (output / _BEFORE).unlink(missing_ok=True)
     write_atomically(path, json.dumps(told, indent=1) + "\n")
 
 
