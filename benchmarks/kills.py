@@ -15,7 +15,10 @@ Results: `benchmarks/results/kills.json`, its table `benchmarks/results/kills.md
 
 from __future__ import annotations
 
-import argparse
+from basics import RESULTS, keep, parser
+from basics import table as markdown
+
+# isort: split
 import hashlib
 import json
 import os
@@ -34,8 +37,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 import numpy as np
@@ -45,8 +46,6 @@ import torch
 from datasets import disable_progress_bars
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers.utils import logging as transformers_logging
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from tiny import picture, tiny_backbone
 from unime_st import build_encoder, export_encoder, load_encoder
@@ -65,7 +64,6 @@ from unime_st.losses import HardNegativeInfoNCELoss
 from unime_st.samplers import FalseNegativeAwareBatchSampler, SamplerEpochCallback
 
 _CHANGES = frozenset({"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate"})
-RESULTS = Path(__file__).resolve().parent / "results"
 FAMILIES = ("qwen2_5_vl", "llava_onevision", "smolvlm", "fast_vlm")
 ROWS, IMAGES, WINDOW = 192, 24, 16
 BOUND = 1e-5  # of a number of an embedding, where batches may differ after a kill
@@ -83,9 +81,9 @@ class World:
         self.log = self.root / "embedded"
         self.paths = [str(self.root / "images" / f"{number}.png") for number in range(IMAGES)]
         self.inputs: list[Any] = [
-            {"image": self.paths[row * 5 % IMAGES], "text": f"question {row}"} for row in range(ROWS)
+            {"image": self.paths[row * 5 % IMAGES], "text": f"question {row}"} if row % 7 else f"a text, number {row}"
+            for row in range(ROWS)
         ]
-        self.inputs[::7] = [f"a text of its own, number {row}" for row in range(0, ROWS, 7)]
 
     def make(self) -> None:
         """Write the images, the training set and the encoder."""
@@ -95,10 +93,8 @@ class World:
             size = (30 + number % 5 * 7, 28 + number % 3 * 11)
             picture((number * 10, 255 - number * 10, number * 7), size).save(images / f"{number}.png")
         (self.root / "train" / "A").mkdir(parents=True)
-        rows = [
-            {"qry": f"Find picture {row}.", "qry_image_path": "", "pos_text": "", "pos_image_path": f"{row}.png"}
-            for row in range(IMAGES)
-        ]
+        empty = {"qry_image_path": "", "pos_text": ""}
+        rows = [{"qry": f"Find picture {row}.", **empty, "pos_image_path": f"{row}.png"} for row in range(IMAGES)]
         pq.write_table(pa.Table.from_pylist(rows), self.root / "train" / "A" / "original-0.parquet")
         backbone = tiny_backbone(self.family, self.root / "backbone")
         export_encoder(build_encoder(backbone, device="cpu"), self.root / "encoder")
@@ -134,7 +130,7 @@ def corpus(output_format: str) -> Callable[[World, Path], None]:
 
 def corpus_result(_world: World, folder: Path) -> dict[str, Any]:
     parts = sorted(path for path in (folder / "corpus").rglob("*") if path.is_file() and not path.name.startswith("."))
-    files = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in parts}
+    files = {path.relative_to(folder).as_posix(): sha256(path.read_bytes()) for path in parts}
     return {"bytes": files, "numbers": np.concatenate(list(load_corpus(folder / "corpus").parts()))}
 
 
@@ -154,7 +150,7 @@ def mining(world: World, folder: Path) -> None:
 
 def mining_result(_world: World, folder: Path) -> dict[str, Any]:
     rows = load_mined_negatives(folder / "mined", image_root=_world.root / "images", open_images=False)
-    return {"bytes": hashlib.sha256(json.dumps(list(rows), default=str, sort_keys=True).encode()).hexdigest()}
+    return {"bytes": sha256(json.dumps(list(rows), default=str, sort_keys=True).encode())}
 
 
 def evaluation(world: World, folder: Path) -> None:
@@ -207,12 +203,16 @@ def export_result(_world: World, folder: Path) -> dict[str, Any]:
     """What a reader finds at the path: asked after each kill too."""
     state = load_encoder(folder / "exported", device="cpu").state_dict()
     weights = torch.cat([value.float().flatten() for _, value in sorted(state.items())])
-    return {"bytes": hashlib.sha256(weights.numpy().tobytes()).hexdigest()}
+    return {"bytes": sha256(weights.numpy().tobytes())}
 
 
 def array_result(_world: World, folder: Path) -> dict[str, Any]:
     found = np.load(folder / "result.npy")
-    return {"bytes": hashlib.sha256(found.tobytes()).hexdigest(), "numbers": found}
+    return {"bytes": sha256(found.tobytes()), "numbers": found}
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -227,14 +227,11 @@ class Job:
 
 
 JOBS = {
-    "corpus-parquet": Job(corpus("parquet"), corpus_result),
-    "corpus-npy": Job(corpus("npy"), corpus_result),
-    "teacher": Job(teacher, array_result, promise="numbers"),
-    "mining": Job(mining, mining_result),
-    "evaluation": Job(evaluation, evaluation_result, promise="numbers"),
-    "training": Job(training, array_result),
+    "corpus-parquet": Job(corpus("parquet"), corpus_result), "corpus-npy": Job(corpus("npy"), corpus_result),
+    "teacher": Job(teacher, array_result, promise="numbers"), "mining": Job(mining, mining_result),
+    "evaluation": Job(evaluation, evaluation_result, promise="numbers"), "training": Job(training, array_result),
     "export": Job(export, export_result, seed=export_seed, always_readable=True),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -381,30 +378,24 @@ def _check(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The campaigns as Markdown."""
-    lines = [
-        "| job | family | kills | runs to the end | result | inputs embedded again, per kill | faults |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ("job", "family", "kills", "runs to the end", "result", "inputs embedded again, per kill", "faults")
+    lines = []
     for row in rows:
         exact = JOBS[row["job"]].promise == "bytes"
         same = "same bytes" if exact else f"within {BOUND:g} (largest difference {row['largest_difference']:.1e})"
         again = f"{row['again'] / max(1, row['kills']):.1f} of {row['embedded']}" if row["embedded"] else "–"
-        faults = "none" if not row["faults"] else f"{len(row['faults'])}: {row['faults'][0]}"
-        result = same if not row["faults"] else "see faults"
-        lines.append(
-            f"| {row['job']} | {row['family']} | {row['kills']} | {row['chains']} | {result} | {again} | {faults} |"
-        )
-    return "\n".join(lines) + "\n"
+        told = (f"{len(row['faults'])}: {row['faults'][0]}", "see faults") if row["faults"] else ("none", same)
+        lines.append([row["job"], row["family"], row["kills"], row["chains"], told[1], again, told[0]])
+    return "\n".join(markdown(head, lines)) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES))
-    parser.add_argument("--kills", type=int, default=25)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    given = parser.parse_args()
+    options = parser(__doc__, output=RESULTS)
+    options.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
+    options.add_argument("--families", nargs="+", default=list(FAMILIES))
+    options.add_argument("--kills", type=int, default=25)
+    options.add_argument("--seed", type=int, default=0)
+    given = options.parse_args()
     torch.set_num_threads(1)
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
@@ -417,9 +408,8 @@ def main() -> None:
                 rows.append(campaign(name, world, given.kills, given.seed))
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
     command = f"python benchmarks/kills.py --kills {given.kills} --seed {given.seed}"
-    write_atomically(given.output / "kills.json", json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
-    write_atomically(given.output / "kills.md", table(rows))
-    print(f"wrote {given.output / 'kills.md'}")
+    keep(given.output / "kills.json", {"command": command, "rows": rows})
+    keep(given.output / "kills.md", table(rows))
     if any(row["faults"] for row in rows):
         sys.exit(1)
 

@@ -7,32 +7,24 @@ tower, language model and vocabulary in the work, and the number of tiles of an 
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
 from emoji.miniature import build_miniature
-from emoji.packages import fetch
+from emoji.packages import Fetched, fetch
+from emoji.settings import DemoSettings
 from tiny import tiny_backbone
 from unime_st import build_encoder, export_encoder
 
 TILE = 112  # pixels, for the 384 of SigLIP
 SQUARE = (392, 392)  # 3.5 tiles a side, for UniME-V2's 1344 pixels
 TEXT = {
-    "hidden_size": 256,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "layer_types": ["full_attention"] * 6,
-    "initializer_range": 0.05,
-}
+    "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32,
+    "layer_types": ["full_attention"] * 6, "initializer_range": 0.05,
+}  # fmt: skip
 
 
 def miniature(cache: Path, layers: int) -> Path:
@@ -42,6 +34,12 @@ def miniature(cache: Path, layers: int) -> Path:
         backbone = build_miniature(fetch(cache, print), folder / "backbone", layers=range(layers))
         export_encoder(build_encoder(backbone, device="cpu"), folder / "encoder")
     return folder / "encoder"
+
+
+def whole_miniature(cache: Path, fetched: Fetched, settings: DemoSettings) -> Path:
+    """The demo's backbone before anything is aligned or trained."""
+    folder = cache / f"miniature-{settings.key('layers', 'image_size')}"
+    return build_miniature(fetched, folder, layers=settings.layers, image_size=settings.image_size)
 
 
 def small_llava_onevision(folder: Path) -> Path:

@@ -221,8 +221,6 @@ def scores(student: Tensor, teacher: Tensor, counts: dict[str, int]) -> dict[str
     spearman = spearmanr(ours[upper].numpy(), theirs[upper].numpy()).statistic
     nearest = [cosines.fill_diagonal_(-torch.inf).argmax(dim=1) for cosines in (ours, theirs)]
     return {
-        "mean_reciprocal_rank": sum(reciprocal) / len(reciprocal),
-        **result,
-        "spearman_with_teacher": float(spearman),
+        "mean_reciprocal_rank": sum(reciprocal) / len(reciprocal), **result, "spearman_with_teacher": float(spearman),
         "nearest_neighbor_agreement": (nearest[0] == nearest[1]).double().mean().item(),
-    }
+    }  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -14,15 +13,11 @@ SIDES = (64, 96, 128, 192, 256, 384)  # pixels
 COLOURS = ("red", "green", "blue", "orange", "purple", "black", "teal", "brown")
 SYLLABLES = ("ba", "ko", "ri", "ta", "mu", "ne", "so", "li", "da", "vo", "pe", "xi")
 QUESTIONS = (
-    "What is drawn here?",
-    "Which colour has the largest shape?",
-    "How many corners can be seen?",
-    "Is the shape on the left of the picture or on its right?",
-    "Where would somebody hang this picture?",
-    "What is behind it?",
-    "Name the thing that comes closest to this shape.",
+    "What is drawn here?", "Which colour has the largest shape?", "How many corners can be seen?",
+    "Is the shape on the left of the picture or on its right?", "Where would somebody hang this picture?",
+    "What is behind it?", "Name the thing that comes closest to this shape.",
     "Which of the four quarters of the picture is empty?",
-)
+)  # fmt: skip
 
 Item = str | dict[str, str]
 
@@ -97,7 +92,3 @@ def with_duplicates(items: Sequence[Item], count: int, share: float) -> list[Ite
     found = distinct + [distinct[generator.randrange(len(distinct))] for _ in range(count - len(distinct))]
     generator.shuffle(found)
     return found
-
-
-def as_dict(item: Item) -> dict[str, Any]:
-    return {"text": item} if isinstance(item, str) else dict(item)
