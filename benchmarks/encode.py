@@ -121,9 +121,6 @@ def compare(ours: Any, peer: dict[str, Any], items: Sequence[Any], runs: int) ->
     return result
 
 
-# --- sections --------------------------------------------------------------------------------------------------------
-
-
 def loaded(checkpoint: Path, inputs: Inputs) -> tuple[Ours, Stock]:
     """Ours and stock, warmed up."""
     models = Ours(checkpoint), Stock(checkpoint)

@@ -118,7 +118,8 @@ def export(backbone: Path, folder: Path) -> None:
     model = build_encoder(backbone, device="cpu")
     export_encoder(model, folder / "encoder")
     IMAGES[0].save(folder / "picture.png")
-    code = f"import unime_st\n{_STOCK}" if _is_ours(model) else f"{_STOCK}\nassert 'unime_st' not in sys.modules\n"
+    lacked = type(model[0].model.config).__module__.startswith("unime_st.")  # by transformers
+    code = f"import unime_st\n{_STOCK}" if lacked else f"{_STOCK}\nassert 'unime_st' not in sys.modules\n"
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise CheckError(f"stock code fails: {done.stderr.strip().splitlines()[-1]}")
@@ -144,11 +145,6 @@ def _close(found: np.ndarray, expected: np.ndarray, complaint: str) -> None:
     difference = float(np.abs(found - expected).max())
     if not difference <= TOLERANCE:
         raise CheckError(f"{complaint} by {difference:.1e}")
-
-
-def _is_ours(model: Any) -> bool:
-    """Whether transformers lacks the architecture."""
-    return type(model[0].model.config).__module__.startswith("unime_st.")
 
 
 def _tower(model: Any) -> str:

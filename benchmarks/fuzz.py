@@ -32,10 +32,9 @@ from datasets import Dataset, disable_progress_bars
 from PIL import Image
 from tqdm import tqdm
 
+from fuzz_arguments import cases
 from fuzz_cases import Things, judged
-from fuzz_data_arguments import data_cases
 from fuzz_images import DAMAGES, formats, seeds
-from fuzz_model_arguments import model_cases
 from tiny import tiny_encoder
 from unime_st.data import with_images
 from unime_st.images import UnreadableImageError, open_image
@@ -96,11 +95,8 @@ def _through_rows(names: list[str], kinds: list[str], contents: list[bytes], fol
     """Half of the rows hold paths, half bytes; each batch has a good row that takes the place of bad ones."""
     log = folder / "bad.jsonl"
     Image.new("RGB", (9, 7), "red").save(folder / "good.png")
-    stored = [
-        {"bytes": content if place % 2 else None, "path": name}
-        for place, (name, content) in enumerate(zip(names, contents, strict=True))
-    ]
-    stored.append({"bytes": None, "path": "good.png"})
+    given = [content if place % 2 else None for place, content in enumerate(contents)]
+    stored = [{"bytes": one, "path": name} for one, name in zip([*given, None], [*names, "good.png"], strict=True)]
     rows = Dataset.from_dict({"text": [*names, "good"], "image": [{"image": one} for one in stored]})
     opened = with_images(rows, image_root=folder, name="fuzz", max_bad_images=len(names), bad_images_log=log)
     found, way = [], "rows of a data set"
@@ -171,7 +167,7 @@ def fuzz_arguments(root: Path) -> dict[str, Any]:
     table: dict[str, Counter[str]] = defaultdict(Counter)
     faults = []
     things = Things(root)
-    for case in (*model_cases(things), *data_cases(things)):
+    for case in cases(things):
         folder = Path(tempfile.mkdtemp(dir=root))
         came = in_a_fork(lambda case=case: judged(case), folder)
         kind, why = came if isinstance(came, list) else ("other error", came)

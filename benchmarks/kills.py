@@ -4,13 +4,10 @@
     python benchmarks/kills.py --jobs corpus-npy --families qwen2_vl --kills 5
 
 Each life of a job is a fork of this process, so that imports are paid once and moments spread over the work itself.
-Every other kill falls at a random time; the rest before a random change of the job's folder (a file opened for writing,
-renamed, removed; a folder made), for these moments are short and are the ones that matter. A
-chain of lives on one folder ends when one lives to the end; chains follow each other until the kills are given. What
-must hold after every chain: the result is the undisturbed run's, to the bit where the package promises bits; nothing
-half-written stays; and inputs embedded again are no more than the kills can have cost.
-
-Results: `benchmarks/results/kills.json`, its table `benchmarks/results/kills.md`.
+Every other kill falls at a random time; the rest before a random change of the job's folder, for these moments are
+short and are the ones that matter. A chain of lives on one folder ends when one lives to the end. Then the result must
+be the undisturbed run's, to the bit where the package promises bits; nothing half-written stays; and inputs embedded
+again are no more than the kills can have cost. Writes `benchmarks/results/kills.json` and `kills.md`.
 """
 
 from __future__ import annotations
@@ -48,16 +45,8 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from transformers.utils import logging as transformers_logging
 
 from tiny import picture, tiny_backbone
-from unime_st import build_encoder, export_encoder, load_encoder
+from unime_st import build_encoder, data, export_encoder, load_encoder
 from unime_st.checkpoints import CheckpointCallback, last_complete_checkpoint
-from unime_st.data import (
-    encode_corpus,
-    load_corpus,
-    load_mined_negatives,
-    load_mmeb_train,
-    mine_hard_negatives,
-    teacher_embeddings,
-)
 from unime_st.evaluation import ImageTextRetrievalEvaluator, encode_distinct
 from unime_st.files import remove_leftovers, write_atomically
 from unime_st.losses import HardNegativeInfoNCELoss
@@ -123,7 +112,7 @@ def corpus(output_format: str) -> Callable[[World, Path], None]:
     def job(world: World, folder: Path) -> None:
         options = {"window_size": WINDOW, "batch_size": 8, "model_name": world.family, "with_ids": True}
         pairs = [(f"id {row}", item) for row, item in enumerate(world.inputs)]
-        encode_corpus(world.encoder(), pairs, folder / "corpus", output_format=output_format, **options)
+        data.encode_corpus(world.encoder(), pairs, folder / "corpus", output_format=output_format, **options)
 
     return job
 
@@ -131,25 +120,25 @@ def corpus(output_format: str) -> Callable[[World, Path], None]:
 def corpus_result(_world: World, folder: Path) -> dict[str, Any]:
     parts = sorted(path for path in (folder / "corpus").rglob("*") if path.is_file() and not path.name.startswith("."))
     files = {path.relative_to(folder).as_posix(): sha256(path.read_bytes()) for path in parts}
-    return {"bytes": files, "numbers": np.concatenate(list(load_corpus(folder / "corpus").parts()))}
+    return {"bytes": files, "numbers": np.concatenate(list(data.load_corpus(folder / "corpus").parts()))}
 
 
 def teacher(world: World, folder: Path) -> None:
     texts = [f"sentence number {row} of the teacher" for row in range(ROWS)]
-    embeddings = teacher_embeddings(
+    embeddings = data.teacher_embeddings(
         world.encoder(), texts, folder / "teacher", teacher_name="t", shard_size=WINDOW, batch_size=8
     )
     write_atomically(folder / "result.npy", embeddings)
 
 
 def mining(world: World, folder: Path) -> None:
-    rows = load_mmeb_train(world.root / "train", image_root=world.root / "images")
+    rows = data.load_mmeb_train(world.root / "train", image_root=world.root / "images")
     options = {"num_negatives": 3, "margin": None, "shard_size": 8, "batch_size": 4, "rows_per_file": 6}
-    mine_hard_negatives(rows, world.encoder(), folder / "mined", **options)
+    data.mine_hard_negatives(rows, world.encoder(), folder / "mined", **options)
 
 
 def mining_result(_world: World, folder: Path) -> dict[str, Any]:
-    rows = load_mined_negatives(folder / "mined", image_root=_world.root / "images", open_images=False)
+    rows = data.load_mined_negatives(folder / "mined", image_root=_world.root / "images", open_images=False)
     return {"bytes": sha256(json.dumps(list(rows), default=str, sort_keys=True).encode())}
 
 
@@ -171,7 +160,7 @@ def evaluation_result(_world: World, folder: Path) -> dict[str, Any]:
 def training(world: World, folder: Path) -> None:
     torch.manual_seed(0)
     model = build_encoder(world.root / "backbone", device="cpu", peft_config=True)
-    rows = load_mmeb_train(world.root / "train", image_root=world.root / "images")
+    rows = data.load_mmeb_train(world.root / "train", image_root=world.root / "images")
     arguments = SentenceTransformerTrainingArguments(
         str(folder / "run"), per_device_train_batch_size=8, max_steps=12, save_steps=2, logging_steps=2, seed=3,
         learning_rate=1e-3, report_to=[], disable_tqdm=True, use_cpu=True, batch_sampler=FalseNegativeAwareBatchSampler,
@@ -234,22 +223,16 @@ JOBS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Kill:
-    """When a life ends: after so many seconds, or before so many changes of its folder."""
-
-    seconds: float | None = None
-    changes: int | None = None
-
-
-def live(job: Job, world: World, folder: Path, kill: Kill | None) -> tuple[int, float]:
-    """One life, in a fork. Returns its exit status and seconds."""
+def live(
+    job: Job, world: World, folder: Path, *, seconds: float | None = None, changes: int | None = None
+) -> tuple[int, float]:
+    """One life in a fork, killed after so many seconds or before so many changes; its exit status and seconds."""
     started = time.monotonic()
     child = os.fork()
     if not child:
         try:
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (until the child ends)
-            count_changes(folder, None if kill is None else kill.changes)
+            count_changes(folder, changes)
             remove_leftovers(folder)  # of what the job writes itself
             job.run(world, folder)
             os._exit(0)
@@ -257,8 +240,8 @@ def live(job: Job, world: World, folder: Path, kill: Kill | None) -> tuple[int, 
             traceback.print_exc()
             os._exit(1)
     killer = None
-    if kill is not None and kill.seconds is not None:
-        killer = threading.Timer(kill.seconds, os.kill, (child, signal.SIGKILL))
+    if seconds is not None:
+        killer = threading.Timer(seconds, os.kill, (child, signal.SIGKILL))
         killer.start()
     _, status = os.waitpid(child, 0)
     if killer is not None:
@@ -274,9 +257,8 @@ def count_changes(folder: Path, last: int | None) -> None:
 
     def heard(event: str, given: tuple[Any, ...]) -> None:
         nonlocal seen
-        if event not in _CHANGES or not str(given[0]).startswith(str(folder)):
-            return
-        if event == "open" and not (given[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+        reads = event == "open" and not (given[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+        if event not in _CHANGES or reads or not str(given[0]).startswith(str(folder)):
             return
         seen += 1
         os.pwrite(counter, str(seen).encode(), 0)
@@ -320,7 +302,7 @@ def campaign(name: str, world: World, kills: int, seed: int) -> dict[str, Any]:
     job, moments = JOBS[name], random.Random(f"{name} {world.family} {seed}")
     scratch = world.root / "jobs" / name
     folder = started(job, world, scratch / "undisturbed")
-    status, seconds = live(job, world, folder, None)
+    status, seconds = live(job, world, folder)
     if status:
         raise RuntimeError(f"{name} on {world.family} fails undisturbed (status {status}).")
     wanted, alone = asked(partial(job.result, world, folder)), world.embedded()
@@ -334,10 +316,10 @@ def campaign(name: str, world: World, kills: int, seed: int) -> dict[str, Any]:
         row["chains"] += 1
         folder = started(job, world, scratch / str(row["chains"]))
         while True:
-            kill = Kill(seconds=moments.uniform(0, seconds))
+            kill: dict[str, Any] = {"seconds": moments.uniform(0, seconds)}
             if moments.random() < 0.5:
-                kill = Kill(changes=moments.randint(1, changes))
-            status, _ = live(job, world, folder, kill if row["kills"] < kills else None)
+                kill = {"changes": moments.randint(1, changes)}
+            status, _ = live(job, world, folder, **(kill if row["kills"] < kills else {}))
             if status == 0:
                 break
             if status != signal.SIGKILL:

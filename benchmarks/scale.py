@@ -39,9 +39,6 @@ VARIANTS = {
 }  # fmt: skip
 
 
-# --- sampler ---------------------------------------------------------------------------------------------------------
-
-
 def write_rows(folder: Path, rows: int) -> None:
     """Guide embeddings (float16) and the numbers that rows are made of.
 
@@ -163,16 +160,13 @@ def growth_exponents(measured: list[dict[str, Any]]) -> dict[str, float]:
     return exponents
 
 
-# --- loss ------------------------------------------------------------------------------------------------------------
-
-
-def measure_loss(batch: str, dim: str = "1024", negatives: str = "8") -> dict[str, Any]:
+def measure_loss(batch: str) -> dict[str, Any]:
     """The loss from embeddings that are there, and its gradient; peak memory over what was there before."""
     import torch
 
     from unime_st.losses import HardNegativeInfoNCELoss
 
-    rows, width, k = int(batch), int(dim), int(negatives)
+    rows, width, k = int(batch), 1024, 8
     loss = HardNegativeInfoNCELoss(None, num_hard_negatives=k)
     generator = torch.Generator().manual_seed(0)
     small = [torch.randn(64, width, generator=generator, requires_grad=True) for _ in range(2)]
@@ -191,13 +185,6 @@ def measure_loss(batch: str, dim: str = "1024", negatives: str = "8") -> dict[st
         "a_tensor_n_1k_d_mb": round(rows * (1 + k) * width * 4 / 2**20, 1),
         "score_matrix_mb": round(rows * rows * 4 / 2**20, 1),
     }  # fmt: skip
-
-
-def run_loss() -> dict[str, Any]:
-    return {"measured": [measured("measure_loss", str(batch)) for batch in (1024, 4096, 16384)]}
-
-
-# --- teacher ---------------------------------------------------------------------------------------------------------
 
 
 def measure_teacher(texts: str, runs: str) -> dict[str, Any]:
@@ -260,13 +247,6 @@ def random_teacher() -> Any:
     return SentenceTransformer(modules=[body, Pooling(384)], device="cpu")
 
 
-def run_teacher() -> dict[str, Any]:
-    return measured("measure_teacher", "600", "5")
-
-
-# --- all -------------------------------------------------------------------------------------------------------------
-
-
 def measured(function: str, *arguments: str) -> dict[str, Any]:
     """Run a function of this file in a process of its own, whose peak memory is then its own."""
     result: dict[str, Any] = in_process(__file__, "--measure", function, *arguments)
@@ -284,7 +264,11 @@ def tables(results: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    runs = {"sampler": lambda: run_sampler(given.rows), "loss": run_loss, "teacher": run_teacher}
+    runs = {
+        "sampler": lambda: run_sampler(given.rows),
+        "loss": lambda: {"measured": [measured("measure_loss", str(batch)) for batch in (1024, 4096, 16384)]},
+        "teacher": lambda: measured("measure_teacher", "600", "5"),
+    }
     options = parser(__doc__)
     options.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(runs)}; all when none is given")
     options.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 662_000])

@@ -47,9 +47,9 @@ def small_llava_onevision(folder: Path) -> Path:
     tiny_backbone("llava_onevision", folder)
     pinpoints = [[TILE * rows, TILE * columns] for rows in range(1, 7) for columns in range(1, 7)]
     config = AutoConfig.from_pretrained(folder)
-    _set(config.text_config, **TEXT, intermediate_size=1352)
+    config.text_config.update({**TEXT, "intermediate_size": 1352})
     vision = {"hidden_size": 128, "intermediate_size": 480, "num_hidden_layers": 6, "num_attention_heads": 4}
-    _set(config.vision_config, **vision, image_size=TILE, patch_size=14, initializer_range=0.05)
+    config.vision_config.update({**vision, "image_size": TILE, "patch_size": 14, "initializer_range": 0.05})
     config.image_grid_pinpoints, config.vision_aspect_ratio = pinpoints, "anyres_max_9"
     processor = AutoProcessor.from_pretrained(folder)
     processor.image_processor.size = {"height": TILE, "width": TILE}
@@ -63,17 +63,13 @@ def small_qwen2_vl(folder: Path) -> Path:
     """Language model of 7.9 M weights, 6 layers; vocabulary of 5,486, so its head is 18 % of it, as Qwen2-VL-2B's."""
     tiny_backbone("qwen2_vl", folder)
     config = AutoConfig.from_pretrained(folder)
-    _set(config.text_config, **TEXT, intermediate_size=1493, vocab_size=5486)
+    config.text_config.update({**TEXT, "intermediate_size": 1493, "vocab_size": 5486})
     config.text_config.rope_parameters = {**config.text_config.rope_parameters, "mrope_section": [4, 6, 6]}
-    _set(config.vision_config, embed_dim=192, depth=8, num_heads=6, mlp_ratio=4, hidden_size=256)
+    vision = {"embed_dim": 192, "depth": 8, "num_heads": 6, "mlp_ratio": 4, "hidden_size": 256}
+    config.vision_config.update(vision)
     processor = AutoProcessor.from_pretrained(folder)
     processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 448 * 448}
     return _written(config, processor, folder)
-
-
-def _set(config: Any, **values: Any) -> None:
-    for name, value in values.items():
-        setattr(config, name, value)
 
 
 def _written(config: Any, processor: Any, folder: Path) -> Path:

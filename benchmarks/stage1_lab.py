@@ -124,10 +124,8 @@ class Lab:
         glosses = [(entry.term, entry.gloss) for entry in benchmark.glosses("validation") if _is_short(entry.gloss)]
         concepts = [concept for concept in concepts_of(fetched, benchmark)["validation"] if concept.tags]
         captions = [(concept.label, ", ".join(concept.tags[:5])) for concept in concepts]
-        self.pairs = {
-            "term_to_gloss": self._unseen(glosses)[:held_out],
-            "label_to_keywords": self._unseen(captions)[:held_out],
-        }
+        found = {"term_to_gloss": glosses, "label_to_keywords": captions}
+        self.pairs = {name: self._unseen(pairs)[:held_out] for name, pairs in found.items()}
         self.held_out = [
             text for pairs in self.pairs.values() for column in zip(*pairs, strict=True) for text in column
         ]

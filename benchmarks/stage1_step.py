@@ -9,11 +9,10 @@ sentence-transformers' own modules: one padded forward pass of the batch, and th
 In a model of two layers it tells that ours computes the last layer's feed-forward part for last tokens alone; in a deep
 one it does not. So "unime_st, whole last layer" runs without that.
 
-All run in one process, alternating, on one thread, and CPU time is what counts. Memory is read in a process of its own
-for each, as the growth of its peak over what it was before the first step. Losses and gradients are compared in double
-precision: embeddings of the untrained miniature are alike (their mean cosine is above 0.99), so in single precision
-the gradients of the stock step itself change by 2e-5 when its rows change places. Writes
-`benchmarks/results/stage1_step.json`.
+All run in one process, alternating, on one thread, and CPU time counts. Memory is read in a process of its own for
+each, as the growth of its peak. Losses and gradients are compared in double precision: embeddings of the untrained
+miniature are alike (their mean cosine is above 0.99), so in single precision the gradients of the stock step itself
+change by 2e-5 when its rows change places. Writes `benchmarks/results/stage1_step.json`.
 """
 
 from __future__ import annotations

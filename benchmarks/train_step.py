@@ -9,14 +9,12 @@ pass of the loss, on the demo's miniature (2 of its layers, images of 160 pixels
 the same mini-batch size. Ours computes the last layer's feed-forward part for last tokens alone, which counts for more
 with two layers than in a deep model (`benchmarks/stage1_step.py` tells how much).
 
-Results without repeats are compared with the stock loss. The stock loss takes copies of an answer for wrong ones, so
-results with repeats are compared with our own plain loss, which embeds all at once. Stock modules leave a frozen tower
-in training mode, where its batch normalisation depends on the mini-batch: the stock model's is put into evaluation
-mode, as ours is by itself.
+Results without repeats are compared with the stock loss, those with repeats, which it takes for wrong answers, with our
+own plain loss, which embeds all at once. Stock modules leave a frozen tower in training mode, where its batch
+normalisation depends on the mini-batch: the stock model's is put into evaluation mode, as ours is by itself.
 
-Both losses run in one process, alternating, on one thread, and CPU time is what counts, so that other work on the
-machine does not. Memory is read in a process of its own for each, as the growth of its peak over what it was before the
-first step. Writes `benchmarks/results/train_step.json`.
+Both losses run in one process, alternating, on one thread, and CPU time counts. Memory is read in a process of its own
+for each, as the growth of its peak. Writes `benchmarks/results/train_step.json`.
 """
 
 from __future__ import annotations
@@ -196,16 +194,7 @@ def arguments(doc: str | None, names: tuple[str, ...]) -> tuple[argparse.Namespa
 def measure(
     script: str, given: argparse.Namespace, path: Path, kinds: tuple[str, ...], cases: dict[str, Any], **about: Any
 ) -> None:
-    """Compare in each case, given how many runs, and read the memory of each kind; written after each case.
-
-    Args:
-        script: Its file, whose name the results have.
-        given: What was given to it.
-        path: The model.
-        kinds: What is compared.
-        cases: Name -> the comparison, and what tells `--peak` which case it is.
-        **about: What else the results say.
-    """
+    """Measure and write each case: its comparison, of so many runs, and what tells `--peak` which case it is."""
     name_of = Path(script).stem
     results = kept(RESULTS / f"{name_of}.json") | {"command": f"python benchmarks/{name_of}.py", **about}
     for name, (compared, told) in cases.items():

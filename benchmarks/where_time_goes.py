@@ -83,7 +83,7 @@ def watching(model: Any, clock: Clock, loss: nn.Module | None = None) -> Iterato
     with ExitStack() as stack:
         named = [
             (inputs, "open_image", "decoding"), (sentence_transformer, "encoding_order", "identity and order"),
-            (inference, "select_rows", "processing"), (sentence_transformer, "batch_to_device", "transfer"),
+            (inference, "select_rows", "processing"), (sentence_transformer, "_moved", "transfer"),
             (shared_prefix, "pack_tree", "planning"), (shared_prefix, "flatten_tree", "planning"),
             (model[0], "preprocess", "processing"), *([(loss, "compute_loss", "loss")] if loss is not None else []),
         ]  # fmt: skip
@@ -112,12 +112,11 @@ def training(checkpoint: Path, columns: list[list[Any]], stage: int) -> Callable
     model = load_encoder(str(checkpoint), device="cpu").float()
     model.add_adapter(default_lora_config(rank=16))
     model.train()
+    loss: nn.Module = HardNegativeInfoNCELoss(model, temperature=0.05, mini_batch_size=8)
+    label = None
     if stage == 1:
-        loss: nn.Module = DistillKLLoss(model, temperature=0.05)
+        loss = DistillKLLoss(model, temperature=0.05)
         label = torch.nn.functional.normalize(torch.randn(len(columns[0]), 384), dim=1)
-    else:
-        loss = HardNegativeInfoNCELoss(model, temperature=0.05, mini_batch_size=8)
-        label = None
 
     def step(clock: Clock) -> None:
         features = [model.preprocess(column) for column in columns]
