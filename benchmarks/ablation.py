@@ -12,26 +12,22 @@ the validation split. Images are smaller than in the demo and steps fewer. Write
 
 from __future__ import annotations
 
+from basics import RESULTS, keep, over_seeds, parser, percent, read, table
+
+# isort: split
 import argparse
-import json
-import os
 import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
 from emoji.settings import DemoSettings, StageSettings
-from unime_st.files import write_atomically
 
 SETTINGS = DemoSettings(
     image_size=96,  # 9 visual tokens in place of 25, so that thirty runs take an hour
@@ -67,16 +63,14 @@ STAGE = ("temperature", "learning_rate", "batch_size")
 METRICS = ("text_to_image_recall@1", "image_to_text_recall@1", "attribute_swaps")
 TRAINING = {"positive_similarity": 4, "hard_negative_similarity": 4, "false_negatives_filtered": None}
 """What is told of the training, where the loss logs it -> mean over so many last steps; None: over all."""
-RESULTS = Path(__file__).parent / "results"
 
 
 def run_one(name: str, seed: int, split: str, cache: Path, work: Path) -> dict[str, Any]:
     """Train and score one variant with one seed; kept in a file, so that it is done once."""
     kept = work / split / f"{seed}-{_slug(name)}.json"
     if kept.is_file():
-        return json.loads(kept.read_text(encoding="utf-8"))
+        return read(kept)
     import torch
-    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
     from sentence_transformers.training_args import BatchSamplers
 
     from emoji.align import load_projections
@@ -92,23 +86,15 @@ def run_one(name: str, seed: int, split: str, cache: Path, work: Path) -> dict[s
     settings = replace(SETTINGS, seed=seed, stage2=stage2)
     benchmark = EmojiBenchmark(cache / "benchmark")
     checkpoints = work / "checkpoints"
-    folds = json.loads((work / "folds.json").read_text(encoding="utf-8"))
     stock, filtered = changed.pop("stock", False), changed.pop("filter", True)
     start = stage1(seed, cache, work) if changed.pop("stage1", True) else checkpoints / "aligned"
-    loss = hard_negative_loss(stage2, settings, **changed)
-    if stock:
-
-        def loss(model: Any) -> Any:
-            return CachedMultipleNegativesRankingLoss(
-                model, scale=1 / stage2.temperature, mini_batch_size=stage2.batch_size
-            )
-
+    loss = stock_loss(stage2) if stock else hard_negative_loss(stage2, settings, **changed)
     folder = kept.with_suffix("")
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     trained = run_stage(
         "stage2",
         start,
-        stage2_rows(benchmark, settings, folds),
+        stage2_rows(benchmark, settings, read(work / "folds.json")),
         loss,
         stage2,
         settings,
@@ -119,10 +105,18 @@ def run_one(name: str, seed: int, split: str, cache: Path, work: Path) -> dict[s
         disable_tqdm=True,
     )
     result = score(load_encoder(trained, device="cpu"), benchmark, split, settings, cache)
-    result["log"] = [row for row in json.loads((trained / "training_log.json").read_text())["log"] if "loss" in row]
-    write_atomically(kept, json.dumps(result, indent=1) + "\n")
+    result["log"] = [row for row in read(trained / "training_log.json")["log"] if "loss" in row]
+    keep(kept, result)
     shutil.rmtree(folder)
     return result
+
+
+def stock_loss(stage: StageSettings) -> Callable[[Any], Any]:
+    """Sentence-transformers' own loss of a model, with a stage's temperature and batch."""
+    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+
+    options = {"scale": 1 / stage.temperature, "mini_batch_size": stage.batch_size}
+    return lambda model: CachedMultipleNegativesRankingLoss(model, **options)
 
 
 def stage1(seed: int, cache: Path, work: Path) -> Path:
@@ -131,12 +125,9 @@ def stage1(seed: int, cache: Path, work: Path) -> Path:
     from emoji.packages import fetch
     from emoji.training import run_stage1
 
-    fetched, settings = fetch(cache, print), replace(SETTINGS, seed=seed)
-    benchmark = EmojiBenchmark(cache / "benchmark")
-    start = work / "checkpoints" / "aligned"
-    return run_stage1(
-        fetched, benchmark, start, settings, work / f"seed{seed}", cache, save_strategy="no", disable_tqdm=True
-    )
+    given = fetch(cache, print), EmojiBenchmark(cache / "benchmark"), work / "checkpoints" / "aligned"
+    quiet = {"save_strategy": "no", "disable_tqdm": True}
+    return run_stage1(*given, replace(SETTINGS, seed=seed), work / f"seed{seed}", cache, **quiet)
 
 
 def score(model: Any, benchmark: Any, split: str, settings: DemoSettings, cache: Path) -> dict[str, Any]:
@@ -160,7 +151,7 @@ def prepare(cache: Path, work: Path) -> None:
     benchmark = build_benchmark(fetched, cache / "benchmark")
     demo = Demo(cache, work, SETTINGS)
     demo.aligned(fetched, benchmark)
-    write_atomically(work / "folds.json", json.dumps(demo.folds(fetched, benchmark), indent=1) + "\n")
+    keep(work / "folds.json", demo.folds(fetched, benchmark))
 
 
 def summarise(runs: dict[str, dict[int, dict[str, Any]]], split: str = "test") -> dict[str, Any]:
@@ -168,10 +159,7 @@ def summarise(runs: dict[str, dict[int, dict[str, Any]]], split: str = "test") -
     table = {}
     for name, by_seed in runs.items():
         row: dict[str, Any] = {"seeds": sorted(by_seed)}
-        for metric in METRICS:
-            values = [by_seed[seed][metric] for seed in sorted(by_seed)]
-            deviation = statistics.stdev(values) if len(values) > 1 else None
-            row[metric] = {"mean": statistics.mean(values), "std": deviation, "values": values}
+        row |= {metric: over_seeds([by_seed[seed][metric] for seed in row["seeds"]]) for metric in METRICS}
         row["training"] = {key: _of_training(list(by_seed.values()), key, last) for key, last in TRAINING.items()}
         table[name] = row
     return {"split": split, "settings": asdict(SETTINGS), "table": table}
@@ -193,30 +181,33 @@ def markdown(summary: dict[str, Any]) -> str:
         "steps, the mean cosine of a query with its positive and with the negatives kept, and over all steps the",
         "candidates left out a row.",
         "",
-        "| | text→image R@1 | image→text R@1 | attribute swaps | seeds | cosine, positive | negatives | filtered |",
-        "|---" * 8 + "|",
     ]
+    head = (
+        "",
+        "text→image R@1",
+        "image→text R@1",
+        "attribute swaps",
+        "seeds",
+        "cosine, positive",
+        "negatives",
+        "filtered",
+    )
+    rows = []
     for name, row in summary["table"].items():
-        cells = []
-        for metric in METRICS:
-            spread = row[metric]["std"]
-            shown = "" if spread is None else f" ± {100 * spread:.1f}"
-            cells.append(f"{100 * row[metric]['mean']:.1f}{shown}")
         told = ["–" if value is None else f"{value:.2f}" for value in row["training"].values()]
-        lines.append(f"| {name} | {' | '.join(cells)} | {len(row['seeds'])} | {' | '.join(told)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, *(percent(row[metric]) for metric in METRICS), len(row["seeds"]), *told])
+    return "\n".join([*lines, *table(head, rows)]) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=Path(".demo_cache"))
-    parser.add_argument("--work", type=Path, default=Path(".demo_cache/ablation"), help="checkpoints and single runs")
-    parser.add_argument("--split", choices=("test", "validation"), default="test", help="concepts to score on")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--collect", action="store_true", help="run nothing: the table of the runs that are kept")
-    arguments = parser.parse_args()
+    options = parser(__doc__, cache=True)
+    options.add_argument("--work", type=Path, default=Path(".demo_cache/ablation"), help="checkpoints and single runs")
+    options.add_argument("--split", choices=("test", "validation"), default="test", help="concepts to score on")
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
+    options.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    options.add_argument("--collect", action="store_true", help="run nothing: the table of the runs that are kept")
+    arguments = options.parse_args()
     work = arguments.work / SETTINGS.key(*asdict(SETTINGS))
     if not arguments.collect:
         prepare(arguments.cache, work)
@@ -245,23 +236,18 @@ def run_all(arguments: argparse.Namespace, work: Path) -> None:
 
 def kept_runs(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
     """Name -> seed -> result of the runs finished so far."""
-    runs: dict[str, dict[int, dict[str, Any]]] = {}
     parts = [(file, *file.stem.split("-", 1)) for file in sorted(folder.glob("*.json"))]
-    for name in VARIANTS:
-        found = {int(seed): file for file, seed, slug in parts if slug == _slug(name)}
-        if found:
-            runs[name] = {seed: json.loads(file.read_text(encoding="utf-8")) for seed, file in found.items()}
-    return runs
+    runs = {n: {int(seed): read(file) for file, seed, slug in parts if slug == _slug(n)} for n in VARIANTS}
+    return {name: by_seed for name, by_seed in runs.items() if by_seed}
 
 
 def report(runs: dict[str, dict[int, dict[str, Any]]], split: str) -> None:
     """Write the table as JSON and Markdown, and print it."""
     summary = summarise(runs, split)
     name = "ablation" if split == "test" else f"ablation-{split}"
-    write_atomically(RESULTS / f"{name}.json", json.dumps(summary, indent=1) + "\n")
-    write_atomically(RESULTS / f"{name}.md", markdown(summary))
+    keep(RESULTS / f"{name}.json", summary)
+    keep(RESULTS / f"{name}.md", markdown(summary))
     print(markdown(summary))
-    print(f"written: {RESULTS / name}.json and .md", flush=True)
 
 
 def _slug(name: str) -> str:

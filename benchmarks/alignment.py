@@ -15,34 +15,29 @@ Writes `benchmarks/results/alignment.json`.
 
 from __future__ import annotations
 
-import argparse
+from basics import RESULTS, keep, parser
+
+# isort: split
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
 from emoji.align import Projection, caption_states, fit_projections
 from emoji.benchmark import build_benchmark
 from emoji.concepts import TRAINED_VENDORS, VENDORS
-from emoji.miniature import build_miniature, text_teacher
+from emoji.miniature import text_teacher
 from emoji.packages import fetch
 from emoji.pipeline import Demo
 from emoji.ridge import Ridge, fit_ridge, recalls, ridge_baseline, vision_features
 from emoji.settings import DemoSettings
+from small_models import whole_miniature
 from unime_st.modules import build_encoder
 
 LAYERS = (16,)
-RESULTS = Path(__file__).parent / "results"
 
 
 def standardised(rows: Tensor) -> Tensor:
@@ -95,15 +90,11 @@ def teacher_from_states(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=Path(".demo_cache"))
-    cache: Path = parser.parse_args().cache
+    cache: Path = parser(__doc__, cache=True).parse_args().cache
     settings = DemoSettings()
     fetched = fetch(cache, print)
     benchmark = build_benchmark(fetched, cache / "benchmark", seed=settings.seed)
-    name = cache / f"miniature-{settings.key('layers', 'image_size')}"
-    backbone = build_miniature(fetched, name, layers=settings.layers, image_size=settings.image_size)
-    model = build_encoder(backbone, prompt_template="chatml_open", device="cpu")
+    model = build_encoder(whole_miniature(cache, fetched, settings), prompt_template="chatml_open", device="cpu")
     demo = Demo(cache, cache / "alignment", settings)
     features, captions = demo.training_features(fetched, benchmark)
     folds_of = demo.folds(fetched, benchmark)
@@ -123,14 +114,17 @@ def main() -> None:
     }
     teacher = text_teacher(fetched)
     taught, wanted = (torch.from_numpy(teacher.encode(list(part))).double() for part in (captions, texts))
-    table = {}
+    ridge = ridge_baseline(fetched, benchmark, cache / "features", image_size=settings.image_size)["validation"]
+    baseline = {vendor: round(ridge[vendor]["text_to_image"]["R@1"], 1) for vendor in VENDORS}
+    content: dict[str, Any] = {"split": "validation", "metric": "text->image R@1, percent"}
+    content |= {"ridge into the teacher's space": baseline, "penalty": settings.align_penalty}
     for layer in LAYERS:
         states, own = caption_states(model, texts, layer), caption_states(model, captions, layer)
         fits = fit_projections(features, own.double(), folds, settings.align_penalty)
         tokens = {vendor: projected(fits[0], rows) for vendor, rows in maps.items()}
         exact = states[:, None].expand(-1, tokens["google"].shape[1], -1)
         linear = teacher_from_states(features, taught, folds, fits[1:], settings.align_penalty)
-        table[f"layer {layer}"] = {
+        found = {
             "projected, in the states": {vendor: r_at_1(rows.mean(1), states) for vendor, rows in tokens.items()},
             "exact states, read": r_at_1(read(model, exact), embedded),
             "projected, read": {vendor: r_at_1(read(model, rows), embedded) for vendor, rows in tokens.items()},
@@ -140,16 +134,9 @@ def main() -> None:
                 vendor: r_at_1(linear(rows.mean(1)), wanted) for vendor, rows in tokens.items()
             },
         }
-        print(layer, json.dumps(table[f"layer {layer}"]), flush=True)
-    target = RESULTS / "alignment.json"
-    ridge = ridge_baseline(fetched, benchmark, cache / "features", image_size=settings.image_size)["validation"]
-    content: dict[str, Any] = {"split": "validation", "metric": "text->image R@1, percent"}
-    content["ridge into the teacher's space"] = {
-        vendor: round(ridge[vendor]["text_to_image"]["R@1"], 1) for vendor in VENDORS
-    }
-    content |= {"penalty": settings.align_penalty} | table
-    target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {target}")
+        content[f"layer {layer}"] = found
+        print(layer, json.dumps(found), flush=True)
+    keep(RESULTS / "alignment.json", content)
 
 
 if __name__ == "__main__":

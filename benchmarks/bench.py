@@ -10,8 +10,6 @@ report is `benchmarks/results/bench.md`.
 
 from __future__ import annotations
 
-import argparse
-import json
 import subprocess
 import sys
 import time
@@ -20,18 +18,12 @@ from typing import Any
 
 import readme
 import speed_tables
-from unime_st.files import write_atomically
+from basics import RESULTS, keep, parser, read
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
 SCRIPTS: dict[str, list[str]] = {
-    "encode": ["encode.py"],
-    "stage1_step": ["stage1_step.py"],
-    "train_step": ["train_step.py"],
-    "parts": ["where_time_goes.py"],
-    "sampler": ["scale.py", "sampler"],
-    "evaluate": ["evaluate.py"],
-}
+    "encode": ["encode.py"], "stage1_step": ["stage1_step.py"], "train_step": ["train_step.py"],
+    "parts": ["where_time_goes.py"], "sampler": ["scale.py", "sampler"], "evaluate": ["evaluate.py"],
+}  # fmt: skip
 """Name -> script and arguments; `evaluate` needs what `make demo` made."""
 
 
@@ -42,7 +34,7 @@ def results() -> dict[str, Any]:
     missing = [str(path) for path in files.values() if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"There are no results yet in {', '.join(missing)}. Run `make bench`.")
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
+    return {name: read(path) for name, path in files.items()}
 
 
 def report(found: dict[str, Any]) -> str:
@@ -63,21 +55,20 @@ def report(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(SCRIPTS)}; all when none is given")
-    parser.add_argument("--report", action="store_true", help="run nothing")
-    given = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(SCRIPTS)}; all when none is given")
+    options.add_argument("--report", action="store_true", help="run nothing")
+    given = options.parse_args()
     if unknown := set(given.names) - set(SCRIPTS):
-        parser.error(f"There is no benchmark {sorted(unknown)}; there are {', '.join(SCRIPTS)}.")
+        options.error(f"There is no benchmark {sorted(unknown)}; there are {', '.join(SCRIPTS)}.")
     names = [] if given.report else given.names or list(SCRIPTS)
     for number, name in enumerate(names, start=1):
         print(f"== {name} ({number} of {len(names)})", flush=True)
         started = time.monotonic()
         script, *arguments = SCRIPTS[name]
-        subprocess.run([sys.executable, str(HERE / script), *arguments], check=True)
+        subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *arguments], check=True)
         print(f"== {name}: {(time.monotonic() - started) / 60:.0f} minutes", flush=True)
-    write_atomically(RESULTS / "bench.md", report(results()))
-    print(f"wrote {RESULTS / 'bench.md'}")
+    keep(RESULTS / "bench.md", report(results()))
 
 
 if __name__ == "__main__":

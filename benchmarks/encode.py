@@ -18,31 +18,28 @@ largest that takes no more memory than ours, a tenth allowed. Writes `benchmarks
 
 from __future__ import annotations
 
+from basics import RESULTS, keep, kept, machine, megabytes_of, parser, peak_above
+
+# isort: split
 import argparse
 import json
-import os
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import torch
 
 import workloads
-from measuring import Counts, alternating, largest_difference, machine, times_as_fast
-from memory import megabytes_of, peak_above
-from peers import BATCH, STOCK_BATCHES, Ours, PublishedStyle, Stock, unime_v2, vlm2vec_v2
+from measuring import Counts, alternating, largest_difference, times_as_fast
+from peers import BATCH, STOCK_BATCHES, Encode, Ours, PublishedStyle, Stock, unime_v2, vlm2vec_v2
 from small_models import SQUARE, miniature, small_llava_onevision, small_qwen2_vl
 from tiny import FAMILIES, tiny_backbone
 from unime_st import build_encoder, export_encoder
-from unime_st.files import write_atomically
 from unime_st.modules.speed.batches import CPU_TOKENS
 
-RESULTS = Path(__file__).parent / "results" / "encode.json"
 SECTIONS = ("floors", "workloads", "families", "limit", "bfloat16")
 LAYERS = 12
 COUNTS = {"texts": 32, "images": 48, "mixed": 48}
@@ -80,21 +77,20 @@ def inputs_for(checkpoint: Path, folder: Path) -> Inputs:
 def fastest_batch(stock: Stock, items: Sequence[Any]) -> int:
     """The batch size at which stock `encode` is fastest on these inputs, or on a third of them if they are many."""
     items = items[::3] if len(items) > MANY else items
-    contenders = {}
-    for size in STOCK_BATCHES:
-
-        def encode(size: int = size) -> np.ndarray:
-            return stock.at(size)(items)
-
-        contenders[str(size)] = encode
+    contenders = timed({str(size): stock.at(size) for size in STOCK_BATCHES}, items)
     seconds, _ = alternating(contenders, 1, lambda line: print(f"  stock by batch size:{line.partition(':')[2]}"))
     return int(min(seconds, key=lambda name: min(seconds[name])))
+
+
+def timed(contenders: dict[str, Any], items: Sequence[Any]) -> dict[str, Callable[[], Any]]:
+    """What is timed of each: a call with these inputs."""
+    return {name: partial(encode, items) for name, encode in contenders.items()}
 
 
 def peak_megabytes(checkpoint: Path, kind: str) -> dict[str, int]:
     """What encoding a workload without duplicates adds to a process, ours and stock at each batch size."""
     contenders = ["unime_st", *(str(size) for size in STOCK_BATCHES)]
-    return {who: megabytes_of(__file__, ["--peak", who, str(checkpoint), kind]) for who in contenders}
+    return {who: megabytes_of(__file__, "--peak", who, str(checkpoint), kind) for who in contenders}
 
 
 def compare(ours: Any, peer: dict[str, Any], items: Sequence[Any], runs: int) -> dict[str, Any]:
@@ -108,98 +104,96 @@ def compare(ours: Any, peer: dict[str, Any], items: Sequence[Any], runs: int) ->
             counts[name] = counted.read()
         else:
             contender(items[:4])
-    timed = {name: lambda encode=encode: encode(items) for name, encode in contenders.items()}
-    seconds, found = alternating(timed, runs, lambda line: print(line, flush=True))
+    seconds, found = alternating(timed(contenders, items), runs)
     (name,) = peer
     difference = largest_difference(found["unime_st"], found[name])
     if difference > TOLERANCE:
         raise ValueError(f"Embeddings differ by {difference}, more than {TOLERANCE}.")
     result = {
-        **times_as_fast(seconds, "unime_st", name),
-        "seconds": seconds,
-        "runs": runs,
-        "inputs": len(items),
-        "distinct": len({json.dumps(item, sort_keys=True) for item in items}),
-        "counts": counts,
+        **times_as_fast(seconds, "unime_st", name), "seconds": seconds, "runs": runs, "inputs": len(items),
+        "distinct": len({json.dumps(item, sort_keys=True) for item in items}), "counts": counts,
         "largest_difference": difference,
-    }
+    }  # fmt: skip
     if isinstance(ours, Ours):
-        every = _tokens(ours, items)
+        every = sum(int(ours.model.preprocess([item])["attention_mask"].sum()) for item in items)  # no padding
         result["tokens_of_all_inputs"] = every
         result["padding_share_of_peer"] = round(1 - every / counts[name]["places"], 3)
     return result
 
 
-def _tokens(ours: Ours, items: Sequence[Any]) -> int:
-    """Tokens of all inputs, duplicates counted each time, padding not at all."""
-    return sum(int(ours.model.preprocess([item])["attention_mask"].sum()) for item in items)
+def loaded(checkpoint: Path, inputs: Inputs) -> tuple[Ours, Stock]:
+    """Ours and stock, warmed up."""
+    models = Ours(checkpoint), Stock(checkpoint)
+    for model in models:
+        model(inputs.mixed[:6])
+    return models
 
 
-# --- sections --------------------------------------------------------------------------------------------------------
+def against_fastest(ours: Ours, stock: Stock, items: Sequence[Any], runs: int) -> dict[str, Any]:
+    """Ours against stock in the batches that are fastest for it."""
+    size = fastest_batch(stock, items)
+    return compare(ours, {f"stock, batches of {size}": stock.at(size)}, items, runs)
+
+
+def other_batches(ours: Ours, stock: Stock, items: Sequence[Any], memory: dict[str, int]) -> dict[str, Any]:
+    """Stock once in as many inputs a batch as ours, and once in as many as take no more memory."""
+    fitting = [batch for batch in STOCK_BATCHES if memory[str(batch)] <= 1.1 * memory["unime_st"]]
+    sizes = {"as many inputs": BATCH, "as much memory": max(fitting, default=min(STOCK_BATCHES))}
+    peers = {name: stock.at(size) for name, size in sizes.items()}
+    seconds, _ = alternating(timed({"unime_st": ours, **peers}, items), 1)
+    return {name: {"batch_size": size, **times_as_fast(seconds, "unime_st", name)} for name, size in sizes.items()}
 
 
 def floors(checkpoint: Path, inputs: Inputs, runs: int, folder: Path) -> dict[str, Any]:
     """Each comparison with the number it must reach."""
-    ours, stock, published = Ours(checkpoint), Stock(checkpoint), PublishedStyle(checkpoint)
-    for model in (ours, stock, published):
-        model(inputs.mixed[:6])
-    rows: dict[str, Any] = {}
-
-    def row(name: str, against: str, least: float, result: dict[str, Any]) -> None:
-        rows[name] = {"against": against, "at_least": least, **result}
-        print(f"{name}, against {against}: {result['times_as_fast']}x (at least {least})", flush=True)
-
+    ours, stock = loaded(checkpoint, inputs)
+    published = PublishedStyle(checkpoint)
+    published(inputs.mixed[:6])
     memory = peak_megabytes(checkpoint, "mixed")
-    for name, kind, share, least in (
-        ("mixed, 50 % duplicates", "mixed", 0.5, 2.5),
-        ("mixed, no duplicates", "mixed", 0.0, 1.25),
-        ("texts of 5 to 300 tokens", "texts", 0.0, 1.1),
-    ):
-        items = inputs.draw(kind, share, COUNTS[kind])
-        size = fastest_batch(stock, items)
-        result = compare(ours, {f"stock, batches of {size}": stock.at(size)}, items, runs)
-        row(name, "stock encode at its fastest", least, result)
+    drawn = {(kind, share): inputs.draw(kind, share, COUNTS[kind])
+             for kind, share in (("mixed", 0.5), ("mixed", 0.0), ("texts", 0.0))}  # fmt: skip
+    few = inputs.draw("mixed", 0.25, COUNTS["mixed"] // 2)
+    asked, pictures = workloads.questions(inputs.images[:6]), inputs.draw("images", 0.25, 24)
+
+    def stock_row(kind: str, share: float) -> dict[str, Any]:
+        found = against_fastest(ours, stock, drawn[kind, share], runs)
         if kind == "mixed":
-            fitting = [batch for batch in STOCK_BATCHES if memory[str(batch)] <= 1.1 * memory["unime_st"]]
-            sizes = {"as many inputs": BATCH, "as much memory": max(fitting, default=min(STOCK_BATCHES))}
-            once = {"unime_st": lambda items=items: ours(items)}
-            once |= {name: lambda items=items, size=size: stock.at(size)(items) for name, size in sizes.items()}
-            seconds, _ = alternating(once, 1)
-            rows[name]["other_batches_of_stock"] = {
-                name: {"batch_size": size, **times_as_fast(seconds, "unime_st", name)} for name, size in sizes.items()
-            }
-            rows[name]["peak_megabytes"] = memory
-    items = inputs.draw("mixed", 0.25, COUNTS["mixed"] // 2)
-    result = compare(ours, {"published style": published}, items, runs)
-    row("mixed, 25 % duplicates", "the published-style loop", 2.5, result)
-    asked = workloads.questions(inputs.images[:6])
-    alone = Ours(checkpoint, share_prefixes=False)
-    result = compare(ours, {"without sharing": alone}, asked, runs)
-    row("image+text questions, 8 to an image", "itself without sharing", 1.5, result)
-    pictures = inputs.draw("images", 0.25, 24)
-    for name, (theirs, mine) in (
-        ("images, 25 % duplicates, Qwen2-VL", vlm2vec_v2(small_qwen2_vl(folder / "qwen2_vl"))),
-        ("images, 25 % duplicates, LLaVA-OneVision", unime_v2(small_llava_onevision(folder / "onevision"), SQUARE)),
-    ):
-        wrapper = "VLM2Vec-V2.0" if "Qwen" in name else "UniME-V2"
-        result = compare(mine, {"mteb": theirs}, pictures, runs)
-        row(name, f"mteb's {wrapper} wrapper", 1.6, result)
+            found["other_batches_of_stock"] = other_batches(ours, stock, drawn[kind, share], memory)
+            found["peak_megabytes"] = memory
+        return found
+
+    def mteb_row(theirs: Encode, mine: Encode) -> dict[str, Any]:
+        return compare(mine, {"mteb": theirs}, pictures, runs)
+
+    fastest = "stock encode at its fastest"
+    cases: tuple[tuple[str, str, float, Callable[[], dict[str, Any]]], ...] = (
+        ("mixed, 50 % duplicates", fastest, 2.5, lambda: stock_row("mixed", 0.5)),
+        ("mixed, no duplicates", fastest, 1.25, lambda: stock_row("mixed", 0.0)),
+        ("texts of 5 to 300 tokens", fastest, 1.1, lambda: stock_row("texts", 0.0)),
+        ("mixed, 25 % duplicates", "the published-style loop", 2.5,
+         lambda: compare(ours, {"published style": published}, few, runs)),
+        ("image+text questions, 8 to an image", "itself without sharing", 1.5,
+         lambda: compare(ours, {"without sharing": Ours(checkpoint, share_prefixes=False)}, asked, runs)),
+        ("images, 25 % duplicates, Qwen2-VL", "mteb's VLM2Vec-V2.0 wrapper", 1.6,
+         lambda: mteb_row(*vlm2vec_v2(small_qwen2_vl(folder / "qwen2_vl")))),
+        ("images, 25 % duplicates, LLaVA-OneVision", "mteb's UniME-V2 wrapper", 1.6,
+         lambda: mteb_row(*unime_v2(small_llava_onevision(folder / "onevision"), SQUARE))),
+    )  # fmt: skip
+    rows: dict[str, Any] = {}
+    for name, against, least, measure in cases:
+        rows[name] = {"against": against, "at_least": least, **measure()}
+        print(f"{name}, against {against}: {rows[name]['times_as_fast']}x (at least {least})", flush=True)
     return rows
 
 
 def by_workload(checkpoint: Path, inputs: Inputs, runs: int) -> dict[str, Any]:
     """Three kinds of inputs at three shares of duplicates, against stock `encode`."""
-    ours, stock = Ours(checkpoint), Stock(checkpoint)
-    for model in (ours, stock):
-        model(inputs.mixed[:6])
+    ours, stock = loaded(checkpoint, inputs)
     rows = {}
     for kind, count in COUNTS.items():
         for share in SHARES:
-            name = f"{kind}, {share:.0%} duplicates".replace("%", " %")
-            print(name, flush=True)
-            items = inputs.draw(kind, share, count // 3)
-            size = fastest_batch(stock, items)
-            rows[name] = compare(ours, {f"stock, batches of {size}": stock.at(size)}, items, runs)
+            print(name := _named(share, kind), flush=True)
+            rows[name] = against_fastest(ours, stock, inputs.draw(kind, share, count // 3), runs)
     return rows
 
 
@@ -209,66 +203,52 @@ def by_family(folder: Path, runs: int) -> dict[str, Any]:
     for family in FAMILIES:
         checkpoint = folder / family / "encoder"
         export_encoder(build_encoder(tiny_backbone(family, folder / family / "backbone"), device="cpu"), checkpoint)
-        ours, stock, published = Ours(checkpoint), Stock(checkpoint), PublishedStyle(checkpoint)
-        inputs = Inputs(tokens_of(stock.model), folder / "images", TINY_COUNT)
-        rows[family] = {}
+        ours, stock = Ours(checkpoint), Stock(checkpoint)
+        peers = {"stock": stock, "published style": PublishedStyle(checkpoint)}
+        inputs, rows[family] = Inputs(tokens_of(stock.model), folder / "images", TINY_COUNT), {}
         for share in SHARES:
             items = inputs.draw("mixed", share, TINY_COUNT)
             stock.batch_size = fastest_batch(stock, items)
-            contenders = {
-                "unime_st": lambda items=items, ours=ours: ours(items),
-                "stock": lambda items=items, stock=stock: stock(items),
-                "published style": lambda items=items, published=published: published(items),
-            }
-            seconds, found = alternating(contenders, runs, lambda line, name=family: print(f"  {name}{line}"))
-            rows[family][f"{share:.0%}".replace("%", " %")] = {
-                "stock": times_as_fast(seconds, "unime_st", "stock"),
-                "published style": times_as_fast(seconds, "unime_st", "published style"),
-                "largest_difference": {
-                    peer: largest_difference(found["unime_st"], found[peer]) for peer in ("stock", "published style")
-                },
+            print(family, flush=True)
+            seconds, found = alternating(timed({"unime_st": ours, **peers}, items), runs)
+            rows[family][_named(share)] = {peer: times_as_fast(seconds, "unime_st", peer) for peer in peers} | {
+                "largest_difference": {peer: largest_difference(found["unime_st"], found[peer]) for peer in peers}
             }
     return rows
 
 
-def limit(checkpoint: Path, inputs: Inputs, runs: int) -> dict[str, Any]:
-    """Time of `encode` over that of the model alone, on distinct inputs that are prepared and packed perfectly.
+def _named(share: float, kind: str = "") -> str:
+    """A share of duplicates, and what of."""
+    return f"{kind}, {100 * share:.0f} % duplicates" if kind else f"{100 * share:.0f} %"
 
-    The bare pass: the vision tower and projector over each distinct image, then the language model over as many
-    tokens as a tree of the distinct inputs has, in rows of one length, without padding, masks or planning, in passes of
-    as many tokens as ours.
-    """
+
+def limit(checkpoint: Path, inputs: Inputs, runs: int) -> dict[str, Any]:
+    """Time of `encode` over that of the model alone, on distinct inputs that are prepared and packed perfectly."""
     ours = Ours(checkpoint)
     rows = {}
     for kind, share in (("texts", 0.0), ("mixed", 0.25), ("images", 0.0)):
         items = inputs.draw(kind, share, COUNTS[kind])
-        bare = bare_pass(ours, items)
-        contenders = {"encode": lambda items=items: ours(items), "bare": bare}
-        seconds, _ = alternating(contenders, runs, lambda line: print(line, flush=True))
+        seconds, _ = alternating({"encode": partial(ours, items), "bare": bare_pass(ours, items)}, runs)
         result = times_as_fast(seconds, "bare", "encode")
-        rows[f"{kind}, {share:.0%} duplicates".replace("%", " %")] = {
-            "of_the_bare_pass": result["times_as_fast"],
-            "spread": result["spread"],
-            "seconds": seconds,
-            "runs": runs,
-        }
+        told = {"of_the_bare_pass": result["times_as_fast"], "spread": result["spread"]}
+        rows[_named(share, kind)] = {**told, "seconds": seconds, "runs": runs}
         print(f"{kind}: {result['times_as_fast']} of the bare pass", flush=True)
     return rows
 
 
 def bare_pass(ours: Ours, items: Sequence[Any]) -> Callable[[], None]:
-    """The model over prepared, distinct, packed inputs; see `limit`."""
+    """The vision tower and projector over each distinct image, then the language model over packed tokens.
+
+    They are as many tokens as a tree of the distinct inputs has, in rows of one length, without padding, masks or
+    planning, in passes of as many tokens as ours.
+    """
     inner = ours.inner
     distinct = list({json.dumps(item, sort_keys=True): item for item in items}.values())
     with ours.model[0].prefixes.encoding():
         features = ours.model.preprocess(distinct)
     mask = features["attention_mask"].bool()
-    keys = features["prefix_key"]
-    beginnings = {
-        tuple(keys[row][mask[row]][:end].tolist())
-        for row in range(len(keys))
-        for end in range(1, 1 + int(mask[row].sum()))
-    }
+    kept_keys = [tuple(keys[own].tolist()) for keys, own in zip(features["prefix_key"], mask, strict=True)]
+    beginnings = {keys[:end] for keys in kept_keys for end in range(1, 1 + len(keys))}
     length = int(mask.sum()) // len(distinct)
     rows = max(1, round(len(beginnings) / length))
     embeddings = torch.randn(rows, len(beginnings) // rows, inner.config.text_config.hidden_size) * 0.02
@@ -279,10 +259,10 @@ def bare_pass(ours: Ours, items: Sequence[Any]) -> Callable[[], None]:
 
     @torch.inference_mode()
     def run() -> None:
-        for start in range(0, 0 if pixels is None else len(pixels), 4):
-            inner.get_image_features(pixels[start : start + 4])
-        for start in range(0, rows, at_once):
-            inner.language_model(inputs_embeds=embeddings[start : start + at_once], use_cache=False)
+        for part in () if pixels is None else pixels.split(4):
+            inner.get_image_features(part)
+        for part in embeddings.split(at_once):
+            inner.language_model(inputs_embeds=part, use_cache=False)
 
     return run
 
@@ -318,38 +298,32 @@ def peak(who: str, checkpoint: Path, kind: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="default: all")
-    parser.add_argument("--cache", type=Path, default=Path(".demo_cache"), help="folder of the demo's packages")
-    parser.add_argument("--runs", type=int, default=7, help="of each comparison among the floors; others take 3")
-    parser.add_argument("--layers", type=int, default=LAYERS, help="of the miniature, for a quick look")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    options = parser(__doc__, cache=True, runs=7, output=RESULTS / "encode.json")
+    options.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="default: all")
+    options.add_argument("--layers", type=int, default=LAYERS, help="of the miniature, for a quick look")
+    options.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    given = options.parse_args()
     torch.set_num_threads(1)
     if given.peak:
         who, checkpoint, kind = given.peak
         print(peak(who, Path(checkpoint), kind))
         return
     checkpoint = miniature(given.cache, given.layers)
-    results = json.loads(given.output.read_text(encoding="utf-8")) if given.output.is_file() else {}
-    results |= {"command": "python benchmarks/encode.py", "machine": machine(), "layers": given.layers}
+    results = kept(given.output)
+    results |= {"command": "python benchmarks/encode.py", "machine": machine(threads=1), "layers": given.layers}
     few = min(3, given.runs)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         inputs = inputs_for(checkpoint, folder / "images")
         work: dict[str, Callable[[], dict[str, Any]]] = {
             "floors": lambda: floors(checkpoint, inputs, given.runs, folder),
-            "workloads": lambda: by_workload(checkpoint, inputs, few),
-            "families": lambda: by_family(folder, few),
-            "limit": lambda: limit(checkpoint, inputs, few),
-            "bfloat16": lambda: bfloat16(checkpoint, inputs),
-        }
+            "workloads": lambda: by_workload(checkpoint, inputs, few), "families": lambda: by_family(folder, few),
+            "limit": lambda: limit(checkpoint, inputs, few), "bfloat16": lambda: bfloat16(checkpoint, inputs),
+        }  # fmt: skip
         for section in given.sections or SECTIONS:
             print(f"== {section}", flush=True)
             results[section] = work[section]()
-            write_atomically(given.output, json.dumps(results, indent=1) + "\n")
-    print(f"wrote {given.output}")
+            keep(given.output, results)
 
 
 if __name__ == "__main__":

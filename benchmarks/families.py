@@ -7,10 +7,12 @@ A cell is "yes" when its check passed, or the reason why not. Writes `benchmarks
 `benchmarks/readme.py` makes the table in `docs/models.md`. The models are those of the tests (`tests/tiny.py`).
 """
 
-# ruff: noqa: E402 (the tests' models are found once their folder is on the path)
 from __future__ import annotations
 
-import argparse
+from basics import RESULTS as KEPT
+from basics import keep, kept, parser
+
+# isort: split
 import json
 import os
 import subprocess
@@ -20,8 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 import numpy as np
@@ -30,28 +30,19 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from torch.nn.parallel import DistributedDataParallel
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
 from tiny import FAMILIES, PLUGIN_FAMILIES, picture, tiny_backbone
 from two_processes import run_two
 from unime_st import build_encoder, export_encoder, load_encoder
-from unime_st.files import write_atomically
 from unime_st.losses import HardNegativeInfoNCELoss
 from unime_st.modules.speed.vision_cache import vision_tower
 
 ALL = [*FAMILIES, *PLUGIN_FAMILIES]
-RESULTS = ROOT / "benchmarks" / "results" / "families.json"
+RESULTS = KEPT / "families.json"
 COLORS = ("red", "green", "white", "yellow", "purple", "black")
 IMAGES = [picture(color) for color in COLORS]
 TEXTS = [f"a {color} picture" for color in COLORS]
-MIXED = [
-    "a red bus",
-    IMAGES[0],
-    {"image": IMAGES[1], "text": "what colour?"},
-    {"image": IMAGES[2:4], "text": "two"},
-    "b",
-]
+QUESTIONS = [{"image": IMAGES[1], "text": "what colour?"}, {"image": IMAGES[2:4], "text": "two"}]
+MIXED = ["a red bus", IMAGES[0], *QUESTIONS, "b"]
 TOLERANCE = 1e-5
 
 
@@ -92,9 +83,8 @@ def lora(backbone: Path, folder: Path) -> None:
     if not moved or any("lora_" not in name or name.startswith(tower) for name in moved):
         raise CheckError("training moved other weights than the language model's adapters")
     export_encoder(model, folder / "merged")
-    _close(
-        load_encoder(folder / "merged", device="cpu").encode(MIXED), model.encode(MIXED), "merged, embeddings differ"
-    )
+    merged = load_encoder(folder / "merged", device="cpu")
+    _close(merged.encode(MIXED), model.encode(MIXED), "merged, embeddings differ")
 
 
 def cached_loss(backbone: Path, _folder: Path) -> None:
@@ -128,7 +118,8 @@ def export(backbone: Path, folder: Path) -> None:
     model = build_encoder(backbone, device="cpu")
     export_encoder(model, folder / "encoder")
     IMAGES[0].save(folder / "picture.png")
-    code = f"import unime_st\n{_STOCK}" if _is_ours(model) else f"{_STOCK}\nassert 'unime_st' not in sys.modules\n"
+    lacked = type(model[0].model.config).__module__.startswith("unime_st.")  # by transformers
+    code = f"import unime_st\n{_STOCK}" if lacked else f"{_STOCK}\nassert 'unime_st' not in sys.modules\n"
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise CheckError(f"stock code fails: {done.stderr.strip().splitlines()[-1]}")
@@ -137,15 +128,9 @@ def export(backbone: Path, folder: Path) -> None:
 
 
 CHECKS: dict[str, Callable[[Path, Path], None]] = {
-    "load": load,
-    "encode": encode,
-    "train": train,
-    "LoRA": lora,
-    "cached loss": cached_loss,
-    "2 processes": two_processes,
-    "multi-process encode": multi_process_encode,
-    "export": export,
-}
+    "load": load, "encode": encode, "train": train, "LoRA": lora, "cached loss": cached_loss,
+    "2 processes": two_processes, "multi-process encode": multi_process_encode, "export": export,
+}  # fmt: skip
 _STOCK = """
 import sys
 import numpy as np
@@ -162,11 +147,6 @@ def _close(found: np.ndarray, expected: np.ndarray, complaint: str) -> None:
         raise CheckError(f"{complaint} by {difference:.1e}")
 
 
-def _is_ours(model: Any) -> bool:
-    """Whether transformers lacks the architecture."""
-    return type(model[0].model.config).__module__.startswith("unime_st.")
-
-
 def _tower(model: Any) -> str:
     tower = vision_tower(model[0].model)
     return next(name for name, module in model.named_modules() if module is tower)
@@ -175,15 +155,9 @@ def _tower(model: Any) -> str:
 def _trained(model: Any, folder: Path) -> set[str]:
     """Names of the parameters that two steps changed."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    quiet = {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
     arguments = SentenceTransformerTrainingArguments(
-        str(folder / "training"),
-        max_steps=2,
-        per_device_train_batch_size=6,
-        learning_rate=1e-2,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
+        str(folder / "training"), max_steps=2, per_device_train_batch_size=6, learning_rate=1e-2, **quiet
     )
     rows = Dataset.from_dict({"anchor": TEXTS, "positive": [{"image": image, "text": "a"} for image in IMAGES]})
     loss = HardNegativeInfoNCELoss(model, num_hard_negatives=3, temperature=1.0)
@@ -238,17 +212,15 @@ def check(family: str, scratch: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", choices=ALL, default=ALL)
-    arguments = parser.parse_args()
-    table = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    options = parser(__doc__)
+    options.add_argument("--families", nargs="+", choices=ALL, default=ALL)
+    arguments = options.parse_args()
+    table = kept(RESULTS)
     with tempfile.TemporaryDirectory() as scratch:
         for family in arguments.families:
             table[family] = check(family, Path(scratch))
             print(family, json.dumps(table[family]), flush=True)
-    ordered = {family: table[family] for family in ALL if family in table}
-    write_atomically(RESULTS, json.dumps(ordered, indent=1) + "\n")
-    print(f"written: {RESULTS}")
+    keep(RESULTS, {family: table[family] for family in ALL if family in table})
 
 
 if __name__ == "__main__":

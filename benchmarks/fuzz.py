@@ -10,14 +10,14 @@ a crash or a hang is one fault among the others. Results: `benchmarks/results/fu
 
 from __future__ import annotations
 
-import argparse
-import io
+from basics import RESULTS, keep, parser, table
+
+# isort: split
 import json
 import logging
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import warnings
@@ -26,28 +26,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-
+from fuzz_arguments import cases
 from fuzz_cases import Things, judged
-from fuzz_data_arguments import data_cases
 from fuzz_images import DAMAGES, formats, seeds
-from fuzz_model_arguments import model_cases
 from tiny import tiny_encoder
 from unime_st.data import with_images
-from unime_st.files import write_atomically
 from unime_st.images import UnreadableImageError, open_image
 
-RESULTS = Path(__file__).resolve().parent / "results"
 OUTCOMES = ("opened", "refused by name", "other error", "silent")
 PIECE, ENCODED, SECONDS = 250, 10, 300  # images of a fork; those of it that are encoded; until it counts as hanging
 
@@ -69,10 +60,9 @@ def outcome(name: str, work: Callable[[], bool]) -> tuple[str, str]:
     """What came of one image; `work` tells whether its result is one."""
     try:
         good = work()
-    except (UnreadableImageError, FileNotFoundError, ValueError) as error:
-        return ("refused by name", "") if name in str(error) else ("other error", f"{type(error).__name__}: {error}")
-    except Exception as error:  # noqa: BLE001 (that there is none is what is measured)
-        return "other error", f"{type(error).__name__}: {error}"
+    except Exception as error:  # noqa: BLE001 (which it is, is what is measured)
+        refused = isinstance(error, UnreadableImageError | FileNotFoundError | ValueError) and name in str(error)
+        return ("refused by name", "") if refused else ("other error", f"{type(error).__name__}: {error}")
     return ("opened", "") if good else ("silent", "the result is no image")
 
 
@@ -83,59 +73,49 @@ def _is_rgb(image: Any) -> bool:
 def piece(start: int, count: int, seed: int, good: dict[str, bytes], model: Any, folder: Path) -> Found:
     """Send some images through all that opens them."""
     found: Found = []
-    names, kinds, contents = [], [], []
-    for name, form, kind, content in damaged(start, count, seed, good):
-        (folder / name).write_bytes(content)
-        if len(names) % 2:
-            came = outcome(name, lambda path=folder / name: _is_rgb(open_image(path)))
-        else:
-            came = outcome(name, lambda content=content, name=name: _is_rgb(open_image(content, name)))
-        found.append(("opener", kind, came[0], came[1] and f"{name} of {form}: {came[1]}"))
-        names.append(name)
-        kinds.append(kind)
-        contents.append(content)
+    made = list(damaged(start, count, seed, good))
+    for place, (name, form, kind, content) in enumerate(made):
+        path = folder / name
+        path.write_bytes(content)
+        given = (path,) if place % 2 else (content, name)
+        came, fault = outcome(name, lambda given=given: _is_rgb(open_image(*given)))
+        found.append(("opener", kind, came, fault and f"{name} of {form}: {fault}"))
+    names, _, kinds, contents = map(list, zip(*made, strict=True))
     found += _through_rows(names, kinds, contents, folder)
-    for name, kind in list(zip(names, kinds, strict=True))[: ENCODED if model is not None else 0]:
+    for name, _, kind, _ in made[: ENCODED if model is not None else 0]:
         item = {"image": str(folder / name)}
-        came = outcome(name, lambda item=item: bool(np.isfinite(model.encode([item], show_progress_bar=False)).all()))
-        found.append(("encode", kind, came[0], came[1] and f"{name}: {came[1]}"))
+        came, fault = outcome(
+            name, lambda item=item: bool(np.isfinite(model.encode([item], show_progress_bar=False)).all())
+        )
+        found.append(("encode", kind, came, fault and f"{name}: {fault}"))
     return found
 
 
 def _through_rows(names: list[str], kinds: list[str], contents: list[bytes], folder: Path) -> Found:
     """Half of the rows hold paths, half bytes; each batch has a good row that takes the place of bad ones."""
     log = folder / "bad.jsonl"
-    (folder / "good.png").write_bytes(_good_png())
-    stored = [
-        {"bytes": content if place % 2 else None, "path": name}
-        for place, (name, content) in enumerate(zip(names, contents, strict=True))
-    ]
-    stored.append({"bytes": None, "path": "good.png"})
+    Image.new("RGB", (9, 7), "red").save(folder / "good.png")
+    given = [content if place % 2 else None for place, content in enumerate(contents)]
+    stored = [{"bytes": one, "path": name} for one, name in zip([*given, None], [*names, "good.png"], strict=True)]
     rows = Dataset.from_dict({"text": [*names, "good"], "image": [{"image": one} for one in stored]})
     opened = with_images(rows, image_root=folder, name="fuzz", max_bad_images=len(names), bad_images_log=log)
-    found: Found = []
+    found, way = [], "rows of a data set"
     try:
         batch = opened[:]
     except Exception as error:  # noqa: BLE001 (see above)
-        return [("rows of a data set", kind, "other error", f"{type(error).__name__}: {error}") for kind in kinds]
+        return [(way, kind, "other error", f"{type(error).__name__}: {error}") for kind in kinds]
     told = {entry["row"]: entry for entry in map(json.loads, log.read_text().splitlines())} if log.exists() else {}
     same = {stored[row]["bytes"] for row in told if stored[row]["bytes"] is not None}  # equal bytes are told once
     for row, (name, kind) in enumerate(zip(names, kinds, strict=True)):
         kept = batch["text"][row] == name
         reported = row in told or stored[row]["bytes"] in same
         if kept and not reported and _is_rgb(batch["image"][row]["image"]):
-            found.append(("rows of a data set", kind, "opened", ""))
+            found.append((way, kind, "opened", ""))
         elif not kept and reported:
-            found.append(("rows of a data set", kind, "refused by name", ""))
+            found.append((way, kind, "refused by name", ""))
         else:
-            found.append(("rows of a data set", kind, "silent", f"{name}: kept {kept}, reported {reported}"))
+            found.append((way, kind, "silent", f"{name}: kept {kept}, reported {reported}"))
     return found
-
-
-def _good_png() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (9, 7), "red").save(buffer, "png")
-    return buffer.getvalue()
 
 
 def in_a_fork(work: Callable[[], Any], folder: Path) -> Any:
@@ -187,7 +167,7 @@ def fuzz_arguments(root: Path) -> dict[str, Any]:
     table: dict[str, Counter[str]] = defaultdict(Counter)
     faults = []
     things = Things(root)
-    for case in (*model_cases(things), *data_cases(things)):
+    for case in cases(things):
         folder = Path(tempfile.mkdtemp(dir=root))
         came = in_a_fork(lambda case=case: judged(case), folder)
         kind, why = came if isinstance(came, list) else ("other error", came)
@@ -196,23 +176,20 @@ def fuzz_arguments(root: Path) -> dict[str, Any]:
     return {"arguments": sum(sum(row.values()) for row in table.values()), "table": table, "faults": faults}
 
 
-def as_table(table: dict[str, Any], first: str, outcomes: tuple[str, ...]) -> list[str]:
-    lines = [f"| {first} | {' | '.join(outcomes)} |", "|---" * (1 + len(outcomes)) + "|"]
-    lines += [f"| {name} | {' | '.join(f'{row.get(one, 0):,}' for one in outcomes)} |" for name, row in table.items()]
-    total = [sum(row.get(one, 0) for row in table.values()) for one in outcomes]
-    return [*lines, f"| all | {' | '.join(f'{number:,}' for number in total)} |", ""]
+def as_table(found: dict[str, Any], first: str, outcomes: tuple[str, ...]) -> list[str]:
+    total = {one: sum(row.get(one, 0) for row in found.values()) for one in outcomes}
+    rows = ([name, *(f"{row.get(one, 0):,}" for one in outcomes)] for name, row in {**found, "all": total}.items())
+    return [*table([first, *outcomes], rows), ""]
 
 
 def report(found: dict[str, Any]) -> str:
     """The tables as Markdown."""
     lines: list[str] = ["# Damaged images and bad arguments", ""]
     if images := found.get("images"):
-        made = (
-            f"{images['images']:,} images, made of {images['seed files']} good ones in {len(images['formats'])} formats"
-        )
-        lines += [f"{made}: {', '.join(images['formats'])}.", ""]
-        for through, table in images["table"].items():
-            lines += [f"## Images through the {through}", "", *as_table(table, "damage", OUTCOMES)]
+        made = f"{images['images']:,} images, made of {images['seed files']} good ones in"
+        lines += [f"{made} {len(images['formats'])} formats: {', '.join(images['formats'])}.", ""]
+        for through, found_of in images["table"].items():
+            lines += [f"## Images through the {through}", "", *as_table(found_of, "damage", OUTCOMES)]
     if arguments := found.get("arguments"):
         outcomes = ("refused by name", "tolerated", "refused without a name", "other error", "silent")
         lines += [f"## {arguments['arguments']} bad arguments", "", *as_table(arguments["table"], "of", outcomes)]
@@ -222,12 +199,11 @@ def report(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["images", "arguments"], help="only this one")
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    given = parser.parse_args()
+    options = parser(__doc__, output=RESULTS)
+    options.add_argument("--part", choices=["images", "arguments"], help="only this one")
+    options.add_argument("--images", type=int, default=20_000)
+    options.add_argument("--seed", type=int, default=0)
+    given = options.parse_args()
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # its thread may hold a lock at the moment of a fork, for ever in the child
     disable_progress_bars()
@@ -243,9 +219,8 @@ def main() -> None:
             root.mkdir()
             found[part] = fuzz_images(given.images, given.seed, root) if part == "images" else fuzz_arguments(root)
             found[part]["seconds"] = round(time.monotonic() - started)
-    given.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(given.output / "fuzz.json", json.dumps(found, indent=1, ensure_ascii=True) + "\n")
-    write_atomically(given.output / "fuzz.md", report(found))
+    keep(given.output / "fuzz.json", found)
+    keep(given.output / "fuzz.md", report(found))
     print(report(found))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,22 +86,29 @@ def each(of: str, call: Callable[..., Any], harmless: tuple[Any, ...] = (), **va
         for value in bad:
             parts = value if isinstance(value, list | tuple) else list(value) if isinstance(value, dict) else [value]
             words = [str(part) for part in parts if isinstance(part, str | Path) and part != ""]
+            words += [name, name.replace("_", " "), *_SAID_OTHERWISE.get(name, ())]
             may = any(value is one for one in harmless)
-            work = partial(call, **{name: value})
-            yield Case(
-                of,
-                f"{name}={value!r:.60}",
-                work,
-                (name, name.replace("_", " "), *words, *_SAID_OTHERWISE.get(name, ())),
-                may,
-            )
+            yield Case(of, f"{name}={value!r:.60}", partial(call, **{name: value}), tuple(words), may)
 
 
-def paths(of: str, call: Callable[[Any], Any], things: Things, *also: Any) -> Iterator[Case]:
+def calls(
+    of: str,
+    call: Callable[[Any], Any],
+    values: Iterable[Any],
+    words: tuple[str, ...] | Callable[[Any], tuple[str, ...]],
+    shown: str = "{!r:.60}",
+    *,
+    harmless: bool = False,
+) -> Iterator[Case]:
+    """A case for each bad value of a function's only argument; its message must have one of the words."""
+    for value in values:
+        own = words(value) if callable(words) else words
+        yield Case(of, shown.format(value), partial(call, value), own, harmless)
+
+
+def paths(of: str, call: Callable[[Any], Any], things: Things) -> Iterator[Case]:
     """Paths of nothing, of a file in place of a folder, of an empty folder, and what is no path."""
-    for bad in (things.root / "nowhere", things.file, things.root / "empty", "", *also):
-        words = (str(bad), Path(str(bad)).name) if str(bad) else ("''", "''", "empty", "no folder", "'.'", "path")
-        yield Case(of, f"{bad!r:.80}", partial(call, bad), words)
-    for bad in (None, 5, 1.5, ["a"]):
-        words = (type(bad).__name__, "path", "str", repr(bad))
-        yield Case(of, repr(bad), partial(call, bad), words)
+    places = (things.root / "nowhere", things.file, things.root / "empty")
+    yield from calls(of, call, places, lambda bad: (str(bad), bad.name), "{!r:.80}")
+    yield from calls(of, call, ("",), ("''", "empty", "no folder", "'.'", "path"))
+    yield from calls(of, call, (None, 5, 1.5, ["a"]), lambda bad: (type(bad).__name__, "path", "str", repr(bad)))

@@ -13,11 +13,9 @@ from PIL import Image, features
 _MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "F", "YCbCr")
 _OPTIONS: dict[str, list[dict]] = {
     "TIFF": [{}, *({"compression": kind} for kind in ("tiff_lzw", "tiff_deflate", "packbits", "jpeg", "group4"))],
-    "JPEG": [{}, {"progressive": True}],
-    "GIF": [{}, {"save_all": True, "append_images": "same"}],
-    "WEBP": [{}, {"lossless": True}],
-    "PNG": [{}, {"save_all": True, "append_images": "same"}],
-}
+    "JPEG": [{}, {"progressive": True}], "GIF": [{}, {"save_all": True, "append_images": "same"}],
+    "WEBP": [{}, {"lossless": True}], "PNG": [{}, {"save_all": True, "append_images": "same"}],
+}  # fmt: skip
 _SKIPPED = {"PDF", "PALM"}  # written, never read
 
 
@@ -122,48 +120,37 @@ def bomb(_: bytes, generator: np.random.Generator) -> bytes:
     """Little that unpacks to a lot, by pixels or by text, or a side no image has."""
     large = zlib.compress(bytes(int(generator.integers(2, 70)) * 10**6))
     kind = int(generator.integers(6))
-    if kind == 0:
-        return _png([(b"zTXt", b"k\0\0" + large)])
-    if kind == 1:
-        return _png([(b"iTXt", b"k\0\1\0\0\0" + large)])
-    if kind == 2:
-        return _png([(b"iCCP", b"k\0\0" + large)])
+    texts = ([(b"zTXt", b"k\0\0" + large)], [(b"iTXt", b"k\0\1\0\0\0" + large)], [(b"iCCP", b"k\0\0" + large)],
+             [], [(b"tEXt", b"k\0" + bytes(1000))] * 80)  # fmt: skip
     if kind == 3:
         return _png([], (int(generator.integers(20_000, 2**31)), int(generator.integers(20_000, 2**31))))
-    if kind == 4:
-        return _png([(b"tEXt", b"k\0" + bytes(1000))] * 80)
+    if kind < 5:
+        return _png(texts[kind])
     return _png([], (int(generator.integers(1, 4)), 0) if generator.random() < 0.5 else (2**20, 1))
 
 
 def wrong_kind(_: bytes, generator: np.random.Generator) -> bytes:
     """Something else under an image's name."""
-    others = [
-        b"",
-        b"\0",
-        b"a text",
-        b"<html></html>",
-        b"PK\3\4" + bytes(60),
-        b"%PDF-1.4\n",
-        b"%!PS\n",
+    others = [b"", b"\0", b"a text", b"<html></html>", b"PK\3\4" + bytes(60), b"%PDF-1.4\n", b"%!PS\n"]
+    others += [
         b"\x89PNG\r\n\x1a\n",
+        b"BM",
+        b"GIF89a",
+        b"II*\0",
+        b"MM\0*",
+        b"RIFF\0\0\0\0WEBP",
+        b"\xff\xd8\xff",
+        generator.bytes(500),
     ]
-    others += [b"BM", b"GIF89a", b"II*\0", b"MM\0*", b"RIFF\0\0\0\0WEBP", b"\xff\xd8\xff", generator.bytes(500)]
     others += [b"P6 99999999 99999999 255\n", b"P1 5 5\n2 2 2", b'<svg xmlns="http://www.w3.org/2000/svg"/>']
     return others[int(generator.integers(len(others)))]
 
 
 DAMAGES: dict[str, Callable[[bytes, np.random.Generator], bytes]] = {
-    "a few bits flipped": flip_few,
-    "many bits flipped": flip_many,
-    "random bytes in the header": flip_header,
-    "truncated": truncate,
-    "bytes inserted": insert,
-    "bytes removed": remove,
-    "a part repeated": repeat,
-    "lengths and sizes changed": lengths,
-    "bombs (pixels, texts, profiles)": bomb,
-    "another kind of file": wrong_kind,
-}
+    "a few bits flipped": flip_few, "many bits flipped": flip_many, "random bytes in the header": flip_header,
+    "truncated": truncate, "bytes inserted": insert, "bytes removed": remove, "a part repeated": repeat,
+    "lengths and sizes changed": lengths, "bombs (pixels, texts, profiles)": bomb, "another kind of file": wrong_kind,
+}  # fmt: skip
 
 
 def formats() -> list[str]:

@@ -4,18 +4,18 @@
     python benchmarks/kills.py --jobs corpus-npy --families qwen2_vl --kills 5
 
 Each life of a job is a fork of this process, so that imports are paid once and moments spread over the work itself.
-Every other kill falls at a random time; the rest before a random change of the job's folder (a file opened for writing,
-renamed, removed; a folder made), for these moments are short and are the ones that matter. A
-chain of lives on one folder ends when one lives to the end; chains follow each other until the kills are given. What
-must hold after every chain: the result is the undisturbed run's, to the bit where the package promises bits; nothing
-half-written stays; and inputs embedded again are no more than the kills can have cost.
-
-Results: `benchmarks/results/kills.json`, its table `benchmarks/results/kills.md`.
+Every other kill falls at a random time; the rest before a random change of the job's folder, for these moments are
+short and are the ones that matter. A chain of lives on one folder ends when one lives to the end. Then the result must
+be the undisturbed run's, to the bit where the package promises bits; nothing half-written stays; and inputs embedded
+again are no more than the kills can have cost. Writes `benchmarks/results/kills.json` and `kills.md`.
 """
 
 from __future__ import annotations
 
-import argparse
+from basics import RESULTS, keep, parser
+from basics import table as markdown
+
+# isort: split
 import hashlib
 import json
 import os
@@ -34,8 +34,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 import numpy as np
@@ -46,26 +44,15 @@ from datasets import disable_progress_bars
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers.utils import logging as transformers_logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
 from tiny import picture, tiny_backbone
-from unime_st import build_encoder, export_encoder, load_encoder
+from unime_st import build_encoder, data, export_encoder, load_encoder
 from unime_st.checkpoints import CheckpointCallback, last_complete_checkpoint
-from unime_st.data import (
-    encode_corpus,
-    load_corpus,
-    load_mined_negatives,
-    load_mmeb_train,
-    mine_hard_negatives,
-    teacher_embeddings,
-)
 from unime_st.evaluation import ImageTextRetrievalEvaluator, encode_distinct
 from unime_st.files import remove_leftovers, write_atomically
 from unime_st.losses import HardNegativeInfoNCELoss
 from unime_st.samplers import FalseNegativeAwareBatchSampler, SamplerEpochCallback
 
 _CHANGES = frozenset({"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate"})
-RESULTS = Path(__file__).resolve().parent / "results"
 FAMILIES = ("qwen2_5_vl", "llava_onevision", "smolvlm", "fast_vlm")
 ROWS, IMAGES, WINDOW = 192, 24, 16
 BOUND = 1e-5  # of a number of an embedding, where batches may differ after a kill
@@ -83,9 +70,9 @@ class World:
         self.log = self.root / "embedded"
         self.paths = [str(self.root / "images" / f"{number}.png") for number in range(IMAGES)]
         self.inputs: list[Any] = [
-            {"image": self.paths[row * 5 % IMAGES], "text": f"question {row}"} for row in range(ROWS)
+            {"image": self.paths[row * 5 % IMAGES], "text": f"question {row}"} if row % 7 else f"a text, number {row}"
+            for row in range(ROWS)
         ]
-        self.inputs[::7] = [f"a text of its own, number {row}" for row in range(0, ROWS, 7)]
 
     def make(self) -> None:
         """Write the images, the training set and the encoder."""
@@ -95,10 +82,8 @@ class World:
             size = (30 + number % 5 * 7, 28 + number % 3 * 11)
             picture((number * 10, 255 - number * 10, number * 7), size).save(images / f"{number}.png")
         (self.root / "train" / "A").mkdir(parents=True)
-        rows = [
-            {"qry": f"Find picture {row}.", "qry_image_path": "", "pos_text": "", "pos_image_path": f"{row}.png"}
-            for row in range(IMAGES)
-        ]
+        empty = {"qry_image_path": "", "pos_text": ""}
+        rows = [{"qry": f"Find picture {row}.", **empty, "pos_image_path": f"{row}.png"} for row in range(IMAGES)]
         pq.write_table(pa.Table.from_pylist(rows), self.root / "train" / "A" / "original-0.parquet")
         backbone = tiny_backbone(self.family, self.root / "backbone")
         export_encoder(build_encoder(backbone, device="cpu"), self.root / "encoder")
@@ -127,34 +112,34 @@ def corpus(output_format: str) -> Callable[[World, Path], None]:
     def job(world: World, folder: Path) -> None:
         options = {"window_size": WINDOW, "batch_size": 8, "model_name": world.family, "with_ids": True}
         pairs = [(f"id {row}", item) for row, item in enumerate(world.inputs)]
-        encode_corpus(world.encoder(), pairs, folder / "corpus", output_format=output_format, **options)
+        data.encode_corpus(world.encoder(), pairs, folder / "corpus", output_format=output_format, **options)
 
     return job
 
 
 def corpus_result(_world: World, folder: Path) -> dict[str, Any]:
     parts = sorted(path for path in (folder / "corpus").rglob("*") if path.is_file() and not path.name.startswith("."))
-    files = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in parts}
-    return {"bytes": files, "numbers": np.concatenate(list(load_corpus(folder / "corpus").parts()))}
+    files = {path.relative_to(folder).as_posix(): sha256(path.read_bytes()) for path in parts}
+    return {"bytes": files, "numbers": np.concatenate(list(data.load_corpus(folder / "corpus").parts()))}
 
 
 def teacher(world: World, folder: Path) -> None:
     texts = [f"sentence number {row} of the teacher" for row in range(ROWS)]
-    embeddings = teacher_embeddings(
+    embeddings = data.teacher_embeddings(
         world.encoder(), texts, folder / "teacher", teacher_name="t", shard_size=WINDOW, batch_size=8
     )
     write_atomically(folder / "result.npy", embeddings)
 
 
 def mining(world: World, folder: Path) -> None:
-    rows = load_mmeb_train(world.root / "train", image_root=world.root / "images")
+    rows = data.load_mmeb_train(world.root / "train", image_root=world.root / "images")
     options = {"num_negatives": 3, "margin": None, "shard_size": 8, "batch_size": 4, "rows_per_file": 6}
-    mine_hard_negatives(rows, world.encoder(), folder / "mined", **options)
+    data.mine_hard_negatives(rows, world.encoder(), folder / "mined", **options)
 
 
 def mining_result(_world: World, folder: Path) -> dict[str, Any]:
-    rows = load_mined_negatives(folder / "mined", image_root=_world.root / "images", open_images=False)
-    return {"bytes": hashlib.sha256(json.dumps(list(rows), default=str, sort_keys=True).encode()).hexdigest()}
+    rows = data.load_mined_negatives(folder / "mined", image_root=_world.root / "images", open_images=False)
+    return {"bytes": sha256(json.dumps(list(rows), default=str, sort_keys=True).encode())}
 
 
 def evaluation(world: World, folder: Path) -> None:
@@ -175,7 +160,7 @@ def evaluation_result(_world: World, folder: Path) -> dict[str, Any]:
 def training(world: World, folder: Path) -> None:
     torch.manual_seed(0)
     model = build_encoder(world.root / "backbone", device="cpu", peft_config=True)
-    rows = load_mmeb_train(world.root / "train", image_root=world.root / "images")
+    rows = data.load_mmeb_train(world.root / "train", image_root=world.root / "images")
     arguments = SentenceTransformerTrainingArguments(
         str(folder / "run"), per_device_train_batch_size=8, max_steps=12, save_steps=2, logging_steps=2, seed=3,
         learning_rate=1e-3, report_to=[], disable_tqdm=True, use_cpu=True, batch_sampler=FalseNegativeAwareBatchSampler,
@@ -207,12 +192,16 @@ def export_result(_world: World, folder: Path) -> dict[str, Any]:
     """What a reader finds at the path: asked after each kill too."""
     state = load_encoder(folder / "exported", device="cpu").state_dict()
     weights = torch.cat([value.float().flatten() for _, value in sorted(state.items())])
-    return {"bytes": hashlib.sha256(weights.numpy().tobytes()).hexdigest()}
+    return {"bytes": sha256(weights.numpy().tobytes())}
 
 
 def array_result(_world: World, folder: Path) -> dict[str, Any]:
     found = np.load(folder / "result.npy")
-    return {"bytes": hashlib.sha256(found.tobytes()).hexdigest(), "numbers": found}
+    return {"bytes": sha256(found.tobytes()), "numbers": found}
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -227,32 +216,23 @@ class Job:
 
 
 JOBS = {
-    "corpus-parquet": Job(corpus("parquet"), corpus_result),
-    "corpus-npy": Job(corpus("npy"), corpus_result),
-    "teacher": Job(teacher, array_result, promise="numbers"),
-    "mining": Job(mining, mining_result),
-    "evaluation": Job(evaluation, evaluation_result, promise="numbers"),
-    "training": Job(training, array_result),
+    "corpus-parquet": Job(corpus("parquet"), corpus_result), "corpus-npy": Job(corpus("npy"), corpus_result),
+    "teacher": Job(teacher, array_result, promise="numbers"), "mining": Job(mining, mining_result),
+    "evaluation": Job(evaluation, evaluation_result, promise="numbers"), "training": Job(training, array_result),
     "export": Job(export, export_result, seed=export_seed, always_readable=True),
-}
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Kill:
-    """When a life ends: after so many seconds, or before so many changes of its folder."""
-
-    seconds: float | None = None
-    changes: int | None = None
-
-
-def live(job: Job, world: World, folder: Path, kill: Kill | None) -> tuple[int, float]:
-    """One life, in a fork. Returns its exit status and seconds."""
+def live(
+    job: Job, world: World, folder: Path, *, seconds: float | None = None, changes: int | None = None
+) -> tuple[int, float]:
+    """One life in a fork, killed after so many seconds or before so many changes; its exit status and seconds."""
     started = time.monotonic()
     child = os.fork()
     if not child:
         try:
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (until the child ends)
-            count_changes(folder, None if kill is None else kill.changes)
+            count_changes(folder, changes)
             remove_leftovers(folder)  # of what the job writes itself
             job.run(world, folder)
             os._exit(0)
@@ -260,8 +240,8 @@ def live(job: Job, world: World, folder: Path, kill: Kill | None) -> tuple[int, 
             traceback.print_exc()
             os._exit(1)
     killer = None
-    if kill is not None and kill.seconds is not None:
-        killer = threading.Timer(kill.seconds, os.kill, (child, signal.SIGKILL))
+    if seconds is not None:
+        killer = threading.Timer(seconds, os.kill, (child, signal.SIGKILL))
         killer.start()
     _, status = os.waitpid(child, 0)
     if killer is not None:
@@ -277,9 +257,8 @@ def count_changes(folder: Path, last: int | None) -> None:
 
     def heard(event: str, given: tuple[Any, ...]) -> None:
         nonlocal seen
-        if event not in _CHANGES or not str(given[0]).startswith(str(folder)):
-            return
-        if event == "open" and not (given[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+        reads = event == "open" and not (given[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+        if event not in _CHANGES or reads or not str(given[0]).startswith(str(folder)):
             return
         seen += 1
         os.pwrite(counter, str(seen).encode(), 0)
@@ -323,7 +302,7 @@ def campaign(name: str, world: World, kills: int, seed: int) -> dict[str, Any]:
     job, moments = JOBS[name], random.Random(f"{name} {world.family} {seed}")
     scratch = world.root / "jobs" / name
     folder = started(job, world, scratch / "undisturbed")
-    status, seconds = live(job, world, folder, None)
+    status, seconds = live(job, world, folder)
     if status:
         raise RuntimeError(f"{name} on {world.family} fails undisturbed (status {status}).")
     wanted, alone = asked(partial(job.result, world, folder)), world.embedded()
@@ -337,10 +316,10 @@ def campaign(name: str, world: World, kills: int, seed: int) -> dict[str, Any]:
         row["chains"] += 1
         folder = started(job, world, scratch / str(row["chains"]))
         while True:
-            kill = Kill(seconds=moments.uniform(0, seconds))
+            kill: dict[str, Any] = {"seconds": moments.uniform(0, seconds)}
             if moments.random() < 0.5:
-                kill = Kill(changes=moments.randint(1, changes))
-            status, _ = live(job, world, folder, kill if row["kills"] < kills else None)
+                kill = {"changes": moments.randint(1, changes)}
+            status, _ = live(job, world, folder, **(kill if row["kills"] < kills else {}))
             if status == 0:
                 break
             if status != signal.SIGKILL:
@@ -381,30 +360,24 @@ def _check(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The campaigns as Markdown."""
-    lines = [
-        "| job | family | kills | runs to the end | result | inputs embedded again, per kill | faults |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ("job", "family", "kills", "runs to the end", "result", "inputs embedded again, per kill", "faults")
+    lines = []
     for row in rows:
         exact = JOBS[row["job"]].promise == "bytes"
         same = "same bytes" if exact else f"within {BOUND:g} (largest difference {row['largest_difference']:.1e})"
         again = f"{row['again'] / max(1, row['kills']):.1f} of {row['embedded']}" if row["embedded"] else "–"
-        faults = "none" if not row["faults"] else f"{len(row['faults'])}: {row['faults'][0]}"
-        result = same if not row["faults"] else "see faults"
-        lines.append(
-            f"| {row['job']} | {row['family']} | {row['kills']} | {row['chains']} | {result} | {again} | {faults} |"
-        )
-    return "\n".join(lines) + "\n"
+        told = (f"{len(row['faults'])}: {row['faults'][0]}", "see faults") if row["faults"] else ("none", same)
+        lines.append([row["job"], row["family"], row["kills"], row["chains"], told[1], again, told[0]])
+    return "\n".join(markdown(head, lines)) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES))
-    parser.add_argument("--kills", type=int, default=25)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    given = parser.parse_args()
+    options = parser(__doc__, output=RESULTS)
+    options.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
+    options.add_argument("--families", nargs="+", default=list(FAMILIES))
+    options.add_argument("--kills", type=int, default=25)
+    options.add_argument("--seed", type=int, default=0)
+    given = options.parse_args()
     torch.set_num_threads(1)
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
@@ -417,9 +390,8 @@ def main() -> None:
                 rows.append(campaign(name, world, given.kills, given.seed))
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
     command = f"python benchmarks/kills.py --kills {given.kills} --seed {given.seed}"
-    write_atomically(given.output / "kills.json", json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
-    write_atomically(given.output / "kills.md", table(rows))
-    print(f"wrote {given.output / 'kills.md'}")
+    keep(given.output / "kills.json", {"command": command, "rows": rows})
+    keep(given.output / "kills.md", table(rows))
     if any(row["faults"] for row in rows):
         sys.exit(1)
 

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from unime_st.modules.speed.prefixes import language_model
 from unime_st.modules.speed.vision_cache import vision_tower
 
 
-def machine() -> dict[str, Any]:
-    return {"cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version(), "threads": 1}
-
-
 def alternating(
-    contenders: dict[str, Callable[[], Any]], runs: int, report: Callable[[str], None] = print
+    contenders: dict[str, Callable[[], Any]],
+    runs: int,
+    report: Callable[[str], None] = print,
+    clock: Callable[[], float] = time.process_time,
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """CPU seconds of each contender in each run, in turn, the order reversed every other run; and its last result."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     results: dict[str, Any] = {}
     for run in range(runs):
         for name in contenders if run % 2 == 0 else reversed(contenders):
-            started = time.process_time()
+            started = clock()
             results[name] = contenders[name]()
-            seconds[name].append(round(time.process_time() - started, 3))
+            seconds[name].append(round(clock() - started, 3))
         report(f"  run {run + 1} of {runs}: " + ", ".join(f"{name} {seconds[name][-1]:.2f} s" for name in contenders))
     return seconds, results
 
@@ -46,14 +42,13 @@ def times_as_fast(seconds: dict[str, list[float]], ours: str, peer: str) -> dict
 
 
 class Counts:
-    """Counts what a model runs over: forward calls, places of the language model (padding included), tokens, images.
+    """Counts forward calls of a model's language model, rows and places in them (padding included), and images.
 
-    Example: ``with Counts(model) as counts: ...; counts.read()``. Forward calls are those of the language model.
+    Example: ``with Counts(model) as counts: ...; counts.read()``.
     """
 
     def __init__(self, inner: nn.Module) -> None:
-        """Count in a multimodal model of transformers."""
-        self.calls = self.places = self.images = 0
+        self.calls = self.rows = self.places = self.images = 0
         self.decoder, self.tower = language_model(inner), vision_tower(inner)
         self._hooks: list[Any] = []
 
@@ -71,6 +66,7 @@ class Counts:
 
     def _seen(self, _module: nn.Module, args: tuple[Tensor, ...], _output: Any) -> None:
         self.calls += 1
+        self.rows += args[0].shape[0]
         self.places += args[0].shape[0] * args[0].shape[1]
 
     def _shown(self, _module: nn.Module, args: tuple[Tensor, ...], _output: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,14 +42,11 @@ class Ours:
     def __init__(self, checkpoint: Path, *, share_prefixes: bool = True) -> None:
         self.model = load_encoder(str(checkpoint), device="cpu").float()
         self.model[0].share_prefixes = share_prefixes
+        self.inner: Any = self.model[0].model
 
     def __call__(self, items: Sequence[Any]) -> np.ndarray:
         self.model[0].vision_cache.clear()
         return self.model.encode(list(items), batch_size=BATCH, show_progress_bar=False)
-
-    @property
-    def inner(self) -> Any:
-        return self.model[0].model
 
 
 class Stock:
@@ -56,6 +54,7 @@ class Stock:
 
     def __init__(self, checkpoint: Path) -> None:
         self.model = SentenceTransformer(str(checkpoint), device="cpu").float()
+        self.inner: Any = self.model[0].model
         self.batch_size = BATCH
 
     def at(self, batch_size: int) -> Stock:
@@ -67,10 +66,6 @@ class Stock:
     def __call__(self, items: Sequence[Any]) -> np.ndarray:
         return self.model.encode(list(items), batch_size=self.batch_size, show_progress_bar=False)
 
-    @property
-    def inner(self) -> Any:
-        return self.model[0].model
-
 
 class PublishedStyle:
     """What published evaluation scripts do, in code of our own: fixed batches as they come, all logits, no reuse."""
@@ -79,26 +74,19 @@ class PublishedStyle:
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self.processor.tokenizer.padding_side = "left"
         self.model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        self.batch_size = batch_size
+        self.inner, self.batch_size = self.model.model, batch_size
 
     @torch.inference_mode()
     def __call__(self, items: Sequence[Any]) -> np.ndarray:
         rows = []
         for start in range(0, len(items), self.batch_size):
             features = self.processor.apply_chat_template(
-                [conversation(item) for item in items[start : start + self.batch_size]],
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True},
-            )
+                [conversation(item) for item in items[start : start + self.batch_size]], tokenize=True,
+                return_dict=True, return_tensors="pt", processor_kwargs={"padding": True},
+            )  # fmt: skip
             output = self.model(**features, output_hidden_states=True)  # its logits are (B, T, vocabulary)
             rows.append(torch.nn.functional.normalize(output.hidden_states[-1][:, -1], dim=-1))
         return torch.cat(rows).numpy()
-
-    @property
-    def inner(self) -> Any:
-        return self.model.model
 
 
 def conversation(item: Any) -> list[dict[str, Any]]:
@@ -106,8 +94,7 @@ def conversation(item: Any) -> list[dict[str, Any]]:
     parts = {"text": item} if isinstance(item, str) else item
     content: list[dict[str, Any]] = []
     if "image" in parts:
-        with Image.open(parts["image"]) as file:
-            content.append({"type": "image", "image": file.convert("RGB")})
+        content.append({"type": "image", "image": opened(parts)})
     if "text" in parts:
         content.append({"type": "text", "text": parts["text"]})
     return [{"role": "user", "content": content}]
@@ -116,9 +103,10 @@ def conversation(item: Any) -> list[dict[str, Any]]:
 class _Loader:
     """Stands for mteb's data loader: batches of columns, images opened as they are asked for."""
 
+    dataset = SimpleNamespace(features=("image",))
+
     def __init__(self, items: Sequence[Any]) -> None:
         self.items = items
-        self.dataset = type("Columns", (), {"features": ("image",)})
 
     def __iter__(self) -> Any:
         for start in range(0, len(self.items), BATCH):
@@ -128,10 +116,6 @@ class _Loader:
 def opened(item: dict[str, str]) -> Image.Image:
     with Image.open(item["image"]) as file:
         return file.convert("RGB")
-
-
-def _metadata() -> Any:
-    return type("Task", (), {"prompt": None, "name": "images"})
 
 
 def unime_v2(folder: Path, square: tuple[int, int]) -> tuple[Encode, Encode]:
@@ -162,8 +146,9 @@ def vlm2vec_v2(folder: Path) -> tuple[Encode, Encode]:
 
 
 def _wrapped(wrapper: Any) -> Encode:
-    options = {"task_metadata": _metadata(), "hf_split": "test", "hf_subset": "default", "show_progress_bar": False}
-    return lambda items: wrapper.encode(_Loader(items), **options).numpy()
+    options = {"hf_split": "test", "hf_subset": "default", "show_progress_bar": False}
+    task = SimpleNamespace(prompt=None, name="images")
+    return lambda items: wrapper.encode(_Loader(items), task_metadata=task, **options).numpy()
 
 
 def _prepared(model: SentenceTransformer, prepare: Callable[[Any], Any] | None) -> Encode:

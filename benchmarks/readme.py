@@ -6,7 +6,6 @@ python benchmarks/readme.py                      # fill in only
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -16,16 +15,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import speed_tables
+from basics import RESULTS, ROOT, parser, percent, read, table
 from emoji.settings import DemoSettings
+from stage1_sweep import grid_table
 from unime_st.published import PUBLISHED
 from unime_st.published_card import published_card
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 _WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 8: "eight"}
 COLUMNS = ("text→image R@1", "R@5", "R@10", "image→text R@1", "attribute swaps", "MMEB-like P@1")
 
@@ -36,7 +34,7 @@ def keep(output: Path) -> None:
     Raises:
         ValueError: if it was a short one, whose numbers mean nothing.
     """
-    settings = _read(output / "settings.json")
+    settings = read(output / "settings.json")
     full = json.loads(json.dumps(asdict(DemoSettings())))
     if settings != full:
         other = sorted(name for name in full if settings.get(name) != full[name])
@@ -51,14 +49,14 @@ def keep(output: Path) -> None:
 
 def demo_tables(results: dict[str, Any], seconds: dict[str, float]) -> str:
     """The demo's tables and its time."""
+    titles = {"trained": "Drawings by a trained vendor", "held-out": "Drawings by the held-out vendor"}
     lines = []
-    for drawings, table in results["tables"].items():
-        title = "Drawings by a trained vendor" if drawings == "trained" else "Drawings by the held-out vendor"
-        lines += [f"| {title} | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-        for name, values in table.items():
-            cells = ["–" if values.get(c) is None else f"{100 * values[c]:.1f}" for c in COLUMNS]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines.append("")
+    for drawings, found in results["tables"].items():
+        shown = [
+            [name, *("–" if values.get(c) is None else f"{100 * values[c]:.1f}" for c in COLUMNS)]
+            for name, values in found.items()
+        ]
+        lines += [*table([titles.get(drawings, titles["held-out"]), *COLUMNS], shown), ""]
     lines.append(
         f"With the images shuffled among the captions, text→image R@1 is "
         f"{100 * results['shuffled_text_to_image_recall@1']:.1f} % (chance {100 * results['chance']:.1f} %). "
@@ -76,18 +74,11 @@ def ablation_table(summary: dict[str, Any]) -> str:
         "attribute_swaps": "attribute swaps",
     }
     told = {"positive_similarity": "cosine of positives", "hard_negative_similarity": "of negatives kept"}
-    head = [*metrics.values(), "seeds", *told.values()]
-    lines = [f"| | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
+    rows = []
     for name, row in summary["table"].items():
-        cells = [
-            f"{100 * row[metric]['mean']:.1f}"
-            + ("" if row[metric]["std"] is None else f" ± {100 * row[metric]['std']:.1f}")
-            for metric in metrics
-        ]
-        cells.append(str(len(row["seeds"])))
-        cells += ["–" if row["training"][key] is None else f"{row['training'][key]:.2f}" for key in told]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        training = ["–" if row["training"][key] is None else f"{row['training'][key]:.2f}" for key in told]
+        rows.append([name, *(percent(row[metric]) for metric in metrics), len(row["seeds"]), *training])
+    return "\n".join(table(["", *metrics.values(), "seeds", *told.values()], rows))
 
 
 def alignment_table(summary: dict[str, Any]) -> str:
@@ -101,12 +92,11 @@ def alignment_table(summary: dict[str, Any]) -> str:
         "training drawings, in the states": "training drawings, projector fitted to them, scored in the states",
         "training drawings, cross-fitted": "training drawings, cross-fitted",
     }
-    lines = ["| validation, google | text→image R@1 |", "|---|---|"]
-    lines.append(f"| ridge into the teacher's space, scored there (the baseline) | {ridge:.1f} |")
+    rows = [("ridge into the teacher's space, scored there (the baseline)", f"{ridge:.1f}")]
     for name, label in shown.items():
         value = summary["layer 16"][name]
-        lines.append(f"| {label} | {value['google'] if isinstance(value, dict) else value:.1f} |")
-    return "\n".join(lines)
+        rows.append((label, f"{value['google'] if isinstance(value, dict) else value:.1f}"))
+    return "\n".join(table(("validation, google", "text→image R@1"), rows))
 
 
 def cards() -> dict[str, str]:
@@ -117,26 +107,20 @@ def cards() -> dict[str, str]:
 def families_table(results: dict[str, dict[str, str]]) -> str:
     """What works for which family; a cell is "yes", or the reason why not."""
     checks = list(next(iter(results.values())))
-    lines = [f"| | {' | '.join(checks)} |", "|---" * (1 + len(checks)) + "|"]
-    return "\n".join(
-        lines + [f"| {family} | {' | '.join(row[c] for c in checks)} |" for family, row in results.items()]
-    )
+    return "\n".join(table(["", *checks], ([family, *(row[c] for c in checks)] for family, row in results.items())))
 
 
 def evaluate_table(result: dict[str, Any]) -> str:
     """How fast an evaluation is, beside two peers."""
-    lines = ["| the emoji benchmark's six tasks, all rows | seconds | unime_st | times as fast |", "|---|---|---|---|"]
-    rows = {
-        "published style": (
-            "loop in the style of published scripts",
-            "unime_st",
-            "faster than the published-style loop",
-        ),
-        "stock encode": ("stock `encode` of the distinct inputs", "unime_st encode", "faster than stock encode"),
-    }
-    for name, (label, ours, key) in rows.items():
-        seconds = [statistics.median(result["seconds"][which]) for which in (name, ours)]
-        lines.append(f"| {label} | {seconds[0]:.0f} | {seconds[1]:.0f} | {result[key]['ratio']:.2f} |")
+    cases = (
+        ("loop in the style of published scripts", "published style", "unime_st", "the published-style loop"),
+        ("stock `encode` of the distinct inputs", "stock encode", "unime_st encode", "stock encode"),
+    )
+    rows = []
+    for label, peer, ours, key in cases:
+        seconds = [f"{statistics.median(result['seconds'][which]):.0f}" for which in (peer, ours)]
+        rows.append((label, *seconds, f"{result[f'faster than {key}']['ratio']:.2f}"))
+    lines = table(("the emoji benchmark's six tasks, all rows", "seconds", "unime_st", "times as fast"), rows)
     inputs, tokens = result["inputs"], result["tokens"]
     differences = result["largest difference of an embedding"].values()
     count, style = len(result["seconds"]["unime_st"]), result["batch size"]["published style"]
@@ -150,55 +134,43 @@ def evaluate_table(result: dict[str, Any]) -> str:
         f"{max(differences):.0e}. The published-style loop has batches of {style}, in the order given, and computes "
         "all logits."
     )
-    lines += ["", text]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", text])
 
 
 def stage1_sweep_table(summary: dict[str, Any]) -> str:
     """Stage 1's temperature, direction and diagonal, and how sure the teacher is of the text itself."""
     criterion = summary["criterion"]
-    cells: dict[float, dict[str, str]] = {}
-    for row in summary["table"].values():
-        column = f"{row['direction']}, {'in' if row['include_diagonal'] else 'out'}"
-        cells.setdefault(row["temperature"], {})[column] = f"{100 * row[criterion]['values'][0]:.1f}"
-    columns = sorted(next(iter(cells.values())), key=lambda column: column.endswith("in"))
-    own = summary["teacher_self_probability"]
-    heads = [*columns, *(f"teacher's self-probability, {size} texts" for size in own)]
-    lines = [f"| temperature | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
-    for temperature, row in cells.items():
-        values = [row[column] for column in columns] + [f"{size[f'{temperature:g}']:.3f}" for size in own.values()]
-        lines.append(f"| {temperature:g} | {' | '.join(values)} |")
     base, teacher = (100 * summary["anchors"][name][criterion] for name in ("base", "teacher"))
     stage, pairs = summary["settings"]["stage1"], summary["settings"]["held_out_pairs"]
     seeds = _word(len(summary["table"][next(iter(summary["finalists"]))]["seeds"]))
-    lines += ["", f"| {seeds} seeds | mean reciprocal rank | behind the first, seed by seed |", "|---|---|---|"]
-    for name, row in summary["finalists"].items():
-        both = (summary["table"][name][criterion], row["behind_best"])
-        cells_of = [f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}" for value in both]
-        lines.append(f"| {name} | {' | '.join(cells_of)} |")
+    finalists = [
+        (name, percent(summary["table"][name][criterion]), percent(row["behind_best"]))
+        for name, row in summary["finalists"].items()
+    ]
+    head = (f"{seeds} seeds", "mean reciprocal rank", "behind the first, seed by seed")
     text = (
         f"Mean reciprocal rank in percent on {pairs['term_to_gloss']} WordNet terms (the right gloss is sought) and "
         f"{pairs['label_to_keywords']} emoji labels (their keywords), never trained on, after {stage['steps']} steps "
         f"of {stage['batch_size']} texts; {base:.1f} before training, the teacher {teacher:.1f}. The upper "
         "table is of one seed; the lower is mean ± standard deviation over seeds."
     )
-    return "\n".join([*lines, "", text])
+    return "\n".join([*grid_table(summary), "", *table(head, finalists), "", text])
 
 
 def train_step_table(results: dict[str, Any]) -> str:
     """A training step against the stock loss."""
-    lines = [
-        "| a step of 64 pairs, frozen vision | times as fast | spread | MB | MB, stock | tokens | tokens, stock |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = (
+        "a step of 64 pairs, frozen vision", "times as fast", "spread", "MB", "MB, stock", "tokens", "tokens, stock",
+    )  # fmt: skip
     cases = {name: case for name, case in results.items() if isinstance(case, dict)}
+    rows = []
     for name, case in cases.items():
-        tokens = {kind: counts["tokens"] for kind, counts in case["counts"].items()}
-        low, high = case["spread"]
-        lines.append(
-            f"| {name} | {case['times_as_fast']:.2f} | {low:.2f} to {high:.2f} | {case['peak_megabytes']['unime_st']} "
-            f"| {case['peak_megabytes']['stock']} | {tokens['unime_st']:,} | {tokens['stock']:,} |"
+        megabytes = [case["peak_megabytes"][kind] for kind in ("unime_st", "stock")]
+        tokens = [f"{case['counts'][kind]['tokens']:,}" for kind in ("unime_st", "stock")]
+        rows.append(
+            (name, f"{case['times_as_fast']:.2f}", "{:.2f} to {:.2f}".format(*case["spread"]), *megabytes, *tokens)
         )
+    lines = table(head, rows)
     worst = max(case["difference_of_gradients"] for case in cases.values())
     runs = min(case["runs"] for case in cases.values())
     return "\n".join(lines) + (
@@ -213,18 +185,16 @@ def train_step_table(results: dict[str, Any]) -> str:
 
 def stage1_step_table(results: dict[str, Any]) -> str:
     """A step of stage 1 against stock modules."""
-    lines = [
-        f"| {results['batch']} sentences | times as fast | spread | last layer whole | MB | stock | tokens | padded |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = (f"{results['batch']} sentences", "times as fast", "spread", "last layer whole", "MB", "stock")
     cases = {name: case for name, case in results.items() if isinstance(case, dict)}
+    rows = []
     for name, case in cases.items():
         ours, whole = (case[f"{kind}: times as fast"] for kind in ("unime_st", "unime_st, whole last layer"))
-        megabytes, tokens = case["peak_megabytes"], case["tokens"]
-        lines.append(
-            f"| {name} | {ours['median']:.2f} | {ours['least']:.2f} to {ours['most']:.2f} | {whole['median']:.2f} "
-            f"| {megabytes['unime_st']} | {megabytes['stock']} | {tokens['unime_st']:,} | {tokens['stock']:,} |"
-        )
+        megabytes = [case["peak_megabytes"][kind] for kind in ("unime_st", "stock")]
+        tokens = [f"{case['tokens'][kind]:,}" for kind in ("unime_st", "stock")]
+        spread = f"{ours['least']:.2f} to {ours['most']:.2f}"
+        rows.append((name, f"{ours['median']:.2f}", spread, f"{whole['median']:.2f}", *megabytes, *tokens))
+    lines = table((*head, "tokens", "padded"), rows)
     worst = max(case["difference_of_gradients"] for case in cases.values())
     runs = min(case["runs"] for case in cases.values())
     return "\n".join(lines) + (
@@ -237,51 +207,42 @@ def stage1_step_table(results: dict[str, Any]) -> str:
 
 def gpu_table(encode: dict[str, Any], steps: dict[str, Any]) -> str:
     """What was measured on a GPU against stock, at a real model's shape."""
-    rows = {name: row for found in (encode, steps) for name, row in found["measured"].items() if "times as fast" in row}
-    lines = [
-        "| Qwen2-VL-2B's shape, bfloat16 | seconds | stock | times as fast | MB | stock, MB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        label = name.removeprefix("qwen2_vl: ")
-        label += (
-            f", {row['inputs']} inputs" if "inputs" in row else f": a step of {row['pairs']} pairs, LoRA, GradCache"
-        )
-        lines.append(
-            f"| {label} | {row['seconds']:.2f} | {row['stock, seconds']:.2f} | {row['times as fast']:.2f} "
-            f"| {row['MB']:,} | {row['stock, MB']:,} |"
-        )
+    rows = []
+    for name, row in [pair for found in (encode, steps) for pair in found["measured"].items()]:
+        if "times as fast" in row:
+            of = (
+                f", {row['inputs']} inputs" if "inputs" in row else f": a step of {row['pairs']} pairs, LoRA, GradCache"
+            )
+            times = (f"{row[key]:.2f}" for key in ("seconds", "stock, seconds", "times as fast"))
+            megabytes = (f"{row[key]:,}" for key in ("MB", "stock, MB"))
+            rows.append((name.removeprefix("qwen2_vl: ") + of, *times, *megabytes))
+    head = ("Qwen2-VL-2B's shape, bfloat16", "seconds", "stock", "times as fast", "MB", "stock, MB")
     about = encode["machine"]
     text = (
         f"`bash benchmarks/gpu/run.sh OUT`, on an {about['card']} with torch {about['torch']} and transformers "
         f"{about['transformers']}, wall time, each at its best batch size "
         "([all figures](../benchmarks/results/gpu/gpu.md))."
     )
-    return "\n".join([*lines, "", text])
+    return "\n".join([*table(head, rows), "", text])
 
 
 def scale_table(results: dict[str, Any]) -> str:
     """The sampler, the loss and the teacher's cache at full size."""
-    lines = ["| sampler, 256 dimensions | rows | set-up and first plan, s | of CPU, s | a batch, µs | peak, MB |"]
-    lines.append("|---|---|---|---|---|---|")
-    lines += [
-        f"| {one['variant']} | {one['rows']:,} | {one['set_up_and_first_plan_s']:.0f} | {one['cpu_s']:.0f} "
-        f"| {one['batch_us']:.1f} | {one['peak_mb']:,.0f} |"
-        for one in results["sampler"]["measured"]
-    ]
-    lines += ["", "| the loss alone, D = 1024 | seconds | MB | an (N, 1+k, D) tensor, MB |", "|---|---|---|---|"]
-    lines += [
-        f"| {one['global_batch']:,} rows | {one['seconds']:.1f} | {one['peak_above_inputs_mb']:,.0f} "
-        f"| {one['a_tensor_n_1k_d_mb']:,.0f} |"
-        for one in results["loss"]["measured"]
-    ]
-    ratio = results["teacher"]["cache_over_encode"]
-    lines += [
-        "",
-        "`python benchmarks/scale.py`, memory of the whole process but for the loss, where it is what is added. ",
-    ]
-    lines[-1] += f"Filling the teacher's cache takes {ratio:.2f} of the time of bare `encode`."
-    return "\n".join(lines)
+    sampler = [
+        (one["variant"], f"{one['rows']:,}", f"{one['set_up_and_first_plan_s']:.0f}", f"{one['cpu_s']:.0f}",
+         f"{one['batch_us']:.1f}", f"{one['peak_mb']:,.0f}") for one in results["sampler"]["measured"]
+    ]  # fmt: skip
+    loss = [
+        (f"{one['global_batch']:,} rows", f"{one['seconds']:.1f}", f"{one['peak_above_inputs_mb']:,.0f}",
+         f"{one['a_tensor_n_1k_d_mb']:,.0f}") for one in results["loss"]["measured"]
+    ]  # fmt: skip
+    head = ("sampler, 256 dimensions", "rows", "set-up and first plan, s", "of CPU, s", "a batch, µs", "peak, MB")
+    text = (
+        "`python benchmarks/scale.py`, memory of the whole process but for the loss, where it is what is added. "
+        f"Filling the teacher's cache takes {results['teacher']['cache_over_encode']:.2f} of the time of bare `encode`."
+    )
+    of_loss = table(("the loss alone, D = 1024", "seconds", "MB", "an (N, 1+k, D) tensor, MB"), loss)
+    return "\n".join([*table(head, sampler), "", *of_loss, "", text])
 
 
 def pages() -> list[Path]:
@@ -295,23 +256,15 @@ def filled(texts: dict[str, str]) -> dict[str, str]:
     Raises:
         ValueError: if a table has no place, or more than one.
     """
-    demo = RESULTS / "demo"
-    parts = {
-        "demo": demo_tables(_read(demo / "results.json"), _read(demo / "seconds.json")),
-        "alignment": alignment_table(_read(RESULTS / "alignment.json")),
-        "ablation": ablation_table(_read(RESULTS / "ablation.json")),
-        "evaluate": evaluate_table(_read(RESULTS / "evaluate.json")),
-        "families": families_table(_read(RESULTS / "families.json")),
-        "stage1_sweep": stage1_sweep_table(_read(RESULTS / "stage1_sweep.json")),
-        "train_step": train_step_table(_read(RESULTS / "train_step.json")),
-        "stage1_step": stage1_step_table(_read(RESULTS / "stage1_step.json")),
-        "scale": scale_table(_read(RESULTS / "scale.json")),
-        "speed": speed_tables.floors_table(
-            *(_read(RESULTS / f"{name}.json") for name in ("encode", "train_step", "stage1_step"))
-        ),
-        "gpu": gpu_table(_read(RESULTS / "gpu" / "encode.json"), _read(RESULTS / "gpu" / "steps.json")),
-        "parts": speed_tables.parts_table(_read(RESULTS / "where_time_goes.json")),
-    }
+    made = {
+        "demo": (demo_tables, "demo/results", "demo/seconds"), "alignment": (alignment_table, "alignment"),
+        "ablation": (ablation_table, "ablation"), "evaluate": (evaluate_table, "evaluate"),
+        "families": (families_table, "families"), "stage1_sweep": (stage1_sweep_table, "stage1_sweep"),
+        "train_step": (train_step_table, "train_step"), "stage1_step": (stage1_step_table, "stage1_step"),
+        "scale": (scale_table, "scale"), "speed": (speed_tables.floors_table, "encode", "train_step", "stage1_step"),
+        "gpu": (gpu_table, "gpu/encode", "gpu/steps"), "parts": (speed_tables.parts_table, "where_time_goes"),
+    }  # fmt: skip
+    parts = {name: make(*(read(RESULTS / f"{file}.json") for file in files)) for name, (make, *files) in made.items()}
     for name, part in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         written = {
@@ -330,16 +283,11 @@ def _word(number: int) -> str:
     return _WORDS.get(number, str(number))
 
 
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, help="output folder of a finished demo")
-    arguments = parser.parse_args()
-    if arguments.demo:
-        keep(arguments.demo)
+    options = parser(__doc__)
+    options.add_argument("--demo", type=Path, help="output folder of a finished demo")
+    if demo := options.parse_args().demo:
+        keep(demo)
     for name, card in cards().items():
         (ROOT / "model_cards" / name).write_text(card, encoding="utf-8")
     texts = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in pages()}

@@ -13,49 +13,30 @@ where sections that were not run stay, and prints tables in Markdown.
 
 from __future__ import annotations
 
+from basics import RESULTS, in_process, keep, kept, machine, parser, peak_above, peak_mb, table
+
+# isort: split
 import argparse
 import json
 import logging
 import math
 import os
-import platform
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-from memory import peak_above
-
-RESULTS = Path(__file__).parent / "results" / "scale.json"
-SECTIONS = ("sampler", "loss", "teacher")
 DIM = 256
 SUBSETS = 20
 GLOBAL_BATCH = (8, 8)  # processes, rows a batch on each
 VARIANTS = {
-    "mixed": {},
-    "mixed, hard negatives together": {"hard_negatives_together": 2},
-    "homogeneous": {"homogeneous": True},
+    "mixed": {}, "mixed, hard negatives together": {"hard_negatives_together": 2}, "homogeneous": {"homogeneous": True},
     "homogeneous, hard negatives together": {"homogeneous": True, "hard_negatives_together": 2},
-}
-
-
-def peak_mb() -> float:
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
-
-
-# --- sampler ---------------------------------------------------------------------------------------------------------
+}  # fmt: skip
 
 
 def write_rows(folder: Path, rows: int) -> None:
@@ -76,18 +57,15 @@ def write_rows(folder: Path, rows: int) -> None:
     topic = topic[target]
     weights = np.geomspace(1, 12, SUBSETS)
     subset = np.searchsorted(np.cumsum(weights / weights.sum()), rng.random(topics))[topic]
-    sides = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, (rows, DIM)) for name in ("q", "t")
-    }
-    for start in range(0, rows, 32768):
-        part = slice(start, min(rows, start + 32768))
-        for name, generator_seed, levels in (("q", 1, (0.3, 0.3)), ("t", 2, (0.3, 1.5))):
-            sides[name][part] = noisy(centres[topic[part]], start, generator_seed, levels)
-    for side in sides.values():
+    for name, generator_seed, levels in (("q", 1, (0.3, 0.3)), ("t", 2, (0.3, 1.5))):
+        side = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, (rows, DIM))
+        for start in range(0, rows, 32768):
+            part = slice(start, min(rows, start + 32768))
+            side[part] = noisy(centres[topic[part]], start, generator_seed, levels)
+        if name == "t":
+            repeated = np.flatnonzero(target != np.arange(rows))
+            side[repeated] = side[target[repeated]]
         side.flush()
-    repeated = np.flatnonzero(target != np.arange(rows))
-    sides["t"][repeated] = sides["t"][target[repeated]]
-    sides["t"].flush()
     for name, array in (("target", target), ("topic", topic), ("subset", subset)):
         np.save(folder / f"{name}.npy", array)
 
@@ -112,10 +90,9 @@ def make_dataset(folder: Path) -> Any:
     def items(images: Any, texts: Iterator[str]) -> Any:
         return pa.StructArray.from_arrays([images, pa.array(texts)], names=["image", "text"])
 
+    images = pa.array(f"images/{row}.jpg" for row in range(rows))
     columns = {
-        "anchor": items(
-            pa.array(f"images/{row}.jpg" for row in range(rows)), (f"what is {row % 97}" for row in range(rows))
-        ),
+        "anchor": items(images, (f"what is {row % 97}" for row in range(rows))),
         "positive": items(pa.nulls(rows, pa.string()), (f"answer {number}" for number in target)),
         "label": pa.array(np.where(np.arange(rows) % 10 == 0, topic, target + len(topic))),
         "subset": pa.array(f"set {number}" for number in subset),
@@ -128,41 +105,28 @@ def measure_sampler(folder: str, variant: str) -> dict[str, Any]:
     from unime_st.samplers import FalseNegativeAwareBatchSampler
 
     dataset, (world, batch) = make_dataset(Path(folder)), GLOBAL_BATCH
-    before_mb, cpu, started = peak_mb(), time.process_time(), time.perf_counter()
+    before_mb, cpu, marks = peak_mb(), time.process_time(), [time.perf_counter()]
     sampler = FalseNegativeAwareBatchSampler(
-        dataset,
-        batch,
-        drop_last=True,
-        valid_label_columns=["label"],
-        world_size=world,
-        guide_queries=f"{folder}/q.npy",
-        guide_targets=f"{folder}/t.npy",
-        **VARIANTS[variant],
-    )
-    guided = time.perf_counter() - started
+        dataset, batch, drop_last=True, valid_label_columns=["label"], world_size=world,
+        guide_queries=f"{folder}/q.npy", guide_targets=f"{folder}/t.npy", **VARIANTS[variant],
+    )  # fmt: skip
+    marks.append(time.perf_counter())
     length = len(sampler)
-    set_up = time.perf_counter() - started
+    marks.append(time.perf_counter())
     batches = iter(sampler)
-    first = next(batches)
-    planned = time.perf_counter() - started
-    iterating = time.perf_counter()
-    drawn = len(first) + sum(len(rows) for rows in batches)
-    a_batch = (time.perf_counter() - iterating) / max(1, length - 1)
-    total_cpu, peak = time.process_time() - cpu, peak_mb()
+    drawn = len(next(batches))
+    marks.append(time.perf_counter())
+    drawn += sum(map(len, batches))
+    a_batch = (time.perf_counter() - marks[-1]) / max(1, length - 1)
+    found = {"cpu_s": round(time.process_time() - cpu, 2), "peak_mb": peak_mb(), "before_mb": before_mb}
     sampler.set_epoch(1)
     again = time.perf_counter()
     next(iter(sampler))
-    return {
-        "rows": len(dataset),
-        "variant": variant,
-        "neighbours_s": round(guided, 2),
-        "set_up_s": round(set_up, 2),
-        "set_up_and_first_plan_s": round(planned, 2),
-        "cpu_s": round(total_cpu, 2),
-        "next_epoch_plan_s": round(time.perf_counter() - again, 2),
+    found["next_epoch_plan_s"] = round(time.perf_counter() - again, 2)
+    names = ("neighbours_s", "set_up_s", "set_up_and_first_plan_s")
+    found |= {name: round(mark - marks[0], 2) for name, mark in zip(names, marks[1:], strict=True)}
+    return {"rows": len(dataset), "variant": variant, **found} | {
         "batch_us": round(a_batch * 1e6, 1),
-        "peak_mb": peak,
-        "before_mb": before_mb,
         "batches": length,
         "rows_drawn": drawn,
         "conflict_pairs": len(sampler.conflicts.neighbours) // 2,
@@ -177,7 +141,7 @@ def run_sampler(sizes: list[int]) -> dict[str, Any]:
         for rows in sizes:
             folder = Path(scratch) / str(rows)
             write_rows(folder, rows)
-            found += [in_process("measure_sampler", str(folder), variant) for variant in VARIANTS]
+            found += [measured("measure_sampler", str(folder), variant) for variant in VARIANTS]
             for file in folder.glob("*.npy"):
                 file.unlink()
     growth = {variant: growth_exponents([one for one in found if one["variant"] == variant]) for variant in VARIANTS}
@@ -196,16 +160,13 @@ def growth_exponents(measured: list[dict[str, Any]]) -> dict[str, float]:
     return exponents
 
 
-# --- loss ------------------------------------------------------------------------------------------------------------
-
-
-def measure_loss(batch: str, dim: str = "1024", negatives: str = "8") -> dict[str, Any]:
+def measure_loss(batch: str) -> dict[str, Any]:
     """The loss from embeddings that are there, and its gradient; peak memory over what was there before."""
     import torch
 
     from unime_st.losses import HardNegativeInfoNCELoss
 
-    rows, width, k = int(batch), int(dim), int(negatives)
+    rows, width, k = int(batch), 1024, 8
     loss = HardNegativeInfoNCELoss(None, num_hard_negatives=k)
     generator = torch.Generator().manual_seed(0)
     small = [torch.randn(64, width, generator=generator, requires_grad=True) for _ in range(2)]
@@ -218,59 +179,38 @@ def measure_loss(batch: str, dim: str = "1024", negatives: str = "8") -> dict[st
         seconds = time.perf_counter() - started
     gradients = sum(int(bool((column.grad != 0).any())) for column in columns if column.grad is not None)
     return {
-        "global_batch": rows,
-        "dim": width,
-        "num_hard_negatives": k,
-        "loss": round(float(value.detach()), 4),
-        "columns_with_gradient": gradients,
-        "seconds": round(seconds, 2),
+        "global_batch": rows, "dim": width, "num_hard_negatives": k, "loss": round(float(value.detach()), 4),
+        "columns_with_gradient": gradients, "seconds": round(seconds, 2),
         "peak_above_inputs_mb": round(peak.bytes / 2**20, 1),
         "a_tensor_n_1k_d_mb": round(rows * (1 + k) * width * 4 / 2**20, 1),
         "score_matrix_mb": round(rows * rows * 4 / 2**20, 1),
-    }
-
-
-def run_loss() -> dict[str, Any]:
-    return {"measured": [in_process("measure_loss", str(batch)) for batch in (1024, 4096, 16384)]}
-
-
-# --- teacher ---------------------------------------------------------------------------------------------------------
+    }  # fmt: skip
 
 
 def measure_teacher(texts: str, runs: str) -> dict[str, Any]:
     """Alternating: embeddings of a data set into an empty cache, and bare encode of its distinct texts."""
-    import torch
-
+    from measuring import alternating
     from unime_st.data import teacher_embeddings
 
     logging.disable(logging.WARNING)
     teacher, name = load_teacher()
     rng = np.random.default_rng(0)
-    words = [
-        f"{a}{b}" for a in ("red", "blue", "old", "new", "tall") for b in (" bus", " cat", " tree", " boat", " sky")
-    ]
-    distinct = [
-        f"{number}: " + " ".join(rng.choice(words, int(rng.integers(3, 12)))) + "." for number in range(int(texts))
-    ]
-    with torch.inference_mode():
-        teacher.encode(distinct[:64], batch_size=32)
-    seconds: dict[str, list[float]] = {"cache": [], "encode": []}
-    for run in range(int(runs)):
-        for contender in ("cache", "encode") if run % 2 == 0 else ("encode", "cache"):
-            with tempfile.TemporaryDirectory() as folder:
-                started = time.perf_counter()
-                if contender == "cache":
-                    teacher_embeddings(teacher, distinct, folder, batch_size=32)
-                else:
-                    teacher.encode(distinct, batch_size=32)
-                seconds[contender].append(round(time.perf_counter() - started, 2))
+    colours, things = ("red", "blue", "old", "new", "tall"), ("bus", "cat", "tree", "boat", "sky")
+    words = [f"{how} {what}" for how in colours for what in things]
+    distinct = [f"{row}: " + " ".join(rng.choice(words, int(rng.integers(3, 12)))) + "." for row in range(int(texts))]
+    teacher.encode(distinct[:64], batch_size=32)
+    with tempfile.TemporaryDirectory() as folder:
+        folders = iter(range(int(runs)))
+        contenders = {
+            "cache": lambda: teacher_embeddings(teacher, distinct, f"{folder}/{next(folders)}", batch_size=32),
+            "encode": lambda: teacher.encode(distinct, batch_size=32),
+        }
+        seconds, _ = alternating(contenders, int(runs), lambda _: None, time.perf_counter)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
-        "teacher": name,
-        "texts": len(distinct),
-        "seconds": seconds,
+        "teacher": name, "texts": len(distinct), "seconds": seconds,
         "cache_over_encode": round(medians["cache"] / medians["encode"], 3),
-    }
+    }  # fmt: skip
 
 
 def load_teacher() -> tuple[Any, str]:
@@ -298,9 +238,8 @@ def random_teacher() -> Any:
     words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(special)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
-    config = BertConfig(
-        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, vocab_size=len(special)
-    )
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    config = BertConfig(**sizes, vocab_size=len(special))
     with tempfile.TemporaryDirectory() as folder:
         BertModel(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -308,72 +247,43 @@ def random_teacher() -> Any:
     return SentenceTransformer(modules=[body, Pooling(384)], device="cpu")
 
 
-def run_teacher() -> dict[str, Any]:
-    return in_process("measure_teacher", "600", "5")
-
-
-# --- all -------------------------------------------------------------------------------------------------------------
-
-
-def in_process(function: str, *arguments: str) -> dict[str, Any]:
+def measured(function: str, *arguments: str) -> dict[str, Any]:
     """Run a function of this file in a process of its own, whose peak memory is then its own."""
-    command = [sys.executable, __file__, "--measure", function, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{function} {arguments}: {result}", file=sys.stderr, flush=True)
+    result: dict[str, Any] = in_process(__file__, "--measure", function, *arguments)
+    print(f"{function} {arguments}: {result}", flush=True)
     return result
 
 
-def tables(results: dict[str, Any]) -> Iterator[str]:
-    if "sampler" in results:
-        yield "| rows | batches | set-up and plan | CPU | next plan | a batch | peak | recall |"
-        yield "|---:|---|---:|---:|---:|---:|---:|---|"
-        for one in results["sampler"]["measured"]:
-            recall = ", ".join(f"{name} {value:.3f}" for name, value in one["recall"].items()) or "exact"
-            yield (
-                f"| {one['rows']:,} | {one['variant']} | {one['set_up_and_first_plan_s']} s | {one['cpu_s']} s "
-                f"| {one['next_epoch_plan_s']} s | {one['batch_us']} µs | {one['peak_mb']:,.0f} MB | {recall} |"
-            )
-        yield ""
-    if "loss" in results:
-        yield "| global batch | seconds | peak above inputs | an (N, 1+k, D) tensor | the scores |"
-        yield "|---:|---:|---:|---:|---:|"
-        for one in results["loss"]["measured"]:
-            yield (
-                f"| {one['global_batch']:,} | {one['seconds']} | {one['peak_above_inputs_mb']:,.0f} MB "
-                f"| {one['a_tensor_n_1k_d_mb']:,.0f} MB | {one['score_matrix_mb']:,.0f} MB |"
-            )
-        yield ""
-    if "teacher" in results:
-        one = results["teacher"]
-        yield f"Teacher cache over bare encode, {one['texts']:,} texts ({one['teacher']}): {one['cache_over_encode']}"
+def tables(results: dict[str, Any]) -> list[str]:
+    """What was measured, every figure."""
+    lines: list[str] = []
+    for section, found in results.items():
+        rows = found.get("measured", [found])
+        lines += ["", f"## {section}", "", *table(rows[0], (row.values() for row in rows))]
+    return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="section", help=f"of {SECTIONS}; all when none is given")
-    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 662_000])
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.measure:
-        print(json.dumps(globals()[options.measure[0]](*options.measure[1:])))
+    runs = {
+        "sampler": lambda: run_sampler(given.rows),
+        "loss": lambda: {"measured": [measured("measure_loss", str(batch)) for batch in (1024, 4096, 16384)]},
+        "teacher": lambda: measured("measure_teacher", "600", "5"),
+    }
+    options = parser(__doc__)
+    options.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(runs)}; all when none is given")
+    options.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 662_000])
+    options.add_argument("--out", type=Path, default=RESULTS / "scale.json")
+    options.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    given = options.parse_args()
+    if given.measure:
+        print(json.dumps(globals()[given.measure[0]](*given.measure[1:])))
         return
-    unknown = set(options.sections) - set(SECTIONS)
-    if unknown:
-        parser.error(f"There is no section {sorted(unknown)}; the sections are {SECTIONS}.")
-    runs = {"sampler": lambda: run_sampler(options.rows), "loss": run_loss, "teacher": run_teacher}
-    for section in options.sections or SECTIONS:
-        found = runs[section]()
-        results = json.loads(options.out.read_text()) if options.out.exists() else {}
-        results[section] = {
-            "command": f"python benchmarks/scale.py {section}",
-            "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()},
-            **found,
-        }
-        options.out.parent.mkdir(exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-    print("\n".join(tables(json.loads(options.out.read_text()))))
+    if unknown := set(given.sections) - set(runs):
+        options.error(f"There is no section {sorted(unknown)}; the sections are {', '.join(runs)}.")
+    for section in given.sections or runs:
+        about = {"command": f"python benchmarks/scale.py {section}", "machine": machine()}
+        keep(given.out, kept(given.out) | {section: {**about, **runs[section]()}})
+    print("\n".join(tables(kept(given.out))))
 
 
 if __name__ == "__main__":

@@ -7,32 +7,24 @@ tower, language model and vocabulary in the work, and the number of tiles of an 
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
 from emoji.miniature import build_miniature
-from emoji.packages import fetch
+from emoji.packages import Fetched, fetch
+from emoji.settings import DemoSettings
 from tiny import tiny_backbone
 from unime_st import build_encoder, export_encoder
 
 TILE = 112  # pixels, for the 384 of SigLIP
 SQUARE = (392, 392)  # 3.5 tiles a side, for UniME-V2's 1344 pixels
 TEXT = {
-    "hidden_size": 256,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "layer_types": ["full_attention"] * 6,
-    "initializer_range": 0.05,
-}
+    "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32,
+    "layer_types": ["full_attention"] * 6, "initializer_range": 0.05,
+}  # fmt: skip
 
 
 def miniature(cache: Path, layers: int) -> Path:
@@ -44,14 +36,20 @@ def miniature(cache: Path, layers: int) -> Path:
     return folder / "encoder"
 
 
+def whole_miniature(cache: Path, fetched: Fetched, settings: DemoSettings) -> Path:
+    """The demo's backbone before anything is aligned or trained."""
+    folder = cache / f"miniature-{settings.key('layers', 'image_size')}"
+    return build_miniature(fetched, folder, layers=settings.layers, image_size=settings.image_size)
+
+
 def small_llava_onevision(folder: Path) -> Path:
     """Language model of 7.2 M weights, 6 layers; tiles of 112 pixels, up to nine of them in tokens."""
     tiny_backbone("llava_onevision", folder)
     pinpoints = [[TILE * rows, TILE * columns] for rows in range(1, 7) for columns in range(1, 7)]
     config = AutoConfig.from_pretrained(folder)
-    _set(config.text_config, **TEXT, intermediate_size=1352)
+    config.text_config.update({**TEXT, "intermediate_size": 1352})
     vision = {"hidden_size": 128, "intermediate_size": 480, "num_hidden_layers": 6, "num_attention_heads": 4}
-    _set(config.vision_config, **vision, image_size=TILE, patch_size=14, initializer_range=0.05)
+    config.vision_config.update({**vision, "image_size": TILE, "patch_size": 14, "initializer_range": 0.05})
     config.image_grid_pinpoints, config.vision_aspect_ratio = pinpoints, "anyres_max_9"
     processor = AutoProcessor.from_pretrained(folder)
     processor.image_processor.size = {"height": TILE, "width": TILE}
@@ -65,17 +63,13 @@ def small_qwen2_vl(folder: Path) -> Path:
     """Language model of 7.9 M weights, 6 layers; vocabulary of 5,486, so its head is 18 % of it, as Qwen2-VL-2B's."""
     tiny_backbone("qwen2_vl", folder)
     config = AutoConfig.from_pretrained(folder)
-    _set(config.text_config, **TEXT, intermediate_size=1493, vocab_size=5486)
+    config.text_config.update({**TEXT, "intermediate_size": 1493, "vocab_size": 5486})
     config.text_config.rope_parameters = {**config.text_config.rope_parameters, "mrope_section": [4, 6, 6]}
-    _set(config.vision_config, embed_dim=192, depth=8, num_heads=6, mlp_ratio=4, hidden_size=256)
+    vision = {"embed_dim": 192, "depth": 8, "num_heads": 6, "mlp_ratio": 4, "hidden_size": 256}
+    config.vision_config.update(vision)
     processor = AutoProcessor.from_pretrained(folder)
     processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 448 * 448}
     return _written(config, processor, folder)
-
-
-def _set(config: Any, **values: Any) -> None:
-    for name, value in values.items():
-        setattr(config, name, value)
 
 
 def _written(config: Any, processor: Any, folder: Path) -> Path:

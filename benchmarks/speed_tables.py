@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from basics import table
+
 TRAINING = {
     "stage-2 step, frozen vision, 25 % repeats": ("stock cached ranking loss", 1.5),
     "stage-1 step, sentences of mixed length": ("stock modules, the same loss in plain form", 1.5),
@@ -12,22 +14,16 @@ TRAINING = {
 
 def floors_table(encode: dict[str, Any], train_step: dict[str, Any], stage1_step: dict[str, Any]) -> str:
     """Each comparison, what was measured, and what it must reach."""
-    lines = ["| workload | against | at least | times as fast | spread | reached |", "|---|---|---|---|---|---|"]
-    rows = {
-        name: (row["against"], row["at_least"], row["times_as_fast"], row["spread"])
-        for name, row in encode["floors"].items()
-    }
+    found = {n: (r["against"], r["at_least"], r["times_as_fast"], *r["spread"]) for n, r in encode["floors"].items()}
     second = train_step["questions about drawings, a quarter of the targets repeated"]
     first = stage1_step["5 to 100 words, most short"]["unime_st: times as fast"]
-    measured = (
-        (second["times_as_fast"], second["spread"]),
-        (first["median"], [first["least"], first["most"]]),
-    )
-    for (name, (against, least)), found in zip(TRAINING.items(), measured, strict=True):
-        rows[name] = (against, least, *found)
-    for name, (against, least, found, (low, high)) in rows.items():
-        reached = "yes" if found >= least else "**no**"
-        lines.append(f"| {name} | {against} | {least} | {found:.2f} | {low:.2f} to {high:.2f} | {reached} |")
+    measured = ((second["times_as_fast"], *second["spread"]), (first["median"], first["least"], first["most"]))
+    found |= {name: (*asked, *told) for (name, asked), told in zip(TRAINING.items(), measured, strict=True)}
+    rows = [
+        (name, against, least, f"{times:.2f}", f"{low:.2f} to {high:.2f}", "yes" if times >= least else "**no**")
+        for name, (against, least, times, low, high) in found.items()
+    ]
+    lines = table(("workload", "against", "at least", "times as fast", "spread", "reached"), rows)
     lines += ["", *_explained(encode), ""]
     limits = ", ".join(f"{row['of_the_bare_pass']:.2f} ({name})" for name, row in encode["limit"].items())
     halves, seconds = encode["bfloat16"]["cosine"], encode["bfloat16"]["seconds"]
@@ -56,10 +52,8 @@ def _explained(encode: dict[str, Any]) -> list[str]:
             told.append(f"{name}: {row['times_as_fast']:.2f} against {peer}, {', '.join(others)}")
     lines = []
     if told:
-        found = (
-            "The batch size at which stock is fastest is found on a third of the inputs; beside it, in one run each: "
-        )
-        lines.append(f"{found}{'; '.join(told)}.")
+        found = "The batch size at which stock is fastest is found on a third of the inputs; beside it, in one run each"
+        lines.append(f"{found}: {'; '.join(told)}.")
     for name, row in encode["floors"].items():
         if row["times_as_fast"] >= row["at_least"]:
             continue
@@ -83,37 +77,34 @@ def _explained(encode: dict[str, Any]) -> list[str]:
 def workloads_table(encode: dict[str, Any]) -> str:
     """Stock `encode` by kind of input and share of duplicates, with counts."""
     head = (
-        "| miniature | times as fast | spread | forward calls | stock | places | stock | padding of stock | distinct |"
-    )
-    lines = [head, "|---" * 9 + "|"]
+        "miniature", "times as fast", "spread", "forward calls", "stock", "places", "stock", "padding of stock",
+        "distinct",
+    )  # fmt: skip
+    rows = []
     for name, row in encode["workloads"].items():
-        ours, stock = row["counts"].values()
-        lines.append(
-            f"| {name} | {row['times_as_fast']:.2f} | {row['spread'][0]:.2f} to {row['spread'][1]:.2f} "
-            f"| {ours['forward_calls']} | {stock['forward_calls']} | {ours['places']:,} | {stock['places']:,} "
-            f"| {row['padding_share_of_peer']:.0%} | {row['distinct']} of {row['inputs']} |"
-        )
-    return "\n".join(lines)
+        (low, high), counts = row["spread"], row["counts"].values()
+        calls, places = ([f"{count[key]:,}" for count in counts] for key in ("forward_calls", "places"))
+        shares = f"{row['padding_share_of_peer']:.0%}", f"{row['distinct']} of {row['inputs']}"
+        rows.append((name, f"{row['times_as_fast']:.2f}", f"{low:.2f} to {high:.2f}", *calls, *places, *shares))
+    return "\n".join(table(head, rows))
 
 
 def families_table(encode: dict[str, Any]) -> str:
     """Both peers on tiny models of each family, by share of duplicates."""
     shares = list(next(iter(encode["families"].values())))
-    head = [f"stock, {share}" for share in shares] + [f"published style, {share}" for share in shares]
-    lines = [f"| tiny model | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
-    for family, row in encode["families"].items():
-        cells = [
-            f"{row[share][peer]['times_as_fast']:.2f}" for peer in ("stock", "published style") for share in shares
-        ]
-        lines.append(f"| {family} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    columns = [(peer, share) for peer in ("stock", "published style") for share in shares]
+    rows = [
+        (family, *(f"{row[share][peer]['times_as_fast']:.2f}" for peer, share in columns))
+        for family, row in encode["families"].items()
+    ]
+    return "\n".join(table(["tiny model", *(f"{peer}, {share}" for peer, share in columns)], rows))
 
 
 def parts_table(found: dict[str, Any]) -> str:
     """Where each path spends its time."""
     parts = list(next(iter(found["paths"].values()))["share"])
-    lines = [f"| share of time, % | {' | '.join(parts)} | seconds |", "|---" * (2 + len(parts)) + "|"]
-    for name, row in found["paths"].items():
-        cells = [f"{100 * row['share'][part]:.1f}" for part in parts]
-        lines.append(f"| {name} | {' | '.join(cells)} | {row['seconds']:.1f} |")
-    return "\n".join(lines)
+    rows = [
+        (name, *(f"{100 * row['share'][part]:.1f}" for part in parts), f"{row['seconds']:.1f}")
+        for name, row in found["paths"].items()
+    ]
+    return "\n".join(table(["share of time, %", *parts, "seconds"], rows))

@@ -124,10 +124,8 @@ class Lab:
         glosses = [(entry.term, entry.gloss) for entry in benchmark.glosses("validation") if _is_short(entry.gloss)]
         concepts = [concept for concept in concepts_of(fetched, benchmark)["validation"] if concept.tags]
         captions = [(concept.label, ", ".join(concept.tags[:5])) for concept in concepts]
-        self.pairs = {
-            "term_to_gloss": self._unseen(glosses)[:held_out],
-            "label_to_keywords": self._unseen(captions)[:held_out],
-        }
+        found = {"term_to_gloss": glosses, "label_to_keywords": captions}
+        self.pairs = {name: self._unseen(pairs)[:held_out] for name, pairs in found.items()}
         self.held_out = [
             text for pairs in self.pairs.values() for column in zip(*pairs, strict=True) for text in column
         ]
@@ -221,8 +219,6 @@ def scores(student: Tensor, teacher: Tensor, counts: dict[str, int]) -> dict[str
     spearman = spearmanr(ours[upper].numpy(), theirs[upper].numpy()).statistic
     nearest = [cosines.fill_diagonal_(-torch.inf).argmax(dim=1) for cosines in (ours, theirs)]
     return {
-        "mean_reciprocal_rank": sum(reciprocal) / len(reciprocal),
-        **result,
-        "spearman_with_teacher": float(spearman),
+        "mean_reciprocal_rank": sum(reciprocal) / len(reciprocal), **result, "spearman_with_teacher": float(spearman),
         "nearest_neighbor_agreement": (nearest[0] == nearest[1]).double().mean().item(),
-    }
+    }  # fmt: skip

@@ -15,9 +15,11 @@ Writes `benchmarks/results/stage1_sweep.json`, `.md` and `.png`.
 
 from __future__ import annotations
 
-import argparse
+from basics import RESULTS, keep, over_seeds, parser, percent, read
+from basics import table as lines_of
+
+# isort: split
 import json
-import os
 import statistics
 import sys
 import time
@@ -26,13 +28,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
 from emoji.settings import DemoSettings, StageSettings
-from unime_st.files import write_atomically
 from unime_st.functional import KL_DIRECTIONS
 
 SETTINGS = replace(DemoSettings(), stage1=StageSettings(steps=12, batch_size=48, learning_rate=1e-3, temperature=0.05))
@@ -43,15 +39,9 @@ RECIPE_BATCH = 1536  # texts compared with each other in the recipes: 8 processe
 FINALISTS = 4
 CRITERION = "mean_reciprocal_rank"
 SCORES = (
-    CRITERION,
-    "term_to_gloss_recall@1",
-    "term_to_gloss_recall@5",
-    "label_to_keywords_recall@1",
-    "label_to_keywords_recall@5",
-    "spearman_with_teacher",
-    "nearest_neighbor_agreement",
-)
-RESULTS = Path(__file__).parent / "results"
+    CRITERION, *(f"{pairs}_recall@{k}" for pairs in ("term_to_gloss", "label_to_keywords") for k in (1, 5)),
+    "spearman_with_teacher", "nearest_neighbor_agreement",
+)  # fmt: skip
 
 
 class Variant(NamedTuple):
@@ -88,19 +78,13 @@ def run_one(variant: Variant, seed: int, lab: Any) -> dict[str, Any]:
 
     stage, model = SETTINGS.stage1, lab.model
     parameters = model.reset(seed)
-    loss_function = DistillKLLoss(
-        None,
-        temperature=variant.temperature,
-        direction=variant.direction,  # type: ignore[arg-type]
-        include_diagonal=variant.include_diagonal,
-    )
+    loss_function = DistillKLLoss(None, **variant._asdict())
     optimizer = torch.optim.AdamW(parameters, lr=stage.learning_rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, max(1, stage.steps // 10), stage.steps)
     began, log = time.monotonic(), []
     for rows in lab.batches(seed):
-        loss = loss_function.compute_loss_from_embeddings(
-            [model([lab.train[row] for row in rows])], lab.targets[torch.tensor(rows)]
-        )
+        embeddings = model([lab.train[row] for row in rows])
+        loss = loss_function.compute_loss_from_embeddings([embeddings], lab.targets[torch.tensor(rows)])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)  # the Trainer's
         optimizer.step()
@@ -122,7 +106,7 @@ def run_all(lab: Any, work: Path, seeds: int) -> None:
             kept = work / f"{seed}-{GRID.index(variant)}.json"
             if not kept.is_file():
                 result = {"variant": str(variant), **run_one(variant, seed, lab)}
-                write_atomically(kept, json.dumps(result, indent=1) + "\n")
+                keep(kept, result)
                 shown = ", ".join(f"{name} {100 * result[name]:.1f}" for name in SCORES)
                 passed = time.monotonic() - began
                 print(f"[{passed:5.0f} s] seed {seed}, {number} of {len(variants)}: {variant}: {shown}", flush=True)
@@ -137,7 +121,7 @@ def kept_runs(work: Path) -> Runs:
     """Variant -> seed -> result of the runs finished so far, seeds in order."""
     runs: Runs = {}
     for seed, index, file in sorted((*map(int, file.stem.split("-")), file) for file in work.glob("[0-9]*-*.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = read(file)
         if result["variant"] != str(GRID[index]):
             raise ValueError(f"{file} is of another grid ({result['variant']}). Remove it, or give another --work.")
         runs.setdefault(GRID[index], {})[seed] = result
@@ -147,16 +131,14 @@ def kept_runs(work: Path) -> Runs:
 def prepare(cache: Path, work: Path) -> Any:
     """Packages, texts, teacher and model; what is no run's is scored and kept."""
     from emoji.benchmark import build_benchmark
-    from emoji.miniature import build_miniature
     from emoji.packages import fetch
+    from small_models import whole_miniature
     from stage1_lab import Lab
 
     work.mkdir(parents=True, exist_ok=True)
     fetched = fetch(cache, print)
     benchmark = build_benchmark(fetched, cache / "benchmark")
-    folder = cache / f"miniature-{SETTINGS.key('layers', 'image_size')}"
-    backbone = build_miniature(fetched, folder, layers=SETTINGS.layers, image_size=SETTINGS.image_size)
-    lab = Lab(fetched, benchmark, backbone, SETTINGS, HELD_OUT, work)
+    lab = Lab(fetched, benchmark, whole_miniature(cache, fetched, SETTINGS), SETTINGS, HELD_OUT, work)
     if not (work / "anchors.json").is_file():
         sizes = (SETTINGS.stage1.batch_size, RECIPE_BATCH)
         anchors = {
@@ -168,7 +150,7 @@ def prepare(cache: Path, work: Path) -> Any:
                 for size in sizes
             },
         }
-        write_atomically(work / "anchors.json", json.dumps(anchors, indent=1) + "\n")
+        keep(work / "anchors.json", anchors)
         print(json.dumps(anchors, indent=1), flush=True)
     return lab
 
@@ -181,9 +163,7 @@ def summarise(runs: Runs, anchors: dict[str, Any]) -> dict[str, Any]:
     """
     missing = [str(variant) for variant in GRID if 0 not in runs.get(variant, {})]
     if missing:
-        raise ValueError(
-            f"{len(missing)} runs of the grid are missing: {'; '.join(missing)}. Run the sweep to its end."
-        )
+        raise ValueError(f"{len(missing)} runs are missing: {'; '.join(missing)}. Run the sweep to its end.")
     table, repeated = {}, [variant for variant in finalists(runs) if len(runs[variant]) > 1]
     for variant in GRID:
         by_seed = [runs[variant][seed] for seed in sorted(runs[variant])]
@@ -191,26 +171,18 @@ def summarise(runs: Runs, anchors: dict[str, Any]) -> dict[str, Any]:
             **variant._asdict(),
             "seeds": sorted(runs[variant]),
             "first_gradient_norm": by_seed[0]["log"][0]["gradient_norm"],
-            **{name: _over_seeds([result[name] for result in by_seed]) for name in SCORES},
+            **{name: over_seeds([result[name] for result in by_seed]) for name in SCORES},
         }
     spread = {
         name: statistics.mean(table[str(variant)][name]["std"] ** 2 for variant in repeated) ** 0.5 for name in SCORES
     } if repeated else None  # fmt: skip
     return {
-        "settings": asdict(SETTINGS) | {"held_out_pairs": anchors["held_out_pairs"]},
-        "criterion": CRITERION,
+        "settings": asdict(SETTINGS) | {"held_out_pairs": anchors["held_out_pairs"]}, "criterion": CRITERION,
         "anchors": {name: anchors[name] for name in ("base", "teacher")},
-        "teacher_self_probability": anchors["teacher_self_probability"],
-        "table": table,
-        "spread_of_seeds": spread,
+        "teacher_self_probability": anchors["teacher_self_probability"], "table": table, "spread_of_seeds": spread,
         "finalists": _against_best(runs, repeated),
         "mean_of_grid": {field: _main_effect(runs, field) for field in Variant._fields},
-    }
-
-
-def _over_seeds(values: list[float]) -> dict[str, Any]:
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "std": deviation, "values": values}
+    }  # fmt: skip
 
 
 def _against_best(runs: Runs, variants: list[Variant]) -> dict[str, Any]:
@@ -222,7 +194,7 @@ def _against_best(runs: Runs, variants: list[Variant]) -> dict[str, Any]:
         both = sorted(set(runs[variant]) & set(runs[ranked[0]]))
         behind = [runs[ranked[0]][seed][CRITERION] - runs[variant][seed][CRITERION] for seed in both]
         later = [runs[variant][seed][CRITERION] for seed in both if seed]  # seed 0 chose who is here
-        rows[str(variant)] = {"behind_best": _over_seeds(behind), "mean_without_seed_0": statistics.mean(later)}
+        rows[str(variant)] = {"behind_best": over_seeds(behind), "mean_without_seed_0": statistics.mean(later)}
     return rows
 
 
@@ -237,29 +209,27 @@ def _main_effect(runs: Runs, field: str) -> dict[str, float]:
 def grid_table(summary: dict[str, Any]) -> list[str]:
     """The criterion by temperature, direction and diagonal, all of seed 0, so that every two cells compare."""
     columns = list(product((False, True), KL_DIRECTIONS))
-    heads = [f"{direction}, {'in' if diagonal else 'out'}" for diagonal, direction in columns]
-    small, large = summary["teacher_self_probability"].items()
-    lines = [
-        f"| temperature | {' | '.join(heads)} | teacher's self-probability, {small[0]} texts | {large[0]} texts |",
-        "|---" * (3 + len(columns)) + "|",
+    own = summary["teacher_self_probability"]
+    head = [
+        "temperature",
+        *(f"{direction}, {'in' if diagonal else 'out'}" for diagonal, direction in columns),
+        *(f"teacher's self-probability, {size} texts" for size in own),
     ]
-    for temperature in TEMPERATURES:
-        rows = [summary["table"][str(Variant(temperature, direction, diagonal))] for diagonal, direction in columns]
-        cells = [f"{100 * row[CRITERION]['values'][0]:.1f}" for row in rows] + [
-            f"{size[1][f'{temperature:g}']:.3f}" for size in (small, large)
-        ]
-        lines.append(f"| {temperature:g} | {' | '.join(cells)} |")
-    return lines
-
-
-def _percent(value: dict[str, Any]) -> str:
-    spread = "" if value["std"] is None else f" ± {100 * value['std']:.1f}"
-    return f"{100 * value['mean']:.1f}{spread}"
+    rows = []
+    for value in TEMPERATURES:
+        cells = [summary["table"][str(Variant(value, direction, diagonal))] for diagonal, direction in columns]
+        shown = [f"{100 * cell[summary['criterion']]['values'][0]:.1f}" for cell in cells]
+        rows.append([f"{value:g}", *shown, *(f"{size[f'{value:g}']:.3f}" for size in own.values())])
+    return lines_of(head, rows)
 
 
 def markdown(summary: dict[str, Any]) -> str:
     """The tables for people."""
     stage, pairs = summary["settings"]["stage1"], summary["settings"]["held_out_pairs"]
+    means = [
+        f"{field} " + ", ".join(f"{value} {100 * mean:.1f}" for value, mean in found.items())
+        for field, found in summary["mean_of_grid"].items()
+    ]
     lines = [
         "# Stage 1 on the miniature: temperature, direction, diagonal",
         "",
@@ -271,30 +241,23 @@ def markdown(summary: dict[str, Any]) -> str:
         "",
         "![by temperature](stage1_sweep.png)",
         "",
-        "Means over the grid, seed 0: "
-        + "; ".join(
-            f"{field} " + ", ".join(f"{value} {100 * mean:.1f}" for value, mean in means.items())
-            for field, means in summary["mean_of_grid"].items()
-        )
-        + ".",
+        f"Means over the grid, seed 0: {'; '.join(means)}.",
         "",
-        "| repeated with more seeds | mean reciprocal rank | without seed 0 | behind the best, seed by seed |",
-        "|---|---|---|---|",
     ]
+    finalists = []
     for name, row in summary["finalists"].items():
-        mean, behind = (_percent(value) for value in (summary["table"][name][CRITERION], row["behind_best"]))
-        lines.append(f"| {name} | {mean} | {100 * row['mean_without_seed_0']:.1f} | {behind} |")
-    lines += ["", f"| | {' | '.join(name.replace('_', ' ') for name in SCORES)} | seeds | first gradient's norm |"]
-    lines.append("|---" * (3 + len(SCORES)) + "|")
-    for name, scores in summary["anchors"].items():
-        lines.append(f"| {name} | {' | '.join(f'{100 * scores[score]:.1f}' for score in SCORES)} | – | – |")
+        mean, behind = (percent(value) for value in (summary["table"][name][CRITERION], row["behind_best"]))
+        finalists.append((name, mean, f"{100 * row['mean_without_seed_0']:.1f}", behind))
+    head = ("repeated with more seeds", "mean reciprocal rank", "without seed 0", "behind the best, seed by seed")
+    rows = [
+        [name, *(f"{100 * scores[score]:.1f}" for score in SCORES), "–", "–"]
+        for name, scores in summary["anchors"].items()
+    ]
     for name, row in summary["table"].items():
-        cells = [_percent(row[score]) for score in SCORES] + [
-            str(len(row["seeds"])),
-            f"{row['first_gradient_norm']:.2g}",
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        scores = (percent(row[score]) for score in SCORES)
+        rows.append([name, *scores, len(row["seeds"]), f"{row['first_gradient_norm']:.2g}"])
+    heads = ["", *(name.replace("_", " ") for name in SCORES), "seeds", "first gradient's norm"]
+    return "\n".join([*lines, *lines_of(head, finalists), "", *lines_of(heads, rows)]) + "\n"
 
 
 def plot(summary: dict[str, Any]) -> bytes:
@@ -313,26 +276,24 @@ def plot(summary: dict[str, Any]) -> bytes:
 
 def report(summary: dict[str, Any]) -> None:
     """Write the tables and the plot, and print them."""
-    write_atomically(RESULTS / "stage1_sweep.json", json.dumps(summary, indent=1) + "\n")
-    write_atomically(RESULTS / "stage1_sweep.md", markdown(summary))
-    write_atomically(RESULTS / "stage1_sweep.png", plot(summary))
+    for kind, content in {"json": summary, "md": markdown(summary), "png": plot(summary)}.items():
+        keep(RESULTS / f"stage1_sweep.{kind}", content)
     print(markdown(summary), flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=Path(".demo_cache"))
-    parser.add_argument("--work", type=Path, default=Path(".demo_cache/stage1_sweep"), help="states and single runs")
-    parser.add_argument("--seeds", type=int, default=3, help="of the best; the whole grid has one")
-    parser.add_argument("--collect", action="store_true", help="run nothing: the tables of the runs that are kept")
-    arguments = parser.parse_args()
+    options = parser(__doc__, cache=True)
+    options.add_argument("--work", type=Path, default=Path(".demo_cache/stage1_sweep"), help="states and single runs")
+    options.add_argument("--seeds", type=int, default=3, help="of the best; the whole grid has one")
+    options.add_argument("--collect", action="store_true", help="run nothing: the tables of the runs that are kept")
+    arguments = options.parse_args()
     work = arguments.work / f"{SETTINGS.key(*asdict(SETTINGS))}-{HELD_OUT}"
     if not arguments.collect:
         import torch
 
         torch.set_num_threads(1)
         run_all(prepare(arguments.cache, work), work, arguments.seeds)
-    report(summarise(kept_runs(work), json.loads((work / "anchors.json").read_text(encoding="utf-8"))))
+    report(summarise(kept_runs(work), read(work / "anchors.json")))
 
 
 if __name__ == "__main__":

@@ -79,14 +79,11 @@ class Walk:
         """The figures; hashes for each of so many distinct inputs."""
         order = list(dict.fromkeys(file for file, _ in self.functions))
         return {
-            "files": len(order),
-            "functions": len(self.functions),
-            "deepest_before_forward": self.deepest,
-            "depth_at_forward": self.at_forward,
-            "distinct_inputs": inputs,
+            "files": len(order), "functions": len(self.functions), "deepest_before_forward": self.deepest,
+            "depth_at_forward": self.at_forward, "distinct_inputs": inputs,
             "hashes": {name: round(count / inputs, 2) for name, count in sorted(self.hashes.items()) if count},
             "order": order,
-        }
+        }  # fmt: skip
 
 
 def encoding(model: Any, _folder: Path) -> tuple[Callable[[], Any], int]:

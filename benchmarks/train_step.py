@@ -9,28 +9,26 @@ pass of the loss, on the demo's miniature (2 of its layers, images of 160 pixels
 the same mini-batch size. Ours computes the last layer's feed-forward part for last tokens alone, which counts for more
 with two layers than in a deep model (`benchmarks/stage1_step.py` tells how much).
 
-Results without repeats are compared with the stock loss. The stock loss takes copies of an answer for wrong ones, so
-results with repeats are compared with our own plain loss, which embeds all at once. Stock modules leave a frozen tower
-in training mode, where its batch normalisation depends on the mini-batch: the stock model's is put into evaluation
-mode, as ours is by itself.
+Results without repeats are compared with the stock loss, those with repeats, which it takes for wrong answers, with our
+own plain loss, which embeds all at once. Stock modules leave a frozen tower in training mode, where its batch
+normalisation depends on the mini-batch: the stock model's is put into evaluation mode, as ours is by itself.
 
-Both losses run in one process, alternating, on one thread, and CPU time is what counts, so that other work on the
-machine does not. Memory is read in a process of its own for each, as the
-growth of its peak over what it was before the first step. Writes `benchmarks/results/train_step.json`.
+Both losses run in one process, alternating, on one thread, and CPU time counts. Memory is read in a process of its own
+for each, as the growth of its peak. Writes `benchmarks/results/train_step.json`.
 """
 
 from __future__ import annotations
 
+from basics import RESULTS, keep, kept, megabytes_of, parser, peak_above
+
+# isort: split
 import argparse
 import json
-import os
 import statistics
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from PIL import Image, ImageDraw
@@ -40,14 +38,12 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 
-from memory import megabytes_of, peak_above
+from measuring import Counts, alternating, times_as_fast
 from small_models import miniature
 from unime_st import load_encoder
-from unime_st.files import write_atomically
 from unime_st.losses import HardNegativeInfoNCELoss
 from unime_st.modules import default_lora_config
 
-RESULTS = Path(__file__).parent / "results" / "train_step.json"
 BATCH, MINI_BATCH, TEMPERATURE, LAYERS = 64, 8, 0.05, 2
 CASES = {
     f"{name}, {'a quarter of the targets repeated' if repeated else 'no repeats'}": (kind, repeated)
@@ -115,13 +111,14 @@ def loss_of(kind: str, model: SentenceTransformer) -> nn.Module:
 
 def step(
     loss: nn.Module, model: SentenceTransformer, columns: list[dict[str, Any]], labels: torch.Tensor | None = None
-) -> tuple[float, float]:
-    """CPU seconds and loss of a forward and backward pass; features are made before, as data loaders do."""
+) -> float:
+    """The loss of a forward and backward pass on new images; features are made before, as data loaders do."""
+    if hasattr(model[0], "vision_cache"):
+        model[0].vision_cache.clear()
     model.zero_grad(set_to_none=True)
-    start = time.process_time()
     value = loss([dict(column) for column in columns], labels)
     value.backward()
-    return time.process_time() - start, value.item()
+    return value.item()
 
 
 def gradients(model: SentenceTransformer) -> dict[str, torch.Tensor]:
@@ -137,121 +134,88 @@ def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) 
     return max(float((first[name] - second[name]).abs().max()) for name in first) / largest
 
 
-class Calls:
-    """Counts forward calls, and sequences and places in them that the language model's layers run over."""
+def counted(model: SentenceTransformer, work: Callable[[], Any]) -> tuple[dict[str, int], Any]:
+    """What a model runs over during some work, and what that returns."""
+    with Counts(model[0].model) as counts:
+        value = work()
+    read = {"language_model_calls": counts.calls, "rows": counts.rows, "tokens": counts.places}
+    return {**read, "images_through_the_tower": counts.images}, value
 
-    def __init__(self, model: SentenceTransformer) -> None:
-        self.language_model = self.tower = self.rows = self.tokens = 0
-        inner = model[0].model
-        inner.language_model.layers[0].register_forward_hook(self._text)
-        tower = inner.vision_tower
-        first = next(module for module in tower.modules() if not list(module.children()))
-        first.register_forward_hook(self._vision)
 
-    def _text(self, _module: nn.Module, args: Any, _output: Any) -> None:
-        self.language_model += 1
-        self.rows += args[0].shape[0]
-        self.tokens += args[0].shape[0] * args[0].shape[1]
-
-    def _vision(self, _module: nn.Module, args: Any, _output: Any) -> None:
-        self.tower += len(args[0])
-
-    def read(self) -> dict[str, int]:
-        return {
-            "language_model_calls": self.language_model,
-            "rows": self.rows,
-            "tokens": self.tokens,
-            "images_through_the_tower": self.tower,
-        }
+def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {kind: round(statistics.median(times), 3) for kind, times in seconds.items()}
 
 
 def compare(path: Path, pairs_of: str, repeated: float, runs: int) -> dict[str, Any]:
     """Time both, alternating; compare losses and gradients."""
-    models = {kind: encoder(kind, path) for kind in KINDS}
-    losses = {kind: loss_of(kind, model) for kind, model in models.items()}
-    columns = {kind: [models[kind].preprocess(list(column)) for column in pairs(pairs_of, repeated)] for kind in KINDS}
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    values, counts = {}, {}
+    work, models, counts, values, found = {}, {}, {}, {}, {}
     for kind in KINDS:  # the first step also warms up
-        models[kind][0].vision_cache.clear() if kind == "unime_st" else None
-        calls = Calls(models[kind])
-        values[kind] = step(losses[kind], models[kind], columns[kind])[1]
-        counts[kind] = calls.read()
-    found = {kind: gradients(model) for kind, model in models.items()}
+        models[kind] = model = encoder(kind, path)
+        loss = loss_of(kind, model)
+        columns = [model.preprocess(list(column)) for column in pairs(pairs_of, repeated)]
+        work[kind] = partial(step, loss, model, columns)
+        counts[kind], values[kind] = counted(model, work[kind])
+        found[kind] = gradients(model)
+    ours, reference, value = models["unime_st"], found["stock"], values["stock"]
+    _, _, columns = work["unime_st"].args
     if repeated:
-        plain = loss_of("plain", models["unime_st"])
-        values["reference"] = step(plain, models["unime_st"], columns["unime_st"])[1]
-        reference = gradients(models["unime_st"])
-    else:
-        values["reference"], reference = values["stock"], found["stock"]
-    for number in range(runs):
-        for kind in KINDS if number % 2 else reversed(KINDS):
-            if kind == "unime_st":
-                models[kind][0].vision_cache.clear()  # each step shows new images
-            seconds[kind].append(step(losses[kind], models[kind], columns[kind])[0])
-            print(f"  {kind:9} {seconds[kind][-1]:.2f} s", flush=True)
-    ratios = [theirs / ours for theirs, ours in zip(seconds["stock"], seconds["unime_st"], strict=True)]
-    medians = {kind: statistics.median(times) for kind, times in seconds.items()}
+        value = step(loss_of("plain", ours), ours, columns)
+        reference = gradients(ours)
+    seconds, _ = alternating(work, runs)
     return {
-        "runs": runs,
-        "distinct_inputs": losses["unime_st"].last_plan.distinct,
-        "inputs": 2 * BATCH,
-        "seconds": {kind: round(value, 3) for kind, value in medians.items()},
-        "times_as_fast": round(medians["stock"] / medians["unime_st"], 3),
-        "spread": [round(min(ratios), 3), round(max(ratios), 3)],
-        "counts": counts,
+        "runs": runs, "distinct_inputs": work["unime_st"].args[0].last_plan.distinct, "inputs": 2 * BATCH,
+        "seconds": medians(seconds), **times_as_fast(seconds, "unime_st", "stock"), "counts": counts,
         "compared_with": "our plain loss" if repeated else "the stock loss",
-        "difference_of_loss": abs(values["unime_st"] - values["reference"]),
+        "difference_of_loss": abs(values["unime_st"] - value),
         "difference_of_gradients": difference(found["unime_st"], reference),
-    }
+    }  # fmt: skip
 
 
-def peak(kind: str, path: Path, pairs_of: str, repeated: float) -> int:
+def peak(loss: nn.Module, model: SentenceTransformer, columns: list[Any], labels: torch.Tensor | None = None) -> int:
     """Bytes by which two steps raise the peak of this process."""
-    model = encoder(kind, path)
-    loss = loss_of(kind, model)
-    columns = [model.preprocess(list(column)) for column in pairs(pairs_of, repeated)]
+    features = [model.preprocess(list(column)) for column in columns]
     with peak_above() as found:
         for _ in range(2):
-            step(loss, model, columns)
+            step(loss, model, features, labels)
     return found.bytes
 
 
-def keep(path: Path, results: dict[str, Any], name: str, result: dict[str, Any]) -> None:
-    """Write a case's result beside the others', and show it."""
-    results[name] = result
-    write_atomically(path, json.dumps(results, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+def arguments(doc: str | None, names: tuple[str, ...]) -> tuple[argparse.Namespace, Path]:
+    """What is given to a script that compares steps, and the model; `names` are those of what `--peak` takes."""
+    options = parser(doc, cache=True, runs=7)
+    options.add_argument("--model", type=Path, help="a saved encoder in place of the miniature")
+    options.add_argument("--only", default="", help="cases whose name holds this; the others' results stay")
+    options.add_argument("--peak", nargs=len(names), metavar=names, help="print the memory of one, for this script")
+    given = options.parse_args()
+    torch.set_num_threads(1)
+    return given, given.model or miniature(given.cache, LAYERS)
+
+
+def measure(
+    script: str, given: argparse.Namespace, path: Path, kinds: tuple[str, ...], cases: dict[str, Any], **about: Any
+) -> None:
+    """Measure and write each case: its comparison, of so many runs, and what tells `--peak` which case it is."""
+    name_of = Path(script).stem
+    results = kept(RESULTS / f"{name_of}.json") | {"command": f"python benchmarks/{name_of}.py", **about}
+    for name, (compared, told) in cases.items():
+        if given.only in name:
+            print(name)
+            results[name] = compared(given.runs)
+            command = (script, "--model", str(path), "--peak")
+            results[name]["peak_megabytes"] = {kind: megabytes_of(*command, kind, *told) for kind in kinds}
+            keep(RESULTS / f"{name_of}.json", results)
+            print(json.dumps(results[name], indent=1))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a saved encoder in place of the miniature")
-    parser.add_argument("--cache", type=Path, default=Path(".demo_cache"), help="folder of the demo's packages")
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--only", default="", help="cases whose name holds this; the others' results stay")
-    parser.add_argument(
-        "--peak", nargs=3, metavar=("KIND", "PAIRS", "SHARE"), help="print the memory of one, for this script"
-    )
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    path = given.model or miniature(given.cache, LAYERS)
+    given, path = arguments(__doc__, ("KIND", "PAIRS", "SHARE"))
     if given.peak:
-        print(peak(given.peak[0], path, given.peak[1], float(given.peak[2])))
+        kind, kind_of_pairs, repeated = given.peak
+        model = encoder(kind, path)
+        print(peak(loss_of(kind, model), model, pairs(kind_of_pairs, float(repeated))))
         return
-    results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    results |= {"command": "python benchmarks/train_step.py", "batch": BATCH, "mini_batch": MINI_BATCH}
-    for name, (kind_of_pairs, repeated) in CASES.items():
-        if given.only not in name:
-            continue
-        print(name)
-        result = compare(path, kind_of_pairs, repeated, given.runs)
-        arguments = (kind_of_pairs, str(repeated))
-        result["peak_megabytes"] = {
-            kind: megabytes_of(__file__, ["--model", str(path), "--peak", kind, *arguments]) for kind in KINDS
-        }
-        keep(RESULTS, results, name, result)
-    print(f"wrote {RESULTS}")
+    cases = {name: (partial(compare, path, *case), (case[0], str(case[1]))) for name, case in CASES.items()}
+    measure(__file__, given, path, KINDS, cases, batch=BATCH, mini_batch=MINI_BATCH)
 
 
 if __name__ == "__main__":

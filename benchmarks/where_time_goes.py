@@ -10,9 +10,9 @@ process as a data loader without workers does. Writes `benchmarks/results/where_
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
+from basics import RESULTS, keep, machine, parser
+
+# isort: split
 import statistics
 import tempfile
 import time
@@ -23,37 +23,20 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import torch
 from torch import nn
 
 import workloads
 from encode import COUNTS, Inputs, inputs_for
-from measuring import machine
 from small_models import miniature
 from unime_st import load_encoder
-from unime_st.files import write_atomically
 from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss
 from unime_st.modules import default_lora_config
 from unime_st.modules.speed.prefixes import language_model
 from unime_st.modules.speed.vision_cache import vision_tower
 
-RESULTS = Path(__file__).parent / "results" / "where_time_goes.json"
-PARTS = (
-    "identity and order",
-    "decoding",
-    "processing",
-    "planning",
-    "vision",
-    "language model",
-    "backward",
-    "transfer",
-    "loss",
-    "other",
-)
-PATHS = ("encode texts", "encode images", "encode mixed", "encode questions", "stage-1 step", "stage-2 step")
+PARTS = ("identity and order", "decoding", "processing", "planning", "vision",
+         "language model", "backward", "transfer", "loss", "other")  # fmt: skip
 
 
 class Clock:
@@ -98,27 +81,18 @@ def watching(model: Any, clock: Clock, loss: nn.Module | None = None) -> Iterato
 
     inner = model[0].model
     with ExitStack() as stack:
-        named = (
-            (inputs, "open_image", "decoding"),
-            (sentence_transformer, "encoding_order", "identity and order"),
-            (inference, "select_rows", "processing"),
-            (sentence_transformer, "batch_to_device", "transfer"),
-            (shared_prefix, "pack_tree", "planning"),
-            (shared_prefix, "flatten_tree", "planning"),
-        )
-        for module, name, part in named:
-            stack.enter_context(patch.object(module, name, clock.timed(part, getattr(module, name))))
-        stack.enter_context(patch.object(model[0], "preprocess", clock.timed("processing", model[0].preprocess)))
-        if loss is not None:
-            stack.enter_context(patch.object(loss, "compute_loss", clock.timed("loss", loss.compute_loss)))
+        named = [
+            (inputs, "open_image", "decoding"), (sentence_transformer, "encoding_order", "identity and order"),
+            (inference, "select_rows", "processing"), (sentence_transformer, "_moved", "transfer"),
+            (shared_prefix, "pack_tree", "planning"), (shared_prefix, "flatten_tree", "planning"),
+            (model[0], "preprocess", "processing"), *([(loss, "compute_loss", "loss")] if loss is not None else []),
+        ]  # fmt: skip
+        for owner, name, part in named:
+            stack.enter_context(patch.object(owner, name, clock.timed(part, getattr(owner, name))))
         for module, part in ((vision_tower(inner), "vision"), (language_model(inner), "language model")):
             assert module is not None
-            hooks = (
-                module.register_forward_pre_hook(lambda *_, part=part: clock.enter(part)),
-                module.register_forward_hook(lambda *_: clock.leave()),
-            )
-            for hook in hooks:
-                stack.callback(hook.remove)
+            stack.callback(module.register_forward_pre_hook(lambda *_, part=part: clock.enter(part)).remove)
+            stack.callback(module.register_forward_hook(lambda *_: clock.leave()).remove)
         yield
 
 
@@ -138,12 +112,11 @@ def training(checkpoint: Path, columns: list[list[Any]], stage: int) -> Callable
     model = load_encoder(str(checkpoint), device="cpu").float()
     model.add_adapter(default_lora_config(rank=16))
     model.train()
+    loss: nn.Module = HardNegativeInfoNCELoss(model, temperature=0.05, mini_batch_size=8)
+    label = None
     if stage == 1:
-        loss: nn.Module = DistillKLLoss(model, temperature=0.05)
+        loss = DistillKLLoss(model, temperature=0.05)
         label = torch.nn.functional.normalize(torch.randn(len(columns[0]), 384), dim=1)
-    else:
-        loss = HardNegativeInfoNCELoss(model, temperature=0.05, mini_batch_size=8)
-        label = None
 
     def step(clock: Clock) -> None:
         features = [model.preprocess(column) for column in columns]
@@ -175,12 +148,9 @@ def paths(checkpoint: Path, inputs: Inputs) -> dict[str, Callable[[], Callable[[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=Path(".demo_cache"), help="folder of the demo's packages")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=12, help="of the miniature, for a quick look")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    given = parser.parse_args()
+    options = parser(__doc__, cache=True, runs=3, output=RESULTS / "where_time_goes.json")
+    options.add_argument("--layers", type=int, default=12, help="of the miniature, for a quick look")
+    given = options.parse_args()
     torch.set_num_threads(1)
     checkpoint = miniature(given.cache, given.layers)
     table: dict[str, Any] = {}
@@ -192,14 +162,11 @@ def main() -> None:
                 work(clock)
             seconds = {part: statistics.median(clock.seconds[part] for clock in clocks) for part in PARTS}
             total = sum(seconds.values())
-            table[name] = {
-                "seconds": round(total, 2),
-                "share": {part: round(value / total, 4) for part, value in seconds.items()},
-            }
+            shares = {part: round(value / total, 4) for part, value in seconds.items()}
+            table[name] = {"seconds": round(total, 2), "share": shares}
             print(name, table[name], flush=True)
-    results = {"command": "python benchmarks/where_time_goes.py", "machine": machine(), "layers": given.layers}
-    write_atomically(given.output, json.dumps({**results, "runs": given.runs, "paths": table}, indent=1) + "\n")
-    print(f"wrote {given.output}")
+    about = {"command": "python benchmarks/where_time_goes.py", "machine": machine(threads=1), "layers": given.layers}
+    keep(given.output, {**about, "runs": given.runs, "paths": table})
 
 
 if __name__ == "__main__":

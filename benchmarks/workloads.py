@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -14,15 +13,11 @@ SIDES = (64, 96, 128, 192, 256, 384)  # pixels
 COLOURS = ("red", "green", "blue", "orange", "purple", "black", "teal", "brown")
 SYLLABLES = ("ba", "ko", "ri", "ta", "mu", "ne", "so", "li", "da", "vo", "pe", "xi")
 QUESTIONS = (
-    "What is drawn here?",
-    "Which colour has the largest shape?",
-    "How many corners can be seen?",
-    "Is the shape on the left of the picture or on its right?",
-    "Where would somebody hang this picture?",
-    "What is behind it?",
-    "Name the thing that comes closest to this shape.",
+    "What is drawn here?", "Which colour has the largest shape?", "How many corners can be seen?",
+    "Is the shape on the left of the picture or on its right?", "Where would somebody hang this picture?",
+    "What is behind it?", "Name the thing that comes closest to this shape.",
     "Which of the four quarters of the picture is empty?",
-)
+)  # fmt: skip
 
 Item = str | dict[str, str]
 
@@ -33,21 +28,15 @@ def words(generator: random.Random) -> str:
     return " ".join("".join(generator.choices(SYLLABLES, k=generator.randint(1, 3))) for _ in range(count))
 
 
-def texts(count: int, tokens: Callable[[str], int], sentence: Callable[[random.Random], str] = words) -> list[Item]:
-    """Texts whose lengths are spread evenly over the logarithm between 5 and 300 tokens.
-
-    Args:
-        count: How many.
-        tokens: Counts those of a text.
-        sentence: Draws a sentence.
-    """
+def texts(count: int, tokens: Callable[[str], int]) -> list[Item]:
+    """Texts whose lengths, which `tokens` counts, are spread evenly over the logarithm between 5 and 300 tokens."""
     generator = random.Random(0)
     found: list[Item] = []
     for number in range(count):
         wanted = round(SHORTEST * (LONGEST / SHORTEST) ** (number / max(1, count - 1)))
-        text = sentence(generator)
+        text = words(generator)
         while tokens(text) < wanted:
-            text = f"{text}. {sentence(generator)}"
+            text = f"{text}. {words(generator)}"
         while tokens(text) > wanted and " " in text:
             text = text.rpartition(" ")[0]
         found.append(text)
@@ -55,13 +44,13 @@ def texts(count: int, tokens: Callable[[str], int], sentence: Callable[[random.R
     return found
 
 
-def images(count: int, folder: Path, sides: Sequence[int] = SIDES) -> list[Item]:
+def images(count: int, folder: Path) -> list[Item]:
     """Drawings of several sizes and shapes, as files."""
     generator = random.Random(1)
     folder.mkdir(parents=True, exist_ok=True)
     found: list[Item] = []
     for number in range(count):
-        size = generator.choice(sides), generator.choice(sides)
+        size = generator.choice(SIDES), generator.choice(SIDES)
         image = Image.new("RGB", size, "white")
         pen = ImageDraw.Draw(image)
         for _ in range(6):
@@ -85,9 +74,9 @@ def mixed(texts_of: Sequence[Item], images_of: Sequence[Item]) -> list[Item]:
     return found
 
 
-def questions(images_of: Sequence[Item], to_an_image: int = 8) -> list[Item]:
-    """So many questions about each image, as in question answering."""
-    return [{**image, "text": question} for image in images_of for question in QUESTIONS[:to_an_image]]  # type: ignore[dict-item]
+def questions(images_of: Sequence[Item]) -> list[Item]:
+    """Eight questions about each image, as in question answering."""
+    return [{**image, "text": question} for image in images_of for question in QUESTIONS]  # type: ignore[dict-item]
 
 
 def with_duplicates(items: Sequence[Item], count: int, share: float) -> list[Item]:
@@ -97,7 +86,3 @@ def with_duplicates(items: Sequence[Item], count: int, share: float) -> list[Ite
     found = distinct + [distinct[generator.randrange(len(distinct))] for _ in range(count - len(distinct))]
     generator.shuffle(found)
     return found
-
-
-def as_dict(item: Item) -> dict[str, Any]:
-    return {"text": item} if isinstance(item, str) else dict(item)

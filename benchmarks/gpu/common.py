@@ -7,6 +7,7 @@ import json
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "accelerate", "peft", "numpy")
 
@@ -38,9 +40,7 @@ def machine(device: str) -> dict[str, Any]:
         found |= {"card": about.name, "GiB": round(about.total_memory / 2**30), "cuda": torch.version.cuda}
         with suppress(OSError, subprocess.SubprocessError):
             asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            found["driver"] = subprocess.run(
-                asked, capture_output=True, text=True, timeout=20, check=True
-            ).stdout.strip()
+            found["driver"] = subprocess.check_output(asked, text=True, timeout=20).strip()
     else:
         found["card"] = "none: CPU"
     return found
@@ -52,30 +52,35 @@ class Results:
     def __init__(self, part: str, given: argparse.Namespace) -> None:
         self.path = given.out / f"{part}.json"
         self.started = time.monotonic()
-        self.found: dict[str, Any] = {
-            "part": part,
-            "tiny": given.tiny,
-            "machine": machine(given.device),
-            "measured": {},
-            "errors": {},
-        }
+        self.found: dict[str, Any] = {"part": part, "tiny": given.tiny, "machine": machine(given.device)}
+        self.found |= {"measured": {}, "errors": {}}
 
     def measure(self, name: str, work: Callable[[], Any]) -> Any:
         """Keep what ``work`` gives, or its error."""
         begun = time.monotonic()
-        value = None
         try:
-            value = work()
-            self.found["measured"][name] = value
+            value = self.found["measured"][name] = work()
+            shown = json.dumps(value)
         except Exception as error:  # noqa: BLE001 (kept and shown)
             told = "".join(traceback.format_exception(error)).splitlines()
+            value, shown = None, f"FAILED: {told[-1]}"
             self.found["errors"][name] = told[:2] + told[-24:]
-        seconds = round(time.monotonic() - begun, 1)
         self.found["seconds"] = round(time.monotonic() - self.started, 1)
         self.path.write_text(json.dumps(self.found, indent=1) + "\n")
-        shown = value if value is not None else f"FAILED: {self.found['errors'].get(name, ['?'])[-1]}"
-        print(f"{name} [{seconds} s]: {json.dumps(shown)[:300]}", flush=True)
+        print(f"{name} [{time.monotonic() - begun:.1f} s]: {shown[:300]}", flush=True)
         return value
+
+    def made(self, name: str, make: Callable[[Path], Any]) -> Any:
+        """What ``make`` gives of a folder that is in memory where it can be, and is gone afterwards."""
+        found = []
+
+        def work() -> Any:
+            found.append(make(Path(scratch)))
+            return getattr(found[0], "about", "yes")
+
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
+            self.measure(name, work)
+        return found[0] if found else None
 
 
 def wait(device: str) -> None:
@@ -93,6 +98,19 @@ def timed(work: Callable[[], Any], device: str, runs: int = 1) -> tuple[list[flo
         wait(device)
         seconds.append(time.perf_counter() - begun)
     return seconds, value
+
+
+def seconds_of(work: Callable[[], Any], device: str, runs: int = 1) -> float:
+    """Median of the wall seconds."""
+    return median(timed(work, device, runs)[0])
+
+
+def profiled(work: Callable[[], Any]) -> dict[str, Any]:
+    """The kernels that take most of the device's time."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        work()
+    rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)[:14]
+    return {row.key[:70]: {"ms": round(row.self_device_time_total / 1e3, 1), "calls": row.count} for row in rows}
 
 
 def peak(device: str) -> int:

@@ -7,20 +7,19 @@ prepared features, against the chip's own bfloat16 product of matrices.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import Results, arguments, median, peak, timed
-from sentence_transformers import SentenceTransformer
+from common import Results, arguments, median, peak, profiled, seconds_of, timed
 from sentence_transformers.util import batch_to_device
 from work import count_images, mixed, questions, with_repeats
 
-from models import real_backbone
-from unime_st import build_encoder, export_encoder
+from models import with_peer
 
 BUDGET = 32768  # tokens of a pass of ours
 
@@ -28,13 +27,7 @@ BUDGET = 32768  # tokens of a pass of ours
 class Bench:
     def __init__(self, family: str, given: Any, folder: Path) -> None:
         self.device, self.tiny = given.device, given.tiny
-        self.about = real_backbone(family, folder / "backbone", given.device, small=given.tiny)
-        self.ours = build_encoder(folder / "backbone", device=given.device, torch_dtype="bfloat16")
-        shutil.rmtree(folder / "backbone")
-        export_encoder(self.ours, folder / "encoder")
-        kwargs = {"dtype": torch.bfloat16}
-        self.stock = SentenceTransformer(str(folder / "encoder"), device=given.device, model_kwargs=kwargs)
-        shutil.rmtree(folder / "encoder")
+        self.ours, self.stock, self.about = with_peer(family, folder, given)
         self.batch = {"ours": 32, "stock": 8}
 
     def run_ours(self, items: list[Any], size: int | None = None) -> np.ndarray:
@@ -46,17 +39,16 @@ class Bench:
         return self.stock.encode(items, batch_size=size or self.batch["stock"], show_progress_bar=False)
 
     def warm_up(self, items: list[Any]) -> dict[str, Any]:
-        first, _ = timed(lambda: self.run_ours(items), self.device)
-        again, _ = timed(lambda: self.run_ours(items[: len(items) // 2]), self.device)
-        stock, _ = timed(lambda: self.run_stock(items), self.device)
-        return {"ours, first": median(first), "ours, second": median(again), "stock": median(stock)}
+        seconds = partial(seconds_of, device=self.device)
+        first, again = seconds(lambda: self.run_ours(items)), seconds(lambda: self.run_ours(items[: len(items) // 2]))
+        return {"ours, first": first, "ours, second": again, "stock": seconds(lambda: self.run_stock(items))}
 
     def best_batch(self, items: list[Any]) -> dict[str, Any]:
         """Seconds by batch size; the fastest of each is taken from here on."""
         sizes = (2, 4) if self.tiny else (8, 16, 32, 64)
         found: dict[str, Any] = {}
         for name, run in {"ours": self.run_ours, "stock": self.run_stock}.items():
-            seconds = {size: median(timed(lambda s=size, r=run: r(items, s), self.device)[0]) for size in sizes}
+            seconds = {size: seconds_of(partial(run, items, size), self.device) for size in sizes}
             self.batch[name] = min(seconds, key=lambda size: seconds[size])
             found |= {f"{name}, {size}": value for size, value in seconds.items()}
         return found
@@ -72,96 +64,64 @@ class Bench:
                 seconds[name] += own
                 memory[name] = peak(self.device)
         ours, stock = median(seconds["ours"]), median(seconds["stock"])
+        images = count_images(items)
         cosine = (found["ours"].astype(np.float64) * found["stock"]).sum(-1)
-        return {
-            "inputs": len(items),
-            "batch": self.batch["ours"],
-            "stock, batch": self.batch["stock"],
-            "images": count_images(items),
-            "seconds": ours,
-            "stock, seconds": stock,
-            "times as fast": round(stock / ours, 3),
-            "images/s": round(count_images(items) / ours, 1),
-            "stock, images/s": round(count_images(items) / stock, 1),
-            "MB": memory["ours"],
-            "stock, MB": memory["stock"],
-            "least cosine": float(cosine.min()),
-            "attention": self.ours[0].prefixes.taken,
-        }
+        about = {"inputs": len(items), "batch": self.batch["ours"], "stock, batch": self.batch["stock"]}
+        about |= {"images": images, "seconds": ours, "stock, seconds": stock, "times as fast": round(stock / ours, 3)}
+        about |= {"images/s": round(images / ours, 1), "stock, images/s": round(images / stock, 1)}
+        about |= {"MB": memory["ours"], "stock, MB": memory["stock"], "least cosine": float(cosine.min())}
+        return {**about, "attention": self.ours[0].prefixes.taken}
 
-    def parts(self, items: list[Any]) -> dict[str, Any]:
-        """Preparing on the CPU, and the passes alone."""
-        encoder, prefixes = self.ours[0], self.ours[0].prefixes
-        size = 4 if self.tiny else 16
-        batches = [items[at : at + size] for at in range(0, len(items), size)]
-        prepare, features = timed(lambda: [encoder.preprocess(batch) for batch in batches], self.device)
-        tokens = sum(int(one["attention_mask"].sum()) for one in features)
-        patches = sum(len(one["pixel_values"]) for one in features if one.get("pixel_values") is not None)
+    def passes(self, model: Any, prepared: list[dict[str, Any]], **sharing: Any) -> float:
+        """Seconds of the forward passes alone, warmed up."""
+        encoder = self.ours[0]
 
         def forward() -> None:
             encoder.vision_cache.clear()
-            with torch.inference_mode(), prefixes.encoding(last_token_only=True, inference=True):
-                for one in features:
-                    self.ours(batch_to_device(dict(one), self.device))
+            with torch.inference_mode(), encoder.prefixes.encoding(**sharing) if sharing else nullcontext():
+                for one in prepared:
+                    model(batch_to_device(dict(one), self.device))
 
         forward()
+        return seconds_of(forward, self.device)
+
+    def parts(self, items: list[Any]) -> dict[str, Any]:
+        """Preparing on the CPU, and the passes alone."""
+        encoder, shared = self.ours[0], {"last_token_only": True, "inference": True}
+        prepare, features = timed(lambda: batches(items, 4 if self.tiny else 16, encoder.preprocess), self.device)
+        tokens = sum(int(one["attention_mask"].sum()) for one in features)
+        patches = sum(len(one["pixel_values"]) for one in features if one.get("pixel_values") is not None)
         found: dict[str, Any] = {"preparing, seconds": median(prepare), "tokens": tokens, "patches": patches}
         for kind in ("auto", "mask"):
-            prefixes.attention = kind
-            forward()
-            seconds = median(timed(forward, self.device)[0])
+            encoder.prefixes.attention = kind
+            seconds = self.passes(self.ours, features, **shared)
             found |= {f"passes, seconds ({kind})": seconds, f"tokens/s ({kind})": round(tokens / seconds)}
-        prefixes.attention = "auto"
-        encoder.share_prefixes = False
-        forward()
-        found["passes, seconds (padded rows)"] = median(timed(forward, self.device)[0])
+        encoder.prefixes.attention, encoder.share_prefixes = "auto", False
+        found["passes, seconds (padded rows)"] = self.passes(self.ours, features, **shared)
         encoder.share_prefixes = True
-        size = self.batch["stock"]
-        for_stock = [self.stock.preprocess(items[at : at + size]) for at in range(0, len(items), size)]
+        for_stock = batches(items, self.batch["stock"], self.stock.preprocess)
+        found["passes, seconds (stock)"] = self.passes(self.stock, for_stock)
+        weights = (encoder.model.language_model.layers, tokens), (encoder.model.visual, patches)
+        work = 2 * sum(p.numel() * count for part, count in weights for p in part.parameters()) / 1e12
+        rate = round(work / found["passes, seconds (auto)"], 1)
+        return found | {"TFLOP of weights": round(work, 1), "TFLOP/s (auto)": rate}
 
-        def stock_forward() -> None:
-            with torch.inference_mode():
-                for one in for_stock:
-                    self.stock(batch_to_device(dict(one), self.device))
 
-        stock_forward()
-        found["passes, seconds (stock)"] = median(timed(stock_forward, self.device)[0])
-        model = encoder.model
-        text = sum(p.numel() for p in model.language_model.layers.parameters())
-        vision = sum(p.numel() for p in model.visual.parameters())
-        work = 2 * (text * tokens + vision * patches)
-        found["TFLOP of weights"] = round(work / 1e12, 1)
-        found["TFLOP/s (auto)"] = round(work / 1e12 / found["passes, seconds (auto)"], 1)
-        return found
-
-    def profile(self, items: list[Any]) -> dict[str, Any]:
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            self.run_ours(items)
-        rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)[:14]
-        return {row.key[:70]: {"ms": round(row.self_device_time_total / 1e3, 1), "calls": row.count} for row in rows}
+def batches(items: list[Any], size: int, prepare: Callable[[list[Any]], dict[str, Any]]) -> list[dict[str, Any]]:
+    return [prepare(items[at : at + size]) for at in range(0, len(items), size)]
 
 
 def matmul_peak(device: str, size: int) -> dict[str, Any]:
     one, other = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
         one @ other
-    seconds = median(timed(lambda: [one @ other for _ in range(10)], device)[0]) / 10
+    seconds = seconds_of(lambda: [one @ other for _ in range(10)], device) / 10
     return {"TFLOP/s": round(2 * size**3 / seconds / 1e12, 1)}
 
 
 def run(family: str, given: Any, results: Results, count: int, runs: int) -> None:
     sides = (56, 84) if given.tiny else (336, 448, 640, 800, 1024)
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
-        bench: Any = None
-
-        def make() -> dict[str, Any]:
-            nonlocal bench
-            bench = Bench(family, given, Path(scratch))
-            return bench.about
-
-        results.measure(f"{family}: made", make)
+    bench = results.made(f"{family}: made", partial(Bench, family, given))
     items = mixed(count, sides, 2 if given.tiny else 4)
     results.measure(f"{family}: warming up, seconds", lambda: bench.warm_up(items[: count // 4]))
     results.measure(f"{family}: seconds by batch size", lambda: bench.best_batch(items[: count // 3]))
@@ -171,7 +131,7 @@ def run(family: str, given: Any, results: Results, count: int, runs: int) -> Non
     for name, own in cases.items():
         results.measure(f"{family}: {name}", lambda own=own: bench.against_stock(own, runs))
     if given.device.startswith("cuda"):
-        results.measure(f"{family}: profile", lambda: bench.profile(items[: count // 4]))
+        results.measure(f"{family}: profile", lambda: profiled(lambda: bench.run_ours(items[: count // 4])))
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import Results, arguments
+from sentence_transformers.util import batch_to_device
 
 from models import with_wider_heads
 from tiny import FAMILIES, PLUGIN_FAMILIES, picture, tiny_backbone
@@ -41,10 +42,7 @@ def step(model: Any, loss: Any, columns: list[list[Any]], labels: torch.Tensor |
     """Loss, and gradients by name, on the CPU."""
     model.train()
     model.zero_grad(set_to_none=True)
-    features = [
-        {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in
-         model.preprocess(column).items()} for column in columns
-    ]  # fmt: skip
+    features = [batch_to_device(model.preprocess(column), device) for column in columns]
     value = loss(features, labels if labels is None else labels.to(device))
     value.backward()
     found = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}

@@ -7,22 +7,19 @@ teacher, packed against padded rows. Seconds, peak memory, and the places that m
 from __future__ import annotations
 
 import random
-import shutil
-import tempfile
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Results, arguments, median, peak, timed
-from sentence_transformers import SentenceTransformer
+from common import Results, arguments, peak, profiled, seconds_of
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from sentence_transformers.util import batch_to_device
 from work import QUESTIONS, image, text
 
-from models import real_backbone
-from unime_st import build_encoder, export_encoder
+from models import with_peer
 from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss
 from unime_st.modules import default_lora_config
 
@@ -34,23 +31,15 @@ class Bench:
         self.device = given.device
         self.pairs, self.texts, self.mini = (8, 8, 4) if given.tiny else (512, 768, 64)
         self.sides = (56,) if given.tiny else (336,)
-        real_backbone("qwen2_vl", folder / "backbone", given.device, small=given.tiny)
-        plain = build_encoder(folder / "backbone", device=given.device, torch_dtype="bfloat16")
-        export_encoder(plain, folder / "encoder")
-        del plain
         lora = default_lora_config(rank=16)
-        self.ours = build_encoder(
-            folder / "backbone", device=given.device, torch_dtype="bfloat16", peft_config=lora
-        ).train()
-        kwargs = {"dtype": torch.bfloat16}
-        self.stock = SentenceTransformer(str(folder / "encoder"), device=given.device, model_kwargs=kwargs)
+        self.ours, self.stock, _ = with_peer("qwen2_vl", folder, given, lora)
         self.stock.add_adapter(lora)
-        self.stock.train()
-        for one in (self.ours, self.stock):
+        for one in (self.ours.train(), self.stock.train()):
             for name, parameter in one.named_parameters():
                 parameter.requires_grad_("lora_" in name)
-        shutil.rmtree(folder / "backbone")
-        shutil.rmtree(folder / "encoder")
+
+    def loss(self, margin: float | None = None) -> HardNegativeInfoNCELoss:
+        return HardNegativeInfoNCELoss(self.ours, temperature=TEMPERATURE, margin=margin, mini_batch_size=self.mini)
 
     def columns(self, model: Any, repeats: float) -> list[dict[str, Any]]:
         generator = random.Random(0)
@@ -71,29 +60,19 @@ class Bench:
         return float(value)
 
     def stage2(self, repeats: float) -> dict[str, Any]:
-        losses = {
-            "ours": HardNegativeInfoNCELoss(self.ours, temperature=TEMPERATURE, margin=None, mini_batch_size=self.mini),
-            "stock": CachedMultipleNegativesRankingLoss(self.stock, 1 / TEMPERATURE, mini_batch_size=self.mini),
-        }
-        models = {"ours": self.ours, "stock": self.stock}
-        seconds, memory, values = {}, {}, {}
-        for name, loss in losses.items():
-            columns = self.columns(models[name], repeats)
-            values[name] = self.step(models[name], loss, columns)  # warms up
+        stock = CachedMultipleNegativesRankingLoss(self.stock, 1 / TEMPERATURE, mini_batch_size=self.mini)
+        found: dict[str, dict[str, Any]] = {}
+        for name, model, loss in (("", self.ours, self.loss()), ("stock, ", self.stock, stock)):
+            columns = self.columns(model, repeats)
+            value = self.step(model, loss, columns)  # warms up
             peak(self.device)
-            own, _ = timed(lambda n=name, c=columns, one=loss: self.step(models[n], one, c), self.device, 2)
-            seconds[name], memory[name] = median(own), peak(self.device)
-        return {
-            "pairs": self.pairs,
-            "seconds": seconds["ours"],
-            "stock, seconds": seconds["stock"],
-            "times as fast": round(seconds["stock"] / seconds["ours"], 3),
-            "MB": memory["ours"],
-            "stock, MB": memory["stock"],
-            "loss": values["ours"],
-            "stock, loss": values["stock"],
-            "attention": self.ours[0].prefixes.taken,
-        }
+            seconds = seconds_of(partial(self.step, model, loss, columns), self.device, 2)
+            found[name] = {"seconds": seconds, "MB": peak(self.device), "loss": value}
+        both = {key: {f"{name}{key}": row[key] for name, row in found.items()} for key in ("seconds", "MB", "loss")}
+        ratio = round(found["stock, "]["seconds"] / found[""]["seconds"], 3)
+        attention = self.ours[0].prefixes.taken
+        result = {"pairs": self.pairs, **both["seconds"], "times as fast": ratio, **both["MB"], **both["loss"]}
+        return {**result, "attention": attention}
 
     def stage1(self) -> dict[str, Any]:
         generator = random.Random(0)
@@ -107,15 +86,14 @@ class Bench:
                 self.ours[0].prefixes.attention = kind
             self.step(self.ours, loss, [column], labels)
             peak(self.device)
-            own, _ = timed(lambda: self.step(self.ours, loss, [column], labels), self.device, 2)
-            found |= {f"seconds ({kind})": median(own), f"MB ({kind})": peak(self.device)}
+            seconds = seconds_of(partial(self.step, self.ours, loss, [column], labels), self.device, 2)
+            found |= {f"seconds ({kind})": seconds, f"MB ({kind})": peak(self.device)}
         self.ours[0].share_prefixes, self.ours[0].prefixes.attention = True, "auto"
         return found
 
     def waits(self) -> dict[str, Any]:
         """Places in a step at which the CPU waits for the GPU."""
-        loss = HardNegativeInfoNCELoss(self.ours, temperature=TEMPERATURE, margin=0.1, mini_batch_size=self.mini)
-        columns = self.columns(self.ours, 0.0)
+        loss, columns = self.loss(margin=0.1), self.columns(self.ours, 0.0)
         self.step(self.ours, loss, columns)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -129,35 +107,21 @@ class Bench:
         return {"all": len(told), "mini-batches": 2 * self.pairs // self.mini, **dict(places.most_common(25))}
 
     def profile(self) -> dict[str, Any]:
-        from torch.profiler import ProfilerActivity, profile
-
-        loss = HardNegativeInfoNCELoss(self.ours, temperature=TEMPERATURE, margin=None, mini_batch_size=self.mini)
         columns = self.columns(self.ours, 0.0)
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            self.step(self.ours, loss, columns)
-        rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)[:14]
-        return {row.key[:70]: {"ms": round(row.self_device_time_total / 1e3, 1), "calls": row.count} for row in rows}
+        return profiled(lambda: self.step(self.ours, self.loss(), columns))
 
 
 def main() -> None:
     given = arguments(__doc__)
     results = Results("steps", given)
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
-        bench: Any = None
-
-        def make() -> str:
-            nonlocal bench
-            bench = Bench(given, Path(scratch))
-            return "yes"
-
-        results.measure("made", make)
+    bench = results.made("made", partial(Bench, given))
     results.measure("stage 2", lambda: bench.stage2(0.0))
-    results.measure("stage 1", bench.stage1)
+    results.measure("stage 1", partial(Bench.stage1, bench))
     if given.device.startswith("cuda"):
-        results.measure("waits for the GPU", bench.waits)
+        results.measure("waits for the GPU", partial(Bench.waits, bench))
     results.measure("stage 2, a quarter repeated", lambda: bench.stage2(0.25))
     if given.device.startswith("cuda"):
-        results.measure("profile", bench.profile)
+        results.measure("profile", partial(Bench.profile, bench))
 
 
 if __name__ == "__main__":
