@@ -362,6 +362,8 @@ def test_unknown_images_warn_once_unless_labelled(text_model, caplog, labels):
         ({"hard_negatives_warmup_steps": 0.1, "num_hard_negatives": 2}, "steps=0.1`.*a whole number"),
         ({"hard_negatives_warmup_steps": 5}, "`num_hard_negatives=None` always does. Give the number"),
         ({"directions": "query_to_doc"}, "`directions='query_to_doc'`"),
+        ({"directions": None}, "`directions=None`"),
+        ({"directions": ("query_to_doc", 1)}, "`directions=.*they must be"),
         ({"directions": ("doc_to_query",)}, "`directions=.*they must be"),
         ({"directions": ("query_to_doc", "query_to_query")}, "queries are not compared with queries"),
         ({"hardness_mode": "hardest"}, "`hardness_mode='hardest'`.*in_batch_negatives, hard_negatives"),
@@ -374,6 +376,10 @@ def test_unknown_images_warn_once_unless_labelled(text_model, caplog, labels):
 def test_bad_arguments(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         HardNegativeInfoNCELoss(None, **arguments)
+
+
+def test_directions_of_a_yaml_file_are_directions():
+    assert HardNegativeInfoNCELoss(None, directions=list(BOTH)).get_config_dict()["directions"] == BOTH
 
 
 def test_numbers_of_numpy_are_numbers():

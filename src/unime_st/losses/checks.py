@@ -46,8 +46,8 @@ def check_hard_negatives_warmup(steps: int, k: int | None) -> None:
 
 def check_directions(directions: Sequence[str]) -> tuple[str, ...]:
     """Return the directions as a tuple, or say what is wrong with them."""
-    found = () if isinstance(directions, str) else tuple(directions)
-    if found != DIRECTIONS[:1] and sorted(found) != sorted(DIRECTIONS):
+    found = tuple(directions) if isinstance(directions, list | tuple) else ()
+    if found not in (DIRECTIONS[:1], DIRECTIONS, DIRECTIONS[::-1]):
         raise ValueError(
             f"`directions={directions!r}`, but they must be {DIRECTIONS[:1]} or {DIRECTIONS}; queries are not compared "
             "with queries here, nor documents with documents."
