@@ -56,6 +56,15 @@ LOSSES = {
     "contrast_trusting": lambda model, **kw: HardNegativeInfoNCELoss(
         model, temperature=0.1, num_hard_negatives=4, margin=-0.1, filter_explicit_negatives=False, **kw
     ),
+    "contrast_weighted": lambda model, **kw: HardNegativeInfoNCELoss(
+        model,
+        temperature=0.1,
+        num_hard_negatives=4,
+        directions=("query_to_doc", "doc_to_query"),
+        hardness_mode="in_batch_negatives",
+        hardness_strength=9.0,
+        **kw,
+    ),
     "distill": lambda model, **kw: DistillKLLoss(model, temperature=0.3, **kw),
     "distill_no_diagonal": lambda model, **kw: DistillKLLoss(
         model, temperature=0.3, include_diagonal=False, direction="symmetric", **kw

@@ -40,12 +40,17 @@ class HardNegatives(NamedTuple):
 
     Attributes:
         scores: ``(Q, K)`` their similarity to the query; ``-inf`` where a row has fewer than ``K`` valid candidates.
+        columns: ``(Q, K)`` which candidates they are; meaningless where the score is ``-inf``.
+        right: ``(Q, C)`` candidates that hold a right answer (or the query itself) by identity, see
+            :func:`identity_mask`.
         filtered_by_identity: ``(Q,)`` candidates that hold a right answer (or the query itself) by identity, the row's
             own positive not counted.
         filtered_by_margin: ``(Q,)`` further candidates whose score exceeds the positive's by more than the margin.
     """
 
     scores: Tensor
+    columns: Tensor
+    right: Tensor
     filtered_by_identity: Tensor
     filtered_by_margin: Tensor
 
@@ -345,25 +350,100 @@ def hardest_valid_negatives(
     if candidate_ids is not None:
         invalid = invalid | ~first_occurrence(candidate_ids)[1]
     negatives = scores.masked_fill(invalid, -torch.inf)
+    columns = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
     if k is not None:
         k = min(k, scores.shape[1])
         if priority is None:
-            negatives = negatives.topk(k, dim=1).values
+            negatives, columns = negatives.topk(k, dim=1)
         else:
             lowest = (
                 torch.finfo(priority.dtype).min if priority.is_floating_point() else torch.iinfo(priority.dtype).min
             )
-            negatives = negatives.gather(1, priority.masked_fill(invalid, lowest).topk(k, dim=1).indices)
-    return HardNegatives(negatives, by_identity.sum(dim=1) - 1, by_margin.sum(dim=1))
+            columns = priority.masked_fill(invalid, lowest).topk(k, dim=1).indices
+            negatives = negatives.gather(1, columns)
+    return HardNegatives(negatives, columns, by_identity, by_identity.sum(dim=1) - 1, by_margin.sum(dim=1))
 
 
-def info_nce(positive_scores: Tensor, negative_scores: Tensor, temperature: float) -> Tensor:
+def own_explicit_negatives(
+    rows: Tensor, num_rows: int, num_candidates: int, candidate_ids: Tensor | None = None
+) -> Tensor:
+    """Mark each row's own explicit negatives among the candidates, and the candidates equal to one.
+
+    Args:
+        rows: ``(Q,)`` numbers of the rows in the global batch.
+        num_rows: ``N``.
+        num_candidates: ``C``.
+        candidate_ids: ``(C,)`` integer identity of each candidate's content; None takes all for different.
+
+    Returns:
+        ``(Q, C)`` boolean.
+
+    Example:
+        >>> own_explicit_negatives(torch.tensor([1]), 2, 4)  # two positives, then two explicit negatives
+        tensor([[False, False, False,  True]])
+    """
+    columns = torch.arange(num_candidates, device=rows.device)
+    own = (columns[None, :] % num_rows == rows[:, None]) & (columns[None, :] >= num_rows)
+    return own if candidate_ids is None else _spread_over_equals(own, candidate_ids)
+
+
+@torch.no_grad()
+def similarity_to_others(scores: Tensor, right: Tensor, num_rows: int) -> Tensor:
+    """Mean similarity of each query to the positives of other rows that are no right answer to it.
+
+    Their mean over a batch tells how much alike different inputs are: near 1 they all point one way.
+
+    Args:
+        scores: ``(Q, C)`` similarities, positives first.
+        right: ``(Q, C)`` True at right answers, see :func:`identity_mask`.
+        num_rows: ``N``, the number of positives.
+
+    Returns:
+        ``(Q,)`` means, without gradient; NaN where a query has no such positive.
+
+    Example:
+        >>> similarity_to_others(torch.tensor([[0.9, 0.5, 0.25]]), torch.tensor([[True, False, False]]), 3)
+        tensor([0.3750])
+    """
+    right = right[:, :num_rows]
+    return scores[:, :num_rows].masked_fill(right, 0.0).sum(dim=1) / (~right).sum(dim=1)
+
+
+def hardness_penalties(negative_scores: Tensor, strength: float, where: Tensor | None = None) -> Tensor:
+    """What is added to the logits of negatives so that hard ones weigh more: ``strength`` times their similarity.
+
+    LLaVE (arXiv 2503.04812, equation 5): a negative then counts ``exp(strength * similarity)`` times in the softmax. No
+    gradient flows through this factor, and the temperature does not divide it.
+
+    Args:
+        negative_scores: ``(Q, K)`` similarities; ``-inf`` marks an empty place.
+        strength: LLaVE's alpha, >= 0.
+        where: ``(Q, K)`` True at the negatives to weight; None for all.
+
+    Returns:
+        ``(Q, K)``, 0 where nothing is weighted.
+
+    Example:
+        >>> hardness_penalties(torch.tensor([[0.5, -torch.inf]]), strength=9.0)
+        tensor([[4.5000, 0.0000]])
+    """
+    scores = negative_scores.detach()
+    left_out = scores == -torch.inf
+    if where is not None:
+        left_out = left_out | ~where
+    return strength * scores.masked_fill(left_out, 0.0)
+
+
+def info_nce(
+    positive_scores: Tensor, negative_scores: Tensor, temperature: float, penalties: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of picking the positive among itself and the negatives.
 
     Args:
         positive_scores: ``(Q,)``.
         negative_scores: ``(Q, K)``; ``-inf`` marks an empty place.
         temperature: Divides every score, > 0.
+        penalties: ``(Q, K)`` added to the negatives' logits, e.g. :func:`hardness_penalties`; None adds nothing.
 
     Returns:
         ``(Q,)`` loss of each row. A row whose places are all empty has loss 0, with gradient 0.
@@ -374,6 +454,8 @@ def info_nce(positive_scores: Tensor, negative_scores: Tensor, temperature: floa
     """
     check_temperature("temperature", temperature)
     logits = torch.cat([positive_scores[:, None], negative_scores], dim=1) / temperature  # (Q, 1 + K)
+    if penalties is not None:
+        logits = logits + F.pad(penalties, (1, 0))
     return -F.log_softmax(logits, dim=1)[:, 0]
 
 

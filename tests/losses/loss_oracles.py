@@ -47,10 +47,19 @@ def chosen_negatives(row, scores, candidate_ids, query_ids, labels, margin, k, t
     return valid if k is None else valid[:k]
 
 
-def hard_negative_info_nce(columns: list[Matrix], ids: list[list[int]], labels, margin, k, temperature, trust):
-    """Loss, gradient per column, and the number of rows without negatives."""
-    queries, candidates = columns[0], [row for column in columns[1:] for row in column]
-    candidate_ids = [i for column in ids[1:] for i in column]
+def weighted_by_hardness(row, column, candidate_ids, batch, mode):
+    """Whether a negative is of the kind that ``hardness_mode`` weights; ``candidate_ids`` are of positives first."""
+    own = {content for c, content in enumerate(candidate_ids) if c >= batch and c % batch == row}
+    return {
+        None: False,
+        "all_negatives": True,
+        "hard_negatives": candidate_ids[column] in own,
+        "in_batch_negatives": candidate_ids[column] not in own,
+    }[mode]
+
+
+def contrast(queries, candidates, query_ids, candidate_ids, labels, margin, k, temperature, trust, mode, strength):
+    """Loss, gradients of queries and of candidates, and the number of rows without negatives."""
     batch = len(queries)
     to_queries = [[0.0] * len(q) for q in queries]
     to_candidates = [[0.0] * len(c) for c in candidates]
@@ -58,17 +67,44 @@ def hard_negative_info_nce(columns: list[Matrix], ids: list[list[int]], labels, 
     for row, query in enumerate(queries):
         parts = [cosine_and_gradients(query, candidate) for candidate in candidates]
         scores = [part[0] for part in parts]
-        negatives = chosen_negatives(row, scores, candidate_ids, ids[0], labels, margin, k, trust)
+        negatives = chosen_negatives(row, scores, candidate_ids, query_ids, labels, margin, k, trust)
         empty += not negatives
         members = [row, *negatives]
-        probabilities = softmax([scores[column] / temperature for column in members])
+        logits = [scores[column] / temperature for column in members]
+        for place, column in enumerate(negatives, start=1):
+            if weighted_by_hardness(row, column, candidate_ids, batch, mode):
+                logits[place] += strength * scores[column]  # a constant to the gradient
+        probabilities = softmax(logits)
         total -= math.log(probabilities[0]) if probabilities[0] > 0 else -math.inf
         for place, column in enumerate(members):
             slope = (probabilities[place] - (place == 0)) / temperature / batch
             add_scaled(to_queries[row], slope, parts[column][1])
             add_scaled(to_candidates[column], slope, parts[column][2])
-    per_column = [to_candidates[i : i + batch] for i in range(0, len(to_candidates), batch)]
-    return total / batch, [to_queries, *per_column], empty
+    return total / batch, to_queries, to_candidates, empty
+
+
+def hard_negative_info_nce(
+    columns: list[Matrix], ids, labels, margin, k, temperature, trust, mode=None, strength=0.0, both=False
+):
+    """Loss, gradient per column, and the number of rows without negatives; ``both`` directions or one."""
+    queries, candidates = columns[0], [row for column in columns[1:] for row in column]
+    candidate_ids = [i for column in ids[1:] for i in column]
+    batch = len(queries)
+    loss, to_queries, to_candidates, empty = contrast(
+        queries, candidates, ids[0], candidate_ids, labels, margin, k, temperature, trust, mode, strength
+    )
+    gradients = [to_queries, *(to_candidates[i : i + batch] for i in range(0, len(to_candidates), batch))]
+    if both:
+        other, to_positives, to_queries, _ = contrast(
+            columns[1], queries, ids[1], ids[0], labels, margin, k, temperature, False,
+            None if mode == "hard_negatives" else mode, strength,
+        )  # fmt: skip
+        for column, extra in ((0, to_queries), (1, to_positives)):
+            for row, direction in enumerate(extra):
+                add_scaled(gradients[column][row], 1.0, direction)
+        loss = (loss + other) / 2
+        gradients = [[[x / 2 for x in row] for row in column] for column in gradients]
+    return loss, gradients, empty
 
 
 def distill_kl(columns: list[Matrix], teachers: list[Matrix], tau_student, tau_teacher, direction, include_diagonal):

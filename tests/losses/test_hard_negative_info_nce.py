@@ -18,6 +18,8 @@ from unime_st.losses import HardNegativeInfoNCELoss
 
 TRIPLET = (ANCHORS, POSITIVES, NEGATIVES)
 LABELS = torch.tensor([0, 1, 2, 3, 4, 5, 6, 2])
+BOTH = ("query_to_doc", "doc_to_query")
+WEIGHTED = {"directions": BOTH, "hardness_mode": "all_negatives", "hardness_strength": 9.0}
 
 
 def random_embeddings(*shape, seed=0):
@@ -28,9 +30,9 @@ def random_embeddings(*shape, seed=0):
 
 
 @pytest.mark.parametrize("options", [{"mini_batch_size": 1}, {"mini_batch_size": 3}, {"mini_batch_num_tokens": 16}])
-@pytest.mark.parametrize("k", [2, None])
-def test_cached_equals_plain(text_model, options, k):
-    arguments = {"num_hard_negatives": k, "temperature": 0.1}
+@pytest.mark.parametrize("contrast", [{"num_hard_negatives": 2}, {}, {"num_hard_negatives": 3, **WEIGHTED}], ids=str)
+def test_cached_equals_plain(text_model, options, contrast):
+    arguments = {"temperature": 0.1, **contrast}
     plain = run(HardNegativeInfoNCELoss(text_model, **arguments), text_model, TRIPLET, LABELS)
     cached = run(HardNegativeInfoNCELoss(text_model, **arguments, **options), text_model, TRIPLET, LABELS)
     assert_same_step(plain, cached)
@@ -66,17 +68,42 @@ def test_unfiltered_equals_the_stock_ranking_loss(text_model, columns, cached):
     assert_same_step(run(stock, text_model, columns), run(ours, text_model, columns))
 
 
+@pytest.mark.parametrize("columns", [(ANCHORS, POSITIVES), TRIPLET], ids=["pairs", "triplets"])
 @pytest.mark.parametrize("cached", [False, True])
-def test_matryoshka_equals_the_sum_over_dimensions(text_model, cached):
+@pytest.mark.parametrize(
+    ("stock_options", "options"),
+    [
+        ({"directions": BOTH, "partition_mode": "per_direction"}, {"directions": BOTH}),
+        *(
+            [{"hardness_mode": mode, "hardness_strength": strength}] * 2
+            for mode, strength in (("in_batch_negatives", 9.0), ("hard_negatives", 5.0), ("all_negatives", 9.0))
+        ),
+    ],
+    ids=str,
+)
+def test_directions_and_hardness_are_the_stock_ranking_losss(text_model, columns, cached, stock_options, options):
+    cache = {"mini_batch_size": 3} if cached else {}
+    kind = CachedMultipleNegativesRankingLoss if cached else MultipleNegativesRankingLoss
+    stock = kind(text_model, scale=20.0, **stock_options, **cache)
+    ours = HardNegativeInfoNCELoss(text_model, temperature=0.05, margin=None, **options, **cache)
+    assert_same_step(run(stock, text_model, columns), run(ours, text_model, columns))
+
+
+@pytest.mark.parametrize("contrast", [{}, WEIGHTED], ids=["plain", "weighted"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_matryoshka_equals_the_sum_over_dimensions(text_model, cached, contrast):
     options = {"mini_batch_size": 3} if cached else {}
     wrapped = MatryoshkaLoss(
-        text_model, HardNegativeInfoNCELoss(text_model, num_hard_negatives=3, **options), [16, 8], [1.0, 0.5]
+        text_model,
+        HardNegativeInfoNCELoss(text_model, num_hard_negatives=3, **contrast, **options),
+        [16, 8],
+        [1.0, 0.5],
     )
 
     class Sum(torch.nn.Module):
         def forward(self, columns, labels=None):
             embeddings = [text_model(column)["sentence_embedding"] for column in columns]
-            inner = HardNegativeInfoNCELoss(None, num_hard_negatives=3)
+            inner = HardNegativeInfoNCELoss(None, num_hard_negatives=3, **contrast)
             return inner.compute_loss_from_embeddings(embeddings) + 0.5 * inner.compute_loss_from_embeddings(
                 [embedding[:, :8] for embedding in embeddings]
             )
@@ -331,11 +358,28 @@ def test_unknown_images_warn_once_unless_labelled(text_model, caplog, labels):
         ({"mini_batch_size": 2.5}, "`mini_batch_size=2.5`.*a whole number"),
         ({"mini_batch_size": True}, "`mini_batch_size=True`"),
         ({"mini_batch_num_tokens": "100"}, "`mini_batch_num_tokens='100'`"),
+        ({"hard_negatives_warmup_steps": -1}, "`hard_negatives_warmup_steps=-1`"),
+        ({"hard_negatives_warmup_steps": 0.1, "num_hard_negatives": 2}, "steps=0.1`.*a whole number"),
+        ({"hard_negatives_warmup_steps": 5}, "`num_hard_negatives=None` always does. Give the number"),
+        ({"directions": "query_to_doc"}, "`directions='query_to_doc'`"),
+        ({"directions": None}, "`directions=None`"),
+        ({"directions": ("query_to_doc", 1)}, "`directions=.*they must be"),
+        ({"directions": ("doc_to_query",)}, "`directions=.*they must be"),
+        ({"directions": ("query_to_doc", "query_to_query")}, "queries are not compared with queries"),
+        ({"hardness_mode": "hardest"}, "`hardness_mode='hardest'`.*in_batch_negatives, hard_negatives"),
+        ({"hardness_strength": 9.0}, "weights nothing with `hardness_mode=None`. Say which"),
+        ({"hardness_mode": "all_negatives", "hardness_strength": -1.0}, "`hardness_strength=-1.0`"),
+        ({"hardness_mode": "all_negatives", "hardness_strength": float("inf")}, "finite number"),
+        ({"hardness_mode": "all_negatives", "hardness_strength": float("nan")}, "`hardness_strength=nan`"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         HardNegativeInfoNCELoss(None, **arguments)
+
+
+def test_directions_of_a_yaml_file_are_directions():
+    assert HardNegativeInfoNCELoss(None, directions=list(BOTH)).get_config_dict()["directions"] == BOTH
 
 
 def test_numbers_of_numpy_are_numbers():
@@ -454,8 +498,12 @@ def test_config_and_citation():
         "temperature": 0.03,
         "margin": None,
         "num_hard_negatives": 3,
+        "hard_negatives_warmup_steps": 5,
         "negative_selection": "random",
         "filter_explicit_negatives": False,
+        "directions": ("query_to_doc", "doc_to_query"),
+        "hardness_mode": "in_batch_negatives",
+        "hardness_strength": 9.0,
         "gather_across_devices": True,
         "mini_batch_size": 4,
         "mini_batch_num_tokens": 100,

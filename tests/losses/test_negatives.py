@@ -48,6 +48,11 @@ def test_each_mistake_is_told_with_what_to_do(advice):
     assert advice in found.warnings[0]
 
 
+def test_a_few_after_all_are_no_mistake():
+    loss = HardNegativeInfoNCELoss(None, num_hard_negatives=8, hard_negatives_warmup_steps=8)
+    assert effective_negatives(loss, arguments(per_device_train_batch_size=32)).warnings == ()
+
+
 def test_a_process_that_should_not_be_alone(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     (warning,) = effective_negatives(HardNegativeInfoNCELoss(None), arguments()).warnings

@@ -44,9 +44,16 @@ def contrast_setting(seed):
     return columns, ids, labels, margin, k, rng.choice([0.02, 0.1, 1.0]), rng.random() < 0.3
 
 
-def contrast_loss(labels, margin, k, temperature, trust):
+def contrast_loss(labels, margin, k, temperature, trust, mode=None, strength=0.0, both=False):
     loss = HardNegativeInfoNCELoss(
-        None, temperature=temperature, margin=margin, num_hard_negatives=k, filter_explicit_negatives=not trust
+        None,
+        temperature=temperature,
+        margin=margin,
+        num_hard_negatives=k,
+        filter_explicit_negatives=not trust,
+        hardness_mode=mode,
+        hardness_strength=strength,
+        directions=("query_to_doc", "doc_to_query") if both else ("query_to_doc",),
     )
     loss._checked_first_batch = True  # k above the batch's offer has a test of its own
     return loss, None if labels is None else torch.tensor(labels)
@@ -67,6 +74,21 @@ def test_hard_negative_info_nce_equals_the_oracle(block):
         seen_filtered += float(loss.last_metrics["false_negatives_filtered"])
     assert seen_empty, "no setting had a row without negatives"
     assert seen_filtered, "no setting had a false negative"
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("mode", [None, "in_batch_negatives", "hard_negatives", "all_negatives"])
+def test_hardness_and_directions_equal_the_oracle(mode, both):
+    weighted = 0
+    for seed in range(60):
+        columns, ids, *setting = contrast_setting(seed)
+        options = {"mode": mode, "strength": 0.0 if mode is None else [9.0, 0.5][seed % 2], "both": both}
+        loss, labels = contrast_loss(*setting, **options)
+        embeddings = tensors(columns)
+        value = loss.compute_loss_from_embeddings(embeddings, labels, [torch.tensor(i) for i in ids])
+        check(value, embeddings, *hard_negative_info_nce(columns, ids, *setting, **options)[:2])
+        weighted += abs(value.item() - hard_negative_info_nce(columns, ids, *setting)[0]) > TOLERANCE
+    assert weighted > 10 or (mode is None and not both), "the options made no difference"
 
 
 def test_the_oracle_without_content_ids_is_that_of_all_different_contents():
@@ -124,6 +146,18 @@ def test_comparing_in_chunks_changes_nothing(seed, monkeypatch):
         ),
         "random": (
             HardNegativeInfoNCELoss(None, num_hard_negatives=4, temperature=0.3, negative_selection="random"),
+            None,
+            {"content_ids": ids},
+        ),
+        "weighted": (
+            HardNegativeInfoNCELoss(
+                None,
+                num_hard_negatives=4,
+                temperature=0.3,
+                directions=("query_to_doc", "doc_to_query"),
+                hardness_mode="in_batch_negatives",
+                hardness_strength=9.0,
+            ),
             None,
             {"content_ids": ids},
         ),

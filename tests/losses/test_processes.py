@@ -49,6 +49,16 @@ BATCHES = {
 TEACHER = torch.randn(8, 3, 6, generator=torch.Generator().manual_seed(0))
 LOSSES = {
     "contrastive": (HardNegativeInfoNCELoss, {"temperature": 1.0, "num_hard_negatives": 6}),
+    "weighted": (
+        HardNegativeInfoNCELoss,
+        {
+            "temperature": 1.0,
+            "num_hard_negatives": 6,
+            "directions": ("query_to_doc", "doc_to_query"),
+            "hardness_mode": "in_batch_negatives",
+            "hardness_strength": 3.0,
+        },
+    ),
     "distillation": (DistillKLLoss, {"temperature": 0.5}),
 }
 MODES = {"plain": {}, "rows": {"mini_batch_size": 2}, "tokens": {"mini_batch_num_tokens": 200}}

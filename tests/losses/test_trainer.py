@@ -14,6 +14,7 @@ from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss, LossMetricsC
 CONTRAST_METRICS = {
     "positive_similarity",
     "hard_negative_similarity",
+    "negative_similarity",
     "false_negatives_filtered",
     "false_negatives_by_margin",
     "false_negatives_by_identity",

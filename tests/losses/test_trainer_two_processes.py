@@ -18,6 +18,7 @@ def train(model, per_device, folder, mode):
         model,
         num_hard_negatives=4,
         temperature=0.1,
+        hard_negatives_warmup_steps=2 if mode == "warmed up" else 0,
         gather_across_devices=True,
         mini_batch_size=2 if mode == "cached" else None,
     )
@@ -53,7 +54,7 @@ def job(rank, model, folder, mode):
     return {"weights": weights, "logs": logs}
 
 
-@pytest.mark.parametrize("mode", ["plain", "cached"])
+@pytest.mark.parametrize("mode", ["plain", "cached", "warmed up"])
 def test_two_processes_train_as_one(text_model, tmp_path, mode):
     results = run_two(job, tmp_path, text_model, str(tmp_path), mode)
     weights, logs = train(text_model, 8, tmp_path, mode)
@@ -65,6 +66,6 @@ def test_two_processes_train_as_one(text_model, tmp_path, mode):
         for name, value in weights.items():
             torch.testing.assert_close(other_weights[name], value, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
         for event, other in zip(logs, other_logs, strict=True):
-            for name in ("loss", "positive_similarity", "false_negatives_filtered"):
+            for name in ("loss", "positive_similarity", "negative_similarity", "false_negatives_filtered"):
                 assert other[name] == pytest.approx(event[name], abs=2e-4), name
             assert other["rows_without_negatives"] == event["rows_without_negatives"] / 2

@@ -13,6 +13,9 @@ from unime_st.losses.described import described
 MORE_ROWS = "Raise `per_device_train_batch_size`, or on several processes set `gather_across_devices=True`."
 """What helps a batch with too little to compare."""
 
+DIRECTIONS = ("query_to_doc", "doc_to_query")
+HARDNESS_MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
+
 _FEW = 8  # a few of a small batch: fewer than all, but more than one in so many
 _MOST_ROWS = 10
 
@@ -31,6 +34,41 @@ def check_number_of_negatives(k: int | None) -> None:
         raise ValueError(f"`num_hard_negatives={k}`, but at least 1 is needed; None keeps all.")
 
 
+def check_hard_negatives_warmup(steps: int, k: int | None) -> None:
+    """Refuse a number of steps that is no whole number or below 0, and a warm-up that nothing follows."""
+    require_number("hard_negatives_warmup_steps", steps, least=0)
+    if steps and k is None:
+        raise ValueError(
+            f"`hard_negatives_warmup_steps={steps}` compares with all negatives first, but `num_hard_negatives=None` "
+            "always does. Give the number of hardest negatives to go on with, or leave the warm-up at 0."
+        )
+
+
+def check_directions(directions: Sequence[str]) -> tuple[str, ...]:
+    """Return the directions as a tuple, or say what is wrong with them."""
+    found = tuple(directions) if isinstance(directions, list | tuple) else ()
+    if found not in (DIRECTIONS[:1], DIRECTIONS, DIRECTIONS[::-1]):
+        raise ValueError(
+            f"`directions={directions!r}`, but they must be {DIRECTIONS[:1]} or {DIRECTIONS}; queries are not compared "
+            "with queries here, nor documents with documents."
+        )
+    return found
+
+
+def check_hardness(mode: str | None, strength: float) -> None:
+    """Refuse an unknown way of weighting, a strength that is no finite number >= 0, and one that weights nothing."""
+    if mode is not None and mode not in HARDNESS_MODES:
+        raise ValueError(f"`hardness_mode={mode!r}`, but it must be None or one of {', '.join(HARDNESS_MODES)}.")
+    require_number("hardness_strength", strength, least=0, whole=False)
+    if not strength < float("inf"):
+        raise ValueError(f"`hardness_strength={strength}`, but it must be a finite number (5 to 9 is usual).")
+    if strength and mode is None:
+        raise ValueError(
+            f"`hardness_strength={strength}` weights nothing with `hardness_mode=None`. Say which negatives to weight: "
+            f"{', '.join(HARDNESS_MODES)}."
+        )
+
+
 def few_of_a_small_batch(k: int | None, candidates: int) -> str:
     """Warn of negatives that are a few of only so many candidates; an empty text where they are not."""
     if k is None or k >= candidates or k * _FEW <= candidates:
@@ -38,7 +76,8 @@ def few_of_a_small_batch(k: int | None, candidates: int) -> str:
     return (
         f"`num_hard_negatives={k}` keeps a few of only {candidates} candidates. In small batches the hardest are much "
         "the same for every query, and a loss over these alone made all embeddings alike (measured with 4 and 8 of "
-        "31): keep all with `num_hard_negatives=None`. The paper's 8 are of 1,024."
+        "31): keep all with `num_hard_negatives=None`, or at first, with `hard_negatives_warmup_steps`. The paper's 8 "
+        "are of 1,024."
     )
 
 

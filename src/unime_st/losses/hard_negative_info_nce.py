@@ -17,13 +17,21 @@ from unime_st.losses.checks import (
     all_left_out,
     check_columns,
     check_content_ids,
+    check_directions,
+    check_hard_negatives_warmup,
+    check_hardness,
     check_labels,
     check_number_of_negatives,
     few_of_a_small_batch,
 )
+from unime_st.losses.cone import ConeWatch
+from unime_st.losses.contrast import Contrast, means
 from unime_st.losses.in_batch import InBatchLoss
 
 logger = logging.getLogger(__name__)
+
+Direction = Literal["query_to_doc", "doc_to_query"]
+HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 
 
 class Targets(NamedTuple):
@@ -63,26 +71,42 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         num_hard_negatives: ``k``, >= 1; None keeps all valid candidates. The paper keeps 8 of 1,024. A few of a small
             batch make embeddings alike (``benchmarks/ablation.py`` measures it): with more than an eighth of the first
             batch's candidates, and fewer than all, a warning says so.
+        hard_negatives_warmup_steps: Training steps that compare with all valid candidates before ``num_hard_negatives``
+            are kept; 0 for none. The hardest alone do not open the cone that embeddings start in after stage 1, where
+            all inputs are alike, and all negatives do within a few steps. What counts are the Trainer's optimizer
+            steps, told by :class:`~unime_st.losses.LossMetricsCallback`, which this needs: the same on all processes,
+            however a step is split, and resumed with checkpoints. Evaluation always keeps ``num_hard_negatives``.
         negative_selection: ``"hardest"``, or ``"random"`` to draw ``k`` among the valid ones: the baseline that shows
             what hardness is worth. Draws come from torch's CPU generator, so the Trainer seeds and resumes them.
         filter_explicit_negatives: Whether the margin applies to a row's own explicit negatives too. False trusts them,
             which pays when they are certain and close, such as captions with one attribute swapped: those that the
             model confuses most are otherwise the ones it never learns from.
+        directions: ``("query_to_doc",)``, or with ``"doc_to_query"`` too: each positive is then also contrasted with
+            the queries of other rows, by the same rules, and the loss is the mean of both. Explicit negatives and
+            metrics belong to the first direction only.
+        hardness_mode: Which negatives that are kept weigh more the harder they are: ``"in_batch_negatives"`` (other
+            rows' positives and explicit negatives, as in LLaVE), ``"hard_negatives"`` (a row's own explicit negatives
+            and what equals one, as in EmbeddingGemma), ``"all_negatives"``; None for none. In the direction
+            ``"doc_to_query"`` all negatives are other rows', so ``"hard_negatives"`` weights none of them.
+        hardness_strength: Alpha, >= 0: ``hardness_strength * cos``, without gradient and not divided by the
+            temperature, is added to the logit. LLaVE has 9, EmbeddingGemma 5.
         gather_across_devices: Take candidates from all processes.
         mini_batch_size: Distinct inputs embedded at a time (GradCache); None embeds each column at once.
         mini_batch_num_tokens: Tokens embedded at a time, padding included, in place of a number of inputs.
 
     Attributes:
         last_metrics: Numbers of the last batch, as scalars on the device: ``positive_similarity`` and
-            ``hard_negative_similarity`` (mean cosines), ``false_negatives_filtered`` (candidates a row lost to either
-            filter, mean) with its parts ``false_negatives_by_margin`` and ``false_negatives_by_identity``,
+            ``hard_negative_similarity`` (mean cosines with the positive and with the negatives kept),
+            ``negative_similarity`` (mean cosine with the positives of other rows, kept or not, that are no right answer
+            by identity: near 1, different inputs are all alike), ``false_negatives_filtered`` (candidates a row lost to
+            either filter, mean) with its parts ``false_negatives_by_margin`` and ``false_negatives_by_identity``,
             ``rows_without_negatives`` (a count), all over the local rows.
             :class:`~unime_st.losses.LossMetricsCallback` logs their means.
 
     Raises:
         ValueError: At construction on arguments out of range; on a batch when ``num_hard_negatives`` exceeds what the
             *first* training batch offers (later batches may be smaller, as an epoch's last one is, and keep what they
-            have), or when columns or labels do not fit.
+            have), when columns or labels do not fit, or when a warm-up is asked for and nobody tells the step.
 
     Inputs:
         +-------------------------------------------------+------------------------------------------+
@@ -97,13 +121,16 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         With ``margin=None``, ``num_hard_negatives=None`` and no repeated content it equals
         ``MultipleNegativesRankingLoss(scale=1 / temperature)``, or its cached form with a mini-batch given.
         ``GISTEmbedLoss`` also drops false negatives, but by a guide model, and keeps all the others.
-        ``hardness_mode`` of the ranking loss re-weights hard negatives instead of choosing them.
+        ``directions``, ``hardness_mode`` and ``hardness_strength`` are the ranking loss's, with its
+        ``partition_mode="per_direction"`` for two directions. That weights the first direction alone; here, as in
+        LLaVE, both are weighted.
         ``MatryoshkaLoss`` may wrap it.
 
     References:
         UniME, section 3.3: https://arxiv.org/abs/2504.17432. The margin is the paper's, as ``num_hard_negatives=8``
         is; the temperature is the published code's. The filter by identity and the count of repetitions go beyond it:
-        a copy of the positive is as similar as the positive and passes every margin >= 0.
+        a copy of the positive is as similar as the positive and passes every margin >= 0. Weighting by hardness: LLaVE,
+        equation 5, https://arxiv.org/abs/2503.04812; EmbeddingGemma, https://arxiv.org/abs/2509.20354.
 
     Example:
         >>> loss = HardNegativeInfoNCELoss(None, margin=0.1, num_hard_negatives=2)
@@ -117,6 +144,7 @@ class HardNegativeInfoNCELoss(InBatchLoss):
     metric_names = (
         "positive_similarity",
         "hard_negative_similarity",
+        "negative_similarity",
         "false_negatives_filtered",
         "false_negatives_by_margin",
         "false_negatives_by_identity",
@@ -130,8 +158,12 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         temperature: float = 0.02,
         margin: float | None = 0.1,
         num_hard_negatives: int | None = None,
+        hard_negatives_warmup_steps: int = 0,
         negative_selection: Literal["hardest", "random"] = "hardest",
         filter_explicit_negatives: bool = True,
+        directions: Sequence[Direction] = ("query_to_doc",),
+        hardness_mode: HardnessMode | None = None,
+        hardness_strength: float = 0.0,
         gather_across_devices: bool = False,
         mini_batch_size: int | None = None,
         mini_batch_num_tokens: int | None = None,
@@ -143,6 +175,8 @@ class HardNegativeInfoNCELoss(InBatchLoss):
             mini_batch_num_tokens=mini_batch_num_tokens,
         )
         check_number_of_negatives(num_hard_negatives)
+        check_hard_negatives_warmup(hard_negatives_warmup_steps, num_hard_negatives)
+        check_hardness(hardness_mode, hardness_strength)
         functional.check_margin(margin)
         if negative_selection not in ("hardest", "random"):
             raise ValueError(f"`negative_selection={negative_selection!r}`, but it must be 'hardest' or 'random'.")
@@ -151,11 +185,16 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         self.temperature = functional.check_temperature("temperature", temperature)
         self.margin = margin
         self.num_hard_negatives = num_hard_negatives
+        self.hard_negatives_warmup_steps = hard_negatives_warmup_steps
         self.negative_selection = negative_selection
         self.filter_explicit_negatives = filter_explicit_negatives
+        self.directions = check_directions(directions)
+        self.hardness_mode = hardness_mode
+        self.hardness_strength = hardness_strength
         self._checked_first_batch = False
         self._warned_unknown = False
         self._offered = 0
+        self._cone: ConeWatch | None = ConeWatch()
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """Embed the columns and compute the loss."""
@@ -207,40 +246,65 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         """Compute the loss from one ``(B, D)`` tensor a column and what is known of the rows."""
         labels, ids = targets
         labels = None if labels is None else labels.long()
-        queries, documents = embeddings[0], embeddings[1:]
+        queries, positives, documents = embeddings[0], embeddings[1], embeddings[1:]
+        all_queries = queries
+        both = "doc_to_query" in self.directions
         batch = len(queries)
         first_row = 0
         if self.gather_across_devices:
             first_row = distributed.rank() * batch
-            documents = distributed.gather_columns(documents)
+            if both:
+                all_queries, *documents = distributed.gather_columns(embeddings)
+            else:
+                documents = distributed.gather_columns(documents)
             if ids is None and distributed.is_distributed():  # another process may know its rows and gather them
                 ids = equal_to_nothing(batch, len(embeddings), queries.device)
             labels, ids = (None if known is None else distributed.gather(known) for known in (labels, ids))
         rows = torch.arange(batch, device=queries.device) + first_row  # (Q,) also the columns of the positives
         candidates = torch.cat(documents)  # (C, D)
         self._check_number_of_candidates(len(candidates))
-        seed = None if self.negative_selection == "hardest" else distributed.shared_seed(rows.device)
+        k = self._negatives_to_keep()
+        shuffled = self.negative_selection == "random" and k is not None
+        contrast = Contrast(
+            num_rows=len(documents[0]),
+            labels=labels,
+            query_ids=None if ids is None else ids[:, 0],
+            candidate_ids=None if ids is None else ids[:, 1:].T.flatten(),
+            k=k,
+            margin=self.margin,
+            temperature=self.temperature,
+            trust_explicit=not self.filter_explicit_negatives,
+            hardness_mode=self.hardness_mode,
+            hardness_strength=self.hardness_strength,
+            seed=distributed.shared_seed(rows.device) if shuffled else None,
+        )
 
-        def by_row(some_queries: Tensor, some_rows: Tensor) -> tuple[Tensor, ...]:
-            scores = functional.cosine_scores(some_queries, candidates)  # (q, C)
-            negatives = functional.hardest_valid_negatives(
-                scores,
-                some_rows,
-                self.num_hard_negatives,
-                self.margin,
-                candidate_ids=None if ids is None else ids[:, 1:].T.flatten(),
-                query_ids=None if ids is None else ids[:, 0],
-                labels=labels,
-                trusted=None if self.filter_explicit_negatives else _own_explicit_negatives(some_rows, documents),
-                priority=None if seed is None else functional.shuffled_priority(seed, some_rows, len(candidates)),
-            )
-            positive = scores.gather(1, some_rows[:, None]).squeeze(1)  # (q,)
-            loss = functional.info_nce(positive, negatives.scores, self.temperature)
-            return loss, positive.detach(), *_summed(negatives)
+        def by_row(some_queries: Tensor, some_positives: Tensor, some_rows: Tensor) -> tuple[Tensor, ...]:
+            loss, *told = contrast.query_to_doc(functional.cosine_scores(some_queries, candidates), some_rows)
+            if both:
+                scores = functional.cosine_scores(some_positives, all_queries)  # (q, N)
+                loss = (loss + contrast.doc_to_query(scores, some_rows)) / 2
+            return loss, *told
 
-        loss, *told = functional.by_rows(by_row, [queries, rows], functional.rows_at_once(len(candidates)))
-        self.record_metrics(_metrics(*told))
+        at_once = functional.rows_at_once(len(candidates))
+        loss, *told = functional.by_rows(by_row, [queries, positives, rows], at_once)
+        metrics = means(told)
+        self.record_metrics(metrics)
+        if self._cone is not None and self.training and torch.is_grad_enabled():
+            self._cone.record(metrics["positive_similarity"], metrics["negative_similarity"], self.global_step)
         return loss.mean()
+
+    def _negatives_to_keep(self) -> int | None:
+        """The number of negatives that this pass keeps; None, all, while training warms up."""
+        if not (self.hard_negatives_warmup_steps and self.training and torch.is_grad_enabled()):
+            return self.num_hard_negatives
+        if self.global_step is None:
+            raise ValueError(
+                f"`hard_negatives_warmup_steps={self.hard_negatives_warmup_steps}`, but nobody tells the loss which "
+                "step it is in. Give the Trainer `callbacks=[LossMetricsCallback(loss)]` (from `unime_st.losses`), or "
+                "in a training loop of your own set `loss.global_step` before each step."
+            )
+        return None if self.global_step < self.hard_negatives_warmup_steps else self.num_hard_negatives
 
     def _check_number_of_candidates(self, num_candidates: int) -> None:
         """Refuse a `num_hard_negatives` the first training batch cannot meet; by shapes alone, so no sync."""
@@ -248,7 +312,8 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         if self._checked_first_batch or not (self.training and torch.is_grad_enabled()):
             return
         self._checked_first_batch = True
-        if (advice := few_of_a_small_batch(self.num_hard_negatives, offered)) and distributed.rank() == 0:
+        advice = "" if self.hard_negatives_warmup_steps else few_of_a_small_batch(self.num_hard_negatives, offered)
+        if advice and distributed.rank() == 0:
             logger.warning(advice)
         if self.num_hard_negatives is not None and self.num_hard_negatives > offered:
             gathered = "" if self.gather_across_devices else ", set `gather_across_devices=True` on several processes"
@@ -258,6 +323,15 @@ class HardNegativeInfoNCELoss(InBatchLoss):
                 "explicit negatives. If this is the small last batch of an epoch, met first after resuming, set "
                 "`dataloader_drop_last=True`."
             )
+
+    def look_back(self) -> None:
+        """Say once that embeddings stay in a cone."""
+        if self._cone is None:
+            return
+        if advice := self._cone.advice(self.num_hard_negatives, self.hard_negatives_warmup_steps):
+            self._cone = None
+            if distributed.rank() == 0:
+                logger.warning("%s This is said once.", advice)
 
     def nothing_to_learn(self, rows: int) -> str:
         """Why the last step had nothing to compare its rows with; empty where it had."""
@@ -272,37 +346,11 @@ class HardNegativeInfoNCELoss(InBatchLoss):
             "temperature": self.temperature,
             "margin": self.margin,
             "num_hard_negatives": self.num_hard_negatives,
+            "hard_negatives_warmup_steps": self.hard_negatives_warmup_steps,
             "negative_selection": self.negative_selection,
             "filter_explicit_negatives": self.filter_explicit_negatives,
+            "directions": self.directions,
+            "hardness_mode": self.hardness_mode,
+            "hardness_strength": self.hardness_strength,
             **super().get_config_dict(),
         }
-
-
-def _own_explicit_negatives(rows: Tensor, documents: Sequence[Tensor]) -> Tensor:
-    """Mark each row's own explicit negatives among the candidates, ``(Q, C)``."""
-    total = len(documents[0])  # N
-    columns = torch.arange(total * len(documents), device=rows.device)
-    return (columns[None, :] % total == rows[:, None]) & (columns[None, :] >= total)
-
-
-@torch.no_grad()
-def _summed(negatives: functional.HardNegatives) -> tuple[Tensor, ...]:
-    """Sum each row's similarities to its negatives; count those kept, dropped by margin and by identity, ``(q,)``."""
-    kept = negatives.scores > -torch.inf  # (q, K)
-    total = negatives.scores.masked_fill(~kept, 0.0).sum(dim=1)
-    return total, kept.sum(dim=1), negatives.filtered_by_margin, negatives.filtered_by_identity
-
-
-@torch.no_grad()
-def _metrics(
-    positive: Tensor, total: Tensor, kept: Tensor, by_margin: Tensor, by_identity: Tensor
-) -> dict[str, Tensor]:
-    margin, identity = by_margin.float().mean(), by_identity.float().mean()
-    return {
-        "positive_similarity": positive.mean(),
-        "hard_negative_similarity": total.sum() / kept.sum().clamp(min=1),
-        "false_negatives_filtered": margin + identity,
-        "false_negatives_by_margin": margin,
-        "false_negatives_by_identity": identity,
-        "rows_without_negatives": (kept == 0).sum().float(),
-    }

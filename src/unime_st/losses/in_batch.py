@@ -47,6 +47,8 @@ class InBatchLoss(nn.Module):
 
     Attributes:
         metric_names: What every step of a subclass records, so that processes agree on it.
+        global_step: Optimizer steps that training has made, as :class:`~unime_st.losses.LossMetricsCallback` tells at
+            the beginning of each; None where nobody tells. A training loop of one's own sets it.
         last_plan: What the last step embedded; its ``distinct`` counts inputs.
     """
 
@@ -75,6 +77,7 @@ class InBatchLoss(nn.Module):
                 f"{type(self).__name__} cannot split the inputs of a StaticEmbedding into mini-batches. "
                 "Leave `mini_batch_size` and `mini_batch_num_tokens` at None."
             )
+        self.global_step: int | None = None
         self.last_plan: MiniBatchPlan | None = None
         self.last_metrics: dict[str, Tensor] = {}
         self._metric_sums: dict[str, Tensor] = {}
@@ -183,9 +186,13 @@ class InBatchLoss(nn.Module):
             return
         value = loss.item()
         refuse_non_finite(value, self.model, columns, embeddings)
+        self.look_back()
         if value == 0 and not self._told_of_nothing and (reason := self.nothing_to_learn(len(embeddings[0]))):
             self._told_of_nothing = True
             logger.warning("Nothing is learned from a batch: %s This is said once.", reason)
+
+    def look_back(self) -> None:
+        """Judge the training steps so far; called in each, once its loss has been read off the device."""
 
     def record_metrics(self, metrics: dict[str, Tensor]) -> None:
         """Keep the numbers of a step, and add them to the running means when it is a training step.

@@ -16,11 +16,14 @@ from unime_st.losses.in_batch import InBatchLoss
 
 
 class LossMetricsCallback(TrainerCallback):
-    """Add the means of a loss's ``last_metrics`` since the last log event to the Trainer's logs.
+    """Add the means of a loss's ``last_metrics`` since the last log event to the Trainer's logs, and count its steps.
 
     Means run over every training forward pass, those of gradient accumulation included, and over processes. They appear
     in ``trainer.state.log_history`` and in what later callbacks print. A tracker (TensorBoard, Weights & Biases, ...)
     is called before the callbacks passed to the Trainer, so use :meth:`attach` to have them there too.
+
+    At the beginning of each step the loss's ``global_step`` becomes the Trainer's, which is the same on all processes,
+    counts a step once however many forward passes it has, and is saved and resumed with checkpoints.
 
     Args:
         loss: The Trainer's loss: one of this package's, a wrapper around one such as ``MatryoshkaLoss`` (its means then
@@ -41,6 +44,8 @@ class LossMetricsCallback(TrainerCallback):
             raise TypeError(f"`loss` is a {type(wrong[0]).__name__}, but a loss, or a dict of losses, is needed.")
         found = {prefix: _find(module) for prefix, module in named.items()}
         self.losses = {prefix: inner for prefix, inner in found.items() if inner is not None}
+        inside = [part for module in named.values() for part in module.modules()]
+        self._counting = [part for part in inside if isinstance(part, InBatchLoss)]
         if not self.losses:
             names = ", ".join(type(module).__name__ for module in named.values())
             raise ValueError(f"No loss with metrics in {names}: use DistillKLLoss or HardNegativeInfoNCELoss.")
@@ -51,6 +56,18 @@ class LossMetricsCallback(TrainerCallback):
         callback = cls(trainer.loss)
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
+
+    def on_step_begin(  # type: ignore[override]
+        self, _args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
+    ) -> None:
+        """Tell the losses the number of the step."""
+        for loss in self._counting:
+            loss.global_step = state.global_step
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Make the losses forget it: another training would start in the middle."""
+        for loss in self._counting:
+            loss.global_step = None
 
     def on_log(
         self,

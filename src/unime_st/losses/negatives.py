@@ -83,9 +83,11 @@ def effective_negatives(
             f"Accumulating gradients over {arguments.gradient_accumulation_steps} batches adds no negatives, for each "
             "batch is compared with itself. Raise `per_device_train_batch_size`, with `mini_batch_size` (GradCache)."
         )
-    k = loss.num_hard_negatives if isinstance(loss, HardNegativeInfoNCELoss) else None
+    k = warmup = None
+    if isinstance(loss, HardNegativeInfoNCELoss):
+        k, warmup = loss.num_hard_negatives, loss.hard_negatives_warmup_steps
     if k is not None and k > number:
         warnings.append(f"`num_hard_negatives={k}` is more than the {number} there are, and training will refuse it.")
-    elif advice := few_of_a_small_batch(k, number):
+    elif not warmup and (advice := few_of_a_small_batch(k, number)):
         warnings.append(advice)
     return Negatives(number, rows, processes, tuple(warnings))
