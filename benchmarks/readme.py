@@ -11,6 +11,7 @@ import re
 import shutil
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,38 @@ def scale_table(results: dict[str, Any]) -> str:
     return "\n".join([*table(head, sampler), "", *of_loss, "", text])
 
 
+def structure_table(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The package's structure before and after it was laid out anew."""
+
+    def lines(found: dict[str, Any]) -> tuple[int, int]:
+        package = sum(part["lines"] for name, part in found["lines"].items() if name.startswith("src/"))
+        demo = found["lines"].get("src/unime_st/demo", {"lines": 0})["lines"]
+        return package - demo, package + sum(found["lines"][name]["lines"] for name in ("examples", "benchmarks"))
+
+    def row(name: str, value: Callable[[dict[str, Any]], Any]) -> tuple[str, ...]:
+        return (name, *(f"{value(found):,}" if isinstance(value(found), int) else str(value(found)) for found in both))
+
+    both = (before, after)
+    walks = [
+        row(f"{name}: files entered; deepest stack before the model runs",
+            lambda found, name=name: "{files}; {deepest_before_forward}".format(**found["walks"][name]))
+        for name in before["walks"]
+    ]  # fmt: skip
+    rows = [
+        row("lines of the package, the demo left out", lambda found: lines(found)[0]),
+        row("lines of package, demo, examples and benchmarks", lambda found: lines(found)[1]),
+        row("files: p50, p90, longest", lambda found: "{p50}, {p90}, {max}".format(**found["files"])),
+        row("functions of more than 40 lines", lambda found: len(found["functions"]["long"])),
+        row("import circles", lambda found: len(found["imports"]["src/unime_st"]["circles"])),
+        row("an input of `encode` is taken apart", lambda found: f"{found['walks']['encode']['hashes']['_parts']:g} times"),
+        row("an input of an MMEB task", lambda found: f"{found['walks']['MMEB task']['hashes']['_parts']:g} times"),
+        *walks,
+    ]  # fmt: skip
+    left_out = ", ".join(f"`{folder}`" for folder in after["without"])
+    text = f"`python benchmarks/structure.py --walks`, at {before['commit']} and {after['commit']}; {left_out} came after and are left out."
+    return "\n".join([*table(("", "before", "after"), rows), "", text])
+
+
 def pages() -> list[Path]:
     """The files with tables."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -262,6 +295,7 @@ def filled(texts: dict[str, str]) -> dict[str, str]:
         "families": (families_table, "families"), "stage1_sweep": (stage1_sweep_table, "stage1_sweep"),
         "train_step": (train_step_table, "train_step"), "stage1_step": (stage1_step_table, "stage1_step"),
         "scale": (scale_table, "scale"), "speed": (speed_tables.floors_table, "encode", "train_step", "stage1_step"),
+        "structure": (structure_table, "structure/before", "structure/after"),
         "gpu": (gpu_table, "gpu/encode", "gpu/steps"), "parts": (speed_tables.parts_table, "where_time_goes"),
     }  # fmt: skip
     parts = {name: make(*(read(RESULTS / f"{file}.json") for file in files)) for name, (make, *files) in made.items()}

@@ -30,9 +30,10 @@ _LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, toke
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def measured(tree: Path) -> dict[str, Any]:
-    """Everything but the walks."""
+def measured(tree: Path, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Everything but the walks, without what lies below some folders."""
     paths = [path for root in (PACKAGE, *SCRIPTS, "tests") for path in sorted((tree / root).rglob("*.py"))]
+    paths = [path for path in paths if not any(path.is_relative_to(tree / folder) for folder in without)]
     texts = {path.relative_to(tree).as_posix(): path.read_text("utf-8") for path in paths}
     parsed = {name: ast.parse(text) for name, text in texts.items()}
     lines: dict[str, Counter[str]] = {}
@@ -182,10 +183,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tree", type=Path, default=Path(__file__).parents[1], help="another checkout")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--without", nargs="*", default=[], metavar="FOLDER", help="folders that are left out")
     parser.add_argument("--walks", action="store_true", help="follow three calls through the package too")
     options = parser.parse_args()
     tree = options.tree.resolve()
-    found = {"commit": commit(tree), **measured(tree)}
+    found = {"commit": commit(tree), "without": options.without, **measured(tree, tuple(options.without))}
     if options.walks:
         from structure_walks import walks
 
