@@ -257,6 +257,9 @@ def structure_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     def row(name: str, value: Callable[[dict[str, Any]], Any]) -> tuple[str, ...]:
         return (name, *(f"{value(found):,}" if isinstance(value(found), int) else str(value(found)) for found in both))
 
+    def parts(found: dict[str, Any], walk: str) -> int:
+        return round(found["walks"][walk]["hashes"]["_parts"])
+
     both = (before, after)
     walks = [
         row(f"{name}: files entered; deepest stack before the model runs",
@@ -269,12 +272,15 @@ def structure_table(before: dict[str, Any], after: dict[str, Any]) -> str:
         row("files: p50, p90, longest", lambda found: "{p50}, {p90}, {max}".format(**found["files"])),
         row("functions of more than 40 lines", lambda found: len(found["functions"]["long"])),
         row("import circles", lambda found: len(found["imports"]["src/unime_st"]["circles"])),
-        row("an input of `encode` is taken apart", lambda found: f"{found['walks']['encode']['hashes']['_parts']:g} times"),
-        row("an input of an MMEB task", lambda found: f"{found['walks']['MMEB task']['hashes']['_parts']:g} times"),
+        row("times that `encode` takes an input apart and hashes it", lambda found: parts(found, "encode")),
+        row("times that an MMEB task does", lambda found: parts(found, "MMEB task")),
         *walks,
     ]  # fmt: skip
     left_out = ", ".join(f"`{folder}`" for folder in after["without"])
-    text = f"`python benchmarks/structure.py --walks`, at {before['commit']} and {after['commit']}; {left_out} came after and are left out."
+    text = (
+        f"`python benchmarks/structure.py --walks`, at {before['commit']} and {after['commit']}; what came after is left "
+        f"out: {left_out}."
+    )
     return "\n".join([*table(("", "before", "after"), rows), "", text])
 
 
