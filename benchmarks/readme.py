@@ -278,8 +278,8 @@ def structure_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     ]  # fmt: skip
     left_out = ", ".join(f"`{folder}`" for folder in after["without"])
     text = (
-        f"`python benchmarks/structure.py --walks`, at {before['commit']} and {after['commit']}; what came after is left "
-        f"out: {left_out}."
+        f"`python benchmarks/structure.py --walks`, at {before['commit']} and {after['commit']}; what is new since is "
+        f"left out: {left_out}."
     )
     return "\n".join([*table(("", "before", "after"), rows), "", text])
 

@@ -1,15 +1,20 @@
 """What an input says is told once on each of its ways through the package."""
 
+import gc
+import weakref
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
 from tiny import FAMILIES, PLUGIN_FAMILIES, picture
-from unime_st import build_encoder, export_encoder
+from unime_st import MultimodalEncoder, build_encoder, export_encoder
 from unime_st.data import encode_corpus, encode_stream
 from unime_st.evaluation import encode_distinct
 from unime_st.identity import content as content_module
-from unime_st.identity.content import Content
+from unime_st.identity.content import Content, takes_contents
+from unime_st.modules import MultimodalSentenceTransformer
 
 
 @pytest.fixture
@@ -92,3 +97,73 @@ def test_an_error_shows_the_input_and_not_its_content(backbone):
     with pytest.raises(ValueError, match=r"\(row 1\).*media"):
         encoder.encode([Content("fine"), Content("a <|image_pad|> of words")])
     assert repr(Content("fine")) == "'fine'"
+
+
+class Wrapper:
+    """A model around ours whose `encode` edits inputs, as users write them."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["model"], name)
+
+    def encode(self, inputs, **options):
+        return self.model.encode([item.lower() if isinstance(item, str) else item for item in inputs], **options)
+
+
+class Prefixing(MultimodalSentenceTransformer):
+    def encode(self, inputs, **options):
+        return super().encode([f"T: {item}" if isinstance(item, str) else item for item in inputs], **options)
+
+
+@pytest.mark.parametrize(
+    "way", [encode_distinct, lambda model, items: np.concatenate(list(encode_stream(model, items)))]
+)
+def test_encode_of_others_gets_the_inputs_themselves(backbone, inputs, way):
+    encoder = build_encoder(backbone("qwen2_vl"), device="cpu")
+    items = [item.upper() if isinstance(item, str) else item for item in inputs]
+    expected = encoder.encode(inputs)
+    np.testing.assert_allclose(way(Wrapper(encoder), items), expected, atol=1e-5)
+    assert np.abs(encoder.encode(items) - expected).max() > 1e-3
+    prefixing = Prefixing(modules=list(encoder), device="cpu")
+    found = way(prefixing, inputs)
+    wanted = encoder.encode([f"T: {item}" if isinstance(item, str) else item for item in inputs])
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    encoder.encode = lambda items, **options: np.ones((len(items), 2), np.float32)  # on the instance
+    assert not takes_contents(encoder)
+
+
+def test_what_a_subclass_puts_in_an_inputs_place_is_told_anew(backbone, inputs):
+    class Cutting(MultimodalEncoder):
+        def preprocess(self, inputs, *args, **options):
+            return super().preprocess([item if isinstance(item, dict) else "cut" for item in inputs], *args, **options)
+
+    encoder = build_encoder(backbone("qwen2_vl"), device="cpu")
+    encoder[0].__class__ = Cutting
+    np.testing.assert_allclose(encoder.encode(inputs)[[0, 3]], encoder.encode(["cut", "cut"]), atol=1e-5)
+
+
+def test_items_of_a_lazy_sequence_are_not_held():
+    made = []
+
+    class Lazy(Sequence):
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, number):
+            image = picture("red", (4 + number, 4))
+            made.append(weakref.ref(image))
+            return image
+
+    class Counting:
+        most = 0
+
+        def encode(self, items, **options):
+            gc.collect()
+            self.most = max(self.most, sum(image() is not None for image in made))
+            return np.ones((len(items), 2), np.float32)
+
+    model = Counting()
+    assert len(encode_distinct(model, Lazy(), batch_size=1)) == 40
+    assert model.most < 12  # those of a chunk

@@ -1,5 +1,15 @@
 """Hashes of what inputs say; see :mod:`unime_st.identity.content`."""
 
-from unime_st.identity.content import content_id, fingerprint, media_and_text
+from __future__ import annotations
 
-__all__ = ["content_id", "fingerprint", "media_and_text"]
+from typing import Any
+
+from unime_st.identity.content import Content, content_id, fingerprint, media_and_text
+
+__all__ = ["content_id", "content_id_and_media", "fingerprint", "media_and_text"]
+
+
+def content_id_and_media(item: Any, *, read_files: bool = True) -> tuple[int, tuple[bytes, ...]]:
+    """The content's identity and digests of its media, see :class:`~unime_st.identity.content.Content`."""
+    content = Content(item, read_files=read_files)
+    return content.id, content.media

@@ -73,6 +73,6 @@ def first_module(model: Any) -> Any:
 
 
 def step_encoder(model: Any) -> StepEncoder:
-    """The encoder of a model, wrapped or not; a :class:`PlainEncoder` for any model whose encoder is none."""
+    """The encoder of a model, wrapped or not; a :class:`PlainEncoder` for any model whose encoder is not one."""
     found = first_module(model)
     return found if isinstance(found, StepEncoder) else PlainEncoder()

@@ -1,5 +1,7 @@
 """One bad item never takes others with it, and is named by its row of the data."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from unime_st.evaluation import (
     MMEBEvaluator,
     SugarCrepeEvaluator,
 )
+from unime_st.evaluation.base import EmbeddingEvaluator
 
 ERRORS = (ValueError, TypeError, OSError, RuntimeError, IndexError, KeyError, ZeroDivisionError, EOFError)
 
@@ -157,3 +160,19 @@ def test_what_a_real_processor_or_opener_refuses(tmp_path, family):
     with pytest.raises(BrokenItemError) as raised:
         encode_distinct(model, items, batch_size=2)
     assert raised.value.position in errors
+
+
+def test_an_evaluator_of_ones_own_may_extend_what_is_written(tmp_path):
+    class Extended(EmbeddingEvaluator):
+        def measure(self, model):
+            return {"x": 1.0}
+
+        def outcomes(self):
+            return {}
+
+        def finish(self, model, metrics, *arguments):
+            return super().finish(model, {**metrics, "more": 2.0}, *arguments)
+
+    found = Extended(name="own")(object(), str(tmp_path), 1, 5)
+    assert found == {"own_x": 1.0, "own_more": 2.0}
+    assert json.loads((tmp_path / "own_results.json").read_text()) == found

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 PROBES, MANY_PROBES = 8, 64
-"""Cells that are looked at for a query, and for one with many near targets."""
+"""How many cells are looked at for a query, and for a query with many near targets."""
 
 _SEED = 0
 

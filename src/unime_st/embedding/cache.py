@@ -89,7 +89,7 @@ class EmbeddingCache:
         return CacheSection(self.folder / name, description, cache=self)
 
     def info(self) -> list[SectionInfo]:
-        """What is there, the section used last first.
+        """List the sections, the one that was used last first.
 
         Example:
             >>> import tempfile, torch
@@ -106,8 +106,8 @@ class EmbeddingCache:
 
         Args:
             model: Beginning of the model's fingerprint; "" for every model.
-            unused_for: Only what was not used for so many seconds.
-            outdated: Only what no model finds any more, see :attr:`SectionInfo.outdated`.
+            unused_for: Delete only the sections that were not used for this many seconds.
+            outdated: Delete only the sections that no model finds any more, see :attr:`SectionInfo.outdated`.
 
         Returns:
             Bytes freed.
@@ -120,7 +120,7 @@ class EmbeddingCache:
         return sum(info.num_bytes for info in gone)
 
     def make_room(self, section: Path, num_bytes: int) -> bool:
-        """Delete least recently used sections until a section can grow by so many bytes; whether it can."""
+        """Delete least recently used sections until a section can grow by this many bytes; return whether it can."""
         if self.max_bytes is None:
             return True
         sections = self.info()
@@ -138,7 +138,7 @@ class EmbeddingCache:
         return [marker for marker in self.folder.glob(f"*/{MARKER}") if not marker.parent.name.startswith(".")]
 
     def _tell_of_outdated(self) -> None:
-        """Say once a process that there are sections which no model finds any more."""
+        """Say in the log, once in each process, that there are sections which no model finds any more."""
         if ("outdated", self.folder) in _told:
             return
         _told.add(("outdated", self.folder))
@@ -240,7 +240,7 @@ class CacheSection:
         self._touch()
 
     def _put(self, name: str, content: bytes | str) -> None:
-        """Write a file; again when another process deletes the section at that moment to make room."""
+        """Write a file, and write it again when another process deletes the section meanwhile to make room."""
         for _ in range(_TRIES):
             with contextlib.suppress(FileNotFoundError):
                 write_atomically(self.folder / name, content)

@@ -18,7 +18,7 @@ from unime_st.embedding.broken import ITEM_ERRORS, BrokenItemError, shown
 from unime_st.embedding.cache import EmbeddingCache
 from unime_st.embedding.prompts import effective_prompt
 from unime_st.embedding.sections import MemorySection, Section
-from unime_st.identity.content import Content
+from unime_st.identity.content import Content, takes_contents
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def encode_distinct(
     prompt_name: str | None = None,
     show_progress_bar: bool | None = None,
 ) -> np.ndarray:
-    """Encode items, each distinct one once, and what the cache knows not at all.
+    """Encode each distinct item once; those that the cache has are not encoded at all.
 
     Args:
         model: Encodes whatever ``items`` are.
@@ -173,8 +173,8 @@ class _Run:
     Attributes:
         errors: Item number -> what is wrong with it, with "report".
         first: Fingerprint -> number of the first item that has it.
-        contents: Fingerprint -> what that item says.
-        has_worked: Whether the model has ever encoded something: a fault of its own shows at once.
+        contents: Fingerprint -> what that item says, without the item.
+        has_worked: Whether the model has ever encoded something: a fault of the model itself shows at the first item.
     """
 
     model: Any
@@ -208,9 +208,10 @@ class _Run:
         except _ANY_ITEM_ERROR as error:
             self._broken(row, error)
             return ""
-        if content.fingerprint not in self.contents:
-            self.first[content.fingerprint], self.contents[content.fingerprint] = row, content
-        return content.fingerprint
+        key = content.fingerprint
+        if key not in self.contents:
+            self.first[key], self.contents[key] = row, content.given_as(None)  # an item may be an image: read it again
+        return key
 
     def fill(
         self, missing: set[str], section: Section, distinct: int, shown: bool | None
@@ -258,24 +259,24 @@ class _Run:
         return fresh
 
     def _beginning(self, key: str) -> tuple[int, tuple[bytes, ...], str]:
-        """Brings into one chunk what an encoder can share: number of images, which they are, the text."""
+        """Return a key that sorts like items together: the number of images, their digests, the text."""
         content = self.contents[key]
         return len(content.media), content.media, content.text
 
     def _cost(self, key: str) -> int:
-        """Tokens, roughly: letters by four, and an image as a thousand letters."""
+        """Estimate the cost of an item by its number of letters; an image counts as a thousand letters."""
         content = self.contents[key]
         return len(content.media) * _LETTERS_AN_IMAGE + len(content.text)
 
     def encode(self, keys: list[str]) -> dict[str, np.ndarray]:
-        """Encode items by fingerprint, without those that cannot be."""
+        """Encode items by fingerprint, and leave out those that cannot be encoded."""
         failed: dict[str, Exception] = {}
         made = self._halved(keys, failed)
         self.has_worked |= bool(made)
         if not made and len(keys) > 1 and len(set(map(repr, failed.values()))) == 1:
             error = failed[keys[0]]
             if not self.has_worked or not isinstance(error, ITEM_ERRORS):
-                raise error  # the same whatever the item: it is the model's own
+                raise error  # it is the same for every item: the fault is the model's
         for key in sorted(failed, key=self.first.__getitem__):
             self._broken(self.first[key], failed[key])
         return made
@@ -284,7 +285,7 @@ class _Run:
         """Encode items; those that make a batch fail are found by halving, and noted."""
         try:
             embeddings = self.model.encode(
-                [self._prepared(self.contents[key]) for key in keys],
+                [self._prepared(key) for key in keys],
                 batch_size=self.batch_size,
                 prompt=self.prompt,
                 show_progress_bar=False,
@@ -311,9 +312,11 @@ class _Run:
             )
         return dict(zip(keys, embeddings, strict=True))
 
-    def _prepared(self, content: Content) -> Any:
-        item = content.item if self.prepare is None else self.prepare(content.item)
-        return content.given_as(item) if getattr(self.model, "takes_contents", False) else item
+    def _prepared(self, key: str) -> Any:
+        item = self.items[self.first[key]]
+        if self.prepare is not None:
+            item = self.prepare(item)
+        return self.contents[key].given_as(item) if takes_contents(self.model) else item
 
     def _broken(self, row: int, error: Exception) -> None:
         message = f"{type(error).__name__}: {_ROW_OF_ONE.sub('the item', str(error))}"

@@ -1,4 +1,4 @@
-"""What a full disk says where work goes on from what was written."""
+"""The error of a full disk, worded for work that can go on from what was written."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from unime_st.functional import above_margin
 
 _BLOCK = 16384
 DEPTH = 512
-"""Candidates of an index that are scored exactly; so many or fewer need no index."""
+"""The number of candidates of an index that are scored exactly; a set of at most this size needs no index."""
 _PROBED = 2  # one cell of so many is looked at; with fewer, recall@8 fell from .99 to .87 at 200,000 candidates
 
 
@@ -60,11 +60,11 @@ def exact_nearest(
     Args:
         queries: ``(Q, D)`` of length 1.
         positive_scores: ``(Q,)`` each query's cosine with its own positive.
-        num_candidates: ``C``.
+        num_candidates: The number of candidates, ``C``.
         read: Gives the candidates ``(n, D)`` of length 1 with the given numbers; NaN for one that cannot be used.
         forbidden: See :class:`Forbidden`.
         margin: None switches the filter by score off.
-        keep: ``m``.
+        keep: How many candidates each query keeps, ``m``.
 
     Example:
         >>> points = torch.eye(3) + 0.0

@@ -150,7 +150,7 @@ class EmbeddingStore:
         return record
 
     def _verify(self, name: str) -> bool:
-        """Compare a file with its checksum; whether it has one."""
+        """Compare a file with its checksum; return whether it has one."""
         record = self._load(name)
         if "checksum" not in (record.dtype.names or ()):
             return False

@@ -1,4 +1,4 @@
-"""Waiting for the files of other processes: said in the log, and never for ever."""
+"""Waiting for the files of other processes: the log says so, and the wait ends at some time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Waiting:
         self._news, self._pause = time.monotonic(), _FIRST_PAUSE
 
     def goes_on(self, ranks: Iterable[int], owed: str) -> bool:
-        """Sleep a moment; whether there is still hope that ``ranks`` bring what is ``owed``."""
+        """Sleep a moment; return whether there is still hope that ``ranks`` bring what is ``owed``."""
         now = time.monotonic()
         left = self._patience - (now - self._news)
         if left <= 0:

@@ -124,8 +124,13 @@ class EmbeddingEvaluator(SentenceEvaluator):
         Returns:
             The metrics, see the class.
         """
-        metrics = self.measure(model)
-        named = self.prefix_name_to_metrics(metrics, self.name)
+        return self.finish(model, self.measure(model), output_path, epoch, steps)
+
+    def finish(
+        self, model: Any, metrics: Mapping[str, float], output_path: str | None, epoch: float, steps: int
+    ) -> dict[str, float]:
+        """Name the metrics, note them for the model card, and write them to files."""
+        named = self.prefix_name_to_metrics(dict(metrics), self.name)
         outcomes = self.outcomes()
         if rank() == 0 and (told := told_of_ties(outcomes)):
             logger.warning("%s: %s", self.name or type(self).__name__, told)

@@ -1,4 +1,4 @@
-"""What an input says, told once: its texts and media, in their order, and the numbers that stand for them.
+"""What an input says, found out once: its texts and media, in their order, and the numbers that stand for them.
 
 An input is flattened into its parts and the parts are hashed, so that ``"a cat"``, ``{"text": "a cat"}`` and a chat
 message that says so are one content. Two identities of images exist:
@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -34,7 +33,7 @@ class Part(NamedTuple):
     Attributes:
         kind: ``"text"``, ``"image"``, ``"video"``, ``"audio"``, or ``"role"`` where another than the user speaks.
         said: The text; the digest of a medium.
-        pixels: Of a medium, as far as they are known without decoding it, else 1.
+        pixels: The number of pixels of a PIL image; 1 for any other medium, and 0 for a text.
         instructs: Whether it is an instruction (the text of a system message), which is no content.
     """
 
@@ -56,7 +55,8 @@ class Content:
             reading but takes two copies of a file for two images.
 
     Attributes:
-        item: What the model is given.
+        item: What was given.
+        named: The same with a bare string in a dict, as the image that it names or the text that it is.
 
     Raises:
         FileNotFoundError: When a file is to be read and is not there.
@@ -70,26 +70,38 @@ class Content:
         False
     """
 
-    def __init__(self, item: Any, *, read_files: bool = True) -> None:
-        self.item = item
-        named = {"image": item} if isinstance(item, str) and stands_for_image(item) else item
-        self._parts = tuple(_parts(named, read_files))
+    __slots__ = ("_digest", "_parts", "item", "named")
+
+    def __init__(self, item: Any, *, read_files: bool = True, named: Any = None) -> None:
+        if named is None:
+            named = {"image" if stands_for_image(item) else "text": item} if isinstance(item, str) else item
+        self.item, self.named = item, named
+        if isinstance(item, str) and "text" in named:  # most inputs are one text
+            self._parts: tuple[Part, ...] = (Part("text", item),) if item else ()
+        else:
+            self._parts = tuple(_parts(named, read_files))
+        self._digest: bytes | None = None
 
     def __repr__(self) -> str:
         return repr(self.item)
 
-    def given_as(self, item: Any) -> Self:
+    def given_as(self, item: Any) -> Content:
         """The same content, for the model in another form: its image opened and scaled, say."""
+        if item is self.item:
+            return self
         other = object.__new__(type(self))
-        other.__dict__ = {**self.__dict__, "item": item}
+        other.item = other.named = item
+        other._parts, other._digest = self._parts, self._digest
         return other
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Hash of everything that is said, instructions too; 32 hexadecimal digits."""
-        return _digest(self._parts).hex()
+        if self._digest is None:
+            self._digest = _digest(self._parts)
+        return self._digest.hex()
 
-    @cached_property
+    @property
     def id(self) -> int:
         """Integer in [0, 2^63) of what is said, instructions left out."""
         if any(part.instructs for part in self._parts):
@@ -106,18 +118,26 @@ class Content:
     @property
     def text(self) -> str:
         """All texts, one after the other, instructions left out."""
-        texts = (part.said for part in self._parts if part.kind == "text" and not part.instructs)
-        return "".join(said for said in texts if isinstance(said, str))
+        return "".join(str(part.said) for part in self._parts if part.kind == "text" and not part.instructs)
 
     @property
     def pixels(self) -> int:
-        """Pixels of all media, from their headers; 1 for a medium that would have to be decoded."""
+        """The number of pixels of all media; a medium that is no PIL image counts as 1."""
         return sum(part.pixels for part in self._parts)
 
     @property
     def shows_video(self) -> bool:
         """Whether there is a video: in some families nobody can tell whose its frames are in a batch."""
         return any(part.kind == "video" for part in self._parts)
+
+
+def takes_contents(model: Any) -> bool:
+    """Whether ``encode`` of a model is ours, which takes contents in place of inputs and does not hash them again.
+
+    The method is asked, not the model: a wrapper, or a subclass with another ``encode``, gets the inputs themselves.
+    """
+    ours = getattr(getattr(type(model), "encode", None), "takes_contents", False)
+    return ours and "encode" not in getattr(model, "__dict__", {})
 
 
 def fingerprint(item: Any, *, read_files: bool = True) -> str:
@@ -203,7 +223,9 @@ def _parts(item: Any, read_files: bool) -> Iterator[Part]:
 def _message_parts(message: Mapping[str, Any], read_files: bool) -> Iterator[Part]:
     instructs = message["role"] == "system"  # images of such a message are content all the same
     if message["role"] != "user":
-        yield Part("role", str(message["role"]), instructs=instructs)
+        role = str(message["role"])
+        role.encode()  # half a surrogate pair is no role
+        yield Part("role", role, instructs=instructs)
     for part in _said(message["content"], read_files):
         yield part if part.kind in _MEDIA or not instructs else part._replace(instructs=True)
 

@@ -94,9 +94,9 @@ def _array_digest(array: np.ndarray) -> bytes:
 def _file_digest(path: str | Path) -> bytes:
     """Digest of a file, which is read once as long as it stays the same file, unchanged.
 
-    What tells that: device, number, size, and the times of the last change of content and of anything, the second of
+    Its device, number, size and two times tell that: the last change of its content, and the last change of anything,
     which no program sets. A file that changed less than two seconds ago may change again within one tick of the clock,
-    so it is read each time. What remains is a file system without numbers or with a clock of its own that runs slow.
+    so it is read each time. This can fail only on a file system that has no such numbers, or whose own clock runs slow.
     """
     try:
         status = Path(path).stat()

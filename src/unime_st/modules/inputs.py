@@ -274,24 +274,34 @@ def names_an_image(text: str, row: int) -> bool:
 
 
 def contents_of(inputs: Sequence[Any], rows: Sequence[int]) -> list[Content]:
-    """Find out what each input says, with the caller's row numbers for errors; a :class:`Content` passes through."""
+    """The door: what each input says, told once; one whose content is known already passes through.
+
+    Args:
+        inputs: What the caller gave, or contents of it.
+        rows: the caller's numbers of them, for errors.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        TypeError: an input of another kind.
+        ValueError: an image that cannot be read.
+    """
+    named = [named_input(item, row) for row, item in zip(rows, inputs, strict=True)]
     return [
-        item if isinstance(item, Content) else content_of(named_input(item, row), row)
-        for row, item in zip(rows, inputs, strict=True)
+        item if isinstance(item, Content) else _content(item, given, row)
+        for row, item, given in zip(rows, inputs, named, strict=True)
     ]
 
 
 def named_input(item: Any, row: int) -> Any:
-    """Name what a bare string is, an image or a text; of a :class:`Content` take the input that it was made of."""
+    """What the model is given: of a bare string, the image that it names or the text that it is."""
     if isinstance(item, Content):
-        return item.item
+        return item.named
     return {"image" if names_an_image(item, row) else "text": item} if isinstance(item, str) else item
 
 
-def content_of(named: Any, row: int) -> Content:
-    """The :class:`Content` of a :func:`named_input`; errors name the row."""
+def _content(item: Any, named: Any, row: int) -> Content:
     try:
-        return Content(named)
+        return Content(item, named=named)
     except UnicodeError as error:  # made of more than a text
         raise ValueError(f"Row {row}: {error}") from error
     except (OSError, TypeError, ValueError) as error:

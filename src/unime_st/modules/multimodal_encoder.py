@@ -27,7 +27,6 @@ from unime_st.modules.inputs import (
     Message,
     as_messages,
     checked_text,
-    content_of,
     named_input,
     refuse_placeholders,
     says_nothing,
@@ -227,6 +226,7 @@ class MultimodalEncoder(Transformer):
         prompt: str | None = None,
         processing_kwargs: Any = None,
         row_numbers: Sequence[int] | None = None,
+        contents: Sequence[Content] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Turn inputs into features.
@@ -237,6 +237,7 @@ class MultimodalEncoder(Transformer):
             processing_kwargs: as in the stock module.
             row_numbers: the caller's numbers of the inputs, as ``encode`` gives them, for errors; blank texts are taken
                 then, as stock code does. None counts from 0, and refuses them.
+            contents: what the inputs say, where that is known already, as ``encode`` gives it.
             **kwargs: arguments of the stock module; ``max_length`` bounds the tokens of a row.
 
         Returns:
@@ -249,7 +250,7 @@ class MultimodalEncoder(Transformer):
         if not len(inputs):
             return {}
         try:
-            return self._preprocess(inputs, prompt, processing_kwargs, row_numbers, **kwargs)
+            return self._preprocess(inputs, prompt, processing_kwargs, row_numbers, contents, **kwargs)
         except (OSError, TypeError, ValueError) as error:
             if row_numbers is None:
                 error.add_note(told_row(error, inputs))
@@ -261,6 +262,7 @@ class MultimodalEncoder(Transformer):
         prompt: str | None,
         processing_kwargs: Any,
         row_numbers: Sequence[int] | None,
+        contents: Sequence[Content] | None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         if prompt is not None:
@@ -269,7 +271,15 @@ class MultimodalEncoder(Transformer):
         opened: dict[Any, Any] = {}
         rows = range(len(inputs)) if row_numbers is None else row_numbers
         asked_for = {"allow_remote_images": allow, "allow_blank": row_numbers is not None}
-        named = [named_input(item, row) for row, item in zip(rows, inputs, strict=True)]
+        given: Sequence[Content | None] = contents or [None] * len(inputs)
+        known = [  # nothing, of an input that a subclass has put in another's place
+            content if content is not None and content.item is item else None
+            for content, item in zip(given, inputs, strict=True)
+        ]
+        named = [
+            content.named if content is not None else named_input(item, row)
+            for row, item, content in zip(rows, inputs, known, strict=True)
+        ]
         messages = [as_messages(item, row, opened=opened, **asked_for) for row, item in zip(rows, named, strict=True)]
         blank = [row for row, message in zip(rows, messages, strict=True) if says_nothing(message)]
         if blank and not self._told_of_blanks:
@@ -293,13 +303,10 @@ class MultimodalEncoder(Transformer):
             features["mm_token_type_ids"] = torch.zeros_like(features["mm_token_type_ids"])  # all are words
         if "num_images_per_sample" in features and "batch_num_images" in self._declared_forward_params:
             features["batch_num_images"] = features["num_images_per_sample"]
-        contents = [
-            item if isinstance(item, Content) else content_of(given, row)
-            for row, item, given in zip(rows, inputs, named, strict=True)
-        ]
-        features[_CONTENT_KEY] = torch.tensor([content.id for content in contents], dtype=torch.long)
+        told = [content or Content(item, named=name) for item, name, content in zip(inputs, named, known, strict=True)]
+        features[_CONTENT_KEY] = torch.tensor([content.id for content in told], dtype=torch.long)
         if self.share_prefixes and shares_prefixes(self.model):
-            features[PREFIX_KEY] = self._prefix_keys(features["input_ids"], [content.media for content in contents])
+            features[PREFIX_KEY] = self._prefix_keys(features["input_ids"], [content.media for content in told])
         return features
 
     def _processed(

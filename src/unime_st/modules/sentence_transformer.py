@@ -48,8 +48,6 @@ class MultimodalSentenceTransformer(SentenceTransformer):
     model_card_data_class = EncoderCardData
     numbers_rows = True
     """``preprocess`` takes ``row_numbers``, the caller's, for its errors."""
-    takes_contents = True
-    """``encode`` takes inputs as :class:`~unime_st.identity.content.Content` too, and does not hash them again."""
 
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, *_: Any, **__: Any) -> Any:
@@ -81,6 +79,8 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         if kwargs.get(_WORKERS) and "fork" not in torch.multiprocessing.get_all_start_methods():
             raise ValueError(f"`{_WORKERS}={kwargs[_WORKERS]}`, but processes cannot be forked here. Leave it out.")
         return super().encode(*args, **kwargs)
+
+    encode.takes_contents = True  # type: ignore[attr-defined] # see `identity.content.takes_contents`
 
     @torch.inference_mode()
     def _inference(self, inputs: list[Any], **kwargs: Any) -> Any:
@@ -114,7 +114,8 @@ class MultimodalSentenceTransformer(SentenceTransformer):
             # not `self.preprocess`, which tries again without the prompt when an input is of a wrong type
             numbers = (order.distinct[batch] + first_row).tolist()
             contents = [order.contents[place] for place in batch]
-            return encoder.preprocess(contents, kwargs["prompt"], row_numbers=numbers, **options)
+            items = [content.item for content in contents]
+            return encoder.preprocess(items, kwargs["prompt"], row_numbers=numbers, contents=contents, **options)
 
         parts: list[torch.Tensor] = []
         encoded_places: list[np.ndarray] = []

@@ -45,7 +45,7 @@ class PairsTraining:
         seed: Of the split, LoRA's start and the order of rows.
 
     Raises:
-        TypeError: When a number is none.
+        TypeError: When a setting that must be a number is not one.
         ValueError: When a number is out of range.
     """
 
@@ -85,7 +85,7 @@ class PairsTraining:
         Args:
             output_dir: Of the checkpoints.
             rows: To train on.
-            use_cpu: Whether a GPU is left alone.
+            use_cpu: Whether to train on the CPU even if there is a GPU.
         """
         bf16 = self.bf16 if self.bf16 is not None else not use_cpu and torch.cuda.is_available()
         arguments = SentenceTransformerTrainingArguments(

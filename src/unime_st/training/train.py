@@ -44,7 +44,7 @@ class TrainedPairs(NamedTuple):
         encoder: Folder of the exported encoder, a stock checkpoint.
         report: The HTML page; ``report.md`` and ``report.json`` lie beside it.
         before: Metrics on the held-out rows before training.
-        after: And after.
+        after: Metrics on the held-out rows after training.
     """
 
     encoder: Path

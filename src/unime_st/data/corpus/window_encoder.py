@@ -10,7 +10,7 @@ import numpy as np
 
 from unime_st.embedding.broken import ITEM_ERRORS, BrokenInputError, shown
 from unime_st.features import forget_kept_features
-from unime_st.identity.content import Content
+from unime_st.identity.content import Content, takes_contents
 
 _ENTRY_BYTES = 256  # of a remembered embedding, besides its numbers: key, bytes objects, place in the dictionary
 
@@ -104,8 +104,7 @@ class WindowEncoder:
         return embeddings
 
     def _encode(self, contents: list[Content], rows: list[int]) -> np.ndarray:
-        knows = getattr(self.model, "takes_contents", False)
-        items: list[Any] = contents if knows else [content.item for content in contents]
+        items: list[Any] = contents if takes_contents(self.model) else [content.item for content in contents]
         try:
             found = self.model.encode(items, show_progress_bar=False, **self.options)
         except ITEM_ERRORS:

@@ -19,6 +19,7 @@ from unime_st.embedding.approximate import NearestTargets
 from unime_st.embedding.neighbors import DEPTH, Forbidden, Nearest, approximate_nearest, exact_nearest
 from unime_st.embedding.store import EmbeddingStore
 
+_TIMES_KEPT = 16
 _WITHOUT_FAISS = "`search='faiss'` needs faiss: pip install faiss-cpu (the extra `ann`), or use `search='exact'`."
 
 
@@ -121,7 +122,8 @@ class Miner:
 
     def _index(self, numbers: np.ndarray) -> tuple[np.ndarray, tuple[NearestTargets, torch.Tensor] | None]:
         """Targets of a data set; with ``search="faiss"`` the index of many, and which of them can be read."""
-        if self._settings.search != "faiss" or len(numbers) <= DEPTH:
+        few = max(DEPTH, _TIMES_KEPT * self._settings.range_max)  # an index would miss some of so large a share
+        if self._settings.search != "faiss" or len(numbers) <= few:
             return numbers, None
         targets = self._reader(numbers)(np.arange(len(numbers)))
         usable = ~targets.isnan().any(dim=1)

@@ -44,7 +44,7 @@ def build_pairs(  # noqa: PLR0917
     """Make the rows.
 
     Args:
-        source: For messages.
+        source: The source that messages name.
         query: Columns of the query.
         target: Columns of the target.
         negatives: Columns of explicit negatives.
@@ -187,7 +187,7 @@ def _lists(parts: Sequence[pa.Array]) -> pa.ListArray:
 def _negatives(
     source: Source, columns: Sequence[Cells], source_rows: np.ndarray, count: int | None
 ) -> dict[str, tuple[pa.ChunkedArray, Any]]:
-    """Explicit negatives, equally many a row: a row with fewer has some of its own twice, which count once."""
+    """Explicit negatives, equally many for each row: a row with fewer repeats some, and each counts once."""
     if not columns or count == 0:
         return {}
     if len({(cells.image, str(cells.values.type)) for cells in columns}) > 1:

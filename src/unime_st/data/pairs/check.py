@@ -40,11 +40,11 @@ def check_pairs(
         dataset: Of :func:`~unime_st.data.load_pairs` or :func:`~unime_st.data.with_images`, or texts alone.
         model: Counts tokens: an encoder, whose prompt and images count too; or a tokenizer, or the name or folder of a
             backbone or encoder, by whose tokenizer texts alone are counted, without loading weights.
-        name: Of the data in the report; None for that of its source.
+        name: The name of the data in the report; None takes the name of the source.
         batch_size: Rows a step, for the estimate of steps.
-        num_train_epochs: For the same.
+        num_train_epochs: The number of epochs, for the same estimate.
         max_seq_length: Tokens that an input may have; None for the model's.
-        open_images: Decode every image; False looks only whether the files are there.
+        open_images: Decode every image; False only checks that the files are there.
         show_progress_bar: Count rows.
 
     Returns:

@@ -36,7 +36,7 @@ def unreadable_rows(
     Args:
         rows: As they are stored.
         reader: Opens the images.
-        open_images: Decode them; False looks only whether the files are there.
+        open_images: Decode them; False only checks that the files are there.
         show_progress_bar: Count rows.
 
     Returns:

@@ -23,7 +23,7 @@ class LoadedInputs:
     """Pairs of id and input, in the order of the rows; images are named, and opened by what encodes them.
 
     Attributes:
-        columns: That the inputs are made of.
+        columns: The columns that the inputs are made of.
     """
 
     def __init__(self, rows: Dataset, ids: list[str], columns: tuple[str, ...], closed: PairReader) -> None:
@@ -66,7 +66,7 @@ def load_inputs(
         out.
 
     Raises:
-        ValueError: As of :func:`~unime_st.data.load_pairs`.
+        ValueError: In the cases that :func:`~unime_st.data.load_pairs` lists.
 
     Example:
         >>> list(load_inputs(Dataset.from_dict({"name": ["p1"], "text": ["a red bus"]}), id_column="name"))

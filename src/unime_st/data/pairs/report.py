@@ -16,7 +16,7 @@ class Finding:
     Attributes:
         row: Its number in the data set.
         place: File and line, where known.
-        column: Of it.
+        column: The column of the row.
         what: The image and what is wrong with it, or what else was found.
     """
 
@@ -31,8 +31,8 @@ class Shared:
     """Rows that have a content in common with others.
 
     Attributes:
-        contents: That several rows have.
-        rows: That have one of them.
+        contents: The number of contents that several rows have.
+        rows: The number of rows that have one of them.
         pairs: Pairs of rows that are false negatives of each other by it.
         largest: Rows of the content that most have.
         examples: Places of the rows of the largest ones.

@@ -208,11 +208,12 @@ def _fill_store(
     first_rows = np.sort(np.unique(by_row, return_index=True)[1])  # of each distinct text
     options = prompt_options(teacher, prompt, prompt_name, what="teacher")
     identity = {"teacher": teacher_name or teacher_identity(teacher), "prompt": ""} | options
+    asked = {} if prompt is None and prompt_name is None else options  # a teacher knows its default itself
     store = EmbeddingStore(teacher_folder(folder, identity))
 
     def embed(places: np.ndarray) -> np.ndarray:
         chunk = [texts[row] for row in first_rows[places].tolist()]
-        found = teacher.encode(chunk, batch_size=batch_size, show_progress_bar=False, **options)
+        found = teacher.encode(chunk, batch_size=batch_size, show_progress_bar=False, **asked)
         embeddings = np.asarray(found, dtype=np.float32)
         check_embeddings(embeddings, chunk, first_rows[places], store.dimension)
         return embeddings
