@@ -82,6 +82,40 @@ def test_the_number_of_steps_counts_and_not_that_of_passes(caplog):
             assert len(told(caplog)) == count
 
 
+def alike(loss, step):
+    loss.global_step = step
+    loss.compute_loss_from_embeddings([torch.ones(4, 3), torch.ones(4, 3)])
+    loss.look_back()
+
+
+def test_a_loss_that_sees_few_of_the_steps_is_judged_by_as_many(caplog):
+    loss = HardNegativeInfoNCELoss(None)
+    with caplog.at_level(logging.WARNING):
+        for step in range(0, 10 * STEPS, 10):
+            alike(loss, step)
+        assert not told(caplog)
+        alike(loss, 10 * STEPS)
+    assert told(caplog)
+
+
+def test_the_hardest_are_not_blamed_while_all_are_compared(caplog):
+    loss = HardNegativeInfoNCELoss(None, num_hard_negatives=1, hard_negatives_warmup_steps=3 * STEPS)
+    with caplog.at_level(logging.WARNING):
+        for step in range(4 * STEPS):
+            alike(loss, step)
+        assert not told(caplog)
+        alike(loss, 4 * STEPS)
+    assert f"more than the {3 * STEPS} of now" in told(caplog)[0]
+
+
+def test_another_training_is_judged_from_its_beginning(caplog):
+    loss = HardNegativeInfoNCELoss(None)
+    with caplog.at_level(logging.WARNING):
+        for step in (*range(STEPS), *range(STEPS)):
+            alike(loss, step)
+        assert not told(caplog)
+
+
 def test_evaluation_is_not_judged(caplog):
     loss = HardNegativeInfoNCELoss(None, num_hard_negatives=2, margin=None)
     alike = [torch.ones(4, 3), torch.ones(4, 3)]

@@ -367,6 +367,7 @@ def test_unknown_images_warn_once_unless_labelled(text_model, caplog, labels):
         ({"directions": ("doc_to_query",)}, "`directions=.*they must be"),
         ({"directions": ("query_to_doc", "query_to_query")}, "queries are not compared with queries"),
         ({"hardness_mode": "hardest"}, "`hardness_mode='hardest'`.*in_batch_negatives, hard_negatives"),
+        ({"hardness_mode": "all_negatives"}, "weights nothing with `hardness_strength=0.0`. Give a strength"),
         ({"hardness_strength": 9.0}, "weights nothing with `hardness_mode=None`. Say which"),
         ({"hardness_mode": "all_negatives", "hardness_strength": -1.0}, "`hardness_strength=-1.0`"),
         ({"hardness_mode": "all_negatives", "hardness_strength": float("inf")}, "finite number"),

@@ -67,6 +67,42 @@ def check_hardness(mode: str | None, strength: float) -> None:
             f"`hardness_strength={strength}` weights nothing with `hardness_mode=None`. Say which negatives to weight: "
             f"{', '.join(HARDNESS_MODES)}."
         )
+    if mode is not None and not strength:
+        raise ValueError(
+            f"`hardness_mode={mode!r}` weights nothing with `hardness_strength={strength}`. Give a strength above 0 (5 "
+            "to 9 is usual), or leave the mode at None."
+        )
+
+
+def check_negative_selection(selection: str, k: int | None) -> None:
+    """Refuse an unknown way of choosing negatives, and a draw of all of them."""
+    if selection not in ("hardest", "random"):
+        raise ValueError(f"`negative_selection={selection!r}`, but it must be 'hardest' or 'random'.")
+    if selection == "random" and k is None:
+        raise ValueError("`negative_selection='random'` needs a `num_hard_negatives`: None keeps all of them.")
+
+
+def check_offered(k: int | None, offered: int, *, gathers: bool) -> None:
+    """Refuse a number of negatives that a batch with so many candidates beside the positive cannot meet."""
+    if k is None or k <= offered:
+        return
+    gathered = "" if gathers else ", set `gather_across_devices=True` on several processes"
+    raise ValueError(
+        f"`num_hard_negatives={k}`, but each query has only {offered} candidates besides its positive. Lower it (None "
+        f"keeps all), raise `per_device_train_batch_size`{gathered}, or add explicit negatives. If this is the small "
+        "last batch of an epoch, met first after resuming, set `dataloader_drop_last=True`."
+    )
+
+
+def require_step(warmup_steps: int, step: int | None) -> int:
+    """The step that a warm-up is in, or what to do when nobody tells it."""
+    if step is None:
+        raise ValueError(
+            f"`hard_negatives_warmup_steps={warmup_steps}`, but nobody tells the loss which step it is in. Give the "
+            "Trainer `callbacks=[LossMetricsCallback(loss)]` (from `unime_st.losses`), or in a training loop of your "
+            "own set `loss.global_step` (of this loss, not of one around it) before each step."
+        )
+    return step
 
 
 def few_of_a_small_batch(k: int | None, candidates: int) -> str:

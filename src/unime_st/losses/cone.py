@@ -18,19 +18,20 @@ class ConeWatch:
     """Averages similarities over windows of :data:`STEPS` steps, on the device, and judges each window that ends."""
 
     def __init__(self) -> None:
-        self._passes = 0
-        self._first = 0
+        self._last = -1  # the step of the last pass
+        self._steps = 0  # of the window
         self._window: list[Tensor] = []  # sums of positives and of negatives, and how many
         self._ended: list[Tensor] = []
 
     def record(self, positive: Tensor, negative: Tensor, step: int | None) -> None:
         """Add a forward pass, of a training step by its number or, if nobody tells it, one more step."""
-        step = self._passes if step is None else step
-        self._passes += 1
-        if not self._window or step < self._first:  # the first pass, or a new training
-            self._first, self._window = step, []
-        elif step - self._first >= STEPS:
-            self._first, self._ended, self._window = step, self._window, []
+        step = self._last + 1 if step is None else step
+        if step < self._last:  # a new training
+            self._steps, self._window = 0, []
+        if step != self._last and self._steps == STEPS:
+            self._steps, self._ended, self._window = 0, self._window, []
+        self._steps += step != self._last or not self._window
+        self._last = step
         told = [positive, negative, positive.new_ones(())]
         self._window = [old + new for old, new in zip(self._window, told, strict=True)] if self._window else told
 

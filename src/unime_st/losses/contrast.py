@@ -105,7 +105,7 @@ def _summed(negatives: functional.HardNegatives) -> tuple[Tensor, ...]:
     """Sum each row's similarities to its negatives; count those kept, dropped by margin and by identity, ``(q,)``."""
     kept = negatives.scores > -torch.inf  # (q, K)
     total = negatives.scores.masked_fill(~kept, 0.0).sum(dim=1)
-    return total, kept.sum(dim=1), negatives.filtered_by_margin, negatives.filtered_by_identity
+    return total, kept.sum(dim=1, dtype=torch.int32), negatives.filtered_by_margin, negatives.filtered_by_identity
 
 
 @torch.no_grad()

@@ -21,8 +21,11 @@ from unime_st.losses.checks import (
     check_hard_negatives_warmup,
     check_hardness,
     check_labels,
+    check_negative_selection,
     check_number_of_negatives,
+    check_offered,
     few_of_a_small_batch,
+    require_step,
 )
 from unime_st.losses.cone import ConeWatch
 from unime_st.losses.contrast import Contrast, means
@@ -178,10 +181,7 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         check_hard_negatives_warmup(hard_negatives_warmup_steps, num_hard_negatives)
         check_hardness(hardness_mode, hardness_strength)
         functional.check_margin(margin)
-        if negative_selection not in ("hardest", "random"):
-            raise ValueError(f"`negative_selection={negative_selection!r}`, but it must be 'hardest' or 'random'.")
-        if negative_selection == "random" and num_hard_negatives is None:
-            raise ValueError("`negative_selection='random'` needs a `num_hard_negatives`: None keeps all of them.")
+        check_negative_selection(negative_selection, num_hard_negatives)
         self.temperature = functional.check_temperature("temperature", temperature)
         self.margin = margin
         self.num_hard_negatives = num_hard_negatives
@@ -286,11 +286,12 @@ class HardNegativeInfoNCELoss(InBatchLoss):
                 loss = (loss + contrast.doc_to_query(scores, some_rows)) / 2
             return loss, *told
 
-        at_once = functional.rows_at_once(len(candidates))
+        at_once = functional.rows_at_once(len(candidates) + both * len(all_queries))
         loss, *told = functional.by_rows(by_row, [queries, positives, rows], at_once)
         metrics = means(told)
         self.record_metrics(metrics)
-        if self._cone is not None and self.training and torch.is_grad_enabled():
+        warming_up = k != self.num_hard_negatives
+        if self._cone is not None and not warming_up and self.training and torch.is_grad_enabled():
             self._cone.record(metrics["positive_similarity"], metrics["negative_similarity"], self.global_step)
         return loss.mean()
 
@@ -298,13 +299,8 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         """The number of negatives that this pass keeps; None, all, while training warms up."""
         if not (self.hard_negatives_warmup_steps and self.training and torch.is_grad_enabled()):
             return self.num_hard_negatives
-        if self.global_step is None:
-            raise ValueError(
-                f"`hard_negatives_warmup_steps={self.hard_negatives_warmup_steps}`, but nobody tells the loss which "
-                "step it is in. Give the Trainer `callbacks=[LossMetricsCallback(loss)]` (from `unime_st.losses`), or "
-                "in a training loop of your own set `loss.global_step` before each step."
-            )
-        return None if self.global_step < self.hard_negatives_warmup_steps else self.num_hard_negatives
+        step = require_step(self.hard_negatives_warmup_steps, self.global_step)
+        return None if step < self.hard_negatives_warmup_steps else self.num_hard_negatives
 
     def _check_number_of_candidates(self, num_candidates: int) -> None:
         """Refuse a `num_hard_negatives` the first training batch cannot meet; by shapes alone, so no sync."""
@@ -315,14 +311,7 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         advice = "" if self.hard_negatives_warmup_steps else few_of_a_small_batch(self.num_hard_negatives, offered)
         if advice and distributed.rank() == 0:
             logger.warning(advice)
-        if self.num_hard_negatives is not None and self.num_hard_negatives > offered:
-            gathered = "" if self.gather_across_devices else ", set `gather_across_devices=True` on several processes"
-            raise ValueError(
-                f"`num_hard_negatives={self.num_hard_negatives}`, but each query has only {offered} candidates besides "
-                f"its positive. Lower it (None keeps all), raise `per_device_train_batch_size`{gathered}, or add "
-                "explicit negatives. If this is the small last batch of an epoch, met first after resuming, set "
-                "`dataloader_drop_last=True`."
-            )
+        check_offered(self.num_hard_negatives, offered, gathers=self.gather_across_devices)
 
     def look_back(self) -> None:
         """Say once that embeddings stay in a cone."""
