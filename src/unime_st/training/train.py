@@ -121,7 +121,8 @@ def train_pairs(
     before = _before(output / _BEFORE, evaluator, model)
     log = _train(model, train, arguments, settings, evaluator)
     after = _metrics(evaluator, model)
-    return from_rank_zero(lambda: _finish(model, output, told, report, evaluator, before, after, log))
+    with explained_write_errors(output / "checkpoints"):
+        return from_rank_zero(lambda: _finish(model, output, told, report, evaluator, before, after, log))
 
 
 def _told(
