@@ -45,6 +45,7 @@ def test_examples_parse():
         ["info", "model", "other"],
         ["search", "corpus", "--model", "m"],
         ["search", "corpus", "text", "--top-k", "0", "--model", "m"],
+        ["search", "corpus", " ", "--model", "m"],
     ],
 )
 def test_a_wrong_command_line_is_exit_code_2(arguments, capsys):
@@ -61,6 +62,33 @@ def test_errors_are_one_line_unless_a_traceback_is_asked_for(tmp_path, capsys):
     assert told.out == ""
     assert main(["check", str(tmp_path / "rows.csv"), "--traceback"]) == 1
     assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["train", "--output", "run", "--backbone"], ["check", "--backbone"]])
+def test_a_model_that_is_not_there_is_named(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text("query,target\n" + "".join(f"q{n},t{n}\n" for n in range(10)))
+    assert main([command[0], "rows.csv", *command[1:], "no/such"]) == 1
+    told = capsys.readouterr().err
+    assert f"unime {command[0]}: error: no/such" in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("num_train_epochs", 0),
+        ("num_train_epochs", float("inf")),
+        ("max_steps", -5),
+        ("temperature", 0),
+        ("max_seq_length", 0),
+        ("num_hard_negatives", 0),
+        ("seed", -1),
+    ],
+)
+def test_settings_are_refused_before_anything_is_loaded(setting, value):
+    with pytest.raises(ValueError, match=f"`{setting}={value}`, but it must be"):
+        PairsTraining(**{setting: value})
 
 
 def test_defaults_are_those_of_the_settings():

@@ -82,6 +82,13 @@ def test_export_writes_a_stock_checkpoint(backbone, tmp_path, capsys):
     assert "is a saved encoder, which keeps its max_pixels" in capsys.readouterr().err
 
 
+def test_an_encoder_is_not_exported_over_itself(trained, capsys):
+    encoder = str(trained / "encoder")
+    assert main(["export", encoder, "--output", encoder]) == 1
+    assert "is the model itself" in capsys.readouterr().err
+    assert (trained / "encoder" / "training.json").is_file()
+
+
 def test_evaluate_gives_the_evaluators_numbers(trained, pairs, tmp_path, capsys):
     arguments = ["evaluate", str(trained / "encoder"), str(pairs), "--device", "cpu", "--json"]
     assert main([*arguments, "--output", str(tmp_path / "results")]) == 0

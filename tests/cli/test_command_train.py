@@ -62,6 +62,8 @@ def test_held_out_rows_are_apart_and_evaluated_before_and_after(trained, pairs, 
     assert len(evaluator.images) == 7
     report = (trained / "report.md").read_text()
     assert "recall before and after" in report
+    assert "| text to image R@1 |" in report
+    assert "plan:" not in report  # of another number of rows and epochs
     assert "caption asks for image" in report
     assert (trained / "report.html").is_file()
 
@@ -83,6 +85,21 @@ def test_another_command_in_the_same_folder_is_refused(trained, pairs, backbone,
     other = draw(tmp_path / "photos", 23)
     assert main(["train", str(other), *arguments[2:]]) == 1
     assert "`data_checksum` was" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_the_trainers_is_refused(pairs, backbone, tmp_path, capsys):
+    arguments = [
+        "train",
+        str(pairs),
+        "--backbone",
+        str(backbone("qwen2_vl")),
+        "--output",
+        str(tmp_path / "run"),
+        *TRAIN,
+    ]
+    assert main([*arguments, "--device", "nonsense"]) == 1
+    assert "`device='nonsense'`, but training is on '" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_bad_images_are_refused_before_anything_is_loaded_or_dropped(tmp_path, backbone, capsys):

@@ -230,3 +230,36 @@ def test_a_folder_of_splits_and_hidden_images(folder):
         (place / "a.png").hardlink_to(folder / "a.png")
     (hidden.parent / "a.txt").write_text("x")
     assert len(load_pairs(hidden.parent)) == 1
+
+
+def test_arguments_that_nothing_reads(folder):
+    path = written(folder, "caption,image\nx,a.png\ny,b.png\n")
+    refused(path, "`split='train'`, but the source has no splits", split="train")
+    refused(path, "`separator=';;'`, but it must be one character", separator=";;")
+    refused(path, "`encoding='nonsense'` is not known", encoding="nonsense")
+    with pytest.raises(ValueError, match="`max_seq_length=0`, but it must be at least 1"):
+        check_pairs(load_pairs(path), max_seq_length=0)
+    with pytest.raises(ValueError, match="`num_train_epochs=inf`"):
+        check_pairs(load_pairs(path), num_train_epochs=float("inf"))
+
+
+def test_paths_of_images_are_not_taken_for_texts(folder):
+    path = written(folder, "caption,pic\nw,a.png\nx,b.png\ny,drawing.svg\nz,a.png\n")
+    sides = {"query": "caption", "target": "pic"}
+    refused(path, r"line 4, column 'pic' holds 'drawing.svg', but most cells .*`image_columns=\"pic\"`", **sides)
+    assert load_pairs(path, **sides, image_columns=[])[2]["positive"] == {"text": "drawing.svg"}
+    assert [bad.place for bad in check_pairs(load_pairs(path, **sides, image_columns="pic")).bad_images] == [
+        "rows.csv, line 4"
+    ]
+
+
+def test_two_tables_of_one_folder(folder):
+    written(folder, "file_name,text\na.png,x\n", "metadata.csv")
+    written(folder, '{"file_name": "a.png", "text": "y"}\n', "metadata.jsonl")
+    refused(folder, "holds metadata.csv, metadata.jsonl. Give the one to read")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"query": ' + "9" * 5000 + "}"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_json_that_python_does_not_read(content, name, folder):
+    refused(written(folder, content, name), rf"{name}.* is no JSON")

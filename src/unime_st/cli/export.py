@@ -26,6 +26,8 @@ def run(given: argparse.Namespace) -> int:
     from unime_st.modules import build_encoder, export_encoder, load_encoder
     from unime_st.published import PUBLISHED
 
+    if Path(given.output).exists() and Path(given.output).resolve() == Path(given.model).resolve():
+        raise ValueError(f"{given.output} is the model itself. Give another folder.")
     options = {"prompt_template": given.prompt_template, "max_pixels": given.max_pixels}
     if given.model in PUBLISHED or (Path(given.model) / "modules.json").is_file():
         if named := [name for name, value in options.items() if value is not None]:

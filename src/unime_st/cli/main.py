@@ -74,8 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.traceback:
             traceback.print_exc()
         else:
-            sys.stderr.write(f"unime {given.command}: error: {error}\n")
+            sys.stderr.write(f"unime {given.command}: error: {_named(error, given)}\n")
         return 1
+
+
+def _named(error: Exception, given: argparse.Namespace) -> str:
+    """What an error says; one of the Hub's, which does not say of which model it is, after its name."""
+    names = [name for name in (getattr(given, key, None) for key in ("backbone", "model")) if isinstance(name, str)]
+    of_hub = isinstance(error, OSError) and error.errno is None
+    return f"{names[0]}: {error}" if of_hub and names and names[0] not in str(error) else str(error)
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -30,11 +30,9 @@ def columns_of(text: str | None) -> str | list[str] | None:
     return names[0] if len(names) == 1 else names
 
 
-def add_data_options(parser: argparse.ArgumentParser, *, argument: str = "data") -> None:
+def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Options of reading pairs, with the names of :func:`~unime_st.data.load_pairs`."""
-    parser.add_argument(
-        argument, metavar=argument.upper(), help="a .csv, .tsv, .jsonl or .parquet file, a folder of images, ..."
-    )
+    parser.add_argument("data", metavar="DATA", help="a .csv, .tsv, .jsonl or .parquet file, a folder of images, ...")
     group = parser.add_argument_group("how the data are read")
     group.add_argument("--query", help="its column, or several parted by commas, such as image,question")
     group.add_argument("--target", help="its column or columns, likewise")

@@ -29,7 +29,7 @@ def run(given: argparse.Namespace) -> int:
     from unime_st.data import load_corpus
     from unime_st.modules import load_encoder
 
-    if not given.text and not given.image:
+    if not (given.text or "").strip() and not given.image:
         raise UsageError("nothing to search by: give a text, --image, or both")
     if given.top_k < 1:
         raise UsageError(f"--top-k {given.top_k}, but at least one row is to be shown")

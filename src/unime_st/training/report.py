@@ -37,8 +37,16 @@ def write_report(
     """
     report = Report(f"{results['data']} on {Path(results['backbone']).name}")
     before, after = results["before"], results["after"]
-    rows = [[name, before.get(name), value] for name, value in after.items() if "recall@" in name]
-    report.add_table("Held-out pairs: recall before and after", ["metric", "before", "after"], rows, percent=True)
+    by_chance = evaluator.chance() if isinstance(evaluator, ImageTextRetrievalEvaluator) else {}
+    rows = []
+    for name, value in after.items():
+        metric = name.removeprefix("held_out_")
+        if "recall@" in metric:
+            shown = metric.replace("_recall@", " R@").replace("_", " ")
+            rows.append([shown, by_chance.get(metric), before.get(name), value])
+    columns = ["metric", "chance", "before", "after"]
+    note = f"{results['rows']['held_out']} rows; chance is that of a random order."
+    report.add_table("Held-out pairs: recall before and after", columns, rows, percent=True, note=note)
     steps = [entry for entry in log if "loss" in entry]
     try:
         curve = ([entry["step"] for entry in steps], [entry["loss"] for entry in steps])
@@ -46,11 +54,15 @@ def write_report(
     except ImportError:
         logger.info("No plot of the loss, for matplotlib is not installed (extra `eval`).")
     columns = ["step", "loss", "positive_similarity", "hard_negative_similarity", "false_negatives_filtered"]
-    report.add_table("Steps", columns, [{name: entry.get(name) for name in columns} for entry in steps[-20:]])
+    report.add_table(
+        "The last steps logged", columns, [{name: entry.get(name) for name in columns} for entry in steps[-20:]]
+    )
     if isinstance(evaluator, ImageTextRetrievalEvaluator):
         add_retrieval(report, evaluator, after, model="after")
     report.add_table("The data", ["found"], [[line.strip()] for line in str(checked).splitlines()])
-    report.add_settings({name: value for name, value in results.items() if name not in ("before", "after")})
+    settings = {name: value for name, value in results.items() if name not in ("before", "after")}
+    settings["rows"] = ", ".join(f"{count} {part.replace('_', ' ')}" for part, count in results["rows"].items())
+    report.add_settings(settings)
     return report.write(folder)
 
 

@@ -69,10 +69,18 @@ class PairsTraining:
 
     def __post_init__(self) -> None:
         require_number("per_device_train_batch_size", self.per_device_train_batch_size, least=2)
-        require_number("num_train_epochs", self.num_train_epochs, least=0, whole=False)
-        require_number("learning_rate", self.learning_rate, least=0, whole=False)
-        require_number("rank", self.rank, least=1)
-        require_number("save_steps", self.save_steps, least=1, optional=True)
+        for name in ("num_train_epochs", "learning_rate", "temperature"):
+            require_number(name, getattr(self, name), above=0, whole=False)
+            if getattr(self, name) == math.inf:
+                raise ValueError(f"`{name}=inf`, but it must be finite.")
+        if self.max_steps != -1:
+            require_number("max_steps", self.max_steps, least=1)
+        for name in ("rank", "mini_batch_num_tokens"):
+            require_number(name, getattr(self, name), least=1)
+        for name in ("num_hard_negatives", "max_pixels", "max_seq_length", "save_steps"):
+            require_number(name, getattr(self, name), least=1, optional=True)
+        for name in ("dataloader_num_workers", "seed"):
+            require_number(name, getattr(self, name), least=0)
 
     def steps(self, rows: int, world_size: int) -> int:
         """Steps of the run, at the most."""

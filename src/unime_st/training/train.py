@@ -93,7 +93,7 @@ def train_pairs(
     """
     settings = settings or PairsTraining()
     output = Path(output_dir)
-    report = check_pairs(pairs, batch_size=settings.per_device_train_batch_size)
+    report = replace(check_pairs(pairs), plan={})  # the steps are the run's to tell
     report.raise_for_problems()
     if eval_pairs is not None:
         check_pairs(eval_pairs).raise_for_problems()
@@ -107,6 +107,11 @@ def train_pairs(
         settings = replace(settings, per_device_train_batch_size=max(2, len(train)))
     told = _told(pairs, backbone, settings, report, {"train": len(train), "held_out": len(held)})
     arguments = settings.arguments(output / "checkpoints", len(train), use_cpu=device == "cpu")
+    if device not in (None, arguments.device.type):  # the Trainer asks nobody
+        raise ValueError(
+            f"`device={device!r}`, but training is on {arguments.device.type!r} here. Leave it out, or give 'cpu'; "
+            "which GPU it is, CUDA_VISIBLE_DEVICES says."
+        )
     from_rank_zero(lambda: _claim(output, told))
     if (done := from_rank_zero(lambda: _finished(output, told))) is not None:
         logger.info("%s holds the finished run.", output)
@@ -116,7 +121,8 @@ def train_pairs(
     before = _before(output / _BEFORE, evaluator, model)
     log = _train(model, train, arguments, settings, evaluator)
     after = _metrics(evaluator, model)
-    return from_rank_zero(lambda: _finish(model, output, told, report, evaluator, before, after, log))
+    with explained_write_errors(output / "checkpoints"):
+        return from_rank_zero(lambda: _finish(model, output, told, report, evaluator, before, after, log))
 
 
 def _told(

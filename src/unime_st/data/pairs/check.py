@@ -61,6 +61,9 @@ def check_pairs(
     """
     require_number("batch_size", batch_size, least=1)
     require_number("num_train_epochs", num_train_epochs, least=0, whole=False)
+    if num_train_epochs == math.inf:
+        raise ValueError("`num_train_epochs=inf`, but a run has an end.")
+    require_number("max_seq_length", max_seq_length, least=1, optional=True)
     stored, reader = stored_rows(dataset)
     origin = reader.origin if isinstance(reader.origin, PairOrigin) else None
 

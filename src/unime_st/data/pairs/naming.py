@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 
@@ -78,7 +77,7 @@ def find_roles(
     used = (*queries, *targets, *chosen_negatives)
     images = given["image_columns"]
     if images is None:
-        images = tuple(name for name in used if _holds_images(name, source.columns[name]))
+        images = tuple(name for name in used if _holds_images(source, name))
     return Roles(queries, targets, chosen_negatives, chosen_label, frozenset(images))
 
 
@@ -97,7 +96,7 @@ def find_side(source: Source, columns: Names, id_column: str | None) -> tuple[tu
     names = given or next(filter(None, usual), ()) or (tuple(free) if len(free) == 1 else ())
     if not names:
         raise ValueError(f"{source.name}: no column has a usual name. {_there(source)} Name the one to encode.")
-    return names, frozenset(name for name in names if _holds_images(name, source.columns[name]))
+    return names, frozenset(name for name in names if _holds_images(source, name))
 
 
 def _sides(
@@ -165,8 +164,13 @@ def _there(source: Source) -> str:
     return f"Its columns are: {', '.join(source.columns)}."
 
 
-def _holds_images(name: str, cells: list[Any] | pa.ChunkedArray) -> bool:
-    """Whether a column of strings holds paths of images: by its name, else if all that is in it ends as they do."""
+def _holds_images(source: Source, name: str) -> bool:
+    """Whether a column of strings holds paths of images: by its name, else if all that is in it ends as they do.
+
+    Raises:
+        ValueError: When most of it does and some does not: neither is to be taken for the other unasked.
+    """
+    cells = source.columns[name]
     if (found := _IMAGE_NAME.search(name.lower())) and found.end() == len(name):
         return True
     if isinstance(cells, pa.ChunkedArray):
@@ -174,8 +178,16 @@ def _holds_images(name: str, cells: list[Any] | pa.ChunkedArray) -> bool:
         if not (pa.types.is_string(inner) or pa.types.is_large_string(inner)):
             return False
         cells = cells.slice(0, _LOOKED_AT).to_pylist()
-    flat = [one for cell in cells[:_LOOKED_AT] for one in (cell if isinstance(cell, list) else [cell]) if one]
-    return bool(flat) and all(isinstance(path, str) and _ends_as_image(path) for path in flat)
+    rows = enumerate(cells[:_LOOKED_AT])
+    flat = [(row, one) for row, cell in rows for one in (cell if isinstance(cell, list) else [cell]) if one]
+    others = [(row, one) for row, one in flat if not (isinstance(one, str) and _ends_as_image(one))]
+    if others and 2 * len(others) < len(flat):
+        row, one = others[0]
+        raise ValueError(
+            f"{source.place(row, name)} holds {str(one)[:80]!r}, but most cells of the column end as images' names do. "
+            f'Mend it, or say what they are: `image_columns="{name}"`, or `image_columns=[]` if all are texts.'
+        )
+    return bool(flat) and not others
 
 
 def _ends_as_image(text: str) -> bool:

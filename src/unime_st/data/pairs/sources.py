@@ -84,6 +84,8 @@ def open_source(
     """
     if isinstance(source, DatasetDict):
         return _of_dataset(_split_of(source, split, "The data set"), "the data set", None)
+    if split is not None and not (isinstance(source, str | Path) and (Path(source) / _SAVED_SPLITS).is_file()):
+        raise ValueError(f"`split={split!r}`, but the source has no splits. Leave it out.")
     if isinstance(source, Dataset):
         return _of_dataset(source, str(source.info.dataset_name or "the data set"), None)
     if not isinstance(source, str | Path):
@@ -118,9 +120,10 @@ def _open_file(path: Path, separator: str | None, encoding: str) -> Source:
 def _open_folder(folder: Path, split: str | None, captions: bool, open_file: Callable[[Path], Source]) -> Source:
     if (folder / _SAVED_SPLITS).is_file() or (folder / _SAVED).is_file():
         return _of_dataset(_split_of(load_from_disk(str(folder)), split, str(folder)), folder.name, folder)
-    for name in _METADATA:
-        if (folder / name).is_file():
-            return open_file(folder / name)
+    if metadata := [folder / name for name in _METADATA if (folder / name).is_file()]:
+        if len(metadata) > 1:
+            raise ValueError(f"{folder} holds {', '.join(file.name for file in metadata)}. Give the one to read.")
+        return open_file(metadata[0])
     if inside := sorted({path.parent.name for name in _METADATA for path in folder.glob(f"*/{name}")}):
         raise ValueError(f"{folder} has its tables in {', '.join(inside)}. Give one of these folders.")
     images = [path for path in sorted(folder.rglob("*")) if _is_image(path.relative_to(folder)) and path.is_file()]

@@ -44,8 +44,12 @@ def read_text_table(path: Path, *, separator: str | None = None, encoding: str =
     Raises:
         ValueError: When the file is empty, is not in this encoding, or a line is none of a table's; naming the line.
     """
+    if separator is not None and len(separator) != 1:
+        raise ValueError(f"`separator={separator!r}`, but it must be one character. A .tsv is parted by tabs unasked.")
     try:
         text = path.read_bytes().decode(encoding)
+    except LookupError as error:
+        raise ValueError(f"`encoding={encoding!r}` is not known. Give one such as 'utf-16' or 'cp1252'.") from error
     except UnicodeDecodeError as error:
         other = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
         raise ValueError(
@@ -144,7 +148,7 @@ def _read_json_lines(path: Path, text: str, _: str | None) -> TextTable:
             continue
         try:
             row = json.loads(content)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # those of numbers too long are no JSONDecodeError
             raise ValueError(f"{path}, line {line} is no JSON ({error}). Mend or remove it.") from error
         rows.append(_checked_row(path, f"line {line}", row))
         lines.append(line)
@@ -158,6 +162,8 @@ def _read_json(path: Path, text: str, _: str | None) -> TextTable:
         found = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno} is no JSON ({error.msg}). Mend it.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error}). Mend it.") from error
     rows = [_checked_row(path, f"entry {number}", row) for number, row in enumerate(found, start=1)]
     return TextTable(_by_column(rows), np.arange(1, len(rows) + 1), (f"{path.name}: a list, counted by its entries",))
 

@@ -28,7 +28,10 @@ def open_tokenizer(model: Model) -> tuple[Callable[[list[str]], list[int]], Any,
             tokenizer alone is loaded.
     """
     if isinstance(model, str | Path):
-        model = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
+        try:
+            model = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{model} has no tokenizer that can be loaded. {error}") from error
     whole = model if hasattr(model, "preprocess") else None
     tokenizer = model.tokenizer if whole is not None else model
     limit = (
