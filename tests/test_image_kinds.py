@@ -232,6 +232,7 @@ def test_the_first_frame_of_an_animation(tmp_path):
 KINDS = {
     "bytes": (COLOUR, COLOUR),
     "int64": (COLOUR.astype(np.int64), COLOUR),
+    "int16": (COLOUR.astype(np.int16), COLOUR),
     "16 bits": ((COLOUR.astype(np.uint16) << 8) + 9, COLOUR),
     "16 bits, big-endian": (((COLOUR.astype(np.uint16) << 8) + 9).astype(">u2"), COLOUR),
     "float32": ((COLOUR / 255).astype(np.float32), COLOUR),

@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformerTrainingArguments
 from torch import nn
+from transformers import TrainerState
 
-from unime_st.losses import HardNegativeInfoNCELoss
+from unime_st.losses import HardNegativeInfoNCELoss, LossMetricsCallback
 from unime_st.losses.cone import STEPS
 
 ROWS, BATCH = 1024, 32
@@ -155,3 +157,22 @@ def test_the_similarity_of_different_inputs_equals_a_loop(seed):
         counted += len(others)
     assert 0 < counted < 42
     assert float(loss.last_metrics["negative_similarity"]) == pytest.approx(sum(found) / len(found), abs=1e-12)
+
+
+def test_steps_in_which_the_learning_rate_rises_are_not_judged(caplog):
+    loss = HardNegativeInfoNCELoss(None)
+    loss.rising_steps = 5 * STEPS
+    with caplog.at_level(logging.WARNING):
+        for step in range(6 * STEPS):
+            alike(loss, step)
+        assert not told(caplog)
+        alike(loss, 6 * STEPS)
+    assert told(caplog)
+
+
+def test_the_callback_tells_how_long_the_learning_rate_rises(tmp_path):
+    loss = HardNegativeInfoNCELoss(None)
+    callback = LossMetricsCallback(loss)
+    arguments = SentenceTransformerTrainingArguments(str(tmp_path), warmup_steps=0.25, use_cpu=True)
+    callback.on_step_begin(arguments, TrainerState(global_step=3, max_steps=40))
+    assert (loss.global_step, loss.rising_steps) == (3, 10)

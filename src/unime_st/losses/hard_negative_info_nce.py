@@ -291,7 +291,8 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         metrics = means(told)
         self.record_metrics(metrics)
         warming_up = k != self.num_hard_negatives
-        if self._cone is not None and not warming_up and self.training and torch.is_grad_enabled():
+        rising = self.global_step is not None and self.global_step < self.rising_steps  # little is learned until then
+        if self._cone is not None and not (warming_up or rising) and self.training and torch.is_grad_enabled():
             self._cone.record(metrics["positive_similarity"], metrics["negative_similarity"], self.global_step)
         return loss.mean()
 

@@ -78,6 +78,7 @@ class InBatchLoss(nn.Module):
                 "Leave `mini_batch_size` and `mini_batch_num_tokens` at None."
             )
         self.global_step: int | None = None
+        self.rising_steps = 0  # of the learning rate, as the callback says
         self.last_plan: MiniBatchPlan | None = None
         self.last_metrics: dict[str, Tensor] = {}
         self._metric_sums: dict[str, Tensor] = {}

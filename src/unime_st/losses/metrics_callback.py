@@ -58,11 +58,12 @@ class LossMetricsCallback(TrainerCallback):
         return callback
 
     def on_step_begin(  # type: ignore[override]
-        self, _args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
+        self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
     ) -> None:
-        """Tell the losses the number of the step."""
+        """Tell the losses the number of the step, and how many steps the learning rate rises."""
+        rising = args.get_warmup_steps(state.max_steps)
         for loss in self._counting:
-            loss.global_step = state.global_step
+            loss.global_step, loss.rising_steps = state.global_step, rising
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Make the losses forget it: another training would start in the middle."""

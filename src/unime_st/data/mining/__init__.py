@@ -1,5 +1,5 @@
 """Hard negatives of a whole training set.
 
-``mine`` is the entry point; ``contents`` describes the rows, ``encoder`` embeds them, ``search`` finds the nearest
-targets, ``rows`` chooses among them, ``files`` holds the result on disk.
+``mine`` is the entry point; ``contents`` describes the rows, ``encoder`` embeds them, ``rows`` chooses among the
+nearest targets, ``files`` holds the result on disk.
 """
