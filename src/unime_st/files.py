@@ -205,6 +205,18 @@ class FolderLock:
         _hold(self._descriptor, shared=True, wait=True)
         return alone
 
+    def others(self) -> bool:
+        """Whether another process holds it too; False where that cannot be told."""
+        if self._descriptor is None or fcntl is None:
+            return False
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+        finally:
+            _hold(self._descriptor, shared=True, wait=True)
+        return False
+
 
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:

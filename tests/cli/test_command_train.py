@@ -17,6 +17,7 @@ from conftest import TRAIN, draw
 from unime_st import build_encoder
 from unime_st.cli import main
 from unime_st.data import load_pairs
+from unime_st.files import FolderLock
 from unime_st.training import PairsTraining, pairs_evaluator, train_pairs
 
 
@@ -85,6 +86,15 @@ def test_another_command_in_the_same_folder_is_refused(trained, pairs, backbone,
     other = draw(tmp_path / "photos", 23)
     assert main(["train", str(other), *arguments[2:]]) == 1
     assert "`data_checksum` was" in capsys.readouterr().err
+
+
+def test_a_second_run_in_the_folder_of_one_at_work_is_refused(pairs, backbone, tmp_path, capsys):
+    output = tmp_path / "run"
+    with FolderLock(output):
+        command = ["train", str(pairs), "--backbone", str(backbone("qwen2_vl")), "--output", str(output), *TRAIN]
+        assert main(command) == 1
+    assert "Another run is at work in" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == [".lock"]
 
 
 def test_a_device_that_is_not_the_trainers_is_refused(pairs, backbone, tmp_path, capsys):

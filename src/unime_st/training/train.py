@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from unime_st.data import PairsReport, check_pairs, split_pairs
 from unime_st.data.pairs.contents import content_ids
 from unime_st.data.pairs.stored import stored_rows
 from unime_st.distributed import from_rank_zero
-from unime_st.files import checksum, write_atomically
+from unime_st.files import FolderLock, checksum, one_at_a_time, write_atomically
 from unime_st.losses import HardNegativeInfoNCELoss, LossMetricsCallback, effective_negatives
 from unime_st.modules import build_encoder, default_lora_config, export_encoder, load_encoder
 from unime_st.published import PUBLISHED
@@ -81,8 +82,8 @@ def train_pairs(
         The encoder, the report and the metrics.
 
     Raises:
-        ValueError: When the data are not fit for training, with all that must be mended; or the folder holds a run with
-            other data or settings, naming them.
+        ValueError: When the data are not fit for training, with all that must be mended; when the folder holds a run
+            with other data or settings, naming them, or another run is at work in it.
 
     Example:
         >>> train_pairs(Dataset.from_dict({"query": ["a"], "target": [""]}), "backbone", "output")
@@ -112,17 +113,18 @@ def train_pairs(
             f"`device={device!r}`, but training is on {arguments.device.type!r} here. Leave it out, or give 'cpu'; "
             "which GPU it is, CUDA_VISIBLE_DEVICES says."
         )
-    from_rank_zero(lambda: _claim(output, told))
-    if (done := from_rank_zero(lambda: _finished(output, told))) is not None:
-        logger.info("%s holds the finished run.", output)
-        return done
-    evaluator = pairs_evaluator(held)
-    model = _start(backbone, settings, str(arguments.device))
-    before = _before(output / _BEFORE, evaluator, model)
-    log = _train(model, train, arguments, settings, evaluator)
-    after = _metrics(evaluator, model)
-    with explained_write_errors(output / "checkpoints"):
-        return from_rank_zero(lambda: _finish(model, output, told, report, evaluator, before, after, log))
+    with ExitStack() as stack:
+        from_rank_zero(lambda: _claim(output, told, stack))
+        if (done := from_rank_zero(lambda: _finished(output, told))) is not None:
+            logger.info("%s holds the finished run.", output)
+            return done
+        evaluator = pairs_evaluator(held)
+        model = _start(backbone, settings, str(arguments.device))
+        before = _before(output / _BEFORE, evaluator, model)
+        log = _train(model, train, arguments, settings, evaluator)
+        after = _metrics(evaluator, model)
+        with explained_write_errors(output / "checkpoints"):
+            return from_rank_zero(lambda: _finish(model, output, told, report, evaluator, before, after, log))
 
 
 def _told(
@@ -132,8 +134,11 @@ def _told(
     return {"backbone": str(backbone), "data": report.name, "data_checksum": identity, "rows": rows, **settings.told()}
 
 
-def _claim(output: Path, told: dict[str, Any]) -> None:
+def _claim(output: Path, told: dict[str, Any], stack: ExitStack) -> None:
     """Write down what a run is of, or compare it with what is there; a run that never took a step is no run."""
+    with one_at_a_time(output):
+        if stack.enter_context(FolderLock(output)).others():
+            raise ValueError(f"Another run is at work in {output}. Wait until it has ended, or give another folder.")
     path = output / _RUN
     was = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else told
     if was != json.loads(json.dumps(told)):
