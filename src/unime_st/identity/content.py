@@ -56,7 +56,7 @@ class Content:
 
     Attributes:
         item: What was given.
-        named: The same with a bare string in a dict, as the image that it names or the text that it is.
+        named: The same, but a bare string that names an image stands in a dict, as does a text that was found to be one.
 
     Raises:
         FileNotFoundError: When a file is to be read and is not there.
@@ -73,10 +73,10 @@ class Content:
     __slots__ = ("_digest", "_parts", "item", "named")
 
     def __init__(self, item: Any, *, read_files: bool = True, named: Any = None) -> None:
-        if named is None:
-            named = {"image" if stands_for_image(item) else "text": item} if isinstance(item, str) else item
+        if named is None:  # a bare string may yet be a mistyped path: the door says so
+            named = {"image": item} if isinstance(item, str) and stands_for_image(item) else item
         self.item, self.named = item, named
-        if isinstance(item, str) and "text" in named:  # most inputs are one text
+        if isinstance(item, str) and "image" not in (named if isinstance(named, dict) else ()):  # most are one text
             self._parts: tuple[Part, ...] = (Part("text", item),) if item else ()
         else:
             self._parts = tuple(_parts(named, read_files))
