@@ -1,6 +1,7 @@
 """The command line itself: help, exit codes, errors without a traceback, nothing heavy before it is needed."""
 
 import dataclasses
+import logging
 import subprocess
 import sys
 import tomllib
@@ -112,3 +113,10 @@ def test_the_entry_point_is_the_command():
     module, _, name = settings["project"]["scripts"]["unime"].partition(":")
     assert module == "unime_st.cli"
     assert getattr(unime_st.cli, name) is main
+
+
+def test_the_log_level_of_the_caller_stays(capsys):
+    package = logging.getLogger("unime_st")
+    before = package.level
+    assert main(["info", "no/such/folder"]) == 1
+    assert package.level == before

@@ -61,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as leaving:  # argparse has printed help, or what is wrong
         return int(leaving.code or 0)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("unime_st").setLevel(logging.WARNING if given.quiet else logging.INFO)
+    package = logging.getLogger("unime_st")
+    level = package.level
+    package.setLevel(logging.WARNING if given.quiet else logging.INFO)
     try:
         return COMMANDS[given.command].run(given)
     except UsageError as error:
@@ -76,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             sys.stderr.write(f"unime {given.command}: error: {_named(error, given)}\n")
         return 1
+    finally:
+        package.setLevel(level)  # this may be called from Python, which has a level of its own
 
 
 def _named(error: Exception, given: argparse.Namespace) -> str:

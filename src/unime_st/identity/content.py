@@ -56,7 +56,7 @@ class Content:
 
     Attributes:
         item: What was given.
-        named: The same, but a bare string that names an image stands in a dict, as does a text that was found to be one.
+        named: The same, but a bare string that names an image, or was found to be a text, stands in a dict.
 
     Raises:
         FileNotFoundError: When a file is to be read and is not there.
