@@ -152,6 +152,8 @@ def test_items_of_a_lazy_sequence_are_not_held():
             return 40
 
         def __getitem__(self, number):
+            if number >= len(self):
+                raise IndexError(number)
             image = picture("red", (4 + number, 4))
             made.append(weakref.ref(image))
             return image

@@ -76,7 +76,7 @@ class Content:
         if named is None:  # a bare string may yet be a mistyped path: the door says so
             named = {"image": item} if isinstance(item, str) and stands_for_image(item) else item
         self.item, self.named = item, named
-        if isinstance(item, str) and "image" not in (named if isinstance(named, dict) else ()):  # most are one text
+        if isinstance(item, str) and (named is item or "text" in named):  # most inputs are one text
             self._parts: tuple[Part, ...] = (Part("text", item),) if item else ()
         else:
             self._parts = tuple(_parts(named, read_files))
@@ -182,18 +182,6 @@ def content_id(item: Any, *, read_files: bool = True) -> int:
         True
     """
     return Content(item, read_files=read_files).id
-
-
-def media_and_text(item: Any, *, read_files: bool = True) -> tuple[tuple[bytes, ...], str]:
-    """Split an input into the digests of its media and its text, see :class:`Content`.
-
-    Example:
-        >>> media, text = media_and_text({"image": Image.new("RGB", (2, 2)), "text": "a cat"})
-        >>> len(media), text
-        (1, 'a cat')
-    """
-    content = Content(item, read_files=read_files)
-    return content.media, content.text
 
 
 def _digest(parts: Iterable[Part]) -> bytes:

@@ -299,6 +299,23 @@ def named_input(item: Any, row: int) -> Any:
     return {"image" if names_an_image(item, row) else "text": item} if isinstance(item, str) else item
 
 
+def named_and_known(
+    inputs: Sequence[Any], rows: Sequence[int], contents: Sequence[Content] | None
+) -> tuple[list[Any], list[Content | None]]:
+    """What the model is given for each input, and its content where ``contents`` has it.
+
+    Nothing is known of an input that a subclass has put in another's place.
+    """
+    told: Sequence[Content | None] = contents or [None] * len(inputs)
+    pairs = list(zip(inputs, told, strict=True))
+    known = [content if content is not None and content.item is item else None for item, content in pairs]
+    named = [
+        named_input(item, row) if content is None else content.named
+        for row, item, content in zip(rows, inputs, known, strict=True)
+    ]
+    return named, known
+
+
 def _content(item: Any, named: Any, row: int) -> Content:
     try:
         return Content(item, named=named)

@@ -27,7 +27,7 @@ from unime_st.modules.inputs import (
     Message,
     as_messages,
     checked_text,
-    named_input,
+    named_and_known,
     refuse_placeholders,
     says_nothing,
     shown_media,
@@ -271,15 +271,7 @@ class MultimodalEncoder(Transformer):
         opened: dict[Any, Any] = {}
         rows = range(len(inputs)) if row_numbers is None else row_numbers
         asked_for = {"allow_remote_images": allow, "allow_blank": row_numbers is not None}
-        given: Sequence[Content | None] = contents or [None] * len(inputs)
-        known = [  # nothing, of an input that a subclass has put in another's place
-            content if content is not None and content.item is item else None
-            for content, item in zip(given, inputs, strict=True)
-        ]
-        named = [
-            content.named if content is not None else named_input(item, row)
-            for row, item, content in zip(rows, inputs, known, strict=True)
-        ]
+        named, known = named_and_known(inputs, rows, contents)
         messages = [as_messages(item, row, opened=opened, **asked_for) for row, item in zip(rows, named, strict=True)]
         blank = [row for row, message in zip(rows, messages, strict=True) if says_nothing(message)]
         if blank and not self._told_of_blanks:
