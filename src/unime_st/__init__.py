@@ -31,7 +31,6 @@ register_families()
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on first use (PEP 562)."""
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,29 +18,18 @@ def require_number(
     whole: bool = True,
     optional: bool = False,
 ) -> None:
-    """Refuse what is no number, or one too small; NaN is smaller than anything.
+    """Refuse what is no number, or one below ``least`` or not above ``above``; NaN is smaller than anything.
 
-    Args:
-        name: Of the argument.
-        value: What was given.
-        least: The smallest allowed; None for any.
-        above: What it must be greater than; minus infinity refuses NaN alone, None nothing.
-        whole: Whether it must be an integer, Python's or numpy's.
-        optional: Whether None is allowed.
+    True is no number, and 2.0 no whole one. ``above`` at minus infinity refuses NaN alone.
 
-    Raises:
-        TypeError: For another type; True is no number, and 2.0 is no whole one.
-        ValueError: For a number below ``least``, or not above ``above``.
-
-    Example:
-        >>> require_number("max_rows", "all", optional=True)
-        Traceback (most recent call last):
-        ...
-        TypeError: `max_rows='all'`, but it must be a whole number, or None.
-        >>> require_number("patience", float("nan"), above=0, whole=False)
-        Traceback (most recent call last):
-        ...
-        ValueError: `patience=nan`, but it must be a number above 0.
+    >>> require_number("max_rows", "all", optional=True)
+    Traceback (most recent call last):
+    ...
+    TypeError: `max_rows='all'`, but it must be a whole number, or None.
+    >>> require_number("patience", float("nan"), above=0, whole=False)
+    Traceback (most recent call last):
+    ...
+    ValueError: `patience=nan`, but it must be a number above 0.
     """
     if value is None and optional:
         return
@@ -60,20 +49,10 @@ def require_number(
 def require_count(name: str, value: Any, *, least: int = 1) -> None:
     """Refuse what is no whole number, or one too small; in either case the message says how small it may be.
 
-    Args:
-        name: Of the argument.
-        value: What was given.
-        least: The smallest allowed.
-
-    Raises:
-        TypeError: For another type.
-        ValueError: For a number below ``least``.
-
-    Example:
-        >>> require_count("batch_size", 2.0)
-        Traceback (most recent call last):
-        ...
-        TypeError: `batch_size=2.0`, but it must be a whole number of at least 1.
+    >>> require_count("batch_size", 2.0)
+    Traceback (most recent call last):
+    ...
+    TypeError: `batch_size=2.0`, but it must be a whole number of at least 1.
     """
     if not _is_number(value, whole=True):
         raise TypeError(f"`{name}={value!r}`, but it must be a whole number of at least {least}.")
@@ -87,14 +66,10 @@ def _is_number(value: Any, *, whole: bool) -> bool:
 def require_path(name: str, value: Any) -> Path:
     """A path of what was given for one.
 
-    Raises:
-        TypeError: For another type.
-
-    Example:
-        >>> require_path("cache_dir", None)
-        Traceback (most recent call last):
-        ...
-        TypeError: `cache_dir=None`, but it must be a path: a string or a `Path`.
+    >>> require_path("cache_dir", None)
+    Traceback (most recent call last):
+    ...
+    TypeError: `cache_dir=None`, but it must be a path: a string or a `Path`.
     """
     if not isinstance(value, str | PathLike) or not isinstance(fspath(value), str):
         raise TypeError(f"`{name}={value!r}`, but it must be a path: a string or a `Path`.")

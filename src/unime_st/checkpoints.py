@@ -55,8 +55,8 @@ def mark_complete(checkpoint: Path, step: int) -> None:
 def is_complete(checkpoint: Path, *, read_files: bool = True) -> bool:
     """Whether a checkpoint has its marker, and every file the marker names at its size and with its checksum.
 
-    A file that has changed since is named in the log. The marker of an earlier version has no checksums: sizes alone
-    are compared then, and the log says so. Without ``read_files`` they are compared in any case, and no file is read.
+    The log names a file that has changed, and says so where the marker of an earlier version has no checksums. Without
+    ``read_files`` sizes alone are compared.
     """
     try:
         told = json.loads((checkpoint / MARKER).read_bytes())["files"]
@@ -95,12 +95,10 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint to go on from, that of the latest step among the whole ones; None when there is none.
+    """The checkpoint to go on from: the latest whole one in a run's ``output_dir``, see :class:`CheckpointCallback`.
 
-    Unlike ``transformers.trainer_utils.get_last_checkpoint`` it passes over one that a kill or a full disk has left
-    half-written, which would not load, or would load with parts of it missing, and over one with a damaged file. Files
-    are read for that; with several processes, let one look: ``from_rank_zero(lambda: last_complete_checkpoint(...))``.
-    The folder is the ``output_dir`` of a run with :class:`CheckpointCallback`.
+    ``transformers.trainer_utils.get_last_checkpoint`` also takes one that is half-written or damaged. Files are read
+    for that; with several processes, let one look: ``from_rank_zero(lambda: last_complete_checkpoint(...))``.
     """
     return next((path for path in reversed(checkpoints(folder)) if is_complete(path)), None)
 
@@ -109,14 +107,11 @@ class CheckpointCallback(TrainerCallback):
     """Marks each checkpoint when it is whole, on all processes, and only then deletes older ones.
 
     A run that goes on from a checkpoint ends with the weights of one never stopped, to the last bit, given the same
-    processes and threads. For that, features of a frozen vision tower are forgotten at each checkpoint: a resumed run
-    has none, and they differ in the last bits with the batch they were computed in.
+    processes and threads. For that, features of a frozen vision tower are forgotten at each checkpoint: they differ in
+    the last bits with the batch they were computed in, and a resumed run has none.
 
-    The Trainer's own rotation runs before anybody knows that the new checkpoint is whole; so this callback takes
+    The Trainer's own rotation runs before anybody knows that the new checkpoint is whole, so this callback takes
     ``save_total_limit`` over for the time of training. The best checkpoint and the last complete one stay.
-
-    Example:
-        >>> callbacks = [CheckpointCallback()]  # of SentenceTransformerTrainer(callbacks=...)
     """
 
     def __init__(self) -> None:

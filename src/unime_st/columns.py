@@ -35,17 +35,10 @@ SUBSET = "subset"
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of a training set plays which part.
-
-    Attributes:
-        anchor: Name of the query's column.
-        positive: Name of the target's column; None for a data set of one column, as in stage 1.
-        negatives: Names of the explicit negatives' columns.
-        label: Name of the label's column, if any.
-    """
+    """Which column of a training set plays which part."""
 
     anchor: str
-    positive: str | None = None
+    positive: str | None = None  # None for a data set of one column, as in stage 1
     negatives: tuple[str, ...] = ()
     label: str | None = None
 
@@ -53,9 +46,8 @@ class Columns:
 def negative_column(number: int) -> str:
     """Name of the ``number``-th explicit negative, counted from 1.
 
-    Example:
-        >>> negative_column(1)
-        'negative_1'
+    >>> negative_column(1)
+    'negative_1'
     """
     if number < 1:
         raise ValueError(f"Explicit negatives are counted from 1, got {number}.")
@@ -65,26 +57,17 @@ def negative_column(number: int) -> str:
 def without_subset(rows: Mapping[str, Any]) -> dict[str, Any]:
     """Drop :data:`SUBSET` from rows: the transform (``with_transform``) of a plain data set that holds the column.
 
-    Example:
-        >>> without_subset({"anchor": ["a"], "positive": ["b"], "subset": ["VQA"]})
-        {'anchor': ['a'], 'positive': ['b']}
+    >>> without_subset({"anchor": ["a"], "positive": ["b"], "subset": ["VQA"]})
+    {'anchor': ['a'], 'positive': ['b']}
     """
     return {name: values for name, values in rows.items() if name != SUBSET}
 
 
 def training_columns(names: Iterable[str], label_columns: Iterable[str] | None = None) -> Columns:
-    """Tell the parts of a training set's columns by position, as the Trainer does.
+    """Tell the parts of a training set's columns, in their order, by position, as the Trainer does.
 
-    Args:
-        names: The data set's columns, in order.
-        label_columns: Names taken for the label; None for :data:`LABEL_COLUMNS`.
-
-    Raises:
-        ValueError: When only a label, or nothing, is there.
-
-    Example:
-        >>> training_columns(["query", "answer", "wrong", "label"])
-        Columns(anchor='query', positive='answer', negatives=('wrong',), label='label')
+    >>> training_columns(["query", "answer", "wrong", "label"])
+    Columns(anchor='query', positive='answer', negatives=('wrong',), label='label')
     """
     given = list(names)
     label = next((name for name in (label_columns or LABEL_COLUMNS) if name in given), None)

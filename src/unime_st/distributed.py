@@ -45,14 +45,7 @@ def world_size() -> int:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Stack the tensors of all processes in rank order, without gradients.
-
-    Args:
-        tensor: ``(B, ...)``, of the same shape on every process.
-
-    Returns:
-        ``(W * B, ...)``; the tensor itself, detached, on a single process.
-    """
+    """Stack the tensors ``(B, ...)`` of all processes in rank order, ``(W * B, ...)``, without gradients."""
     tensor = tensor.detach()
     if not is_distributed():
         return tensor
@@ -62,15 +55,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def sum_over_processes(table: Tensor, share: int) -> Tensor:
-    """Sum a table over all processes, of which each takes its own share.
-
-    Args:
-        table: ``(W * share, ...)``, on every process.
-        share: Rows a process.
-
-    Returns:
-        ``(share, ...)``: this process's rows of the sum; the table's first rows on a single process.
-    """
+    """This process's rows, ``(share, ...)``, of the sum of all processes' tables ``(W * share, ...)``."""
     if not is_distributed():
         return table[:share]
     table = table.contiguous()
@@ -87,9 +72,8 @@ def sum_over_processes(table: Tensor, share: int) -> Tensor:
 def max_over_processes(value: int, device: torch.device) -> int:
     """Return the largest of the processes' integers; every process must call this.
 
-    Example:
-        >>> max_over_processes(3, torch.device("cpu"))
-        3
+    >>> max_over_processes(3, torch.device("cpu"))
+    3
     """
     if not is_distributed():
         return value
@@ -99,17 +83,10 @@ def max_over_processes(value: int, device: torch.device) -> int:
 def gather_objects(value: Any) -> list[Any]:
     """Collect a picklable object of each process, in rank order; every process must call this.
 
-    A process that waits for others says so in the log every minute.
+    Raises ``RuntimeError`` when another process has died, or does not come before the process group's time limit.
 
-    Returns:
-        ``W`` objects; the one given, on a single process.
-
-    Raises:
-        RuntimeError: When another process has died, or does not come before the process group's time limit.
-
-    Example:
-        >>> gather_objects({"a": 1})
-        [{'a': 1}]
+    >>> gather_objects({"a": 1})
+    [{'a': 1}]
     """
     if not is_distributed():
         return [value]
@@ -120,20 +97,13 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def from_rank_zero(make: Callable[[], T]) -> T:
-    """Make something on rank 0 and hand it to all; every process must call this.
+    """Make something picklable on rank 0 and hand it to all; every process must call this.
 
-    For what takes long, or what different processes might compute differently in the last bit.
+    For what takes long, or what different processes might compute differently in the last bit. An error on rank 0 is
+    raised on every process, so that none waits for what will never come.
 
-    Args:
-        make: Called on rank 0 only; what it returns must be picklable. An error it raises is raised on every process,
-            so that none waits for what will never come. A process that waits says so in the log every minute.
-
-    Raises:
-        RuntimeError: When rank 0 has failed or died, or does not come before the process group's time limit.
-
-    Example:
-        >>> from_rank_zero(lambda: [1, 2])
-        [1, 2]
+    >>> from_rank_zero(lambda: [1, 2])
+    [1, 2]
     """
     if not is_distributed():
         return make()
@@ -194,20 +164,10 @@ class _GatherWithGrad(torch.autograd.Function):
 
 
 def gather_columns(columns: Sequence[Tensor]) -> list[Tensor]:
-    """Gather the embeddings of several columns, with gradients, in one collective call.
+    """Gather columns ``(B, D)`` with gradients, in one collective call: ``(W * B, D)`` each, rows in rank order.
 
-    Args:
-        columns: Tensors ``(B, D)``, all of one shape, the same on every process.
-
-    Returns:
-        One ``(W * B, D)`` tensor a column, rows in rank order; the columns themselves on a single process.
-
-    Raises:
-        ValueError: When the columns differ in shape.
-
-    Example:
-        >>> [column.shape for column in gather_columns([torch.zeros(2, 3), torch.ones(2, 3)])]
-        [torch.Size([2, 3]), torch.Size([2, 3])]
+    >>> [column.shape for column in gather_columns([torch.zeros(2, 3), torch.ones(2, 3)])]
+    [torch.Size([2, 3]), torch.Size([2, 3])]
     """
     shapes = {tuple(column.shape) for column in columns}
     if len(shapes) > 1:
@@ -221,29 +181,18 @@ def gather_columns(columns: Sequence[Tensor]) -> list[Tensor]:
 
 
 def shared_seed(device: torch.device) -> Tensor:
-    """Draw a 63-bit seed from the global CPU generator and use rank 0's draw on every process.
+    """Draw a 63-bit seed, an int64 scalar, from the global CPU generator and use rank 0's draw on every process.
 
     Every process draws, so their generators stay in step; the Trainer seeds them and keeps their state in checkpoints.
-
-    Args:
-        device: Where the seed is wanted.
-
-    Returns:
-        An int64 scalar.
     """
     seed = torch.randint(2**63 - 1, (1,)).to(device)
     return gather(seed)[0]
 
 
 def mean_over_processes(values: Tensor, present: Tensor | None = None) -> Tensor:
-    """Average a tensor of equal shape over all processes; every process must call this.
+    """Average values ``(n,)`` over the processes at which they are ``present`` ``(n,)``; NaN for one that none has.
 
-    Args:
-        values: ``(n,)``.
-        present: ``(n,)`` booleans, which of the values this process has; None means all. The others do not count.
-
-    Returns:
-        ``(n,)``; NaN for a value that no process has.
+    Every process must call this; None for ``present`` means all.
     """
     counted = torch.ones_like(values) if present is None else present.to(values)
     own = torch.stack([values if present is None else values.masked_fill(~present, 0.0), counted])

@@ -37,10 +37,8 @@ def token_counts(features: Mapping[str, Any]) -> Tensor | None:
 def select_rows(features: Mapping[str, Any], rows: Sequence[int], *, trim_leading: bool = False) -> dict[str, Any]:
     """Take some rows, with the media that are theirs, and without the padding that they do not need.
 
-    Features of ``B`` rows are tensors with an entry for each row, for each image or for each patch of all images;
-    values that are no tensors stay as they are. Padding behind the rows always goes. With ``trim_leading`` padding
-    before them goes too, which moves absolute positions. Rows packed into one sequence, as stock modules pack them
-    under flash attention, are refused.
+    Tensors have an entry for each row, each image or each patch of all images; other values stay as they are. Padding
+    behind the rows always goes, with ``trim_leading`` that before them too, which moves absolute positions.
     """
     if "cu_seq_lens_q" in features:
         raise ValueError(
@@ -120,8 +118,8 @@ def ranges(sizes: Tensor, chosen: Tensor) -> Tensor:
 def forget_kept_features(model: Any) -> None:
     """Empty the caches that keep features of a frozen vision tower between calls.
 
-    Features differ in the last bits with the batch they were made in. A run that was stopped and goes on has none of
-    before; for it to give the same bytes as one never stopped, both forget at the same points.
+    Features differ in the last bits with the batch they were made in, and a run that goes on has none of before: to
+    give the same bytes as one never stopped, both forget at the same points.
     """
     for module in model.modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, StepEncoder):

@@ -28,21 +28,13 @@ _ATTEMPTS = 3
 
 
 def write_atomically(path: Path, content: bytes | str | np.ndarray) -> None:
-    """Write under another name, then rename: a reader sees the file whole or not at all.
+    """Write bytes, text (as UTF-8) or an array (never pickled) under another name, then rename: whole or not at all.
 
-    Args:
-        path: The file; its folder is made when missing, and a file that is there is replaced.
-        content: Bytes, text (as UTF-8) or an array (in numpy's format, never pickled).
-
-    Raises:
-        OSError: When the disk is full, saying so of the folder.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "deep" / "a.txt"
-        >>> write_atomically(path, "whole")
-        >>> path.read_text(), len(list(path.parent.iterdir()))
-        ('whole', 1)
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "deep" / "a.txt"
+    >>> write_atomically(path, "whole")
+    >>> path.read_text(), len(list(path.parent.iterdir()))
+    ('whole', 1)
     """
     _write_whole(path, content, Path.replace)
 
@@ -123,9 +115,8 @@ class _Plain:
 def checksum(*values: np.ndarray | bytes | str) -> str:
     """Hash what a file holds, array by array; it is kept inside the file and compared when that is read.
 
-    Example:
-        >>> checksum(np.zeros(2)) == checksum(np.zeros(2)), checksum("ab", "c") == checksum("a", "bc")
-        (True, False)
+    >>> checksum(np.zeros(2)) == checksum(np.zeros(2)), checksum("ab", "c") == checksum("a", "bc")
+    (True, False)
     """
     total = hashlib.sha256()  # twice as fast as blake2b where the processor helps
     for value in values:
@@ -141,11 +132,7 @@ def checksum(*values: np.ndarray | bytes | str) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed have left half-written in a folder.
-
-    A writer holds a lock on its file, which ends with the writer however that ends, on whatever machine and in whatever
-    container. Where the file system has no locks, files are left alone.
-    """
+    """Remove what killed processes have left half-written in a folder, which nobody holds a lock on any more."""
     for partial in folder.glob(f".*{_PARTIAL}"):
         try:
             descriptor = os.open(partial, os.O_RDONLY)
@@ -165,17 +152,13 @@ class FolderLock:
 
     On a disk that is read-only, where none can be at work, it holds nothing.
 
-    Args:
-        folder: The folder; made when missing.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> with FolderLock(folder) as first:
-        ...     alone = first.alone()
-        ...     with FolderLock(folder) as second:
-        ...         print(alone, second.alone())
-        True False
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> with FolderLock(folder) as first:
+    ...     alone = first.alone()
+    ...     with FolderLock(folder) as second:
+    ...         print(alone, second.alone())
+    True False
     """
 
     def __init__(self, folder: Path) -> None:

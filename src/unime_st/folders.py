@@ -27,9 +27,9 @@ except ImportError:  # not on Windows
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of ``target`` when the context ends without an error.
 
-    At every moment the old folder or the new one is at ``target``, whole, also if the process is killed: on Linux the
-    two change places in one step. Where the file system cannot do that, the old one is moved aside first; a kill in
-    that instant leaves it beside, and :func:`recover` puts it back. What killed processes have left is removed.
+    Also after a kill the old folder or the new one is at ``target``, whole: on Linux they change places in one step.
+    Where the file system cannot do that, the old one is moved aside first, and :func:`recover` puts it back after a
+    kill then.
     """
     target = Path(os.path.realpath(target))  # a link stays, and what it leads to is replaced
     with one_at_a_time(target.parent):  # so that no other cleans up between a folder and its lock
@@ -69,7 +69,7 @@ def recover(target: Path) -> None:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove the folders of writers that were killed: those that nobody holds a lock on."""
+    """Remove the folders of killed writers."""
     for scratch in target.parent.glob(f".{_escaped(target.name)}{_MARK}*"):
         lock = _lock(scratch)
         if lock is not None:

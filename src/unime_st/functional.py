@@ -36,33 +36,22 @@ KL_DIRECTIONS: tuple[KLDirection, ...] = ("teacher_student", "student_teacher", 
 
 
 class HardNegatives(NamedTuple):
-    """The negatives chosen for each query, and what was left out on the way.
+    """The negatives chosen for each query, and what was left out on the way."""
 
-    Attributes:
-        scores: ``(Q, K)`` their similarity to the query; ``-inf`` where a row has fewer than ``K`` valid candidates.
-        columns: ``(Q, K)`` which candidates they are; meaningless where the score is ``-inf``.
-        right: ``(Q, C)`` candidates that hold a right answer (or the query itself) by identity, see
-            :func:`identity_mask`.
-        filtered_by_identity: ``(Q,)`` candidates that hold a right answer (or the query itself) by identity, the row's
-            own positive not counted.
-        filtered_by_margin: ``(Q,)`` further candidates whose score exceeds the positive's by more than the margin.
-    """
-
-    scores: Tensor
-    columns: Tensor
-    right: Tensor
-    filtered_by_identity: Tensor
-    filtered_by_margin: Tensor
+    scores: Tensor  # (Q, K) similarity to the query; -inf where a row has fewer than K valid candidates
+    columns: Tensor  # (Q, K) which candidates they are; meaningless where the score is -inf
+    right: Tensor  # (Q, C) candidates that hold a right answer, or the query itself, see `identity_mask`
+    filtered_by_identity: Tensor  # (Q,) how many those are, the row's own positive not counted
+    filtered_by_margin: Tensor  # (Q,) further candidates whose score exceeds the positive's by more than the margin
 
 
 def check_temperature(name: str, value: float) -> float:
     """Return the temperature, or say what is wrong with it.
 
-    Example:
-        >>> check_temperature("temperature", 0)
-        Traceback (most recent call last):
-        ...
-        ValueError: `temperature=0`, but a temperature must be a number above 0 (0.02 to 0.1 is usual).
+    >>> check_temperature("temperature", 0)
+    Traceback (most recent call last):
+    ...
+    ValueError: `temperature=0`, but a temperature must be a number above 0 (0.02 to 0.1 is usual).
     """
     require_number(name, value, whole=False)
     if not 0 < value < float("inf"):
@@ -73,11 +62,10 @@ def check_temperature(name: str, value: float) -> float:
 def check_margin(margin: float | None, *, optional: bool = True) -> None:
     """Refuse a margin that is no finite number: with NaN or infinity nothing would ever be filtered, or all.
 
-    Example:
-        >>> check_margin(float("nan"))
-        Traceback (most recent call last):
-        ...
-        ValueError: `margin=nan`, but it must be a finite number; None switches the filter off.
+    >>> check_margin(float("nan"))
+    Traceback (most recent call last):
+    ...
+    ValueError: `margin=nan`, but it must be a finite number; None switches the filter off.
     """
     require_number("margin", margin, whole=False, optional=optional)
     if margin is not None and not abs(margin) < float("inf"):
@@ -88,9 +76,8 @@ def check_margin(margin: float | None, *, optional: bool = True) -> None:
 def rows_at_once(num_candidates: int) -> int:
     """Queries to compare at a time with so many candidates.
 
-    Example:
-        >>> rows_at_once(1024), rows_at_once(16384)
-        (4096, 256)
+    >>> rows_at_once(1024), rows_at_once(16384)
+    (4096, 256)
     """
     return max(1, SCORES_AT_ONCE // max(1, num_candidates))
 
@@ -98,21 +85,12 @@ def rows_at_once(num_candidates: int) -> int:
 def by_rows(
     compute: Callable[..., tuple[Tensor, ...]], rows: Sequence[Tensor], chunk: int | None
 ) -> tuple[Tensor, ...]:
-    """Compute something row by row in chunks, whose intermediate tensors are made anew in the backward pass.
+    """Compute something from rows ``(Q, ...)`` in chunks; intermediate tensors are made anew in the backward pass.
 
     A ``(Q, C)`` matrix of scores, its masks and their gradients then never exist as a whole.
 
-    Args:
-        compute: From some rows of each of ``rows`` to tensors of as many rows.
-        rows: Tensors of ``Q`` rows each.
-        chunk: Rows at a time; None for all at once.
-
-    Returns:
-        What ``compute`` returns for all rows.
-
-    Example:
-        >>> by_rows(lambda x: (x.sum(dim=1), x[:, 0]), [torch.arange(6.0).view(3, 2)], chunk=2)
-        (tensor([1., 5., 9.]), tensor([0., 2., 4.]))
+    >>> by_rows(lambda x: (x.sum(dim=1), x[:, 0]), [torch.arange(6.0).view(3, 2)], chunk=2)
+    (tensor([1., 5., 9.]), tensor([0., 2., 4.]))
     """
     if chunk is None or len(rows[0]) <= chunk:
         return compute(*rows)
@@ -124,20 +102,12 @@ def by_rows(
 
 
 def cosine_scores(queries: Tensor, candidates: Tensor) -> Tensor:
-    """Cosine similarity of every query with every candidate, in float32 or better.
+    """Cosines ``(Q, C)`` of queries ``(Q, D)`` and candidates ``(C, D)``, in float32 or better; zero vectors have 0.
 
     Autocast is off inside: bfloat16 scores divided by a temperature of 0.02 would be wrong by tenths of a logit.
 
-    Args:
-        queries: ``(Q, D)``, of any length; zero vectors score 0.
-        candidates: ``(C, D)``.
-
-    Returns:
-        ``(Q, C)`` in [-1, 1].
-
-    Example:
-        >>> cosine_scores(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
-        tensor([[1., 0.]])
+    >>> cosine_scores(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+    tensor([[1., 0.]])
     """
     dtype = torch.promote_types(torch.promote_types(queries.dtype, candidates.dtype), torch.float32)
     with torch.autocast(device_type=queries.device.type, enabled=False):
@@ -153,30 +123,17 @@ def in_batch_kl(
     direction: KLDirection = "teacher_student",
     diagonal: Tensor | None = None,
 ) -> Tensor:
-    """KL divergence between the teacher's and the student's softmax over the batch, row by row.
+    """KL divergence ``(Q,)`` between the teacher's and the student's softmax over the batch, scores being ``(Q, C)``.
 
     UniME (arXiv 2504.17432, section 3.2) compares the similarity of each text with every text of the batch. No factor
-    of the squared temperature is applied. The teacher gets no gradient.
+    of the squared temperature is applied. The teacher gets no gradient. ``"teacher_student"`` is KL(teacher ‖ student),
+    ``"student_teacher"`` is KL(student ‖ teacher) as printed in the paper, ``"symmetric"`` their mean. ``diagonal``
+    ``(Q,)`` is the column in which a row meets itself, left out of both distributions; None keeps every column. A row
+    with no column left has 0, with gradient 0.
 
-    Args:
-        student_scores: ``(Q, C)`` similarities.
-        teacher_scores: ``(Q, C)`` similarities; may have any scale, as the teacher's temperature divides it.
-        student_temperature: Divides the student's scores, > 0.
-        teacher_temperature: Divides the teacher's scores, > 0.
-        direction: ``"teacher_student"`` is KL(teacher ‖ student), ``"student_teacher"`` is KL(student ‖ teacher) as
-            printed in the paper, ``"symmetric"`` their mean.
-        diagonal: ``(Q,)`` column in which a row meets itself, left out of both distributions; None keeps every column.
-
-    Returns:
-        ``(Q,)`` divergence of each row, >= 0. A row with no column left has 0, with gradient 0.
-
-    Raises:
-        ValueError: On an unknown direction, or a temperature that is not above 0.
-
-    Example:
-        >>> scores = torch.eye(3)
-        >>> in_batch_kl(scores, scores, student_temperature=0.1, teacher_temperature=0.1)
-        tensor([0., 0., 0.])
+    >>> scores = torch.eye(3)
+    >>> in_batch_kl(scores, scores, student_temperature=0.1, teacher_temperature=0.1)
+    tensor([0., 0., 0.])
     """
     if direction not in KL_DIRECTIONS:
         raise ValueError(f"`direction={direction!r}`, but it must be one of {', '.join(KL_DIRECTIONS)}.")
@@ -201,17 +158,12 @@ def in_batch_kl(
 
 
 def first_occurrence(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Group equal integers, without a shape that depends on the data (which would stall a GPU).
+    """Group equal integers ``(C,)``, without a shape that depends on the data (which would stall a GPU).
 
-    Args:
-        ids: ``(C,)`` integers.
+    Gives the group of each entry, in [0, C), and True where an entry is the first of its group, both ``(C,)``.
 
-    Returns:
-        ``(C,)`` group number of each entry, in [0, C), and ``(C,)`` True where an entry is the first of its group.
-
-    Example:
-        >>> first_occurrence(torch.tensor([7, 5, 7]))
-        (tensor([1, 0, 1]), tensor([ True,  True, False]))
+    >>> first_occurrence(torch.tensor([7, 5, 7]))
+    (tensor([1, 0, 1]), tensor([ True,  True, False]))
     """
     ordered, order = torch.sort(ids, stable=True)
     starts = torch.ones_like(ordered, dtype=torch.bool)
@@ -235,22 +187,18 @@ def identity_mask(
     query_ids: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """Mark the candidates that are right answers to a query because of what they *are*, whatever their score.
+    """Mark candidates ``(Q, C)`` that are right answers to a query because of what they *are*, whatever their score.
 
     A row answers a query when it is the query's own row, has the same label, or the same query content. A candidate is
     marked when it is the positive of such a row or, given ``candidate_ids``, has the content of one; and when it has
     the content of the query itself.
 
     Args:
-        positive: ``(Q,)`` column of each query's own positive, which is also the query's row in ``query_ids`` and
-            ``labels``.
+        positive: ``(Q,)`` column of each query's own positive, and its row in ``query_ids`` and ``labels``.
         num_candidates: ``C``.
         candidate_ids: ``(C,)`` integer identity of each candidate's content.
         query_ids: ``(N,)`` integer identity of each query's content, in the same numbering.
         labels: ``(N,)`` integer identity of each row's target.
-
-    Returns:
-        ``(Q, C)`` boolean. The own positive is always marked.
 
     Example:
         >>> identity_mask(torch.tensor([0]), 3, candidate_ids=torch.tensor([4, 9, 4]))
@@ -271,16 +219,12 @@ def identity_mask(
 
 
 def above_margin(scores: Tensor, positive_scores: Tensor, margin: float | None) -> Tensor:
-    """Whether a candidate is a false negative by its score (UniME, arXiv 2504.17432, section 3.3).
+    """Whether a score ``(Q, C)`` is a false negative's: above the positive's ``(Q, 1)`` plus the margin; None: never.
 
-    Args:
-        scores: ``(Q, C)`` similarities.
-        positive_scores: ``(Q, 1)`` of each query's own positive.
-        margin: A candidate above the positive's score plus this is one; None takes none for one.
+    UniME, arXiv 2504.17432, section 3.3.
 
-    Example:
-        >>> above_margin(torch.tensor([[0.4, 0.7]]), torch.tensor([[0.5]]), 0.1)
-        tensor([[False,  True]])
+    >>> above_margin(torch.tensor([[0.4, 0.7]]), torch.tensor([[0.5]]), 0.1)
+    tensor([[False,  True]])
     """
     if margin is None:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -311,21 +255,15 @@ def hardest_valid_negatives(
 
     Args:
         scores: ``(Q, C)`` similarities, positives first.
-        positive: ``(Q,)`` column of each query's own positive.
-        k: Negatives to keep, at most; None keeps all that are valid (and ``K`` is then ``C``).
+        positive: See :func:`identity_mask`, as the other identities.
+        k: Negatives to keep, at most, most preferred first; None keeps all that are valid (and ``K`` is then ``C``).
         margin: May be negative (a stricter filter); None switches the filter by score off.
         candidate_ids: See :func:`identity_mask`.
         query_ids: See :func:`identity_mask`.
         labels: See :func:`identity_mask`.
         trusted: ``(Q, C)`` True where a candidate is known to be a negative, whatever its score, so that the margin
             does not apply to it nor to its equals; identity still does.
-        priority: ``(Q, C)`` take the largest of these in place of the highest scores, e.g. :func:`shuffled_priority`.
-
-    Returns:
-        The chosen scores ``(Q, K)``, most preferred first unless ``k`` is None, and the counts of what was dropped.
-
-    Raises:
-        ValueError: When ``k`` is below 1, or the margin not finite.
+        priority: ``(Q, C)`` take the largest of these in place of the highest scores, e.g. a random order.
 
     Example:
         >>> scores = torch.tensor([[0.5, 0.9, 0.4, 0.1]])
@@ -372,20 +310,12 @@ def _count(mask: Tensor) -> Tensor:
 def own_explicit_negatives(
     rows: Tensor, num_rows: int, num_candidates: int, candidate_ids: Tensor | None = None
 ) -> Tensor:
-    """Mark each row's own explicit negatives among the candidates, and the candidates equal to one.
+    """Mark the explicit negatives of rows ``(Q,)`` of the global batch, and what equals one, ``(Q, C)``.
 
-    Args:
-        rows: ``(Q,)`` numbers of the rows in the global batch.
-        num_rows: ``N``.
-        num_candidates: ``C``.
-        candidate_ids: ``(C,)`` integer identity of each candidate's content; None takes all for different.
+    ``candidate_ids`` ``(C,)`` are the candidates' contents; None takes all for different.
 
-    Returns:
-        ``(Q, C)`` boolean.
-
-    Example:
-        >>> own_explicit_negatives(torch.tensor([1]), 2, 4)  # two positives, then two explicit negatives
-        tensor([[False, False, False,  True]])
+    >>> own_explicit_negatives(torch.tensor([1]), 2, 4)  # two positives, then two explicit negatives
+    tensor([[False, False, False,  True]])
     """
     columns = torch.arange(num_candidates, device=rows.device)
     own = (columns[None, :] % num_rows == rows[:, None]) & (columns[None, :] >= num_rows)
@@ -394,43 +324,27 @@ def own_explicit_negatives(
 
 @torch.no_grad()
 def similarity_to_others(scores: Tensor, right: Tensor, num_rows: int) -> Tensor:
-    """Mean similarity of each query to the positives of other rows that are no right answer to it.
+    """Mean similarity ``(Q,)`` of each query to the positives of other rows that are no right answer to it.
 
-    Their mean over a batch tells how much alike different inputs are: near 1 they all point one way.
+    ``scores`` and ``right``, the mask of right answers, are ``(Q, C)``, the ``num_rows`` positives first. Near 1,
+    different inputs all point one way. No gradient; NaN where a query has no such positive.
 
-    Args:
-        scores: ``(Q, C)`` similarities, positives first.
-        right: ``(Q, C)`` True at right answers, see :func:`identity_mask`.
-        num_rows: ``N``, the number of positives.
-
-    Returns:
-        ``(Q,)`` means, without gradient; NaN where a query has no such positive.
-
-    Example:
-        >>> similarity_to_others(torch.tensor([[0.9, 0.5, 0.25]]), torch.tensor([[True, False, False]]), 3)
-        tensor([0.3750])
+    >>> similarity_to_others(torch.tensor([[0.9, 0.5, 0.25]]), torch.tensor([[True, False, False]]), 3)
+    tensor([0.3750])
     """
     right = right[:, :num_rows]
     return scores[:, :num_rows].masked_fill(right, 0.0).sum(dim=1) / _count(~right)
 
 
 def hardness_penalties(negative_scores: Tensor, strength: float, where: Tensor | None = None) -> Tensor:
-    """What is added to the logits of negatives so that hard ones weigh more: ``strength`` times their similarity.
+    """What is added to negatives' logits ``(Q, K)`` so that hard ones weigh more: ``strength`` times their similarity.
 
     LLaVE (arXiv 2503.04812, equation 5): a negative then counts ``exp(strength * similarity)`` times in the softmax. No
-    gradient flows through this factor, and the temperature does not divide it.
+    gradient flows through this factor, and the temperature does not divide it. ``-inf`` marks an empty place; ``where``
+    ``(Q, K)`` marks the negatives to weight, None all.
 
-    Args:
-        negative_scores: ``(Q, K)`` similarities; ``-inf`` marks an empty place.
-        strength: LLaVE's alpha, >= 0.
-        where: ``(Q, K)`` True at the negatives to weight; None for all.
-
-    Returns:
-        ``(Q, K)``, 0 where nothing is weighted.
-
-    Example:
-        >>> hardness_penalties(torch.tensor([[0.5, -torch.inf]]), strength=9.0)
-        tensor([[4.5000, 0.0000]])
+    >>> hardness_penalties(torch.tensor([[0.5, -torch.inf]]), strength=9.0)
+    tensor([[4.5000, 0.0000]])
     """
     scores = negative_scores.detach()
     left_out = scores == -torch.inf
@@ -442,20 +356,13 @@ def hardness_penalties(negative_scores: Tensor, strength: float, where: Tensor |
 def info_nce(
     positive_scores: Tensor, negative_scores: Tensor, temperature: float, penalties: Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy of picking the positive among itself and the negatives.
+    """Cross-entropy ``(Q,)`` of picking the positive ``(Q,)`` among itself and the negatives ``(Q, K)``.
 
-    Args:
-        positive_scores: ``(Q,)``.
-        negative_scores: ``(Q, K)``; ``-inf`` marks an empty place.
-        temperature: Divides every score, > 0.
-        penalties: ``(Q, K)`` added to the negatives' logits, e.g. :func:`hardness_penalties`; None adds nothing.
+    ``-inf`` marks an empty place; a row of nothing else has loss 0, with gradient 0. ``penalties`` ``(Q, K)`` are added
+    to the negatives' logits.
 
-    Returns:
-        ``(Q,)`` loss of each row. A row whose places are all empty has loss 0, with gradient 0.
-
-    Example:
-        >>> info_nce(torch.zeros(1), torch.zeros(1, 3), temperature=0.02)  # log 4
-        tensor([1.3863])
+    >>> info_nce(torch.zeros(1), torch.zeros(1, 3), temperature=0.02)  # log 4
+    tensor([1.3863])
     """
     check_temperature("temperature", temperature)
     logits = torch.cat([positive_scores[:, None], negative_scores], dim=1) / temperature  # (Q, 1 + K)
@@ -465,14 +372,7 @@ def info_nce(
 
 
 def mix64(x: Tensor) -> Tensor:
-    """Scramble 64-bit integers one to one (the finaliser of splitmix64), on any device.
-
-    Args:
-        x: int64 of any shape.
-
-    Returns:
-        int64 of the same shape; equal inputs give equal outputs, near inputs give unrelated ones.
-    """
+    """Scramble 64-bit integers one to one (the finaliser of splitmix64), on any device."""
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
         logical = (x >> shift) & ((1 << (64 - shift)) - 1)  # torch's own shift drags the sign along
         x = (x ^ logical) * factor
@@ -480,15 +380,6 @@ def mix64(x: Tensor) -> Tensor:
 
 
 def shuffled_priority(seed: int | Tensor, rows: Tensor, num_candidates: int) -> Tensor:
-    """Random order of the candidates for each row, the same on whatever process a row is computed.
-
-    Args:
-        seed: Any 64-bit integer.
-        rows: ``(Q,)`` numbers of the rows in the global batch.
-        num_candidates: ``C``.
-
-    Returns:
-        ``(Q, C)`` int64, for the ``priority`` of :func:`hardest_valid_negatives`.
-    """
+    """Random order ``(Q, C)`` of the candidates for rows ``(Q,)``, the same on whatever process a row is computed."""
     columns = torch.arange(num_candidates, device=rows.device)
     return mix64(mix64(mix64(rows) + seed)[:, None] + columns[None, :])  # (Q, C)

@@ -85,21 +85,10 @@ def push_encoder_to_hub(
 
 
 def encoder_card(model: SentenceTransformer, *, repo_id: str = "path/to/this/folder", title: str | None = None) -> str:
-    """Write the card of an encoder.
+    """Write the card of an encoder, Markdown with a YAML header; a model without a chat template is refused.
 
     Base model, licence, language, training data, arguments and results are what sentence-transformers has noted in
     ``model.model_card_data``: set them there (``model.model_card_data.license = "apache-2.0"``) before calling.
-
-    Args:
-        model: the encoder, its first module a multimodal LLM with a chat template.
-        repo_id: where a reader loads it from.
-        title: heading; None takes the last part of ``repo_id``.
-
-    Returns:
-        Markdown with a YAML header.
-
-    Raises:
-        ValueError: the model has no chat template, so it is no encoder of this package.
     """
     processor: Any = getattr(model[0], "processor", None)
     if not getattr(processor, "chat_template", None):
@@ -133,7 +122,6 @@ def _citations(processor: Any) -> list[str]:
 
 
 def _rendered(processor: Any, parts: list[dict[str, str]]) -> str:
-    """One prompt on one line, as it stands in a cell of a table."""
     messages = [{"role": "user", "content": parts}]
     text = processor.apply_chat_template(messages, tokenize=False)  # as encoders render it
     return on_one_line(str(text))

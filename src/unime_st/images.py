@@ -41,14 +41,7 @@ class UnreadableImageError(ValueError):
 
 
 def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
-    """Decode a file or its bytes, by the rule of this module.
-
-    Args:
-        source: A path, or the bytes of a file.
-        name: What errors call it; the path when not given.
-
-    Returns:
-        An RGB image.
+    """Decode a file, or the bytes of one, to RGB by the rule of this module; ``name`` is what errors call it.
 
     Raises:
         FileNotFoundError: There is no such file; folders and special files (pipes, devices) are none.
@@ -87,16 +80,8 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
 def as_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     """Bring a PIL image to RGB by the rule of this module; one that is there already is returned itself.
 
-    Args:
-        image: Of any mode.
-        name: What errors call it.
-
-    Raises:
-        UnreadableImageError: For numbers of no known range.
-
-    Example:
-        >>> as_rgb(Image.new("I;16", (1, 1), 0x8000)).getpixel((0, 0))
-        (128, 128, 128)
+    >>> as_rgb(Image.new("I;16", (1, 1), 0x8000)).getpixel((0, 0))
+    (128, 128, 128)
     """
     if image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
@@ -112,19 +97,13 @@ def as_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
 
 
 def from_array(array: np.ndarray | torch.Tensor, name: str = "the image") -> Image.Image:
-    """Make an RGB image of numbers, by the rule of this module.
+    """Make an RGB image of numbers ``(H, W)``, ``(H, W, C)`` or ``(C, H, W)``, by the rule of this module.
 
-    Args:
-        array: ``(H, W)``, ``(H, W, C)`` or ``(C, H, W)`` with C of 1, 3, or 4 (transparency). Floats lie in [0, 1],
-            integers in [0, 255], or in [0, 65535] if their type is unsigned of 16 bits.
-        name: What errors call it.
+    C is 1, 3, or 4 (transparency). Floats lie in [0, 1], integers in [0, 255], or in [0, 65535] if their type is
+    unsigned of 16 bits; other ranges, NaN included, are refused.
 
-    Raises:
-        ValueError: For another shape or range, NaN included.
-
-    Example:
-        >>> from_array(np.full((3, 1, 2), 0.5)).size
-        (2, 1)
+    >>> from_array(np.full((3, 1, 2), 0.5)).size
+    (2, 1)
     """
     if isinstance(array, torch.Tensor):
         tensor = array.detach().cpu()
@@ -186,9 +165,8 @@ def stands_for_image(text: str) -> bool:
     A file is known by its content; stock code goes by a list of suffixes, and takes the path of any other image, such
     as ``a.tif`` or ``a.avif``, for words.
 
-    Example:
-        >>> stands_for_image("https://a.org/b.png?size=2"), stands_for_image("a picture called b.png")
-        (True, False)
+    >>> stands_for_image("https://a.org/b.png?size=2"), stands_for_image("a picture called b.png")
+    (True, False)
     """
     if text.startswith(DATA_PREFIX):
         return True

@@ -11,19 +11,10 @@ _LONGEST_SHOWN = 200
 
 
 def resolve_below(folder: str | Path, relative: str | Path, *, what: str = "image", must_exist: bool = True) -> Path:
-    """Find a file below a folder, and nowhere else.
+    """Find a file below a folder, and nowhere else: its absolute path, symbolic links followed.
 
     Absolute paths are taken where they lead below the folder. Files of a snapshot that the Hub's client has fetched are
-    links to ``blobs`` beside the snapshots, and count as below it.
-
-    Args:
-        folder: The folder, which may be a link itself.
-        relative: Path below it, as data give it.
-        what: What is looked for, for messages.
-        must_exist: Whether anything but a regular file there is an error here.
-
-    Returns:
-        The absolute path, symbolic links followed.
+    links to ``blobs`` beside the snapshots, and count as below it. ``what`` is looked for, in messages.
 
     Raises:
         ValueError: When the path climbs out by ``..``, is one of another system's absolute ones, or leads out of the

@@ -27,23 +27,14 @@ _OPENED = f"{{% set {_OPENS} = true %}}\n"  # a line of its own, which transform
 
 @dataclass(frozen=True)
 class TurnFormat:
-    """How a family writes one user turn.
+    """How a family writes one user turn."""
 
-    Attributes:
-        start: before the content.
-        end: after the instruction, up to where the model would answer.
-        image: placeholder of one image; ``{n}`` is its number, counted from 1.
-        video: placeholder of one video; empty when the family has none.
-        before_text: before a text that comes without media.
-        instruction_end: what the instructions of :data:`INSTRUCTIONS` end in after their colon.
-    """
-
-    start: str
-    end: str
-    image: str
-    video: str = ""
-    before_text: str = ""
-    instruction_end: str = " "
+    start: str  # before the content
+    end: str  # after the instruction, up to where the model would answer
+    image: str  # placeholder of one image; `{n}` is its number, counted from 1
+    video: str = ""  # placeholder of one video; empty when the family has none
+    before_text: str = ""  # before a text that comes without media
+    instruction_end: str = " "  # what the instructions of `INSTRUCTIONS` end in after their colon
 
 
 _CHATML = "<|im_end|>\n<|im_start|>assistant\n"
@@ -79,26 +70,16 @@ class BareFormat:
 
     A system message (``prompt``) goes on a line before the text, or in the place of the image prompt. Where nothing at
     all is left, of an empty text, it is a line break: a model needs a token.
-
-    Attributes:
-        start: before everything.
-        end: after everything.
-        image: placeholder of one image.
-        video: placeholder of one video.
-        before_text: between media and text.
-        before_prompt: between media and a prompt without text.
-        before_any: before words without media.
-        strips: whether white space around the words goes, around a prompt's and the text's own.
     """
 
     start: str
     end: str
     image: str
     video: str
-    before_text: str
-    before_prompt: str
-    before_any: str
-    strips: bool
+    before_text: str  # between media and text
+    before_prompt: str  # between media and a prompt without text
+    before_any: str  # before words without media
+    strips: bool  # whether white space around the words goes, around a prompt's and the text's own
 
 
 _ONEVISION = ("<|im_start|>user ", "<|im_end|><|im_start|>assistant\n", "<image>", "<video>")
@@ -168,19 +149,12 @@ _TEMPLATE = (
 
 
 def chat_template(name: str) -> str:
-    r"""Jinja chat template of a family.
+    r"""Jinja chat template of a family, by a key of :data:`TURN_FORMATS` or :data:`PUBLISHED_FORMATS`.
 
-    Args:
-        name: A key of :data:`TURN_FORMATS` or :data:`PUBLISHED_FORMATS`.
-
-    Raises:
-        ValueError: For an unknown name, with those that are known.
-
-    Example:
-        >>> from jinja2 import Environment
-        >>> template = Environment().from_string(chat_template("llava_next"))
-        >>> template.render(messages=[{"role": "user", "content": [{"type": "image"}]}])
-        '[INST] <image>\nSummary above image in one word: [/INST]'
+    >>> from jinja2 import Environment
+    >>> template = Environment().from_string(chat_template("llava_next"))
+    >>> template.render(messages=[{"role": "user", "content": [{"type": "image"}]}])
+    '[INST] <image>\nSummary above image in one word: [/INST]'
     """
     formats = {**TURN_FORMATS, **PUBLISHED_FORMATS}
     if name not in formats:
@@ -213,12 +187,11 @@ def with_generation_prompt(template: str) -> str:
 
     Encoders render without that argument, stock ones too; written into the template, it is saved with it.
 
-    Example:
-        >>> from jinja2 import Environment
-        >>> own = "{{ messages[0]['content'] }}{% if add_generation_prompt %}<answer>{% endif %}"
-        >>> template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(with_generation_prompt(own))
-        >>> template.render(messages=[{"role": "user", "content": "a cat"}], add_generation_prompt=False)
-        'a cat<answer>'
+    >>> from jinja2 import Environment
+    >>> own = "{{ messages[0]['content'] }}{% if add_generation_prompt %}<answer>{% endif %}"
+    >>> template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(with_generation_prompt(own))
+    >>> template.render(messages=[{"role": "user", "content": "a cat"}], add_generation_prompt=False)
+    'a cat<answer>'
     """
     return _OPENED + template
 

@@ -21,26 +21,17 @@ from dataclasses import dataclass
 class PublishedCheckpoint:
     """A published model. All pool the last token, pad on the left, and normalise.
 
-    Attributes:
-        repo_id: on the Hub.
-        family: its ``config.model_type``.
-        trained_at: side of the square that training images were resized to, in pixels.
-        paper: arXiv identifier.
-        results: its name in :func:`unime_st.evaluation.published_results`.
-        template: name of its prompts in :data:`unime_st.prompts.TURN_FORMATS` or ``PUBLISHED_FORMATS``; None is the
-            family.
-        evaluated_at: side of the square that its authors' evaluation forces images to, whatever their shape; None where
-            it leaves them to the processor. Encoding leaves them to the repository's processor; to repeat the
-            evaluation, resize images before (``MMEBEvaluator`` and ``MTEBEncoder`` have ``image_size``).
+    Encoding leaves the size of images to the repository's processor; to repeat the authors' evaluation, resize them
+    before (``MMEBEvaluator`` and ``MTEBEncoder`` have ``image_size``).
     """
 
     repo_id: str
-    family: str
-    trained_at: int
-    paper: str
-    results: str
-    template: str | None = None
-    evaluated_at: int | None = None
+    family: str  # its `config.model_type`
+    trained_at: int  # side of the square that training images were resized to, in pixels
+    paper: str  # arXiv identifier
+    results: str  # its name in `unime_st.evaluation.published_results`
+    template: str | None = None  # name of its prompts in `unime_st.prompts`; None is the family
+    evaluated_at: int | None = None  # side that its authors' evaluation forces images to; None for none
 
     @property
     def prompts(self) -> str:
@@ -99,17 +90,10 @@ PUBLISHED: dict[str, PublishedCheckpoint] = {
 
 
 def published_checkpoint(name: str) -> PublishedCheckpoint:
-    """Look a published model up.
+    """Look a published model up by its name on the Hub.
 
-    Args:
-        name: on the Hub.
-
-    Raises:
-        ValueError: it is not in the table; with those that are.
-
-    Example:
-        >>> published_checkpoint("DeepGlint-AI/UniME-LLaVA-1.6-7B").family
-        'llava_next'
+    >>> published_checkpoint("DeepGlint-AI/UniME-LLaVA-1.6-7B").family
+    'llava_next'
     """
     if name not in PUBLISHED:
         raise ValueError(f"There is no published checkpoint {name!r}. Known are {', '.join(PUBLISHED)}.")

@@ -26,11 +26,7 @@ _CITATIONS = {"2504.17432": UNIME_CITATION, "2510.13515": UNIME_V2_CITATION}
 def published_card(known: PublishedCheckpoint) -> str:
     """Write the card of a published model as an encoder of this package: its prompts, its results, how to load it.
 
-    Args:
-        known: a row of :data:`unime_st.published.PUBLISHED`.
-
-    Returns:
-        Markdown with a YAML header. Numbers are those its authors published, with their source; none is ours.
+    Markdown with a YAML header. Numbers are those its authors published, with their source; none is ours.
     """
     template = Environment(autoescape=False).from_string(chat_template(known.prompts))  # noqa: S701 (not HTML)
     prompts = [(kind, template.render(messages=[{"role": "user", "content": p}])) for kind, p in KINDS.items()]

@@ -14,22 +14,15 @@ from torch import nn
 
 @runtime_checkable
 class StepEncoder(Protocol):
-    """The first module of a SentenceTransformer, as losses and callbacks of the Trainer see it.
+    """The first module of a SentenceTransformer, as losses and callbacks of the Trainer see it."""
 
-    Attributes:
-        relative_positions: Whether padding before a row changes nothing, so that a mini-batch may leave it out.
-    """
-
-    relative_positions: bool
+    relative_positions: bool  # whether padding before a row changes nothing, so that a mini-batch may leave it out
 
     def keeping_features(self) -> AbstractContextManager[None]:
         """Within this context, a training step, features are kept that its second pass would compute again."""
 
     def embeddings_alone(self, *, last_token_only: bool) -> AbstractContextManager[None]:
-        """Within this context only embeddings are asked for, so that whatever they do not need may be left out.
-
-        With ``last_token_only`` they are made of the state of each row's last token alone.
-        """
+        """Within this context only embeddings are asked for, perhaps those of each row's last token alone."""
 
     def forget_features(self) -> None:
         """Forget what is kept between steps."""

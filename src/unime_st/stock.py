@@ -15,21 +15,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Seam:
-    """Something undocumented of another library.
+    """Something undocumented of another library."""
 
-    Attributes:
-        library: Its name on PyPI.
-        read_in: The version whose source was read.
-        where: The module, and the path of the object in it.
-        why: What of ours would break without it.
-        takes: Names of parameters that we pass or receive.
-    """
-
-    library: str
-    read_in: str
-    where: tuple[str, str]
-    why: str
-    takes: tuple[str, ...] = ()
+    library: str  # its name on PyPI
+    read_in: str  # the version whose source was read
+    where: tuple[str, str]  # the module, and the path of the object in it
+    why: str  # what of ours would break without it
+    takes: tuple[str, ...] = ()  # names of parameters that we pass or receive
 
 
 _ST, _TF = "sentence-transformers", "transformers"
@@ -96,11 +88,7 @@ def moved(seam: Seam) -> str:
 
 
 def require(library: str) -> None:
-    """Refuse a library whose seams have moved.
-
-    Raises:
-        ImportError: One has, saying which and what it is needed for.
-    """
+    """Refuse a library whose seams have moved, naming the first and what it is needed for."""
     for seam in SEAMS:
         if seam.library == library and (why := moved(seam)):
             raise ImportError(why)
