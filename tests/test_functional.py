@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from unime_st import functional as F
+from unime_st.identity.features import mix64
+from unime_st.losses.contrast import shuffled_priority
 
 
 def loop_identity_mask(positive, num_candidates, candidate_ids, query_ids, labels):
@@ -133,15 +135,15 @@ def test_kl_without_the_diagonal_ignores_it():
 
 
 def test_shuffled_priority_is_a_function_of_row_and_seed_alone():
-    whole = F.shuffled_priority(5, torch.arange(6), 40)
-    assert torch.equal(F.shuffled_priority(torch.tensor(5), torch.arange(3, 6), 40), whole[3:])
-    assert not torch.equal(F.shuffled_priority(6, torch.arange(6), 40), whole)
+    whole = shuffled_priority(5, torch.arange(6), 40)
+    assert torch.equal(shuffled_priority(torch.tensor(5), torch.arange(3, 6), 40), whole[3:])
+    assert not torch.equal(shuffled_priority(6, torch.arange(6), 40), whole)
     assert whole.flatten().unique().numel() == 240
     assert len({tuple(order) for order in whole.argsort(dim=1).tolist()}) == 6
 
 
 def test_mix64_has_no_collisions_among_near_numbers_and_spreads_every_bit():
-    mixed = F.mix64(torch.arange(100_000))
+    mixed = mix64(torch.arange(100_000))
     assert mixed.unique().numel() == 100_000
     for bit in range(64):
         assert 0.48 < ((mixed >> bit) & 1).float().mean() < 0.52

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from unime_st import distributed
 from unime_st.features import forget_kept_features
-from unime_st.files import remove_leftovers, write_atomically
+from unime_st.files import FULL, remove_leftovers, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,6 @@ MARKER = "complete.json"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _THREADS = 8
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TORCH_WRITER = ("PytorchStreamWriter failed", "inline_container", "iostream error")  # RuntimeErrors without a number
 
 
@@ -201,8 +200,8 @@ def explained_write_errors(folder: str | Path) -> Iterator[None]:
 
 def _for_want_of_space(error: Exception) -> bool:
     if isinstance(error, OSError):
-        return error.errno in _FULL
+        return error.errno in FULL
     text = str(error)
     if isinstance(error, SafetensorError):
-        return any(f"os error {number}" in text for number in _FULL)
+        return any(f"os error {number}" in text for number in FULL)
     return any(mark in text for mark in _TORCH_WRITER)

@@ -90,7 +90,7 @@ def _write_whole(path: Path, content: bytes | str | np.ndarray, put: Callable[[P
 def _write(partial: Path, content: bytes | str | np.ndarray, path: Path, put: Callable[[Path, Path], Any]) -> None:
     try:
         with partial.open("xb") as file:
-            _hold(file.fileno(), wait=True)
+            hold(file.fileno(), wait=True)
             if isinstance(content, np.ndarray):
                 np.save(_Plain(file.write), content, allow_pickle=False)
             else:
@@ -139,7 +139,7 @@ def remove_leftovers(folder: Path) -> None:
         except OSError:
             continue
         try:
-            if _hold(descriptor):
+            if hold(descriptor):
                 partial.unlink(missing_ok=True)
         except OSError:  # of a disk that is read-only
             continue
@@ -173,7 +173,7 @@ class FolderLock:
             if error.errno not in _READ_ONLY:
                 raise
         else:
-            _hold(self._descriptor, shared=True, wait=True)
+            hold(self._descriptor, shared=True, wait=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -184,8 +184,8 @@ class FolderLock:
         """Whether no other process holds it; False where the file system has no locks."""
         if self._descriptor is None:
             return False
-        alone = _hold(self._descriptor)
-        _hold(self._descriptor, shared=True, wait=True)
+        alone = hold(self._descriptor)
+        hold(self._descriptor, shared=True, wait=True)
         return alone
 
     def others(self) -> bool:
@@ -197,7 +197,7 @@ class FolderLock:
         except OSError as error:
             return isinstance(error, BlockingIOError)
         finally:
-            _hold(self._descriptor, shared=True, wait=True)
+            hold(self._descriptor, shared=True, wait=True)
         return False
 
 
@@ -210,7 +210,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        _hold(descriptor, wait=True)
+        hold(descriptor, wait=True)
         yield
     finally:
         _let_go(descriptor)
@@ -224,7 +224,7 @@ def _let_go(descriptor: int) -> None:
     os.close(descriptor)
 
 
-def _hold(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
+def hold(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
     """Lock an open file until it is closed; False if another has it, or the file system has no locks."""
     if fcntl is None:
         return False

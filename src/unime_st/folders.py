@@ -10,17 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from unime_st.files import one_at_a_time
+from unime_st.files import hold, one_at_a_time
 
 _AT_FDCWD = -100
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux
 _MARK = "-unfinished-"
 _OLD = "-replaced"
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -79,18 +74,14 @@ def _remove_leftovers(target: Path) -> None:
 
 def _lock(folder: Path) -> int | None:
     """Hold a folder until its descriptor is closed, or the process ends; None if another does, or it cannot be told."""
-    if fcntl is None:
-        return None
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
         return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    if hold(descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _exchange(one: Path, other: Path) -> bool:

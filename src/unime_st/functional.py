@@ -369,17 +369,3 @@ def info_nce(
     if penalties is not None:
         logits = logits + F.pad(penalties, (1, 0))
     return -F.log_softmax(logits, dim=1)[:, 0]
-
-
-def mix64(x: Tensor) -> Tensor:
-    """Scramble 64-bit integers one to one (the finaliser of splitmix64), on any device."""
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
-        logical = (x >> shift) & ((1 << (64 - shift)) - 1)  # torch's own shift drags the sign along
-        x = (x ^ logical) * factor
-    return x
-
-
-def shuffled_priority(seed: int | Tensor, rows: Tensor, num_candidates: int) -> Tensor:
-    """Random order ``(Q, C)`` of the candidates for rows ``(Q,)``, the same on whatever process a row is computed."""
-    columns = torch.arange(num_candidates, device=rows.device)
-    return mix64(mix64(mix64(rows) + seed)[:, None] + columns[None, :])  # (Q, C)

@@ -45,10 +45,7 @@ class NearestTargets:
         self.places[np.concatenate(by_cell)] = np.arange(count)
 
     def search(self, queries: torch.Tensor, number: int, probes: int = PROBES) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return exact scores and target numbers, about in order of the scores.
-
-        Both are ``(n, C)`` for queries ``(n, D)``; missing results have score -inf and number -1.
-        """
+        """Exact scores and target numbers ``(n, C)`` of queries ``(n, D)``, about in order; -inf and -1 for none."""
         faiss, asked = import_faiss(), np.ascontiguousarray(queries.numpy())
         number = min(number, len(self.targets))
         probes = min(probes, self.index.nlist)

@@ -34,12 +34,7 @@ class BrokenInputError(ValueError):
 
 
 class BrokenItemError(ValueError):
-    """An item that cannot be read or encoded.
-
-    Args:
-        position: Where it is in the list given.
-        reason: What is wrong with it.
-    """
+    """An item that cannot be read or encoded, by its place in the list given."""
 
     def __init__(self, position: int, reason: str) -> None:
         super().__init__(f"Item {position} cannot be encoded: {reason}")

@@ -150,13 +150,7 @@ class EmbeddingCache:
 
 
 class CacheSection:
-    """The embeddings of one model under one prompt; made by :meth:`EmbeddingCache.section`.
-
-    Args:
-        folder: The section's folder.
-        description: What decides the embeddings, written beside them.
-        cache: The cache it is part of, which knows how large it may grow.
-    """
+    """The embeddings of one model under one prompt; made by :meth:`EmbeddingCache.section`."""
 
     def __init__(self, folder: Path, description: Mapping[str, Any], cache: EmbeddingCache) -> None:
         self.folder = folder
@@ -185,26 +179,11 @@ class CacheSection:
         return fingerprint in self._rows
 
     def get(self, fingerprints: Iterable[str]) -> list[np.ndarray | None]:
-        """Look up embeddings.
-
-        Args:
-            fingerprints: Hexadecimal content fingerprints.
-
-        Returns:
-            An array of shape (D,) for each, None where there is none.
-        """
+        """Look up embeddings ``(D,)`` by hexadecimal content fingerprints; None where there is none."""
         return [self._rows.get(fingerprint) for fingerprint in fingerprints]
 
     def add(self, fingerprints: Sequence[str], embeddings: np.ndarray) -> None:
-        """Store embeddings, as one shard.
-
-        Args:
-            fingerprints: N hexadecimal content fingerprints, all of one length.
-            embeddings: Shape (N, D), finite.
-
-        Raises:
-            ValueError: If there are not as many embeddings as fingerprints, or some are not finite.
-        """
+        """Store finite embeddings ``(N, D)`` of N hexadecimal content fingerprints, all of one length, as one shard."""
         embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
         if len(fingerprints) != len(embeddings):
             raise ValueError(f"{len(embeddings)} embeddings for {len(fingerprints)} fingerprints.")
@@ -255,7 +234,6 @@ class CacheSection:
                 self._put(MARKER, json.dumps(self.description, indent=2, sort_keys=True))
 
     def _touch(self) -> None:
-        """Note that the section was used now, where that can be written."""
         with contextlib.suppress(OSError):
             os.utime(self.folder / MARKER)
 

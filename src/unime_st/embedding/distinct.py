@@ -37,18 +37,17 @@ Cache = EmbeddingCache | str | Path | Section
 
 def open_section(
     model: Any,
-    cache: EmbeddingCache | None = None,
+    cache: EmbeddingCache | str | Path | None = None,
     *,
     prompt: str | None = None,
     prompt_name: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Section:
-    """The cache's section for a model in its present state under a prompt; in memory when there is no cache.
-
-    Opening reads the weights once. Hold the section while the model stays as it is.
-    """
+    """The cache's section for a model in its present state under a prompt; in memory when there is no cache."""
     if cache is None:
         return MemorySection()
+    if isinstance(cache, str | Path):
+        cache = EmbeddingCache(cache)
     return cache.section(model, prompt=effective_prompt(model, prompt, prompt_name), settings=settings)
 
 
@@ -119,9 +118,8 @@ def encode_indexed(
 ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """Encode items as :func:`encode_distinct` does, without repeating equal rows; every process makes this call.
 
-    With ``on_error="report"`` items that cannot be read or encoded are left out: those of a batch that fails are found
-    by halving it, and the rest of it is kept. ``prepare`` makes of an item what the model encodes, late, such as an
-    opened and resized image; what it does must be part of the cache's settings.
+    With ``on_error="report"`` items that cannot be read or encoded are left out. ``prepare`` makes of an item what the
+    model encodes, late, such as an opened and resized image; what it does must be part of the cache's settings.
 
     Returns embeddings of the distinct items ``(U, D)``, float32, in the order of first appearance, ``(0, 0)`` when all
     failed; the row of each item ``(N,)``, -1 for one that failed; and item number -> error for those.
@@ -133,7 +131,10 @@ def encode_indexed(
     if batch_size < 1:
         raise ValueError(f"`batch_size={batch_size}`, but a batch needs at least one item.")
     prompt = effective_prompt(model, prompt, prompt_name)
-    section = _section(model, cache, prompt)
+    if cache is None or isinstance(cache, EmbeddingCache | str | Path):
+        section = open_section(model, cache, prompt=prompt)
+    else:
+        section = cache
     run = _Run(model, items, batch_size, prompt, on_error, prepare)
     keys = run.tell()
     distinct = [key for key in dict.fromkeys(keys) if key]
@@ -151,14 +152,6 @@ def encode_indexed(
     return np.stack([found[key] for key in kept]) if kept else np.zeros((0, 0), np.float32), index, errors
 
 
-def _section(model: Any, cache: Cache | None, prompt: str | None) -> Section:
-    if isinstance(cache, str | Path):
-        cache = EmbeddingCache(cache)
-    if cache is None or isinstance(cache, EmbeddingCache):
-        return open_section(model, cache, prompt=prompt)
-    return cache
-
-
 def _progress(count: int, distinct: int, shown: bool | None) -> Any:
     if shown is None:
         shown = logger.isEnabledFor(logging.INFO)
@@ -168,14 +161,7 @@ def _progress(count: int, distinct: int, shown: bool | None) -> Any:
 
 @dataclass
 class _Run:
-    """One call's items and how they are encoded.
-
-    Attributes:
-        errors: Item number -> what is wrong with it, with "report".
-        first: Fingerprint -> number of the first item that has it.
-        contents: Fingerprint -> what that item says, without the item.
-        has_worked: Whether the model has ever encoded something: a fault of the model itself shows at the first item.
-    """
+    """One call's items and how they are encoded."""
 
     model: Any
     items: Sequence[Any]
@@ -183,17 +169,17 @@ class _Run:
     prompt: str | None
     on_error: OnError
     prepare: Callable[[Any], Any] | None = None
-    errors: dict[int, str] = field(default_factory=dict)
-    first: dict[str, int] = field(default_factory=dict)
-    contents: dict[str, Content] = field(default_factory=dict)
-    has_worked: bool = False
+    errors: dict[int, str] = field(default_factory=dict)  # item number -> what is wrong with it, with "report"
+    first: dict[str, int] = field(default_factory=dict)  # fingerprint -> number of the first item that has it
+    contents: dict[str, Content] = field(default_factory=dict)  # fingerprint -> what that item says, without the item
+    has_worked: bool = False  # whether the model has ever encoded something
 
     def tell(self) -> list[str]:
         """Fingerprint of each item, "" for one that cannot be read."""
         keys = []
         known: dict[Any, str] = {}  # what recurs, as candidates do, is read and hashed once a call
         for row, item in enumerate(self.items):
-            name = _name(item)
+            name = name_of(item)
             key = known.get(name) if name is not None else None
             if key is None:
                 key = self._told(row, item)
@@ -218,8 +204,8 @@ class _Run:
     ) -> tuple[dict[str, np.ndarray], int]:
         """Encode what is missing into a section; embeddings of all processes by key, and how many were asked for.
 
-        It is one queue: items that begin alike (the same image) in one chunk, the most costly chunk first. With several
-        processes chunks are dealt out in turn and the embeddings exchanged, so that all end with the same.
+        Items that begin alike (the same image) are in one chunk, the most costly chunk is first. Several processes take
+        chunks in turn and exchange the embeddings, so that all end with the same.
         """
         alone = getattr(self.model, "_distributed_inference", None) is not None  # the Trainer shares `encode` out
         share, of = (0, 1) if alone else (rank(), world_size())
@@ -259,17 +245,15 @@ class _Run:
         return fresh
 
     def _beginning(self, key: str) -> tuple[int, tuple[bytes, ...], str]:
-        """Return a key that sorts like items together: the number of images, their digests, the text."""
+        """A key that sorts like items together."""
         content = self.contents[key]
         return len(content.media), content.media, content.text
 
     def _cost(self, key: str) -> int:
-        """Estimate the cost of an item by its number of letters; an image counts as a thousand letters."""
         content = self.contents[key]
         return len(content.media) * _LETTERS_AN_IMAGE + len(content.text)
 
     def encode(self, keys: list[str]) -> dict[str, np.ndarray]:
-        """Encode items by fingerprint, and leave out those that cannot be encoded."""
         failed: dict[str, Exception] = {}
         made = self._halved(keys, failed)
         self.has_worked |= bool(made)
@@ -325,10 +309,10 @@ class _Run:
         self.errors[row] = message
 
 
-def _name(item: Any) -> Any:
-    """Something hashable that stands for the item during one call, None where nothing cheap does."""
+def name_of(item: Any) -> Any:
+    """A hashable value that identifies an input without reading files, or None where nothing cheap does."""
     if isinstance(item, str):
         return item
     if isinstance(item, dict) and all(isinstance(value, str) for value in item.values()):
-        return tuple(item.items())
+        return tuple(sorted(item.items()))
     return None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+from unime_st.files import FULL
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def explained_full_disk(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         by_numpy = error.errno is None and "requested and" in str(error)  # the only words it has for it
-        if error.errno not in _FULL and not by_numpy:
+        if error.errno not in FULL and not by_numpy:
             raise
         raise OSError(
             error.errno or errno.ENOSPC,

@@ -28,13 +28,12 @@ def embed_missing(
     show_progress_bar: bool = False,
     patience: float = PATIENCE,
 ) -> None:
-    """Embed the inputs whose keys a store lacks; when this returns, it has all of them.
+    """Embed the inputs whose keys ``(n,)`` a store lacks; when this returns, it has all of them.
 
-    Each process embeds the inputs that are its share by their keys, whatever the others have done by then, and waits
-    for the files of the others: a collective's time limit would be hit by a long wait. ``embed`` takes places ``(m,)``
-    in ``keys`` ``(n,)`` and returns embeddings ``(m, D)``; ``shard_size`` of them make one file, which is what a kill
-    can cost. Inputs go from the largest to the smallest by ``sizes`` ``(n,)``, so that batches hold like sizes, and a
-    run that goes on after a kill makes the batches that were left.
+    Each process embeds its share by the keys, whatever the others have done by then, and waits for their files: a
+    collective's time limit would be hit by a long wait. ``embed`` makes embeddings ``(m, D)`` of places ``(m,)`` in
+    ``keys``; ``shard_size`` of them make one file, which is what a kill can cost. The largest by ``sizes`` ``(n,)`` go
+    first, so that batches hold like sizes, and a run that goes on after a kill makes the batches that were left.
     """
     require_count("shard_size", shard_size, least=0)
     if shard_size < 1:
@@ -64,9 +63,8 @@ def embed_missing(
 def own_share() -> tuple[int, int]:
     """Rank of this process, and number of processes: those of the process group, or else what torchrun has set.
 
-    Example:
-        >>> own_share()
-        (0, 1)
+    >>> own_share()
+    (0, 1)
     """
     if distributed.is_distributed() or "WORLD_SIZE" not in os.environ:
         return distributed.rank(), distributed.world_size()

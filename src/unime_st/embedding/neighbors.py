@@ -19,27 +19,17 @@ _PROBED = 2  # one cell of so many is looked at; with fewer, recall@8 fell from 
 
 
 class Forbidden(NamedTuple):
-    """Pairs of a query and a candidate that answers it, or is the query itself.
+    """Pairs of a query and a candidate that answers it, or is the query itself."""
 
-    Attributes:
-        rows: ``(P,)`` queries.
-        candidates: ``(P,)`` candidates.
-    """
-
-    rows: np.ndarray
-    candidates: np.ndarray
+    rows: np.ndarray  # (P,) queries
+    candidates: np.ndarray  # (P,)
 
 
 class Nearest(NamedTuple):
-    """The nearest valid candidates of each query, nearest first.
+    """The nearest valid candidates of each query, nearest first."""
 
-    Attributes:
-        scores: ``(Q, m)`` cosines; ``-inf`` where a query has fewer.
-        candidates: ``(Q, m)`` their numbers; any where the score is ``-inf``.
-    """
-
-    scores: np.ndarray
-    candidates: np.ndarray
+    scores: np.ndarray  # (Q, m) cosines; -inf where a query has fewer
+    candidates: np.ndarray  # (Q, m) their numbers; any where the score is -inf
 
 
 def exact_nearest(
@@ -52,33 +42,17 @@ def exact_nearest(
     margin: float | None,
     keep: int,
 ) -> Nearest:
-    """Compare every query with every candidate, a block of candidates at a time.
+    """Compare queries ``(Q, D)`` with all ``C`` candidates, a block at a time; all vectors are of length 1.
 
     The rule is that of :func:`~unime_st.functional.hardest_valid_negatives`: a candidate above the positive's score
-    plus the margin is a false negative, and so is a forbidden one.
+    ``(Q,)`` plus the margin is a false negative, and so is a forbidden one. ``read`` gives candidates ``(n, D)`` by
+    their numbers, NaN for one that cannot be used.
 
-    Args:
-        queries: ``(Q, D)`` of length 1.
-        positive_scores: ``(Q,)`` each query's cosine with its own positive.
-        num_candidates: The number of candidates, ``C``.
-        read: Gives the candidates ``(n, D)`` of length 1 with the given numbers; NaN for one that cannot be used.
-        forbidden: See :class:`Forbidden`.
-        margin: None switches the filter by score off.
-        keep: How many candidates each query keeps, ``m``.
-
-    Example:
-        >>> points = torch.eye(3) + 0.0
-        >>> none = Forbidden(np.array([0]), np.array([0]))
-        >>> exact_nearest(
-        ...     points[:1],
-        ...     torch.ones(1),
-        ...     num_candidates=3,
-        ...     read=lambda numbers: points[numbers],
-        ...     forbidden=none,
-        ...     margin=0.1,
-        ...     keep=1,
-        ... ).scores.tolist()
-        [[0.0]]
+    >>> points = torch.eye(3) + 0.0
+    >>> none = Forbidden(np.array([0]), np.array([0]))
+    >>> options = {"num_candidates": 3, "forbidden": none, "margin": 0.1, "keep": 1}
+    >>> exact_nearest(points[:1], torch.ones(1), read=lambda numbers: points[numbers], **options).scores.tolist()
+    [[0.0]]
     """
     order = np.argsort(forbidden.candidates, kind="stable")
     rows, candidates = forbidden.rows[order], forbidden.candidates[order]

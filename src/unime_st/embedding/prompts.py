@@ -11,20 +11,12 @@ def prompt_options(
 ) -> dict[str, str]:
     """The prompt as options of ``encode``: by its text where that can be known, so that one prompt has one identity.
 
-    Args:
-        model: It may have ``prompts`` and ``default_prompt_name``, as a ``SentenceTransformer`` has.
-        prompt: The text.
-        prompt_name: A name among the model's prompts, in place of the text. Without both, the model's default counts.
-        what: What errors call the model.
+    Without text and name, the model's default counts. ``what`` is what errors call the model.
 
-    Raises:
-        ValueError: When both are given, or the model's prompts are known and none has that name.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> model = SimpleNamespace(prompts={"query": "Find: "}, default_prompt_name=None)
-        >>> prompt_options(model, prompt_name="query"), prompt_options(model)
-        ({'prompt': 'Find: '}, {})
+    >>> from types import SimpleNamespace
+    >>> model = SimpleNamespace(prompts={"query": "Find: "}, default_prompt_name=None)
+    >>> prompt_options(model, prompt_name="query"), prompt_options(model)
+    ({'prompt': 'Find: '}, {})
     """
     if prompt is not None:
         if prompt_name is not None:
@@ -38,11 +30,7 @@ def prompt_options(
 
 
 def effective_prompt(model: Any, prompt: str | None = None, prompt_name: str | None = None) -> str | None:
-    """The text that ``encode`` puts before inputs; here ``prompt`` wins over ``prompt_name``.
-
-    Raises:
-        ValueError: When the model has no prompt of that name.
-    """
+    """The text that ``encode`` puts before inputs; here ``prompt`` wins over ``prompt_name``."""
     if prompt is not None:
         return prompt
     name = _default(model) if prompt_name is None else prompt_name

@@ -53,29 +53,19 @@ class MemorySection:
 
 @dataclass(frozen=True)
 class SectionInfo:
-    """The content of one section of a cache.
-
-    Attributes:
-        folder: Folder of the section.
-        model: Fingerprint of the model, 64 hexadecimal digits.
-        prompt: The prompt text, "" for none.
-        settings: Other settings that decide the embeddings, e.g. the resolution.
-        items: Number of embeddings, as far as its shards can be read.
-        num_bytes: Size on disk.
-        last_used: Time when it was last opened or written, in seconds since 1970.
-        outdated: Whether its model was fingerprinted by another version's rule, so that no model finds it any more.
-    """
+    """The content of one section of a cache."""
 
     folder: Path
-    model: str
-    prompt: str
-    settings: dict[str, Any]
-    items: int
-    num_bytes: int
-    last_used: float
+    model: str  # fingerprint, 64 hexadecimal digits
+    prompt: str  # its text, "" for none
+    settings: dict[str, Any]  # others that decide the embeddings, e.g. the resolution
+    items: int  # number of embeddings, as far as its shards can be read
+    num_bytes: int  # on disk
+    last_used: float  # when it was last opened or written, in seconds since 1970
 
     @property
-    def outdated(self) -> bool:  # noqa: D102 see the attributes
+    def outdated(self) -> bool:
+        """Whether its model was fingerprinted by another version's rule, so that no model finds it any more."""
         return is_outdated(self.model)
 
 
@@ -118,10 +108,7 @@ def section_info(marker: Path) -> SectionInfo | None:
 
 
 def remove_section(folder: Path) -> None:
-    """Delete a section at once, even while others read or write there: it is renamed first.
-
-    A process that was about to write into it finds no folder, and makes it anew; one that reads has fewer embeddings.
-    """
+    """Delete a section at once, even while others read or write there: it is renamed first, so that they find none."""
     with contextlib.suppress(OSError):  # it is gone already, or on a read-only disk
         shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.{uuid.uuid4().hex}{_GONE}")), ignore_errors=True)
 

@@ -38,17 +38,16 @@ def key_array(keys: Iterable[bytes]) -> np.ndarray:
 class EmbeddingStore:
     """A folder of embeddings, in files that are written whole and read through memory maps.
 
-    Each file is one numpy record: the keys ``(n,)``, their embeddings ``(n, D)`` and a checksum of both, which is
-    compared once, when the file is found; copies in other processes, such as a data loader's, rely on that. As a data
-    set's transform, it replaces numbers in the ``label`` column by the embeddings with those numbers.
+    A file is one numpy record: keys ``(n,)``, embeddings ``(n, D)`` and a checksum of both, compared once, when the
+    file is found; copies in other processes, such as a data loader's, rely on that. As a data set's transform, a store
+    replaces numbers in the ``label`` column by their embeddings.
 
-    Example:
-        >>> import tempfile
-        >>> store = EmbeddingStore(Path(tempfile.mkdtemp()))
-        >>> store.add(key_array([b"a" * 16, b"b" * 16]), np.array([[1.0, 2.0], [3.0, 4.0]]))
-        >>> numbers = store.find(key_array([b"b" * 16, b"c" * 16]))
-        >>> numbers.tolist(), store.rows(numbers[:1]).tolist()
-        ([1, -1], [[3.0, 4.0]])
+    >>> import tempfile
+    >>> store = EmbeddingStore(Path(tempfile.mkdtemp()))
+    >>> store.add(key_array([b"a" * 16, b"b" * 16]), np.array([[1.0, 2.0], [3.0, 4.0]]))
+    >>> numbers = store.find(key_array([b"b" * 16, b"c" * 16]))
+    >>> numbers.tolist(), store.rows(numbers[:1]).tolist()
+    ([1, -1], [[3.0, 4.0]])
     """
 
     def __init__(self, folder: Path) -> None:

@@ -20,9 +20,7 @@ _SAY_EVERY = 60.0
 
 
 class Waiting:
-    """One process's wait for the files of others; each new file gives them their whole time again.
-
-    The log says at the start, and every minute, who is waited for, since when, and for how long yet.
+    """One process's wait for the files of others, told in the log; each new file gives them their whole time again.
 
     >>> waiting = Waiting("Teacher", Path("cache"), patience=0.05)
     >>> rounds = 0

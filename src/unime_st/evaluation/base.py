@@ -67,9 +67,8 @@ class EmbeddingEvaluator(SentenceEvaluator):
 
     def open_cache(self, model: Any) -> Section:
         """Open what is kept of this model's embeddings, in memory without a cache: once for a call's many tasks."""
-        cache = EmbeddingCache(self.cache_dir) if isinstance(self.cache_dir, str | Path) else self.cache_dir
         settings = self.encoding_settings() or None
-        return open_section(model, cache, prompt=self.prompt, prompt_name=self.prompt_name, settings=settings)
+        return open_section(model, self.cache_dir, prompt=self.prompt, prompt_name=self.prompt_name, settings=settings)
 
     def encoding_settings(self) -> dict[str, Any]:
         """Return what else decides the embeddings than model, prompt and content: nothing, unless a subclass says."""

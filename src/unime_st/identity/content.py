@@ -28,46 +28,29 @@ _MEDIA = ("image", "video", "audio")
 
 
 class Part(NamedTuple):
-    """One text or medium of an input.
+    """One text or medium of an input."""
 
-    Attributes:
-        kind: ``"text"``, ``"image"``, ``"video"``, ``"audio"``, or ``"role"`` where another than the user speaks.
-        said: The text; the digest of a medium.
-        pixels: The number of pixels of a PIL image; 1 for any other medium, and 0 for a text.
-        instructs: Whether it is an instruction (the text of a system message), which is no content.
-    """
-
-    kind: str
-    said: str | bytes
-    pixels: int = 0
-    instructs: bool = False
+    kind: str  # "text", "image", "video", "audio", or "role" where another than the user speaks
+    said: str | bytes  # the text; the digest of a medium
+    pixels: int = 0  # of a PIL image; 1 for any other medium, and 0 for a text
+    instructs: bool = False  # whether it is an instruction (the text of a system message), which is no content
 
 
 class Content:
     """An input, and what it says; its files are read and its pixels hashed when this is made, and never again.
 
-    Args:
-        item: Text, an image (PIL, path, bytes, numpy, torch), ``{"image", "text"}`` where the image may be a list,
-            chat messages, or a list of media. A string at the top is what ``encode`` takes it for: an image if it
-            stands for one (:func:`~unime_st.images.stands_for_image`), else text; below ``"image"`` it is a path, URL
-            or data URI, below ``"text"`` always text. URLs are not fetched: the address is the identity.
-        read_files: Know an image's path by the content of its file; False by the path as written, which costs no
-            reading but takes two copies of a file for two images.
+    ``item`` is a text, an image (PIL, path, bytes, numpy, torch), ``{"image", "text"}`` where the image may be a list,
+    chat messages, or a list of media. A string at the top is an image if it stands for one
+    (:func:`~unime_st.images.stands_for_image`), else a text; below ``"image"`` it is a path, URL or data URI, below
+    ``"text"`` always text. URLs are not fetched: the address is the identity. Without ``read_files`` an image's path is
+    known as written, which costs no reading but takes two copies of a file for two images. ``named`` is the same input,
+    but a bare string that names an image, or was found to be a text, stands in a dict.
 
-    Attributes:
-        item: What was given.
-        named: The same, but a bare string that names an image, or was found to be a text, stands in a dict.
-
-    Raises:
-        FileNotFoundError: When a file is to be read and is not there.
-        TypeError: For an input of another kind, or a number where a text belongs.
-
-    Example:
-        >>> content = Content({"image": Image.new("RGB", (4, 3), "grey"), "text": "a cat"})
-        >>> content.text, len(content.media), content.pixels
-        ('a cat', 1, 12)
-        >>> content.id == Content({"text": "a cat"}).id
-        False
+    >>> content = Content({"image": Image.new("RGB", (4, 3), "grey"), "text": "a cat"})
+    >>> content.text, len(content.media), content.pixels
+    ('a cat', 1, 12)
+    >>> content.id == Content({"text": "a cat"}).id
+    False
     """
 
     __slots__ = ("_digest", "_parts", "item", "named")
@@ -134,52 +117,32 @@ class Content:
 def takes_contents(model: Any) -> bool:
     """Whether ``encode`` of a model is ours, which takes contents in place of inputs and does not hash them again.
 
-    The method is asked, not the model: a wrapper, or a subclass with another ``encode``, gets the inputs themselves.
+    The method is asked: a wrapper, or a subclass with another ``encode``, gets the inputs themselves.
     """
     ours = getattr(getattr(type(model), "encode", None), "takes_contents", False)
     return ours and "encode" not in getattr(model, "__dict__", {})
 
 
 def fingerprint(item: Any, *, read_files: bool = True) -> str:
-    """Hash everything an input says: its texts and media, and the instructions of a chat too.
+    """Hash everything an input says (see :class:`Content`), the instructions of a chat too: 32 hexadecimal digits.
 
-    Args:
-        item: See :class:`Content`.
-        read_files: See :class:`Content`.
-
-    Returns:
-        32 hexadecimal digits.
-
-    Raises:
-        FileNotFoundError: When a file is to be read and is not there.
-        TypeError: For an input of another kind, or a number where a text belongs.
-
-    Example:
-        >>> fingerprint("a cat") == fingerprint({"text": "a cat", "image": None})
-        True
-        >>> fingerprint("a cat") == fingerprint([{"role": "user", "content": "a cat"}])
-        True
-        >>> grey = Image.new("RGB", (2, 2), "grey")
-        >>> fingerprint({"image": grey, "text": "a cat"}) == fingerprint({"image": grey, "text": "a dog"})
-        False
+    >>> fingerprint("a cat") == fingerprint({"text": "a cat", "image": None})
+    True
+    >>> fingerprint("a cat") == fingerprint([{"role": "user", "content": "a cat"}])
+    True
+    >>> grey = Image.new("RGB", (2, 2), "grey")
+    >>> fingerprint({"image": grey, "text": "a cat"}) == fingerprint({"image": grey, "text": "a dog"})
+    False
     """
     return Content(item, read_files=read_files).fingerprint
 
 
 def content_id(item: Any, *, read_files: bool = True) -> int:
-    """Integer identity of an input's content, instructions (system messages) left out.
+    """Integer in [0, 2^63) for an input's content (see :class:`Content`), instructions (system messages) left out.
 
-    Args:
-        item: See :class:`Content`.
-        read_files: See :class:`Content`.
-
-    Returns:
-        An integer in [0, 2^63), so that it fits an int64 tensor.
-
-    Example:
-        >>> system = {"role": "system", "content": "Say it in one word."}
-        >>> content_id([system, {"role": "user", "content": "a cat"}]) == content_id("a cat")
-        True
+    >>> system = {"role": "system", "content": "Say it in one word."}
+    >>> content_id([system, {"role": "user", "content": "a cat"}]) == content_id("a cat")
+    True
     """
     return Content(item, read_files=read_files).id
 

@@ -28,12 +28,7 @@ def is_encoded(item: Mapping[str, Any]) -> bool:
 
 
 def medium_digest(value: Any, read_files: bool) -> bytes:
-    """Digest of one image, video or sound.
-
-    Raises:
-        FileNotFoundError: When a file is to be read and is not there.
-        TypeError: When it is none of these.
-    """
+    """Digest of one image, video or sound, whose file is read if it is named and ``read_files`` says so."""
     if isinstance(value, Mapping) and is_encoded(value):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, (str, Path)):
@@ -94,9 +89,8 @@ def _array_digest(array: np.ndarray) -> bytes:
 def _file_digest(path: str | Path) -> bytes:
     """Digest of a file, which is read once as long as it stays the same file, unchanged.
 
-    Its device, number, size and two times tell that: the last change of its content, and the last change of anything,
-    which no program sets. A file that changed less than two seconds ago may change again within one tick of the clock,
-    so it is read each time. This can fail only on a file system that has no such numbers, or whose own clock runs slow.
+    Its device, number, size and two times tell that, of which no program sets the last. A file that changed less than
+    two seconds ago may change again within one tick of the clock, so it is read each time.
     """
     try:
         status = Path(path).stat()

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from unime_st import distributed
 from unime_st.features import num_rows
-from unime_st.functional import mix64
 
 logger = logging.getLogger(__name__)
 
@@ -26,21 +25,21 @@ _TOLD_BY_CONTENT = {  # tensors that follow from the tokens and the content
 }
 
 
+def mix64(x: Tensor) -> Tensor:
+    """Scramble 64-bit integers one to one (the finaliser of splitmix64), on any device."""
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+        logical = (x >> shift) & ((1 << (64 - shift)) - 1)  # torch's own shift drags the sign along
+        x = (x ^ logical) * factor
+    return x
+
+
 def hash_tokens(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Hash each row's tokens, the same whichever side it is padded on and however wide the batch.
+    """Hash each row's tokens ``(B, T)``, ``(B,)`` >= 0, the same whichever side and however far it is padded.
 
-    Args:
-        input_ids: ``(B, T)`` integers.
-        attention_mask: ``(B, T)``, 0 at padding.
-
-    Returns:
-        ``(B,)`` int64, >= 0.
-
-    Example:
-        >>> left = hash_tokens(torch.tensor([[0, 7, 8]]), torch.tensor([[0, 1, 1]]))
-        >>> right = hash_tokens(torch.tensor([[7, 8]]), torch.tensor([[1, 1]]))
-        >>> bool(left == right)
-        True
+    >>> left = hash_tokens(torch.tensor([[0, 7, 8]]), torch.tensor([[0, 1, 1]]))
+    >>> right = hash_tokens(torch.tensor([[7, 8]]), torch.tensor([[1, 1]]))
+    >>> bool(left == right)
+    True
     """
     active = attention_mask.long()
     position = active.cumsum(dim=1)  # 1, 2, ... over the tokens that count
@@ -51,9 +50,8 @@ def hash_tokens(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
 def content_ids(features: Mapping[str, Any]) -> Tensor | None:
     """Integer identity of each row's content in one column, ``(B,)``, or None when it cannot be told.
 
-    :class:`~unime_st.modules.MultimodalEncoder` puts it into the features under ``content_id``. Without that, rows of
-    text are told apart by their tokens (a prompt among the tokens counts); images, and text packed without padding, are
-    not.
+    It is the feature ``content_id`` of our encoder. Without that, rows of text are told apart by their tokens (a prompt
+    among them counts); images, and text packed without padding, are not.
     """
     if CONTENT_KEY in features:
         return features[CONTENT_KEY]
@@ -65,16 +63,10 @@ def content_ids(features: Mapping[str, Any]) -> Tensor | None:
 
 
 def batch_identities(columns: Sequence[Mapping[str, Any]]) -> tuple[Tensor | None, list[int]]:
-    """Identities of all columns of a batch.
+    """Identities of a batch, ``(B, n_columns)``, from the features of each column, and the numbers of unknown columns.
 
     A column whose content is unknown gets numbers below 0 that occur nowhere else in the global batch, so its rows
-    equal nothing.
-
-    Args:
-        columns: One feature dict a column.
-
-    Returns:
-        ``(B, n_columns)`` int64, or None when no column is known; and the numbers of the unknown columns.
+    equal nothing. None when no column is known.
     """
     known = [content_ids(features) for features in columns]
     unknown = [index for index, ids in enumerate(known) if ids is None]
@@ -87,22 +79,15 @@ def batch_identities(columns: Sequence[Mapping[str, Any]]) -> tuple[Tensor | Non
 
 
 def input_keys(columns: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Integer identity of each input as the model gets it, its instruction included.
+    """Integer identity ``(n_columns, B)`` of each input as the model gets it, its instruction included.
 
     Equal numbers are the same to the model, so they need embedding only once. A column whose inputs cannot be told
     (images without ``content_id``, or tensors that are not known) gets numbers below 0 that occur nowhere else.
 
-    Args:
-        columns: One feature dict a column, of ``B`` rows each.
-
-    Returns:
-        ``(n_columns, B)`` int64.
-
-    Example:
-        >>> words = {"input_ids": torch.tensor([[7], [8], [7]]), "attention_mask": torch.ones(3, 1)}
-        >>> first, second, third = input_keys([words])[0].tolist()
-        >>> first == third, first == second
-        (True, False)
+    >>> words = {"input_ids": torch.tensor([[7], [8], [7]]), "attention_mask": torch.ones(3, 1)}
+    >>> first, second, third = input_keys([words])[0].tolist()
+    >>> first == third, first == second
+    (True, False)
     """
     known = [_input_keys(features) for features in columns]
     example = next((keys for keys in known if keys is not None), None)
@@ -124,11 +109,7 @@ def _input_keys(features: Mapping[str, Any]) -> Tensor | None:
 
 
 def equal_to_nothing(batch: int, columns: int, device: torch.device) -> Tensor:
-    """Numbers below 0 that occur nowhere else in the global batch, for contents that are not known.
-
-    Returns:
-        ``(B, n_columns)`` int64.
-    """
+    """Numbers below 0, ``(B, n_columns)``, that occur nowhere else in the global batch, for unknown contents."""
     rows = torch.arange(batch, device=device) + distributed.rank() * batch
     total = batch * distributed.world_size()
     return -1 - (rows[:, None] + total * torch.arange(columns, device=device))

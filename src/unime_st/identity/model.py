@@ -91,12 +91,18 @@ def model_fingerprint(model: nn.Module) -> str:
     return told + _mark(told)
 
 
+def named_or_fingerprint(model: Any, name: str | None, argument: str) -> str:
+    """Identity of a model: the name given by an argument, else its fingerprint, which only a module has."""
+    if not name and not isinstance(model, nn.Module):
+        raise TypeError(f"A {type(model).__name__} has no weights to know it by. Give `{argument}`.")
+    return name or model_fingerprint(model)
+
+
 def is_outdated(fingerprint: Any) -> bool:
     """Whether this is a fingerprint by the rule of another version, which no model has any more.
 
-    Example:
-        >>> is_outdated(model_fingerprint(torch.nn.Linear(2, 2))), is_outdated("0" * 64), is_outdated("a name")
-        (False, True, False)
+    >>> is_outdated(model_fingerprint(torch.nn.Linear(2, 2))), is_outdated("0" * 64), is_outdated("a name")
+    (False, True, False)
     """
     if not isinstance(fingerprint, str) or not re.fullmatch(r"[0-9a-f]{64}", fingerprint):
         return False
@@ -106,9 +112,8 @@ def is_outdated(fingerprint: Any) -> bool:
 def explain_outdated(fingerprint: Any) -> str:
     """A sentence for errors about embeddings of a model with such a fingerprint; "" for one of this version.
 
-    Example:
-        >>> explain_outdated("a name"), explain_outdated("0" * 64)[:35]
-        ('', ' It was made by an earlier version ')
+    >>> explain_outdated("a name"), explain_outdated("0" * 64)[:35]
+    ('', ' It was made by an earlier version ')
     """
     if not is_outdated(fingerprint):
         return ""
@@ -169,12 +174,7 @@ def _json(value: Any) -> str:
 
 
 def _plain(value: Any, inside: tuple[int, ...] = ()) -> Any:  # noqa: PLR0911 one line a kind
-    """Bring settings into a form JSON can hold, the same in every process.
-
-    Args:
-        value: A setting, or an object that holds some.
-        inside: What it is part of, for objects that hold each other.
-    """
+    """Bring a setting into a form JSON can hold, the same in every process; ``inside`` is what it is part of."""
     if value is None or (isinstance(value, str | int | float | bool) and not isinstance(value, Enum)):
         return value
     if id(value) in inside:

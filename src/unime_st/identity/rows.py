@@ -20,8 +20,8 @@ _READ_ROWS = 16384
 def row_identities(dataset: Dataset, label_columns: list[str] | None = None) -> Iterator[np.ndarray]:
     """Yield ``(N,)`` numbers of the query, the target and, where usable, the label, equal where rows hold the same.
 
-    A label is usable when it is a whole number or a name. The stored table is read underneath any transform, so no
-    image is opened: an image stored as a path is known by the path, one stored as bytes by its bytes.
+    A label is usable when it is a whole number or a name. The stored table is read, so no image is opened: one stored
+    as a path is known by the path, one stored as bytes by its bytes.
     """
     columns = training_columns(dataset.column_names, label_columns)
     for name in (columns.anchor, columns.positive):
@@ -34,10 +34,7 @@ def row_identities(dataset: Dataset, label_columns: list[str] | None = None) -> 
 
 
 def subset_numbers(dataset: Dataset) -> tuple[np.ndarray, list[str]]:
-    """The data set of each row ``(N,)`` by the column :data:`~unime_st.columns.SUBSET`, and the names of the sets.
-
-    The names are in the order of their first rows.
-    """
+    """The data set of each row ``(N,)`` by the column ``subset``, and the names of the sets by their first rows."""
     if SUBSET not in dataset.column_names:
         raise ValueError(
             f"The stored column {SUBSET!r}, which tells the data set of each row, is not among {dataset.column_names}. "

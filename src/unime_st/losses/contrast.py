@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unime_st import functional
+from unime_st.identity.features import mix64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ class Contrast:
 
     def _priority(self, rows: Tensor, num_candidates: int) -> Tensor | None:
         """A random order of the candidates, where negatives are drawn."""
-        return None if self.seed is None else functional.shuffled_priority(self.seed, rows, num_candidates)
+        return None if self.seed is None else shuffled_priority(self.seed, rows, num_candidates)
 
     def _info_nce(
         self, scores: Tensor, rows: Tensor, negatives: functional.HardNegatives, weighted: Tensor | None
@@ -98,6 +99,12 @@ class Contrast:
             penalties = functional.hardness_penalties(negatives.scores, self.hardness_strength, weighted)
         positive = scores.gather(1, rows[:, None]).squeeze(1)  # (q,)
         return functional.info_nce(positive, negatives.scores, self.temperature, penalties), positive
+
+
+def shuffled_priority(seed: int | Tensor, rows: Tensor, num_candidates: int) -> Tensor:
+    """Random order ``(Q, C)`` of the candidates for rows ``(Q,)``, the same on whatever process a row is computed."""
+    columns = torch.arange(num_candidates, device=rows.device)
+    return mix64(mix64(mix64(rows) + seed)[:, None] + columns[None, :])  # (Q, C)
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from unime_st.arguments import require_path
 from unime_st.data.corpus.encoded import FORMAT_VERSION, EncodedCorpus, claimed
@@ -19,7 +18,7 @@ from unime_st.data.corpus.window_encoder import Encoder, RecentEmbeddings, Windo
 from unime_st.data.corpus.windows import read_windows
 from unime_st.embedding.missing import own_share
 from unime_st.embedding.prompts import prompt_options
-from unime_st.identity.model import model_fingerprint
+from unime_st.identity.model import named_or_fingerprint
 
 _CHANGES_NO_EMBEDDING = (
     "batch_size",
@@ -122,7 +121,7 @@ def encode_corpus(
         "dtype": dtype,
         "window_size": window_size,
         "with_ids": with_ids,
-        "model": model_name or _identity(model),
+        "model": named_or_fingerprint(model, model_name, "model_name"),
         "max_seq_length": getattr(model, "max_seq_length", None),
         "prompt": options.get("prompt", options.get("prompt_name")),
         "options": _deciding(options),
@@ -151,12 +150,6 @@ def _own_rows(inputs: Iterable[Any], window_size: int, share: tuple[int, int]) -
         return None
     starts = range(share[0] * window_size, len(inputs), share[1] * window_size)
     return sum(min(window_size, len(inputs) - start) for start in starts)
-
-
-def _identity(model: Any) -> str:
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"A {type(model).__name__} has no weights to know it by. Give `model_name`.")
-    return model_fingerprint(model)
 
 
 def _deciding(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from datasets import Dataset, concatenate_datasets
 
 from unime_st.arguments import require_count, require_path
 from unime_st.columns import LABEL, LABEL_COLUMNS
-from unime_st.data.teacher.identity import teacher_folder, teacher_identity
+from unime_st.data.teacher.identity import teacher_folder
 from unime_st.data.teacher.rows import check_embeddings, checked_labels, refuse_one_text
 from unime_st.embedding.missing import embed_missing
 from unime_st.embedding.prompts import prompt_options
 from unime_st.embedding.store import EmbeddingStore, key_array
 from unime_st.embedding.waiting import PATIENCE
 from unime_st.identity.content import fingerprint
+from unime_st.identity.model import named_or_fingerprint
 
 _CHUNK_NUMBERS = 1 << 28
 
@@ -207,7 +208,7 @@ def _fill_store(
     by_row = key_array(_text_keys(texts))
     first_rows = np.sort(np.unique(by_row, return_index=True)[1])  # of each distinct text
     options = prompt_options(teacher, prompt, prompt_name, what="teacher")
-    identity = {"teacher": teacher_name or teacher_identity(teacher), "prompt": ""} | options
+    identity = {"teacher": named_or_fingerprint(teacher, teacher_name, "teacher_name"), "prompt": ""} | options
     asked = {} if prompt is None and prompt_name is None else options  # a teacher knows its default itself
     store = EmbeddingStore(teacher_folder(folder, identity))
 

@@ -8,13 +8,10 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from unime_st.embedding.full_disk import explained_full_disk
 from unime_st.files import write_atomically
-from unime_st.identity.model import is_outdated, model_fingerprint
+from unime_st.identity.model import is_outdated
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +41,3 @@ def _tell_of_outdated(cache_dir: Path) -> None:
             "%s holds embeddings of teachers that an earlier version knew by less of their tokenizers, in %s: they are "
             "not used any more, and a teacher of then is embedded anew. Delete them.", cache_dir, ", ".join(sorted(old))
         )  # fmt: skip
-
-
-def teacher_identity(teacher: Any) -> str:
-    """What decides a teacher's embeddings.
-
-    Raises:
-        TypeError: For one that is no module.
-    """
-    if not isinstance(teacher, torch.nn.Module):
-        raise TypeError(f"A {type(teacher).__name__} has no weights to know it by. Give `teacher_name`.")
-    return model_fingerprint(teacher)

@@ -11,6 +11,7 @@ import numpy as np
 from huggingface_hub import snapshot_download
 
 from unime_st.data.mmeb.eval_rows import EvalTask
+from unime_st.embedding.distinct import name_of
 from unime_st.evaluation.mmeb.tasks import MMEBTask, found_tasks, image_task
 
 
@@ -70,19 +71,10 @@ def distinct_inputs(
                 if not seen[item]:
                     seen[item] = True
                     content = own.items[item]
-                    key = _name(content) or (task, item)
+                    key = name_of(content) or (task, item)
                     if key not in known:
                         known[key] = len(items)
                         items.append(content)
                         owner.append((task, row))
                     place[item] = known[key]
     return items, owner, places
-
-
-def _name(item: Any) -> Any:
-    """A hashable value that identifies an input without reading files, or None where there is none."""
-    if isinstance(item, str):
-        return item
-    if isinstance(item, dict) and all(isinstance(value, str) for value in item.values()):
-        return tuple(sorted(item.items()))
-    return None

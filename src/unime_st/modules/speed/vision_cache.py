@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from unime_st.functional import mix64
+from unime_st.identity.features import mix64
 
 VISION_TOWER_NAMES = ("vision_tower", "visual", "vision_model", "vision_encoder", "img_processor")
 """The names that multimodal models of transformers, and Phi-3-Vision, give their vision tower."""
