@@ -164,8 +164,7 @@ def check_teacher(
 ) -> None:
     """Refuse a teacher of the wrong shape, or with an embedding that says nothing.
 
-    Whether numbers are finite and not all zero is read off the device in every batch, before the student runs: one bad
-    row would spoil the weights.
+    Numbers are read off the device in every batch, before the student runs: one bad row would spoil the weights.
     """
     if labels is None:
         raise ValueError(

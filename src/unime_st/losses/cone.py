@@ -36,10 +36,7 @@ class ConeWatch:
         self._window = [old + new for old, new in zip(self._window, told, strict=True)] if self._window else told
 
     def advice(self, num_hard_negatives: int | None, warmup_steps: int) -> str:
-        """What was measured and what to do, when a window has ended in which embeddings stayed in a cone.
-
-        Reads the device once, at the end of a window.
-        """
+        """What was measured and what to do, when a window has ended in which embeddings stayed in a cone."""
         if not self._ended:
             return ""
         (positives, negatives, passes), self._ended = torch.stack(self._ended).tolist(), []

@@ -14,33 +14,19 @@ from unime_st.identity.features import mix64
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """What is known of a global batch, and the settings of ``HardNegativeInfoNCELoss`` for this step.
+    """What is known of a global batch, and the settings of ``HardNegativeInfoNCELoss`` for this step."""
 
-    Attributes:
-        num_rows: ``N``.
-        labels: ``(N,)`` integer identity of each row's target, or None.
-        query_ids: ``(N,)`` integer identity of each query's content, or None.
-        candidate_ids: ``(C,)`` integer identity of each candidate's content, or None.
-        k: Negatives to keep; None keeps all.
-        margin: Of the filter by score, or None.
-        temperature: Divides the similarities.
-        trust_explicit: Whether a row's own explicit negatives pass the margin.
-        hardness_mode: Which negatives are weighted by their hardness, or None.
-        hardness_strength: How much.
-        seed: Of the random choice of negatives; None chooses the hardest.
-    """
-
-    num_rows: int
-    labels: Tensor | None
-    query_ids: Tensor | None
-    candidate_ids: Tensor | None
-    k: int | None
+    num_rows: int  # N
+    labels: Tensor | None  # (N,) integer identity of each row's target
+    query_ids: Tensor | None  # (N,) integer identity of each query's content
+    candidate_ids: Tensor | None  # (C,) integer identity of each candidate's content
+    k: int | None  # negatives to keep; None keeps all
     margin: float | None
     temperature: float
-    trust_explicit: bool
+    trust_explicit: bool  # whether a row's own explicit negatives pass the margin
     hardness_mode: str | None
     hardness_strength: float
-    seed: Tensor | None
+    seed: Tensor | None  # of the random choice of negatives; None chooses the hardest
 
     def query_to_doc(self, scores: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
         """Loss of some queries, ``(q,)``, from their scores ``(q, C)``, and what :func:`means` makes metrics of."""
@@ -87,7 +73,6 @@ class Contrast:
         return self.hardness_mode is not None and self.hardness_strength > 0
 
     def _priority(self, rows: Tensor, num_candidates: int) -> Tensor | None:
-        """A random order of the candidates, where negatives are drawn."""
         return None if self.seed is None else shuffled_priority(self.seed, rows, num_candidates)
 
     def _info_nce(

@@ -21,7 +21,7 @@ from unime_st.step_encoder import is_compiled, step_encoder, unwrapped
 
 
 def embedded(model: Any, features: dict[str, Any]) -> Tensor:
-    """Embeddings of a model, ``(B, D)``; nothing else is read, so an encoder that knows how to may leave out the rest.
+    """Embeddings of a model, ``(B, D)``; an encoder that knows how to may leave out all else.
 
     A compiled model runs as it was compiled: packed sequences have another shape in every batch.
     """
@@ -41,9 +41,9 @@ def _reads_last_token(model: Any) -> bool:
 def embedded_together(model: Any, batches: Sequence[dict[str, Any]]) -> list[Tensor]:
     """Embeddings of several batches of a step whose activations are kept, ``(B, D)`` each.
 
-    DistributedDataParallel is called once for all of them. It takes weights that its *last* call before the backward
-    pass does not reach for unused, and fails when an earlier call has a gradient for them: the vision tower, where
-    texts follow images.
+    DistributedDataParallel is called once for all: it takes weights that its *last* call before the backward pass does
+    not reach for unused, and fails when an earlier call has a gradient for them (the vision tower, where texts follow
+    images).
     """
     if not isinstance(model, DistributedDataParallel) or is_compiled(model) or "forward" in vars(model):
         return _images_last(model, batches)  # `MatryoshkaLoss` sets a forward of its own, which takes one batch
@@ -85,9 +85,8 @@ class BatchEmbedder:
     """Embeds the inputs of one step by a plan, without keeping their activations; then sends gradients back.
 
     The passes are GradCache's (https://huggingface.co/papers/2101.06983): all mini-batches are embedded without
-    gradients, the loss is computed from all embeddings, and each mini-batch is embedded again with gradients. The last
-    mini-batch, the largest, keeps its activations from the first pass, so a batch of one mini-batch takes one pass. A
-    frozen vision tower runs in the first pass only. With ``exchange`` the plan spans all processes, which exchange
+    gradients, the loss is computed from all embeddings, and each mini-batch is embedded again with gradients, but for
+    the last and largest, which keeps its activations. With ``exchange`` the plan spans all processes, which exchange
     embeddings and gradients.
     """
 
@@ -136,10 +135,7 @@ class BatchEmbedder:
         return list(total[: sum(self._sizes)].split(self._sizes))
 
     def backward(self, gradients: Sequence[Tensor], scale: Tensor) -> None:
-        """Embed each mini-batch again with gradients, and send its gradient times ``scale`` back.
-
-        A data-parallel wrapper synchronises once, at the last.
-        """
+        """Embed each mini-batch again with gradients, and send its gradient times ``scale`` back, in one sync."""
         collected = _Collected(self.model) if _reduces_every_backward(self.model) else None
         last = len(gradients) - 1
         again: int | None = None

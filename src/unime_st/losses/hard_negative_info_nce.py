@@ -38,15 +38,10 @@ HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 
 
 class Targets(NamedTuple):
-    """What is known of the rows of a batch beside their embeddings.
+    """What is known of the rows of a batch beside their embeddings."""
 
-    Attributes:
-        labels: ``(B,)`` integer identity of each row's target, or None.
-        content_ids: ``(B, n)`` integers that are equal for equal contents, one column each, or None.
-    """
-
-    labels: Tensor | None
-    content_ids: Tensor | None
+    labels: Tensor | None  # (B,) integer identity of each row's target
+    content_ids: Tensor | None  # (B, n) integers that are equal for equal contents, one column each
 
 
 class HardNegativeInfoNCELoss(InBatchLoss):

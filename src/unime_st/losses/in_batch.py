@@ -37,16 +37,14 @@ UNIME_CITATION = """
 class InBatchLoss(nn.Module):
     """Base of the losses that compare a whole batch with itself; plain and GradCache in one class.
 
-    A subclass implements :meth:`compute_loss`. Inputs that are equal, in whatever row, column or (with GradCache and
+    A subclass implements :meth:`compute_loss` and :meth:`nothing_to_learn`, and names its ``metric_names``, which every
+    step records, so that processes agree on them. Inputs that are equal, in whatever row, column or (with GradCache and
     ``gather_across_devices``) process, are embedded once, and their gradients summed. With ``mini_batch_size`` or
     ``mini_batch_num_tokens`` given, they are embedded in mini-batches of like length, each twice (GradCache,
-    https://huggingface.co/papers/2101.06983) but for the last, so that memory no longer grows with the batch; a frozen
-    vision tower runs the first time only. Nothing is computed for padding, and beginnings that inputs of a pass share
-    are computed once, where the encoder knows how to (``share_prefixes``). Loss and gradients are the same. The
-    comparison itself runs once, on the whole batch.
+    https://huggingface.co/papers/2101.06983) but for the last, so that memory no longer grows with the batch. Loss and
+    gradients are the same.
 
     Attributes:
-        metric_names: What every step of a subclass records, so that processes agree on it.
         global_step: Optimizer steps that training has made, as :class:`~unime_st.losses.LossMetricsCallback` tells at
             the beginning of each; None where nobody tells. A training loop of one's own sets it.
         last_plan: What the last step embedded; its ``distinct`` counts inputs.
@@ -179,10 +177,7 @@ class InBatchLoss(nn.Module):
         raise NotImplementedError
 
     def _check(self, loss: Tensor, columns: Sequence[dict[str, Any]], embeddings: Sequence[Tensor]) -> None:
-        """Look at a training step's loss: refuse one that is not finite, and say once when there is nothing to learn.
-
-        Reads one number off the device.
-        """
+        """Refuse a training step's loss that is not finite, and say once when there is nothing to learn."""
         if not (self.training and torch.is_grad_enabled()):
             return
         value = loss.item()
@@ -196,10 +191,7 @@ class InBatchLoss(nn.Module):
         """Judge the training steps so far; called in each, once its loss has been read off the device."""
 
     def record_metrics(self, metrics: dict[str, Tensor]) -> None:
-        """Keep the numbers of a step, and add them to the running means when it is a training step.
-
-        Nothing is read off the device here.
-        """
+        """Keep the numbers of a step on the device, and add them to the running means when it is a training step."""
         self.last_metrics = {name: value.detach() for name, value in metrics.items()}
         if self.training and torch.is_grad_enabled():
             for name, value in self.last_metrics.items():

@@ -12,21 +12,14 @@ import numpy as np
 class MiniBatchPlan:
     """What a process embeds of a batch of ``n`` columns of ``B`` rows.
 
-    Embeddings of all processes stand in one table, each process having an equal share of it, in the order of its
-    mini-batches.
-
-    Attributes:
-        mini_batches: A column, and rows of it, for each mini-batch of this process; the one with most tokens is last.
-            Some may repeat rows of others, so that all processes have as many.
-        place: Where in the table the embedding of each of this process's inputs is, ``(n, B)``.
-        share: How many entries of the table each process has.
-        distinct: How many inputs all processes embed.
+    Embeddings of all processes stand in one table, each having an equal share of it, in the order of its mini-batches.
+    Some may repeat rows of others, so that all processes have as many; the one with most tokens is last.
     """
 
-    mini_batches: list[tuple[int, np.ndarray]]
-    place: np.ndarray
-    share: int
-    distinct: int
+    mini_batches: list[tuple[int, np.ndarray]]  # a column, and rows of it, for each mini-batch of this process
+    place: np.ndarray  # (n, B) where in the table the embedding of each of this process's inputs is
+    share: int  # entries of the table that each process has
+    distinct: int  # inputs that all processes embed
 
 
 def plan_mini_batches(
@@ -42,10 +35,10 @@ def plan_mini_batches(
     """Give each distinct input to one process that has it, and cut each process's inputs into mini-batches.
 
     All processes compute the same plan from the same ``keys`` and ``tokens``, ``(W, n * B)``, one column after the
-    other: equal keys are equal inputs, which are embedded once. An input that several processes have goes to the one
-    with the fewest tokens so far. Within a column, inputs are sorted by length, so that mini-batches hold little
-    padding. A mini-batch has at most ``size`` inputs, or ``num_tokens`` tokens with padding, where a longer input is
-    alone; with neither there is one mini-batch a column. Each process has ``least`` mini-batches or more.
+    other: equal keys are equal inputs. Of several processes the one with the fewest tokens so far gets an input. Within
+    a column, inputs are sorted by length, so that mini-batches hold little padding. A mini-batch has at most ``size``
+    inputs, or ``num_tokens`` tokens with padding, where a longer input is alone; with neither there is one a column.
+    Each process has ``least`` or more.
     """
     owned, chosen = _owners(keys, tokens)
     cut = [_cut(own, row, batch, size, num_tokens) for own, row in zip(owned, tokens, strict=True)]

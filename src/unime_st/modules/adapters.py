@@ -146,8 +146,7 @@ def merge_adapters(model: nn.Module) -> int:
 def attach_adapter(model: PreTrainedModel, folder: Path) -> int:
     """Attach a saved adapter to a backbone without a head, in place, and count the layers that it adapts.
 
-    Adapters are usually trained on the model with its head, where the language model is ``model.language_model``, or
-    ``language_model.model`` in older versions of transformers; an encoder has no head and calls it ``language_model``.
+    Adapters are usually trained on the model with its head, which calls the language model by another name.
     """
     file = folder / "adapter_model.safetensors"
     if not file.is_file():

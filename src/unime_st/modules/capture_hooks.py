@@ -14,10 +14,7 @@ _INSTALLED = "_output_capturing_hooks_installed"
 
 
 def remove_capture_hooks(model: nn.Module) -> int:
-    """Remove the capturing hooks of a model, in place, and count them.
-
-    They do nothing between two forward passes, and transformers installs them again when it next needs them.
-    """
+    """Remove the capturing hooks of a model, in place, and count them; transformers installs them when needed."""
     removed = 0
     for module in model.modules():
         hooks = module._forward_hooks

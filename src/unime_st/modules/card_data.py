@@ -24,15 +24,11 @@ _OF_DATASETS = ("examples", "examples_table", "_example_columns")
 class EncoderCardData(SentenceTransformerModelCardData):
     """Card data of an encoder; rows of its training and evaluation sets stay out of the card and its folder.
 
-    Stock code (6.2) draws texts and images from the training set: it shows them in the card's widget, usage example and
-    tables, and copies images into ``assets/`` beside the card, which uploads carry along. Here that happens only when
-    asked for. Sizes, columns, lengths and hyperparameters are shown in any case.
+    Stock code (6.2) shows texts and images of the training set in the card, and copies images into ``assets/`` beside
+    it, which uploads carry along. Here that happens only with ``model.model_card_data.widget_images = True``.
 
     The Trainer shows card data the data sets and, before the first batch, its arguments, so they are also where a
     stream of images that would be cut to pieces is refused.
-
-    Attributes:
-        widget_images: show rows, images and texts, as stock code does: ``model.model_card_data.widget_images = True``.
     """
 
     widget_images: bool = False
@@ -56,11 +52,7 @@ class EncoderCardData(SentenceTransformerModelCardData):
         self._all_hyperparameters = settings
 
     def set_widget_examples(self, dataset: Any) -> None:
-        """Draw examples from data sets whose rows are stored.
-
-        Stock code fails on several data sets whose rows are made by a transform, as images opened lazily are, and takes
-        the first rows of a stream away.
-        """
+        """Draw examples from data sets whose rows are stored: stock code fails on others, or eats up a stream."""
         named = dataset if isinstance(dataset, Mapping) else {"dataset": dataset}
         stored = {name: rows for name, rows in named.items() if _is_stored(rows)}
         if stored:

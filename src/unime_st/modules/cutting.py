@@ -15,9 +15,8 @@ def cut_long_rows(
 ) -> int:
     """Cut the last text of every row with more than ``limit`` tokens, never an instruction, and count those rows.
 
-    The attention mask (B, T) counts a row's tokens, and ``rows`` holds the caller's numbers of the rows, for errors.
-    A text loses as many tokens as the row has too many. Cut, it may still be tokenised into more than were left of it:
-    call again with the mask of the shorter row.
+    The attention mask is ``(B, T)``; errors name the caller's ``rows``. A text loses as many tokens as the row has too
+    many, but may still be tokenised into more than were left: call again with the mask of the shorter row.
     """
     if mask.shape[1] <= limit:
         return 0

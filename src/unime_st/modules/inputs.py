@@ -36,10 +36,9 @@ def as_messages(
 ) -> list[Message]:
     """Turn one input into chat messages ``{"role", "content": [{"type", ...}]}`` whose images are opened.
 
-    An input is a text, an image, ``{"image", "text"}`` where the image may be a list, or chat messages (one dict or a
-    list of them); ``row`` is its number among the caller's inputs, for errors. ``opened`` holds the images of a batch
-    by their path, address or bytes, or as objects, and images opened here are added. A text without a word is taken,
-    as stock code does, only with ``allow_blank`` and if it is all that the input has.
+    ``row`` is its number among the caller's inputs, for errors. ``opened`` holds the images of a batch by their path,
+    address or bytes, or as objects, and images opened here are added. A text without a word is taken, as stock code
+    does, only with ``allow_blank`` and if it is all that the input has.
     """
 
     def open_once(value: Any) -> Image.Image:
@@ -81,11 +80,7 @@ def _is_blank_text(item: Any) -> bool:
 
 
 def open_image(value: Any, row: int, *, allow_remote_images: bool = False) -> Image.Image:
-    """Open one image in any of the accepted forms, by the one rule of :mod:`unime_st.images`; errors name the row.
-
-    It is a PIL image, path, data URI, ``http(s)`` address, bytes, array (H, W, C) or (C, H, W) of bytes or of floats in
-    [0, 1], or ``{"bytes", "path"}`` as data sets store an image.
-    """
+    """Open one image in any of the accepted forms, by the one rule of :mod:`unime_st.images`; errors name the row."""
     if isinstance(value, Image.Image):
         return _seen(value, row)
     if isinstance(value, Mapping) and set(value) <= {"bytes", "path"} and value:
@@ -149,11 +144,10 @@ def checked_text(text: Any, name: str) -> str:
 
     Half of a surrogate pair, which broken JSON and file names hold, makes a string that is no valid UTF-8.
 
-    Example:
-        >>> checked_text(float("nan"), "Row 3: the text")
-        Traceback (most recent call last):
-        ...
-        TypeError: Row 3: the text is nan, a float. Give a string, or leave it out.
+    >>> checked_text(float("nan"), "Row 3: the text")
+    Traceback (most recent call last):
+    ...
+    TypeError: Row 3: the text is nan, a float. Give a string, or leave it out.
     """
     if not isinstance(text, str):
         raise TypeError(
@@ -274,17 +268,7 @@ def names_an_image(text: str, row: int) -> bool:
 
 
 def contents_of(inputs: Sequence[Any], rows: Sequence[int]) -> list[Content]:
-    """The door: what each input says, told once; one whose content is known already passes through.
-
-    Args:
-        inputs: What the caller gave, or contents of it.
-        rows: the caller's numbers of them, for errors.
-
-    Raises:
-        FileNotFoundError: a file is not there.
-        TypeError: an input of another kind.
-        ValueError: an image that cannot be read.
-    """
+    """The door: what each input says, told once; one whose content is known already passes through."""
     named = [named_input(item, row) for row, item in zip(rows, inputs, strict=True)]
     return [
         item if isinstance(item, Content) else _content(item, given, row)
@@ -302,7 +286,7 @@ def named_input(item: Any, row: int) -> Any:
 def named_and_known(
     inputs: Sequence[Any], rows: Sequence[int], contents: Sequence[Content] | None
 ) -> tuple[list[Any], list[Content | None]]:
-    """What the model is given for each input, and its content where ``contents`` has it.
+    """What the model is given for each input, and its content where it is known.
 
     Nothing is known of an input that a subclass has put in another's place.
     """
@@ -328,11 +312,10 @@ def _content(item: Any, named: Any, row: int) -> Content:
 def refuse_placeholders(messages: list[Message], row: int, placeholders: Collection[str]) -> None:
     """Refuse a text that spells out the token that stands for an image: it would be counted as one more image.
 
-    Example:
-        >>> refuse_placeholders(as_messages("a <image>", 0), 0, ["<image>"])
-        Traceback (most recent call last):
-        ...
-        ValueError: The text 'a <image>' (row 0) holds '<image>', which is for media. Reword it.
+    >>> refuse_placeholders(as_messages("a <image>", 0), 0, ["<image>"])
+    Traceback (most recent call last):
+    ...
+    ValueError: The text 'a <image>' (row 0) holds '<image>', which is for media. Reword it.
     """
     for message in messages:
         for part in message["content"]:

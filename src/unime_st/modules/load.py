@@ -79,7 +79,6 @@ def load_encoder(
 
 
 def _load_published(folder: Path, known: PublishedCheckpoint, **options: Any) -> SentenceTransformer:
-    """An encoder of a published model's repository, with the prompts that the model was trained on."""
     model = build_encoder(folder, prompt_template=known.prompts, **options)
     backbone: Any = model[0].model
     check_family(backbone, known)

@@ -132,11 +132,7 @@ class MultimodalEncoder(Transformer):
         return self.vision_cache.holding()
 
     def embeddings_alone(self, *, last_token_only: bool) -> AbstractContextManager[None]:
-        """Within this context only embeddings are asked for: equal beginnings are computed once, and no padding is.
-
-        Args:
-            last_token_only: whether embeddings are made of the state of each row's last token alone.
-        """
+        """Within this context only embeddings are asked for: equal beginnings are computed once, and no padding is."""
         return self.prefixes.encoding(last_token_only=last_token_only)
 
     def forget_features(self) -> None:
@@ -152,11 +148,7 @@ class MultimodalEncoder(Transformer):
 
     @staticmethod
     def template_for(config: PretrainedConfig) -> str:
-        """Name of the prompt template of a model's family.
-
-        Raises:
-            ValueError: There is none; the message says what to do.
-        """
+        """Name of the prompt template of a model's family; a family without one is refused."""
         if config.model_type in TURN_FORMATS:
             return config.model_type
         raise ValueError(

@@ -86,8 +86,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
     def _inference(self, inputs: list[Any], **kwargs: Any) -> Any:
         """What ``encode`` does in one process: each distinct input once, in an order that lets beginnings be shared.
 
-        Stock code gives this method resolved arguments, in every process of a pool too. It takes over where anything
-        but embeddings is asked for; results are the same to rounding.
+        Stock code calls it in every process of a pool too, and takes over where anything but embeddings is asked for.
         """
         encoder: Any = self[0]
         plain = not isinstance(encoder, MultimodalEncoder) or kwargs["output_value"] != "sentence_embedding"

@@ -18,8 +18,7 @@ def streams_media(dataset: Any) -> bool:
 def refuse_dispatched_media(settings: Mapping[str, Any]) -> None:
     """Refuse training arguments by which accelerate cuts each batch's tensors by rows, for streams of images.
 
-    The patches of a batch's images stand in one tensor that has no rows. Cut at the number of rows, it loses most of
-    them, on one process too; on several processes, accelerate fails at values that are no tensors.
+    The patches of a batch's images stand in one tensor without rows, and most would be lost, on one process too.
     """
     if (settings.get("accelerator_config") or {}).get("dispatch_batches") is not False:
         raise ValueError(

@@ -15,10 +15,9 @@ _IN_SHORT.maxstring = _IN_SHORT.maxother = 120
 def told_row(error: Exception, inputs: Sequence[Any]) -> str:
     """Say how rows are counted, and what the row that an error names holds, to find it in a data set.
 
-    Example:
-        >>> error = ValueError("Row 1 holds a word too many.")
-        >>> told_row(error, ["a", {"image": "b.png", "text": "c"}]).partition("batch. ")[2]
-        "Row 1 is {'image': 'b.png', 'text': 'c'}."
+    >>> error = ValueError("Row 1 holds a word too many.")
+    >>> told_row(error, ["a", {"image": "b.png", "text": "c"}]).partition("batch. ")[2]
+    "Row 1 is {'image': 'b.png', 'text': 'c'}."
     """
     counted = "Rows are counted among the inputs of one call: in training, in one column of a batch."
     found = _ROW.search(str(error))

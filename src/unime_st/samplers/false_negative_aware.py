@@ -262,7 +262,6 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
                 )
 
     def _plan(self) -> Plan:
-        """The current epoch's plan, which depends on the seed and the epoch only."""
         if self._epoch_plan is None or self._epoch_plan[0] != self.epoch:
             self._epoch_plan = (self.epoch, self._planner.epoch(self.epoch))
         return self._epoch_plan[1]

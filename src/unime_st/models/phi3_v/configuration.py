@@ -37,7 +37,7 @@ class Phi3VConfig(Phi3Config):
     """Phi-3's configuration, and keys about images.
 
     The published files describe the vision tower by name only (``img_processor["model_name"]``); ``vision_config``
-    describes it fully, for towers of other sizes. ``rope_scaling`` of the old type "su" is today's "longrope".
+    describes it fully. ``rope_scaling`` of the old type "su" is today's "longrope".
     """
 
     model_type = "phi3_v"

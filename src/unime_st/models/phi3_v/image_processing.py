@@ -28,9 +28,9 @@ class Phi3VImagesKwargs(ImagesKwargs, total=False):
 class Phi3VImageProcessor(BaseImageProcessor):
     """Cuts an image into crops at its own aspect ratio, and adds the whole image, all of one size.
 
-    The image is enlarged or reduced until the grid of crops that covers it has as many columns (rows, when it is
-    upright) as ``num_crops`` allows, padded with white to whole crops, and cut. The whole image, reduced to one crop,
-    comes first. Published are 4 crops for several images in a row and 16 for one.
+    The image is scaled until its grid of crops has as many columns (rows, when it is upright) as ``num_crops`` allows,
+    padded with white, and cut. The whole image, reduced to one crop, comes first. Published are 4 crops for several
+    images in a row and 16 for one.
     """
 
     model_input_names = ["pixel_values", "image_sizes"]  # noqa: RUF012 (the host's way)
@@ -83,10 +83,9 @@ class Phi3VImageProcessor(BaseImageProcessor):
         return (columns * rows + 1) * self.num_img_tokens + 1 + (rows + 1) * math.isqrt(self.num_img_tokens)
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
-        """Cut images into ``pixel_values`` and ``image_sizes``.
+        """Cut images into ``pixel_values`` (images, 1 + most crops, 3, S, S), zero where an image has fewer crops.
 
-        ``pixel_values`` are (images, 1 + most crops, 3, S, S), zero where an image has fewer crops; ``image_sizes``
-        (images, 2) are the height and width in pixels of each grid of crops. ``num_crops`` may be given for one call.
+        ``image_sizes`` (images, 2) are the height and width of each grid of crops. One call may have its ``num_crops``.
         """
         flat: Any = make_flat_list_of_images(self.fetch_images(images))
         pictures = [as_rgb(to_pil_image(image)) for image in flat]

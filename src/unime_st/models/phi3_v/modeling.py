@@ -19,10 +19,9 @@ _REDUNDANT = [r"vision_embed_tokens\.wte\.weight", r"img_processor\..*position_i
 
 
 class Phi3VVisionTower(nn.Module):
-    """CLIP's vision model, of which one hidden state is used.
+    """CLIP's vision model, of which one hidden state is used, up to which its layers run.
 
-    Its layers run up to that state. ``output_hidden_states`` would make the host add hooks that stay on the model,
-    which then cannot be sent to another process.
+    ``output_hidden_states`` would make the host add hooks that stay, and the model could not be sent to a process.
     """
 
     def __init__(self, config: Phi3VConfig) -> None:
@@ -59,8 +58,7 @@ class Phi3VImageEmbedding(nn.Module):
     def forward(self, pixel_values: Tensor, image_sizes: Tensor) -> Tensor:
         """Embed images, one after the other, as (embeddings of all images, hidden size).
 
-        ``pixel_values`` (images, crops, 3, S, S) hold the whole image, its crops in reading order, and padding;
-        ``image_sizes`` (images, 2) are the height and width in pixels of each grid of crops.
+        ``pixel_values`` (images, crops, 3, S, S) and ``image_sizes`` (images, 2) are those of the image processor.
         """
         grids = [(height // self.crop_size, width // self.crop_size) for height, width in image_sizes.tolist()]
         crops = torch.cat(
@@ -136,9 +134,8 @@ class Phi3VModel(Phi3Model):
     ) -> BaseModelOutputWithPast:
         """Run the decoder; each placeholder in ``input_ids`` takes one embedding of the images, in order.
 
-        Positions count the tokens that are attended to, so padding on either side changes nothing. ``pixel_values``
-        (images, crops, 3, S, S) and ``image_sizes`` (images, 2) hold the images of all rows in turn; rows may have none
-        or several. ``inputs_embeds`` (B, length, hidden size) stand for ``input_ids`` and the images.
+        Positions count the tokens that are attended to, so padding on either side changes nothing. The images of all
+        rows stand in turn; rows may have none or several.
         """
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds = self._embed(input_ids, pixel_values, image_sizes)

@@ -18,9 +18,9 @@ IMAGE_TOKEN = "<|image|>"  # noqa: S105 (a token of the vocabulary)
 class Phi3VProcessor(ProcessorMixin):
     """The tokenizer and the image processor of Phi-3-Vision in one.
 
-    ``<|image_1|>``, ``<|image_2|>``, ... name the images of a row, in order; in ``input_ids`` each becomes the id of
-    ``<|image|>``, once for every embedding of the image. As in the published code, each text between images is
-    tokenized separately, so a tokenizer that begins a text with a special token adds it after each image.
+    ``<|image_1|>``, ... name the images of a row, in order; each becomes the id of ``<|image|>``, once for every
+    embedding of the image. As in the published code, each text between images is tokenized separately, so a tokenizer
+    that begins a text with a special token adds it after each image.
     """
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
@@ -39,11 +39,7 @@ class Phi3VProcessor(ProcessorMixin):
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
     def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
-        """Make the inputs of a batch.
-
-        ``images`` are one image, a list of those of all rows in turn, or a list of lists, one per row. A row's
-        placeholders must name its images, 1 to n in order, and truncation must not cut an image.
-        """
+        """Make the inputs of a batch, of images flat or by row; placeholders must name those of a row in order."""
         if text is None:
             raise ValueError("Phi3VProcessor needs `text`; an image goes in as '<|image_1|>'.")
         rows = [text] if isinstance(text, str) else list(text)

@@ -52,8 +52,7 @@ class NumberedInputs(list[Any]):
 def encoding_order(inputs: Sequence[Any], batch_size: int, *, by_beginning: bool) -> EncodingOrder:
     """Plan batches of distinct inputs; inputs with videos get batches of their own.
 
-    ``by_beginning`` puts inputs with the same media or the same first words side by side, for a model that computes
-    shared beginnings once and no padding; otherwise inputs of similar length stand together.
+    ``by_beginning`` puts inputs with the same media or the same first words side by side; otherwise like lengths are.
     """
     start = getattr(inputs, "first_row", 0)
     contents = contents_of(inputs, range(start, start + len(inputs)))
@@ -77,10 +76,10 @@ def passes(
 ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
     """Yield the rows and features of each pass of a prepared batch, under a budget of tokens, similar lengths together.
 
-    An input with more than half of ``num_tokens`` also takes those that stay with it, as long as they add no more than
-    the budget; otherwise an input over the budget is alone. None makes one pass. With ``padded`` the padding counts,
-    because the model computes it. Without it the tokens that an input shares with the one before count once, and inputs
-    that share half of their tokens or more stay together.
+    An input over the budget is alone; one with more than half of ``num_tokens`` also takes those that stay with it and
+    add no more than the budget. None makes one pass. With ``padded`` the padding counts, because the model computes it.
+    Without it tokens shared with the input before count once, and inputs that share half of theirs or more stay
+    together.
     """
     counts = token_counts(features)
     if num_tokens is None or counts is None or len(counts) == 1:
@@ -132,10 +131,9 @@ def prepared(
 ) -> Iterator[Any]:
     """Yield the features that ``prepare`` makes of each batch, in order; its errors are raised at their batch.
 
-    ``ahead`` prepares each batch in a thread while the one before is used. That is for a model on a GPU: on the CPU the
-    thread takes cores from the model, which costs more than it brings (a sixth, on two cores). ``num_workers``
-    processes do not share Python's lock with the model; with ``ahead`` their features lie in memory that a GPU copies
-    from directly.
+    ``ahead`` prepares a batch in a thread while the one before is used: on the CPU that takes cores from the model,
+    which costs more than it brings (a sixth, on two cores). ``num_workers`` processes do not share Python's lock with
+    the model; with ``ahead`` their features lie in memory that a GPU copies from directly.
     """
     if num_workers and len(batches) > 1:
         yield from _by_workers(batches, prepare, min(num_workers, len(batches)), pin_memory=ahead)

@@ -83,8 +83,7 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that transformers calls: states (1, L, H, D), and no scores.
 
-    All images together have query, key and value (1, H, L, D); ``cu_seq_lens_q`` (N + 1,) are the bounds of the images
-    and ``max_length_q`` is the longest of them.
+    Query, key and value of all images together are (1, H, L, D); ``cu_seq_lens_q`` (N + 1,) are the images' bounds.
     """
     bounds, longest = options.pop("cu_seq_lens_q", None), options.pop("max_length_q", None)
     for name in ("cu_seq_lens_k", "max_length_k"):

@@ -43,8 +43,7 @@ def shares_prefixes(model: nn.Module) -> bool:
     """Whether equal beginnings have equal states in a model, and its attention takes our masks.
 
     This holds for a causal decoder with full attention in every layer, and rotary positions that do not depend on the
-    length of the batch. Gemma3 (whose images attend both ways, with sliding windows) and Phi-3.5-Vision (whose long
-    positions depend on the length) run in padded rows.
+    length of the batch: not for Gemma3 (images attend both ways, windows slide) and Phi-3.5-Vision (long positions).
     """
     decoder = language_model(model)
     config: Any = getattr(decoder, "config", None)
@@ -148,7 +147,6 @@ class SharedPrefixes:
             del decoder.forward
 
     def _kind(self, decoder: Any, device: torch.device) -> Attention:
-        """The kind of attention for a packed pass."""
         on_cpu = device.type == "cpu"
         wanted = self.attention if self.attention != "auto" else "rows" if on_cpu else "tree"
         kind: Attention = "mask"
@@ -265,16 +263,15 @@ def _taken(states: Tensor, places: Tensor) -> Tensor:
 
 
 def _scores_dtype(embeddings: Tensor) -> torch.dtype:
-    """The dtype in which attention scores are computed."""
     kind = embeddings.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeddings.dtype
 
 
 def _attention_mask(allowed: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The additive mask of attention scores, (P, 1, L, L), in the dtype of the scores.
+    """The additive mask of attention scores, (P, 1, L, L).
 
-    A mask of booleans would be smaller, but `scaled_dot_product_attention` turns it into an additive one in every
-    layer, and keeps each for the backward pass.
+    `scaled_dot_product_attention` would make one of booleans additive in each layer, and keep each for the backward
+    pass.
     """
     asked = moved(allowed, device)[:, None]
     mask = torch.full(asked.shape, torch.finfo(dtype).min, dtype=dtype, device=device)

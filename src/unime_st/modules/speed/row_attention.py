@@ -59,8 +59,7 @@ def _places(before: np.ndarray) -> slice | Tensor | None:
 def by_branch(decoder: Any, branches: Branches) -> Iterator[dict[str, Tensor]]:
     """Within this context, in this thread, a decoder attends by :func:`attend` over these rows.
 
-    It yields further arguments for the decoder: an empty mask of four dimensions, which transformers passes on as it
-    is, and any other attention refuses.
+    It yields an empty mask of four dimensions, which transformers passes on as it is, and any other attention refuses.
     """
     token = _rows.set(branches)
     before = decoder.config._attn_implementation
@@ -88,10 +87,10 @@ def attend(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function that transformers calls: states (1, L, H, D), and no scores.
+    """The attention function that transformers calls: states (1, L, H, D), and no scores; the mask is not read.
 
-    The query is (1, H, L, D), key and value are (1, K, L, D), grouped when K < H; the mask is not read. Outside of
-    :func:`by_branch`, and so in other threads, it is the usual attention.
+    The query is (1, H, L, D), key and value are (1, K, L, D), grouped when K < H. Outside of :func:`by_branch`, and so
+    in other threads, it is the usual attention.
     """
     branches = _rows.get()
     if branches is None:

@@ -43,8 +43,7 @@ def flatten_tree(
 ) -> PackedTree | None:
     """Put all tokens in one sequence without padding, or return None where nothing is shared or padded.
 
-    ``keys`` and ``mask`` are those of :func:`pack_tree`; ``padded_length`` gives the length of the sequence for a
-    number of tokens, for kernels that need certain lengths.
+    See :func:`pack_tree`; ``padded_length`` gives the sequence's length for a number of tokens, for kernels.
     """
     order, starts, lengths, shared = _sorted(keys, mask)
     if int((lengths - shared).sum()) == mask.size:
@@ -58,9 +57,9 @@ def pack_tree(keys: np.ndarray, mask: np.ndarray, *, hidden_size: int, training:
     ``keys`` (B, T), int64 and padded on the left, identify each token, so that equal beginnings have equal states;
     ``mask`` (B, T) tells tokens from padding, with at least one token per row.
 
-    Work is counted as linear layers do it, plus attention's share, which grows with the length: about
-    P * L * (1 + L / (4 * hidden_size)), as measured on the demo's miniature (D = 576). A training step of adapters
-    takes no gradients of the linear layers' own weights, so attention's share is about twice that.
+    Work is counted as linear layers do it, plus attention's share: about P * L * (1 + L / (4 * hidden_size)), as
+    measured on the demo's miniature (D = 576). A training step of adapters takes no gradients of the linear layers' own
+    weights, so attention's share is about twice that.
     """
     order, starts, lengths, shared = _sorted(keys, mask)
 
@@ -84,8 +83,7 @@ def pack_tree(keys: np.ndarray, mask: np.ndarray, *, hidden_size: int, training:
 def _sorted(keys: np.ndarray, mask: np.ndarray) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
     """Rows in an order that puts equal beginnings side by side, and the column where each row's tokens start.
 
-    In that order it also returns the rows' lengths, and how many tokens each shares at its beginning with the row
-    before.
+    In that order, too: the rows' lengths, and how many tokens each shares at its beginning with the row before.
     """
     starts = mask.shape[1] - mask.sum(axis=1)
     rows = [keys[row, start:] for row, start in enumerate(starts)]

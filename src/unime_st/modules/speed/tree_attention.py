@@ -106,8 +106,8 @@ def _can_compile() -> bool:
 def by_tree(decoder: Any, end: np.ndarray, device: torch.device, *, computed_again: bool) -> Iterator[dict[str, Any]]:
     """Within this context a decoder attends by :func:`attend` over one tree; yields arguments for the decoder.
 
-    ``computed_again`` says whether gradient checkpointing runs layers again after this context. They must then find the
-    attention, so it stays in the configuration; for all other masks it is the usual one.
+    Layers that are ``computed_again`` after it, by gradient checkpointing, must find the attention, so it stays in the
+    configuration then; for all other masks it is the usual one.
     """
     before = decoder.config._attn_implementation
     decoder.config._attn_implementation = NAME

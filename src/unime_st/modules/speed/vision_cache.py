@@ -50,9 +50,9 @@ def is_frozen(module: nn.Module) -> bool:
 class VisionCache:
     """Remembers the output of a frozen vision tower for each image.
 
-    It serves towers whose first input and whose outputs have one row per image (LLaVA, Idefics3, SmolVLM, Gemma3,
-    FastVLM), and towers that take the patches of all images one after the other, with ``grid_thw`` (Qwen-VL). Of the
-    states of all layers, which LLaVA's towers return, it keeps those of the layers that the model reads.
+    It serves towers whose first input and outputs have one row per image, and those that take the patches of all images
+    one after the other, with ``grid_thw`` (Qwen-VL). Of the states of all layers, which LLaVA's towers return, it keeps
+    those that the model reads.
     """
 
     def __init__(self, max_bytes: int = 2**28) -> None:
@@ -223,7 +223,6 @@ class _Images:
         return [(*row, size, *common) for row, size in zip(hashes, self.sizes, strict=True)]
 
     def some(self, numbers: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
-        """The pixels and arguments of some images."""
         ends = np.cumsum(self.sizes)
         rows = np.concatenate([np.arange(ends[number] - self.sizes[number], ends[number]) for number in numbers])
         chosen = torch.as_tensor(list(numbers), device=self.pixels.device)
