@@ -14,17 +14,11 @@ logger = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
-    """Where an image path stands.
+    """Where an image path stands."""
 
-    Attributes:
-        dataset: Name of the data set, or of all those it may be in.
-        row: Number of the row in its file or data set; None when not known.
-        file: The file's name; None when not known, or for rows of a data set in memory.
-    """
-
-    dataset: str
-    row: int | None = None
-    file: str | None = None
+    dataset: str  # or all those it may be in
+    row: int | None = None  # its number in its file or data set; None when not known
+    file: str | None = None  # None when not known, or for rows of a data set in memory
 
     def __str__(self) -> str:
         row = "" if self.row is None else f", row {self.row}"
@@ -34,24 +28,16 @@ class Place(NamedTuple):
 class BadImages:
     """A log of bad images, one JSON line each, that workers, processes and resumed runs share.
 
-    Args:
-        log: The file; made when the first image is reported. It counts for as long as it is kept.
-        limit: How many different images may be in it.
-
-    Raises:
-        ValueError: When the limit is not positive.
-
-    Example:
-        >>> import tempfile
-        >>> log = Path(tempfile.mkdtemp()) / "bad.jsonl"
-        >>> bad = BadImages(log, limit=1)
-        >>> bad.report("a.png", FileNotFoundError("no such file"), lambda: Place("VOC2007", 3, "original-0.parquet"))
-        >>> bad_image_report(log)
-        {'VOC2007': 1}
-        >>> bad.report("b.png", ValueError("truncated"), lambda: Place("SUN397"))
-        Traceback (most recent call last):
-        ...
-        ValueError: 2 images cannot be opened, more than `max_bad_images=1` allows: SUN397 1, VOC2007 1. ...
+    >>> import tempfile
+    >>> log = Path(tempfile.mkdtemp()) / "bad.jsonl"
+    >>> bad = BadImages(log, limit=1)
+    >>> bad.report("a.png", FileNotFoundError("no such file"), lambda: Place("VOC2007", 3, "original-0.parquet"))
+    >>> bad_image_report(log)
+    {'VOC2007': 1}
+    >>> bad.report("b.png", ValueError("truncated"), lambda: Place("SUN397"))
+    Traceback (most recent call last):
+    ...
+    ValueError: 2 images cannot be opened, more than `max_bad_images=1` allows: SUN397 1, VOC2007 1. ...
     """
 
     def __init__(self, log: str | Path, limit: int) -> None:
@@ -62,16 +48,7 @@ class BadImages:
         self._seen: set[str] = set()
 
     def report(self, image: str, error: Exception, place: Callable[[], Place]) -> None:
-        """Write an image down unless it is there already.
-
-        Args:
-            image: Its path, as the row gives it.
-            error: What opening it said.
-            place: Finds where it stands; called for a new image only.
-
-        Raises:
-            ValueError: When the log holds more images than the limit.
-        """
+        """Write an image down by its path, unless it is there already; ``place`` is called for a new one only."""
         if image in self._seen:
             return
         known = _read(self.log)

@@ -28,19 +28,8 @@ def read_karpathy_split(
 ) -> Captioned:
     """Read Flickr30K or COCO as split by Karpathy: ``dataset_flickr30k.json``, ``dataset_coco.json``.
 
-    Args:
-        path: The JSON file: ``{"images": [{"filename", "split", "sentences": [{"raw"}, ...]}, ...]}``, in COCO with
-            ``filepath`` too.
-        image_root: Where the file names lead.
-        split: Images of it; UniME's protocol is ``test``.
-        captions_per_image: The first so many captions of each image (UniME's protocol: five); None for all.
-
-    Returns:
-        Paths of images, and captions.
-
-    Raises:
-        FileNotFoundError: If the file or an image is missing.
-        ValueError: If the file is something else, a path leaves ``image_root``, or no image is of that split.
+    The file is ``{"images": [{"filename", "split", "sentences": [{"raw"}, ...]}, ...]}``, in COCO with ``filepath``.
+    UniME's protocol takes the split ``test`` and the first five captions of each image; None for all.
     """
     file = Path(path)
     try:
@@ -66,16 +55,7 @@ def read_karpathy_split(
 def read_paired_folders(images: str | Path, captions: str | Path) -> Captioned:
     """Read a folder of images and one of texts with the same names, as Urban1K is published (``image``, ``caption``).
 
-    Args:
-        images: Holds ``1.jpg`` ...
-        captions: Holds ``1.txt`` ..., one caption each.
-
-    Returns:
-        Paths of images, and captions.
-
-    Raises:
-        FileNotFoundError: If there are no images, or an image or a text has no partner; says which.
-        ValueError: If one is a link that leaves its folder, or a text is not UTF-8.
+    Each image needs one .txt, its caption.
     """
     pictures = {path.stem: path for path in sorted(Path(images).iterdir()) if path.suffix.lower() in _IMAGE_SUFFIXES}
     texts = {path.stem: path for path in Path(captions).glob("*.txt")}
@@ -108,21 +88,9 @@ def read_caption_dataset(
 ) -> Captioned:
     """Read a data set, or one of the Hub, with an image and its captions in each row; rows of one image add up.
 
-    Args:
-        dataset: Rows, or the name of a data set on the Hub, which is then fetched.
-        split: Of a data set on the Hub.
-        image_column: Holds images, which stay encoded until they are used.
-        caption_columns: Each holds a caption or a list of them.
-        captions_per_image: The first so many captions of each image; None for all.
-        image_root: Folder that the paths lead to (or below, if they are absolute) where the column holds those in place
-            of images. None refuses them, but for the files that came with a data set given by its name.
-
-    Returns:
-        Images as ``{"bytes", "path"}``, and captions.
-
-    Raises:
-        FileNotFoundError: If an image is missing.
-        ValueError: If a column is missing, an image has no caption, or a path leads out of ``image_root``.
+    Each of ``caption_columns`` holds a caption or a list of them, ``image_column`` an image, which stays encoded until
+    it is used, or a path below ``image_root``. None for that refuses paths, but for the files that came with a data set
+    given by its name.
     """
     rows, folder = rows_and_folder(dataset, split, image_root)
     require_columns(rows, [image_column, *caption_columns])
@@ -144,8 +112,7 @@ def rows_and_folder(
 ) -> tuple[Any, str | Path | None]:
     """Rows, fetched if they are given by a name, and the folder that their images' files may lie in.
 
-    Returns:
-        The rows; ``image_root`` or, for a name without it, the folder that has it or the Hub's cache.
+    That is ``image_root`` or, for a name without it, the folder that has it or the Hub's cache.
     """
     if not isinstance(dataset, str):
         return dataset, image_root
@@ -161,17 +128,7 @@ def undecoded(rows: Dataset, image_column: str) -> Dataset:
 
 
 def image_below(image: Any, folder: str | Path | None, where: str) -> Any:
-    """An image of a data set as it is, unless it is a path: then the file below a folder.
-
-    Args:
-        image: ``{"bytes", "path"}``, a path, an address, or an image in another form.
-        folder: See ``image_root`` of :func:`read_caption_dataset`.
-        where: What errors call its row.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the path leads out of the folder, or there is none.
-    """
+    """An image of a data set as it is, unless it is a path: then the file below a folder; ``where`` is its row."""
     if isinstance(image, dict) and image.get("bytes") is None and image.get("path") is not None:
         image = image["path"]
     if not isinstance(image, str | Path) or str(image).startswith(_ADDRESSES):
@@ -188,11 +145,7 @@ def image_below(image: Any, folder: str | Path | None, where: str) -> Any:
 
 
 def require_columns(rows: Dataset, names: Iterable[str]) -> None:
-    """Refuse a data set without a column.
-
-    Raises:
-        ValueError: with its name and those that are there.
-    """
+    """Refuse a data set without a column."""
     if missing := [name for name in names if name not in rows.column_names]:
         raise ValueError(f"The data set has no column {', '.join(missing)}; it has {', '.join(rows.column_names)}.")
 

@@ -214,11 +214,7 @@ class ItemReader:
             raise self._located(error, relative) from error
 
     def check(self, image: Stored, *, by_opening: bool = False) -> Exception | None:
-        """What is wrong with an image, if anything: missing or, ``by_opening`` it, damaged.
-
-        Raises:
-            ValueError: When the path leaves the folder.
-        """
+        """What is wrong with an image, if anything: missing or, ``by_opening`` it, damaged."""
         try:
             if by_opening:
                 self._read_image(image)

@@ -130,7 +130,6 @@ def _find_files(path: Path, name: str | None, split: str) -> list[Path]:
 
 
 def _split_of(file: Path) -> str | None:
-    """Split that a file is named for, if any."""
     words = re.split(r"[^a-z]+", file.stem.lower())
     return next((_SPLITS[word] for word in words if word in _SPLITS), None)
 

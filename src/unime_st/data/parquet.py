@@ -22,23 +22,16 @@ _PLACEHOLDER = re.compile(r"<\|image_\d+\|>")
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one data set.
+    """The files of one data set."""
 
-    Attributes:
-        name: Of the data set, such as ``MSCOCO_t2i``.
-        files: Its parquet files, in order.
-    """
-
-    name: str
-    files: tuple[Path, ...]
+    name: str  # such as MSCOCO_t2i
+    files: tuple[Path, ...]  # in order
 
 
 class Origin:
     """Finds the row that an image path comes from; reads the files again, so for error messages only.
 
-    Args:
-        sources: Where to look.
-        columns: The columns that hold image paths, or lists of them.
+    ``columns`` hold image paths, or lists of them.
     """
 
     def __init__(self, sources: Sequence[Source], columns: Iterable[str]) -> None:
@@ -69,14 +62,7 @@ def _first_row(column: pa.ChunkedArray, value: str) -> int | None:
 
 
 def choose_rows(source: Source, max_rows: int | None, seed: int | None) -> list[np.ndarray | None]:
-    """Choose rows of a data set: the first ones or, with a seed, some at random, in order.
-
-    Returns:
-        Numbers of the chosen rows of each file; None for all of them.
-
-    Raises:
-        ValueError: When a file is damaged.
-    """
+    """Numbers of the chosen rows of each file, None for all: the first ones or, with a seed, random ones, in order."""
     if max_rows is None:
         return [None] * len(source.files)
     sizes = []
@@ -100,17 +86,7 @@ def _damaged(source: Source, file: Path, error: Exception) -> ValueError:
 
 
 def find_sources(root: str | Path, names: Iterable[str] | None, split: str) -> list[Source]:
-    """Find ``root/<name>/<split>-*.parquet``.
-
-    Args:
-        root: Folder of the data sets.
-        names: Which ones; None for all that have the split, by name.
-        split: Start of the files' names.
-
-    Raises:
-        FileNotFoundError: When the folder, one of the data sets or all of them are missing; says what is there.
-        ValueError: When ``split`` is a path, or a file is a link that leaves the folder.
-    """
+    """Find ``root/<name>/<split>-*.parquet`` for these data sets; None for all that have the split, by name."""
     check_split(split)
     folder = Path(root)
     if not folder.is_dir():
@@ -131,11 +107,7 @@ def find_sources(root: str | Path, names: Iterable[str] | None, split: str) -> l
 
 
 def check_split(split: str) -> None:
-    """Refuse a split that would lead to another folder.
-
-    Raises:
-        ValueError: with it.
-    """
+    """Refuse a split that would lead to another folder."""
     if re.search(r"[/\\*?\[]", split):
         raise ValueError(f"The split {split!r} is no beginning of files' names, such as 'test', but a path or pattern.")
 
@@ -159,10 +131,6 @@ def read_columns(
 
     Other columns are ignored, unless they begin as one of these does (``neg_txt``, ``tgt_image``): what they hold would
     be lost without a word.
-
-    Raises:
-        ValueError: When the file is damaged, a required column is missing or of the wrong type, or another column
-            looks like one of them.
     """
     try:
         schema = pq.read_schema(file)
@@ -199,13 +167,10 @@ def read_columns(
 def clean_text(text: str | None, instruction: str | None = None) -> str:
     r"""Join an instruction and a text, and take the image placeholder out: the chat template puts the image first.
 
-    Blanks that stood around the placeholder go too, and those at both ends.
-
-    Example:
-        >>> clean_text("<|image_1|>\nWhich animal is shown?\n")
-        'Which animal is shown?'
-        >>> clean_text("a dog", instruction="<|image_1|> Find an image of: ")
-        'Find an image of: a dog'
+    >>> clean_text("<|image_1|>\nWhich animal is shown?\n")
+    'Which animal is shown?'
+    >>> clean_text("a dog", instruction="<|image_1|> Find an image of: ")
+    'Find an image of: a dog'
     """
     parts = [_PLACEHOLDER.sub("", part or "").strip(" ") for part in (instruction, text)]
     return " ".join(part for part in parts if part).replace(" \n", "\n").strip()

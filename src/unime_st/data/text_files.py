@@ -18,12 +18,8 @@ TEXT_LINES = "text"
 def text_file_columns(path: Path) -> list[str]:
     """Names of a file's columns; those of a JSON file are its first row's.
 
-    Raises:
-        ValueError: When the file is damaged or has no rows.
-
-    Example:
-        >>> text_file_columns(Path("some.txt"))
-        ['text']
+    >>> text_file_columns(Path("some.txt"))
+    ['text']
     """
     if path.suffix.lower() == ".txt":
         return [TEXT_LINES]
@@ -39,17 +35,9 @@ def text_file_columns(path: Path) -> list[str]:
 
 
 def read_text_columns(path: Path, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
-    """Read columns of a .parquet, .csv, .tsv, .json, .jsonl or .txt file.
+    """Read columns of a file by its suffix: name -> texts, null where a cell holds something else.
 
-    Args:
-        path: The file.
-        names: Of its columns.
-
-    Returns:
-        Name -> texts; null where a cell holds something else. A parquet column keeps its type.
-
-    Raises:
-        ValueError: When the file is damaged, naming the line where that is known.
+    A parquet column keeps its type.
     """
     try:
         return READERS[path.suffix.lower()](path, names)

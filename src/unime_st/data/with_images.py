@@ -103,12 +103,7 @@ def _undecoded(feature: Any) -> Any:
 
 
 class RowOrigin:
-    """Finds the row that a stored image comes from by looking through all, so for error messages only.
-
-    Args:
-        rows: The data set.
-        name: What messages call it.
-    """
+    """Finds the row that a stored image comes from by looking through all, so for error messages only."""
 
     def __init__(self, rows: Dataset, name: str) -> None:
         self.rows, self.name = rows, name

@@ -30,8 +30,7 @@ def part_checksum(keys: Sequence[bytes], embeddings: np.ndarray, ids: Sequence[A
 class Parts(ABC):
     """The part files of one folder, numbered from 0; a part is there when its file of embeddings is.
 
-    Each part carries a checksum of its content, which is compared when the part is first read; parts of format version
-    1 have none (``verified=False``).
+    Each carries a checksum, compared when it is first read; parts of format version 1 have none (``verified=False``).
     """
 
     suffix: str

@@ -26,11 +26,10 @@ class Encoder(Protocol):
 class RecentEmbeddings:
     """The embeddings used last, by fingerprint, within a bound of memory.
 
-    Example:
-        >>> recent = RecentEmbeddings(600)  # room for two of these
-        >>> recent.add([b"a", b"b", b"c"], np.eye(3, dtype=np.float32))
-        >>> recent.get(b"a"), recent.get(b"c")
-        (None, array([0., 0., 1.], dtype=float32))
+    >>> recent = RecentEmbeddings(600)  # room for two of these
+    >>> recent.add([b"a", b"b", b"c"], np.eye(3, dtype=np.float32))
+    >>> recent.get(b"a"), recent.get(b"c")
+    (None, array([0., 0., 1.], dtype=float32))
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -71,25 +70,13 @@ class RecentEmbeddings:
 
 
 class WindowEncoder:
-    """Encodes windows, each distinct input once as long as it is remembered.
-
-    Args:
-        model: See :class:`Encoder`.
-        options: Of its ``encode``.
-        recent: What is remembered.
-        dtype: Of the embeddings.
-    """
+    """Encodes windows, each distinct input once as long as it is remembered."""
 
     def __init__(self, model: Encoder, options: Mapping[str, Any], recent: RecentEmbeddings, dtype: Any) -> None:
         self.model, self.options, self.recent, self.dtype = model, options, recent, np.dtype(dtype)
 
     def __call__(self, contents: Sequence[Content], keys: Sequence[bytes], start: int) -> np.ndarray:
-        """Encode a window's inputs into ``(n, D)``.
-
-        Raises:
-            BrokenInputError: When an input cannot be read or encoded.
-            ValueError: When the model gives a wrong number of rows, or a number that is not finite.
-        """
+        """Encode a window's inputs into ``(n, D)``."""
         known = {key: row for key in keys if (row := self.recent.get(key)) is not None}
         first: dict[bytes, int] = {}
         for place, key in enumerate(keys):

@@ -47,8 +47,7 @@ def windows(
 ) -> Generator[Window, None, None]:
     """Cut inputs into windows of ``size``, the last one having fewer; ``share`` is (this process, all processes).
 
-    Windows of other processes are counted, and not read where the inputs can be indexed. With ids the second of each
-    pair is fingerprinted. ``stop`` ends the reading after the current input.
+    Windows of other processes are counted, and not read where the inputs can be indexed. ``stop`` ends the reading.
 
     >>> [window.items for window in windows("abcde", 2)]
     [['a', 'b'], ['c', 'd'], ['e']]
@@ -87,10 +86,7 @@ def windows(
 
 
 def _read_ahead(windows: Iterator[Window], stop: Event) -> Generator[Window, None, None]:
-    """Read the next window in a thread while the one before is used; an error is raised at its window.
-
-    The thread ends with this generator, after the input that it is reading.
-    """
+    """Read the next window in a thread, which ends with this generator; an error is raised at its window."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
         try:
             coming = pool.submit(next, windows, None)

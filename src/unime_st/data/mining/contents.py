@@ -26,7 +26,6 @@ class Contents:
     """A training set as numbers of distinct queries, distinct targets, labels and data sets.
 
     The stored table is read, underneath an :class:`~unime_st.data.ItemReader`; another transform is refused.
-    ``hash_images`` identifies images by the content of their files, and not by their paths.
     """
 
     def __init__(self, dataset: Dataset, *, by_subset: bool, hash_images: bool) -> None:

@@ -22,18 +22,7 @@ _IMAGE_SIZE = 2000  # characters that an image counts for when inputs are sorted
 
 
 class MiningEncoder:
-    """Embeds the distinct contents of a set, each once, into stores below a folder.
-
-    Args:
-        model: Its ``encode`` takes the inputs.
-        identity: Of the model, see :func:`~unime_st.identity.model.model_fingerprint`.
-        contents: Reads the inputs.
-        folder: Of the stores, one a prompt.
-        batch_size: Inputs embedded at a time.
-        shard_size: Inputs opened at a time, which make one file.
-        show_progress_bar: Show how many are done.
-        patience: See :func:`~unime_st.embedding.missing.embed_missing`.
-    """
+    """Embeds the distinct contents of a set, each once, into stores below a folder, one for each prompt."""
 
     def __init__(
         self,

@@ -28,10 +28,7 @@ _UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, Attr
 
 
 class MinedFiles:
-    """The files of one result; a file is there when it is whole, of the same settings, and in its place.
-
-    The settings, which decide the rows, are part of each file's checksum.
-    """
+    """The files of one result; a file is there when it is whole, of the same settings, and in its place."""
 
     def __init__(self, folder: Path, count: int, settings: str) -> None:
         self.folder, self._settings = folder, settings
@@ -88,10 +85,7 @@ def read_mined(path: Path, settings: str | None) -> pa.Table:
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> str:
-    """Reserve a folder for one set, model and settings before anything else is written there.
-
-    It returns the settings as one string, for the checksums, and refuses a folder of other settings.
-    """
+    """Reserve a folder for one set, model and settings, or refuse it; the settings as one string, for the checksums."""
     remove_leftovers(folder)
     path = folder / SETTINGS
     mine = json.loads(json.dumps({**settings, "format": _FORMAT}))

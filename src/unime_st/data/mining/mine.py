@@ -231,7 +231,6 @@ def _mine_all(files: MinedFiles, mine: Callable[[int], None], waiting: Waiting) 
 
 
 def _finish(files: MinedFiles, contents: Contents, claimed: str) -> Path:
-    """Add up the counts, and record that all files are there."""
     folder, total = files.folder, files.counts()
     if not total["kept"]:
         raise ValueError(

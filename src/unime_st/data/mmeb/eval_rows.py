@@ -22,9 +22,8 @@ Pair = tuple[str, str]  # text, image path; "" for none
 class EvalTask:
     """Queries, and the candidates that each chooses from.
 
-    In a *local* pool a query has its own candidates: its slice of ``candidates`` holds them all, the right answer
-    first. In a *global* pool, the ``corpus``, the slice holds only the relevant ones, and the rest of the corpus is
-    wrong.
+    In a *local* pool, the slice of a query in ``candidates`` holds all of its own, the right answer first. In a
+    *global* one, the ``corpus``, it holds only the relevant ones, and the rest of the corpus is wrong.
     """
 
     items: list[Any]  # distinct inputs, as `encode` takes them
@@ -99,8 +98,7 @@ def read_eval_task(
 ) -> EvalTask:
     """Read a task in MMEB-eval's layout, see :func:`~unime_st.data.load_mmeb_eval`.
 
-    Images are given by absolute path, and not looked for yet. ``on_error="report"`` notes rows that are broken in
-    themselves: they have no right answer, or a path that leaves the folder.
+    Images are given by absolute path, and not looked for yet. ``on_error="report"`` notes broken rows.
     """
     (source,) = find_sources(root, [name], split)
     folder = default_image_root(root, image_root)

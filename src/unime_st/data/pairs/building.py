@@ -22,15 +22,10 @@ _BETWEEN = "\n"  # texts of several columns
 
 
 class Pairs(NamedTuple):
-    """Rows as the losses take them, without a transform.
+    """Rows as the losses take them, without a transform."""
 
-    Attributes:
-        rows: Columns ``anchor``, ``positive``, ``negative_1``, ..., ``label``.
-        source_rows: ``(N,)``, the row of the source that each comes from.
-    """
-
-    rows: Dataset
-    source_rows: np.ndarray
+    rows: Dataset  # columns `anchor`, `positive`, `negative_1`, ..., `label`
+    source_rows: np.ndarray  # (N,) the row of the source that each comes from
 
 
 def build_pairs(  # noqa: PLR0917
@@ -41,18 +36,9 @@ def build_pairs(  # noqa: PLR0917
     label: Any,
     num_negatives: int | None,
 ) -> Pairs:
-    """Make the rows.
+    """Make the rows of the columns of each side, and of a label's cells, if any.
 
-    Args:
-        source: The source that messages name.
-        query: Columns of the query.
-        target: Columns of the target.
-        negatives: Columns of explicit negatives.
-        label: Cells of the label's column, or None.
-        num_negatives: How many a row gets; None for as many as the row with most has.
-
-    Raises:
-        ValueError: When lists of one side differ in length, a row lacks negatives, or a label is of another kind.
+    None for ``num_negatives`` makes as many as the row with most has.
     """
     asked = _places(source, query)
     answered = _places(source, target)

@@ -21,35 +21,17 @@ _MAY_LEAVE = re.compile(r"\.\.|^[/\\~]|^[A-Za-z]:|\0")  # the rest is below its 
 
 
 class Cells(NamedTuple):
-    """A column, its lists taken apart.
-
-    Attributes:
-        name: Of the column.
-        values: Texts, paths or stored images, ``(M,)``; null where there is nothing.
-        rows: ``(M,)``, the row of each, ascending; every row at least once.
-        image: Whether they are images.
-        lists: Whether some cell was a list.
-    """
+    """A column, its lists taken apart."""
 
     name: str
-    values: pa.ChunkedArray
-    rows: np.ndarray
+    values: pa.ChunkedArray  # (M,) texts, paths or stored images; null where there is nothing
+    rows: np.ndarray  # (M,) the row of each, ascending; every row at least once
     image: bool
-    lists: bool
+    lists: bool  # whether some cell was a list
 
 
 def read_cells(source: Source, name: str, *, image: bool, allow_remote_images: bool = False) -> Cells:
-    """Read a column of texts or images.
-
-    Args:
-        source: Holds it.
-        name: Its name.
-        image: Whether its strings are paths of images.
-        allow_remote_images: Take addresses of images too.
-
-    Raises:
-        ValueError: When a cell is neither text, image nor list of them, or a path leaves the folder; with its place.
-    """
+    """Read a column of texts or, if its strings are paths, of images; a path that leaves the folder is refused."""
     cells = source.columns[name]
     found = _of_objects(source, name, cells) if isinstance(cells, list) else _of_arrow(source, name, cells)
     is_stored = pa.types.is_struct(found.values.type)
@@ -125,7 +107,6 @@ def _of_arrow(source: Source, name: str, cells: pa.ChunkedArray) -> Cells:
 
 
 def _without_blanks(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Texts with null for what is blank."""
     blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)
     return pc.if_else(blank, pa.scalar(None, pa.string()), texts)
 

@@ -18,16 +18,7 @@ from unime_st.images import is_remote
 
 
 def row_contents(rows: Dataset, reader: ItemReader, *, show_progress_bar: bool = False) -> np.ndarray:
-    """Number the contents of queries and targets.
-
-    Args:
-        rows: As they are stored.
-        reader: Finds the images' files.
-        show_progress_bar: Count rows.
-
-    Returns:
-        ``(N, 2)``; equal numbers are equal contents, of queries and targets alike. -1 where nothing can be known.
-    """
+    """Number the contents of queries and targets, ``(N, 2)``, alike; -1 where nothing can be known."""
     ids = content_ids(rows, reader, show_progress_bar=show_progress_bar)
     numbers = np.unique(ids, return_inverse=True)[1].reshape(ids.shape)
     return np.where(ids < 0, -1, numbers)

@@ -15,33 +15,17 @@ from unime_st.images import is_remote
 
 
 class BadImage(NamedTuple):
-    """An image that does not open.
-
-    Attributes:
-        column: Of its row.
-        image: Its path, or what it is known by.
-        error: What opening it said.
-    """
+    """An image that does not open."""
 
     column: str
-    image: str
-    error: str
+    image: str  # its path, or what it is known by
+    error: str  # what opening it said
 
 
 def unreadable_rows(
     rows: Dataset, reader: ItemReader, *, open_images: bool = True, show_progress_bar: bool = False
 ) -> dict[int, list[BadImage]]:
-    """Open every image of a data set once.
-
-    Args:
-        rows: As they are stored.
-        reader: Opens the images.
-        open_images: Decode them; False only checks that the files are there.
-        show_progress_bar: Count rows.
-
-    Returns:
-        Row -> its bad images; rows without any are left out.
-    """
+    """Open every image once, or without ``open_images`` look for it: row -> its bad images, if any."""
     found: dict[int, list[BadImage]] = {}
     known: dict[str, str | None] = {}
     for row, cells in enumerate(each_row(rows, told="Opening images", show_progress_bar=show_progress_bar)):

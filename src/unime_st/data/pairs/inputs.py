@@ -20,11 +20,7 @@ _AT_ONCE = 256
 
 
 class LoadedInputs:
-    """Pairs of id and input, in the order of the rows; images are named, and opened by what encodes them.
-
-    Attributes:
-        columns: The columns that the inputs are made of.
-    """
+    """Pairs of id and input, in the order of the rows; images are named, and opened by what encodes them."""
 
     def __init__(self, rows: Dataset, ids: list[str], columns: tuple[str, ...], closed: PairReader) -> None:
         self._rows, self._ids, self.columns = rows, ids, columns

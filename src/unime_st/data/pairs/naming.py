@@ -24,21 +24,13 @@ Names = str | Sequence[str] | None
 
 @dataclass(frozen=True)
 class Roles:
-    """Columns by the part they play.
-
-    Attributes:
-        query: Joined to the query.
-        target: Joined to the target.
-        negatives: Explicit negatives.
-        label: Identity of the target.
-        images: All of them that hold images.
-    """
+    """Columns by the part they play; those of a side are joined."""
 
     query: tuple[str, ...]
     target: tuple[str, ...]
     negatives: tuple[str, ...] = ()
-    label: str | None = None
-    images: frozenset[str] = frozenset()
+    label: str | None = None  # identity of the target
+    images: frozenset[str] = frozenset()  # all of them that hold images
 
 
 def find_roles(
@@ -50,11 +42,7 @@ def find_roles(
     label: str | None = None,
     image_columns: Names = None,
 ) -> Roles:
-    """Tell the columns of a source by what was given, else by their usual names.
-
-    Raises:
-        ValueError: When a column is missing, or none has a usual name; lists those that are there.
-    """
+    """Tell the columns of a source by what was given, else by their usual names."""
     given: dict[str, tuple[str, ...] | None] = {
         "query": _tuple(query),
         "target": _tuple(target),
@@ -82,11 +70,7 @@ def find_roles(
 
 
 def find_side(source: Source, columns: Names, id_column: str | None) -> tuple[tuple[str, ...], frozenset[str]]:
-    """The columns to encode, and which of them hold images: those given, else a target, else images, else texts.
-
-    Raises:
-        ValueError: When a column is missing, or none has a usual name; lists those that are there.
-    """
+    """The columns to encode, and which of them hold images: those given, else a target, else images, else texts."""
     given = _tuple(columns)
     for name in (*(given or ()), *([id_column] if id_column else [])):
         if name not in source.columns:
@@ -165,11 +149,7 @@ def _there(source: Source) -> str:
 
 
 def _holds_images(source: Source, name: str) -> bool:
-    """Whether a column of strings holds paths of images: by its name, else if all that is in it ends as they do.
-
-    Raises:
-        ValueError: When most of it does and some does not: neither is to be taken for the other unasked.
-    """
+    """Whether a column of strings holds paths of images: by its name, else if all that is in it ends as they do."""
     cells = source.columns[name]
     if (found := _IMAGE_NAME.search(name.lower())) and found.end() == len(name):
         return True

@@ -28,10 +28,7 @@ class Line(Place):
 class PairOrigin:
     """Where pairs come from: tells the file and line of an image, or of a row.
 
-    Args:
-        source: What was read.
-        rows: The pairs, without a transform. They do not go to another process if they hold their images.
-        source_rows: ``(N,)``, the source's row of each.
+    ``source_rows`` ``(N,)`` are the rows in the source. Rows that hold their images do not go to another process.
     """
 
     def __init__(self, source: Source, rows: Dataset, source_rows: np.ndarray) -> None:
@@ -73,9 +70,8 @@ def _shows(cell: Mapping[str, Any], image: Any) -> bool:
 class PairReader(ItemReader):
     """Opens the images of a batch; an address of the web stays, for the model to open or to refuse.
 
-    Example:
-        >>> PairReader()({"anchor": [{"image": "https://a.org/b.png", "text": None}]})
-        {'anchor': [{'image': 'https://a.org/b.png'}]}
+    >>> PairReader()({"anchor": [{"image": "https://a.org/b.png", "text": None}]})
+    {'anchor': [{'image': 'https://a.org/b.png'}]}
     """
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -11,38 +11,23 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a row.
+    """Something about a row."""
 
-    Attributes:
-        row: Its number in the data set.
-        place: File and line, where known.
-        column: The column of the row.
-        what: The image and what is wrong with it, or what else was found.
-    """
-
-    row: int
-    place: str
+    row: int  # its number in the data set
+    place: str  # file and line, where known
     column: str
-    what: str
+    what: str  # the image and what is wrong with it, or what else was found
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Rows that have a content in common with others.
+    """Rows that have a content in common with others."""
 
-    Attributes:
-        contents: The number of contents that several rows have.
-        rows: The number of rows that have one of them.
-        pairs: Pairs of rows that are false negatives of each other by it.
-        largest: Rows of the content that most have.
-        examples: Places of the rows of the largest ones.
-    """
-
-    contents: int = 0
-    rows: int = 0
-    pairs: int = 0
-    largest: int = 0
-    examples: tuple[tuple[str, ...], ...] = ()
+    contents: int = 0  # that several rows have
+    rows: int = 0  # that have one of them
+    pairs: int = 0  # of rows that are false negatives of each other by it
+    largest: int = 0  # rows of the content that most have
+    examples: tuple[tuple[str, ...], ...] = ()  # places of the rows of the largest ones
 
 
 @dataclass(frozen=True)
@@ -115,11 +100,7 @@ class PairsReport:
         return found
 
     def raise_for_problems(self) -> None:
-        """Refuse the data if something must be mended.
-
-        Raises:
-            ValueError: With all :attr:`problems`.
-        """
+        """Refuse the data with all :attr:`problems`, if there are any."""
         if self.problems:
             raise ValueError(f"{self.name} is not fit for training.\n" + "\n".join(f"* {one}" for one in self.problems))
 

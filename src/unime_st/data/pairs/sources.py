@@ -28,23 +28,14 @@ _READABLE = (
 
 @dataclass(frozen=True)
 class Source:
-    """Columns as they are stored, and where each row stands.
+    """Columns as they are stored, and where each row stands."""
 
-    Attributes:
-        name: What messages call it.
-        columns: Name -> cells; of files of text any that JSON knows, else Arrow's.
-        rows: Their number.
-        lines: ``(N,)`` line of each row in its file, from 1; None for rows that are counted from 0.
-        image_root: Folder that paths of images are below, if there is one.
-        notes: What was found out, to be told.
-    """
-
-    name: str
-    columns: Mapping[str, list[Any] | pa.ChunkedArray]
+    name: str  # what messages call it
+    columns: Mapping[str, list[Any] | pa.ChunkedArray]  # of files of text any that JSON knows
     rows: int
-    lines: np.ndarray | None = None
-    image_root: Path | None = None
-    notes: tuple[str, ...] = ()
+    lines: np.ndarray | None = None  # (N,) line of each row in its file, from 1; None for rows that are counted from 0
+    image_root: Path | None = None  # folder that paths of images are below, if there is one
+    notes: tuple[str, ...] = ()  # what was found out, to be told
 
     def place(self, row: int, column: str | None = None) -> str:
         """Where a row stands, in words."""
@@ -68,19 +59,9 @@ def open_source(
     encoding: str = "utf-8-sig",
     captions: bool = True,
 ) -> Source:
-    """Read all columns of a source; images stay closed.
+    """Read all columns of a source of :func:`~unime_st.data.load_pairs`; images stay closed.
 
-    Args:
-        source: See :func:`~unime_st.data.load_pairs`.
-        split: Of a saved data set with several.
-        separator: Of a .csv.
-        encoding: Of a file of text.
-        captions: Whether a folder of images needs captions.
-
-    Raises:
-        FileNotFoundError: When nothing is there.
-        TypeError: For what is no source.
-        ValueError: When it is there, and empty or damaged.
+    A folder of images needs ``captions``, or does not.
     """
     if isinstance(source, DatasetDict):
         return _of_dataset(_split_of(source, split, "The data set"), "the data set", None)

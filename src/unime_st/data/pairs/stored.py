@@ -12,14 +12,7 @@ from unime_st.data.with_images import with_images
 
 
 def stored_rows(dataset: Dataset) -> tuple[Dataset, ItemReader]:
-    """Rows with their images closed, and the reader that opens them.
-
-    Args:
-        dataset: Of ``load_pairs`` or ``with_images``, or any without a transform.
-
-    Raises:
-        TypeError: For another kind of rows, or a transform of another kind.
-    """
+    """Rows with their images closed, and the reader that opens them; a transform of another kind is refused."""
     transform = transform_of(dataset)
     if transform is None:
         dataset = with_images(dataset)
@@ -40,10 +33,7 @@ def transform_of(dataset: Dataset) -> Any:
 
 
 def closed_inputs(dataset: Dataset, column: str) -> list[Any]:
-    """A column as inputs of a model whose images are still files: absolute paths, or bytes where they are stored so.
-
-    Evaluators take such inputs, and open an image when it is encoded.
-    """
+    """A column as inputs of a model whose images are still files: absolute paths, or bytes where they are stored so."""
     stored, reader = stored_rows(dataset)
     closed = PairReader(reader.image_root, open_images=False, origin=reader.origin)
     cells = closed({column: stored[column][:]})[column]

@@ -17,32 +17,17 @@ _LOOKED_AT = 20  # rows that decide the separator
 
 
 class TextTable(NamedTuple):
-    """What a file of text holds.
+    """What a file of text holds."""
 
-    Attributes:
-        columns: Name -> cells, in the order of the rows; None where a row has none.
-        lines: ``(N,)``, the line of the file on which each row begins, counted from 1.
-        notes: What was found out about the file, to be told.
-    """
-
-    columns: dict[str, list[Any]]
-    lines: np.ndarray
-    notes: tuple[str, ...] = ()
+    columns: dict[str, list[Any]]  # name -> cells; None where a row has none
+    lines: np.ndarray  # (N,) the line of the file on which each row begins, from 1
+    notes: tuple[str, ...] = ()  # what was found out about the file, to be told
 
 
 def read_text_table(path: Path, *, separator: str | None = None, encoding: str = "utf-8-sig") -> TextTable:
-    """Read a .csv, .tsv, .jsonl or .json file; a byte order mark is no part of it.
+    """Read a .csv, .tsv, .jsonl or .json file with at least one row; a byte order mark is no part of it.
 
-    Args:
-        path: The file.
-        separator: Of a .csv's cells; None finds it among commas, semicolons and tabs.
-        encoding: Of the file.
-
-    Returns:
-        The table, with at least one row.
-
-    Raises:
-        ValueError: When the file is empty, is not in this encoding, or a line is none of a table's; naming the line.
+    None for ``separator`` finds that of a .csv among commas, semicolons and tabs. Errors name the line.
     """
     if separator is not None and len(separator) != 1:
         raise ValueError(f"`separator={separator!r}`, but it must be one character. A .tsv is parted by tabs unasked.")

@@ -23,9 +23,7 @@ Model = Any
 def open_tokenizer(model: Model) -> tuple[Callable[[list[str]], list[int]], Any, int | None]:
     """What counts a text's tokens, what prepares whole inputs (None where only texts can be counted), and the limit.
 
-    Args:
-        model: A ``SentenceTransformer``, a tokenizer, or the name or folder of a backbone or encoder, of which the
-            tokenizer alone is loaded.
+    Of a name or folder, the tokenizer alone is loaded.
     """
     if isinstance(model, str | Path):
         try:
@@ -46,15 +44,9 @@ def open_tokenizer(model: Model) -> tuple[Callable[[list[str]], list[int]], Any,
 
 
 def token_counts(stored: Dataset, dataset: Dataset, model: Model) -> tuple[dict[str, np.ndarray], int | None]:
-    """Tokens of each input: those of its text, and what prompt and images add to it in some rows of its kind.
+    """Tokens of each input by column, ``(N,)``, and the model's limit: those of its text, and about what all else adds.
 
-    Args:
-        stored: Rows with their images closed.
-        dataset: The same, whose rows the model takes.
-        model: See :func:`open_tokenizer`.
-
-    Returns:
-        Column -> ``(N,)``, and the model's limit.
+    ``stored`` are the rows of ``dataset`` with their images closed.
     """
     counts, whole, limit = open_tokenizer(model)
     columns = training_columns(stored.column_names)

@@ -14,14 +14,7 @@ _AT_ONCE = 200
 def each_row(
     rows: Dataset, columns: Sequence[str] | None = None, *, told: str = "", show_progress_bar: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Yield rows as they are stored, ten times as fast as iterating over the data set.
-
-    Args:
-        rows: Without a transform.
-        columns: Of them; None for all.
-        told: What is done, for the progress bar.
-        show_progress_bar: Count rows.
-    """
+    """Yield rows as they are stored, ten times as fast as iterating over the data set; ``told`` names the bar."""
     chosen = rows if columns is None else rows.select_columns(list(dict.fromkeys(columns)))
     with tqdm(total=len(rows), desc=told, disable=not show_progress_bar) as bar:
         for start in range(0, len(chosen), _AT_ONCE):

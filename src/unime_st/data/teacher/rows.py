@@ -9,21 +9,13 @@ import numpy as np
 
 
 def refuse_one_text(name: str, texts: Any) -> None:
-    """Refuse a string in place of a list of them.
-
-    Raises:
-        TypeError: With the argument's name.
-    """
+    """Refuse a string in place of a list of them."""
     if isinstance(texts, str | bytes):
         raise TypeError(f"`{name}` is one text ({texts!r:.80}), whose letters would be taken for texts. Give a list.")
 
 
 def checked_labels(embeddings: np.ndarray) -> np.ndarray:
-    """A teacher's embeddings that are given, as float32.
-
-    Raises:
-        ValueError: For what are no numbers, and for rows that would teach nothing.
-    """
+    """A teacher's embeddings that are given, as float32."""
     if not np.issubdtype(embeddings.dtype, np.number) or np.iscomplexobj(embeddings) or not embeddings.shape[-1]:
         raise ValueError(f"The embeddings are {embeddings.shape} of {embeddings.dtype}, but they must be real numbers.")
     with np.errstate(over="ignore"):  # found below, with its row
@@ -49,11 +41,7 @@ def _useless(embeddings: np.ndarray) -> tuple[int | None, str]:
 
 
 def check_embeddings(embeddings: np.ndarray, texts: Sequence[str], rows: np.ndarray, dimension: int | None) -> None:
-    """Refuse what a teacher has made of texts, with the rows that these are in what was asked for.
-
-    Raises:
-        ValueError: For another number of rows or numbers, and for rows that are not finite or only zeros.
-    """
+    """Refuse what a teacher has made of texts, with the rows that these are in what was asked for."""
     if (
         embeddings.ndim != 2
         or len(embeddings) != len(texts)
