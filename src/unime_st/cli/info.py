@@ -35,14 +35,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def describe(model: str) -> dict[str, Any]:
-    """Read what a model's small files say.
-
-    Args:
-        model: A folder or a Hub name.
-
-    Raises:
-        FileNotFoundError: When it is neither, or no model.
-    """
+    """Read what the small files of a model, in a folder or on the Hub, say."""
     folder = _folder(model)
     config, adapter = _json(folder / "config.json"), _json(folder / "adapter_config.json")
     if not config and not adapter:

@@ -44,17 +44,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command; its exit code is 0, 1 for bad data or an error, 2 for a wrong command line.
 
-    Args:
-        arguments: Of the command line; None takes the process's.
-
-    Returns:
-        0 when all went well, 1 for bad data or an error, 2 for a wrong command line.
-
-    Example:
-        >>> main(["info", "no/such/folder"])  # the error goes to stderr
-        1
+    >>> main(["info", "no/such/folder"])  # the error goes to stderr
+    1
     """
     try:
         given = _parsed(arguments)

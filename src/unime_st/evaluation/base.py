@@ -79,14 +79,7 @@ class EmbeddingEvaluator(SentenceEvaluator):
     ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
         """Encode items by this evaluator's settings, see :func:`~unime_st.embedding.distinct.encode_indexed`.
 
-        Args:
-            model: A ``SentenceTransformer``.
-            items: What to encode.
-            where: From an item's number to what its users know it by, such as its row.
-            **options: Of ``encode_indexed``.
-
-        Raises:
-            ValueError: If an item cannot be read; says where it stands.
+        ``where`` says what an item's number is to its users, such as its row, in the error of one that cannot be read.
         """
         try:
             return encode_indexed(
@@ -112,17 +105,7 @@ class EmbeddingEvaluator(SentenceEvaluator):
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
-        """Evaluate a model, note the metrics for its card, and write them to files.
-
-        Args:
-            model: A ``SentenceTransformer``.
-            output_path: Folder for the results, or None.
-            epoch: The epoch, which is written into the results.
-            steps: The step, which is written into the results.
-
-        Returns:
-            The metrics, see the class.
-        """
+        """Evaluate a model, note the metrics for its card, and write them to files below ``output_path``, if any."""
         return self.finish(model, self.measure(model), output_path, epoch, steps)
 
     def finish(
@@ -167,12 +150,7 @@ def device_of(model: Any) -> Any:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to a CSV file with a header, adding columns it does not have yet. The file is replaced whole.
-
-    Args:
-        path: The file, made if it is not there.
-        row: Column name -> value.
-    """
+    """Add a row to a CSV file with a header, adding columns it does not have yet. The file is replaced whole."""
     rows: list[Mapping[str, Any]] = []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:

@@ -88,7 +88,7 @@ class MTEBEncoder(AbsEncoder):
         self.use_task_instructions = use_task_instructions
 
     def instruction(self, task_metadata: TaskMetadata, prompt_type: PromptType | None) -> str:
-        """Return a task's instruction for its queries or its documents, "" for none.
+        """A task's instruction for its queries or its documents, "" for none.
 
         A task's prompt is a text, meant for queries and for tasks without them, or a mapping from kind to text.
         """
@@ -110,19 +110,7 @@ class MTEBEncoder(AbsEncoder):
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """Encode the inputs that a data loader yields.
-
-        Args:
-            inputs: Yields batches of columns: ``text``, ``image`` or both.
-            task_metadata: Metadata of the task, with its prompt.
-            hf_split: Not used.
-            hf_subset: Not used.
-            prompt_type: Whether the inputs are queries or documents.
-            **kwargs: ``batch_size`` and ``show_progress_bar`` are used.
-
-        Returns:
-            Embeddings, shape (N, D), float32.
-        """
+        """Encode what a data loader yields, batches of ``text``, ``image`` or both, into ``(N, D)`` float32."""
         instruction = self.instruction(task_metadata, prompt_type)
         batch_size = int(kwargs.get("batch_size", 32))
         parts: list[np.ndarray] = []
@@ -171,19 +159,9 @@ def mteb_model_meta(
 ) -> ModelMeta:
     """Describe an encoder to mteb, so that results are filed under its name and the state of its weights.
 
-    Args:
-        checkpoint: A saved encoder, or one in memory.
-        name: Name of the form ``organisation/model``.
-        register: Make ``mteb.get_model_meta(name)`` find it, in this process.
-        **fields: Fields of ``ModelMeta``, e.g. ``license``, ``reference``, ``training_datasets``, ``release_date``.
-
-    Returns:
-        The object that ``mteb.evaluate`` takes in place of a model. Its ``revision`` is the beginning of the
-        fingerprint of the weights unless given, so results of other weights are never taken for these.
-
-    Raises:
-        ImportError: If mteb is not installed.
-        ValueError: If ``name`` is not of that form.
+    ``name`` has the form ``organisation/model``; with ``register`` ``mteb.get_model_meta(name)`` finds it, in this
+    process. ``fields`` are those of ``ModelMeta``. Unless given, ``revision`` is the beginning of the weights'
+    fingerprint, so results of other weights are never taken for these.
     """
     if name.count("/") != 1:
         raise ValueError(f"`name={name!r}`, but mteb files results under 'organisation/model'.")
@@ -226,17 +204,9 @@ def _loader(model: SentenceTransformer) -> Any:
 
 
 def eval_results(results: Iterable[Any], tasks: Iterable[Any]) -> list[EvalResult]:
-    """Turn mteb's results into the Hub's metadata of a model card, one entry per task, split and subset.
+    """Turn mteb's results into the Hub's metadata of a model card, one entry per task, split and subset, in percent.
 
-    Args:
-        results: ``mteb.evaluate(...).task_results``.
-        tasks: The tasks that were evaluated.
-
-    Returns:
-        The entries for ``huggingface_hub.ModelCardData(eval_results=...)``, with main scores in percent.
-
-    Raises:
-        ValueError: If a result belongs to none of the tasks.
+    ``results`` are ``mteb.evaluate(...).task_results``; the entries are for ``ModelCardData(eval_results=...)``.
     """
     metadata = {task.metadata.name: task.metadata for task in tasks}
     entries = []
@@ -263,5 +233,4 @@ def eval_results(results: Iterable[Any], tasks: Iterable[Any]) -> list[EvalResul
 
 
 def _slug(name: str) -> str:
-    """Turn mteb's "Any2AnyRetrieval" into the Hub's "any2any-retrieval"."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()

@@ -25,9 +25,8 @@ _CUTOFF = 5  # the k of nDCG@k
 def unit_rows(embeddings: np.ndarray, device: torch.device | str = "cpu") -> tuple[Tensor, np.ndarray]:
     """The distinct rows of embeddings (N, D), of length 1, (U, D), and for each of the N its row, (N,).
 
-    A matrix product may round two equal columns differently; rows that are equal to the bit are therefore kept once, so
-    that they tie exactly. A zero row stays zero. NaN and infinity are refused, for they would win or lose every
-    comparison.
+    A matrix product may round equal columns differently; rows equal to the bit are kept once, so that they tie exactly.
+    NaN and infinity are refused, for they would win or lose every comparison.
     """
     embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
     if not np.isfinite(embeddings).all():
@@ -69,8 +68,7 @@ def score_candidates(
 
     ``queries``, ``candidates`` and ``pool`` are rows of the distinct ``embeddings`` (U, D). ``candidates`` has one
     array per query: its candidates, the right answer first, or with a pool its relevant ones alone. ``gains`` is the
-    relevance of each of them; None is 1 for the right ones. Equal scores stand in the order of the candidates; copies
-    of a right answer are right, and no tie.
+    relevance of each; None is 1 for the right ones. Copies of a right answer are right, and no tie.
     """
     queries = np.asarray(queries, dtype=np.int64)
     _check(k=k, chunk_size=chunk_size, queries=len(queries))
@@ -211,8 +209,8 @@ def rank_pool(
 ) -> Ranking:
     """Rank candidates (U, D) for each query (Q, D), which is right at k if a right candidate is among the first k.
 
-    ``right`` lists the right candidates of each query. Ties are resolved against the model: every wrong candidate with
-    the same score goes first. Memory is ``chunk_size * U`` numbers.
+    ``right`` lists the right candidates of each query. Ties are resolved against the model. Memory is ``chunk_size *
+    U``.
     """
     _check(k=k, chunk_size=chunk_size, queries=len(queries))
     if len(right) != len(queries):

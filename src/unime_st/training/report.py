@@ -23,18 +23,7 @@ def write_report(
     evaluator: SentenceEvaluator,
     log: Sequence[Mapping[str, Any]],
 ) -> Path:
-    """Write ``report.html``, ``.md`` and ``.json``.
-
-    Args:
-        folder: Of the run.
-        results: What it is of, with the metrics ``before`` and ``after``.
-        checked: Of the data.
-        evaluator: After its last call.
-        log: Of the Trainer.
-
-    Returns:
-        Path of the HTML page.
-    """
+    """Write ``report.html``, ``.md`` and ``.json`` of a run, whose results have metrics ``before`` and ``after``."""
     report = Report(f"{results['data']} on {Path(results['backbone']).name}")
     before, after = results["before"], results["after"]
     by_chance = evaluator.chance() if isinstance(evaluator, ImageTextRetrievalEvaluator) else {}

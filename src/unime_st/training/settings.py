@@ -88,13 +88,7 @@ class PairsTraining:
         return self.max_steps if self.max_steps > 0 else math.ceil(rows // batch * self.num_train_epochs)
 
     def arguments(self, output_dir: Path, rows: int, *, use_cpu: bool = False) -> SentenceTransformerTrainingArguments:
-        """Make the Trainer's arguments, and with them the group of processes.
-
-        Args:
-            output_dir: Of the checkpoints.
-            rows: To train on.
-            use_cpu: Whether to train on the CPU even if there is a GPU.
-        """
+        """Make the Trainer's arguments, and with them the group of processes."""
         bf16 = self.bf16 if self.bf16 is not None else not use_cpu and torch.cuda.is_available()
         arguments = SentenceTransformerTrainingArguments(
             str(output_dir),

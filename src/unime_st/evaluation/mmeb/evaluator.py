@@ -357,7 +357,6 @@ def _check_tasks(tasks: Sequence[MMEBTask]) -> None:
 
 
 def _explain(result: TaskResult, own: EvalTask, rows: np.ndarray, place: np.ndarray, errors: Mapping[int, str]) -> None:
-    """Record why rows could not be read."""
     at = {int(row): number for number, row in enumerate(own.rows)}
     for row in rows[result.rank == 0].tolist():
         if row in own.broken:

@@ -52,8 +52,8 @@ def distinct_inputs(
 ) -> tuple[list[Any], list[tuple[str, int]], dict[str, np.ndarray]]:
     """The inputs of the drawn rows, each once over all tasks where that is known without reading files.
 
-    It returns the inputs, the task and row where each occurs first, and for each task the place of each of its items
-    among the inputs (0 for items that are not needed).
+    Also the task and row where each occurs first, and the place of each task's items among the inputs (0 if not
+    needed).
     """
     items: list[Any] = []
     owner: list[tuple[str, int]] = []

@@ -44,19 +44,12 @@ class TaskLoader(Protocol):
 
 @dataclass(frozen=True)
 class MMEBTask:
-    """One task of a benchmark, of any modality: how it is read and scored.
-
-    Attributes:
-        name: The task's name.
-        load: Reads the task.
-        metric: ``"hit@1"`` (Precision@1), or ``"ndcg@5"`` with linear gains, as visual documents are scored.
-        modality: ``"image"``, ``"video"`` or ``"visdoc"``; tasks of one modality are averaged.
-    """
+    """One task of a benchmark, of any modality: how it is read and scored."""
 
     name: str
     load: TaskLoader
-    metric: Metric = "hit@1"
-    modality: str = "image"
+    metric: Metric = "hit@1"  # Precision@1, or nDCG@5 with linear gains, as visual documents are scored
+    modality: str = "image"  # "image", "video" or "visdoc"; tasks of one modality are averaged
 
 
 Parser = Callable[[str, Mapping[str, Any], Path], MMEBTask]
@@ -66,8 +59,8 @@ Parser = Callable[[str, Mapping[str, Any], Path], MMEBTask]
 def image_task(name: str, entry: Mapping[str, Any], root: Path, image_root: str | Path | None = None) -> MMEBTask:
     """Make a task in MMEB-eval's layout, with or without instructions in columns of their own.
 
-    The ``entry`` may have ``dataset_name``, ``dataset_split`` and ``image_root``, which lies below ``root``; the
-    argument ``image_root`` replaces the latter, and may be any folder.
+    The ``entry`` may have ``dataset_name``, ``dataset_split`` and, below ``root``, ``image_root``, in whose place the
+    argument may be any folder.
     """
     images = image_root
     if images is None and entry.get("image_root") is not None:
@@ -95,11 +88,7 @@ PARSERS: dict[str, Parser] = dict.fromkeys(
 
 
 def tasks_from_yaml(path: str | Path, root: str | Path, parsers: Mapping[str, Parser] | None = None) -> list[MMEBTask]:
-    """Read a list of tasks as MMEB V2 describes them: ``name: {dataset_parser, dataset_name, image_root, ...}``.
-
-    ``image_root`` of an entry lies below ``root``. ``parsers`` maps ``dataset_parser`` to a parser; None takes
-    :data:`PARSERS`, which has the image tasks. Errors name the entry.
-    """
+    """Read a list of tasks as MMEB V2 describes them: ``name: {dataset_parser, dataset_name, image_root, ...}``."""
     try:
         import yaml
     except ImportError as error:

@@ -25,23 +25,14 @@ Key = tuple[str, str]  # evaluator, task
 
 @dataclass(frozen=True)
 class Difference:
-    """The change from before to after, of one task or of the mean of tasks.
+    """The change from before to after, of one task or of the mean of tasks."""
 
-    Attributes:
-        before: Score in [0, 1].
-        after: Score in [0, 1].
-        low: Lower end of the paired bootstrap interval of the difference.
-        high: Upper end of that interval.
-        gained: Numbers of the rows that score higher after.
-        lost: Numbers of the rows that score lower after.
-    """
-
-    before: float
+    before: float  # score in [0, 1]
     after: float
-    low: float
+    low: float  # of the paired bootstrap interval of the difference
     high: float
-    gained: tuple[int, ...] = ()
-    lost: tuple[int, ...] = ()
+    gained: tuple[int, ...] = ()  # numbers of the rows that score higher after
+    lost: tuple[int, ...] = ()  # numbers of the rows that score lower after
 
     @property
     def difference(self) -> float:
@@ -56,19 +47,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The comparison of two evaluations.
+    """The comparison of two evaluations; tasks of several evaluators are not mixed."""
 
-    Attributes:
-        tasks: ``<evaluator>: <task>`` -> difference.
-        means: Evaluator -> difference of the mean over its tasks; tasks of several evaluators are not mixed.
-        confidence: Confidence of the intervals.
-        other_rules: Task whose ties were treated by different rules -> a text on the rules and their effect.
-    """
-
-    tasks: dict[str, Difference]
-    means: dict[str, Difference]
+    tasks: dict[str, Difference]  # `<evaluator>: <task>` -> difference
+    means: dict[str, Difference]  # evaluator -> difference of the mean over its tasks
     confidence: float
-    other_rules: dict[str, str] = field(default_factory=dict)
+    other_rules: dict[str, str] = field(default_factory=dict)  # task -> a text on rules for ties that differ
 
     def add_to(self, report: Report) -> None:
         """Add tables and a plot to a report."""
@@ -186,7 +170,6 @@ def _interval(drawn: np.ndarray, tails: tuple[float, float]) -> tuple[float, flo
 
 
 def _resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """The means of resamples of the values, (resamples,)."""
     step = max(1, _ROWS_AT_ONCE // len(values))
     parts = [
         values[rng.integers(len(values), size=(min(step, resamples - start), len(values)))].mean(axis=1)
@@ -196,7 +179,6 @@ def _resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generato
 
 
 def _outcomes(path: Path) -> dict[Key, TaskOutcomes]:
-    """The results of a folder's files, by evaluator and task."""
     files = [path] if path.is_file() else sorted(path.glob("*_rows.parquet"))
     if not files:
         raise FileNotFoundError(

@@ -40,8 +40,8 @@ def add_mmeb(
     """Add an evaluation on MMEB: every task, every average, published results, plots and mistakes.
 
     Published rows stand beside ours where all 36 published tasks were evaluated whole; a row printed with one kind of
-    overall average has a number in that column only, for the kinds differ by three points. ``published`` is the model
-    of :func:`~unime_st.evaluation.published_task_scores` whose scores by task are drawn beside ours.
+    overall average has a number in that column only. ``published`` is the model of
+    :func:`~unime_st.evaluation.published_task_scores` whose scores by task are drawn beside ours.
     """
     prefix = f"{evaluator.name}_" if evaluator.name else ""
     own = {name.removeprefix(prefix): value for name, value in metrics.items()}
@@ -118,10 +118,7 @@ def worst_mistakes(evaluator: MMEBEvaluator, most: int = _MISTAKES) -> list[dict
 def add_retrieval(
     report: Report, evaluator: ImageTextRetrievalEvaluator, metrics: Mapping[str, float], *, model: str = "this model"
 ) -> None:
-    """Add an evaluation of image-text retrieval: recalls in both directions, published rows, worst queries.
-
-    An evaluator with the name of a published set brings the rows of that set.
-    """
+    """Add an evaluation of image-text retrieval: recalls in both directions, published rows by name, worst queries."""
     prefix = f"{evaluator.name}_" if evaluator.name else ""
     title = f"Retrieval: {evaluator.name or 'images and captions'}"
     directions = ("text_to_image", "image_to_text")
