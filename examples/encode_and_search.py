@@ -18,14 +18,13 @@ from sentence_transformers import util
 
 from unime_st import load_encoder
 from unime_st.evaluation import encode_distinct
-
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+from unime_st.images import IMAGE_FILES
 
 
 def find_images(folder: Path) -> list[Path]:
     """All images below a folder that can be read; the others are named."""
     found = []
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_FILES):
         try:
             with Image.open(path) as image:
                 image.load()
@@ -33,7 +32,7 @@ def find_images(folder: Path) -> list[Path]:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             print(f"left out {path}: {error}")
     if not found:
-        raise SystemExit(f"{folder} holds no image that can be read ({', '.join(sorted(SUFFIXES))}).")
+        raise SystemExit(f"{folder} holds no image that can be read ({', '.join(sorted(IMAGE_FILES))}).")
     return found
 
 

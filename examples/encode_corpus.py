@@ -15,8 +15,8 @@ from datasets import load_dataset
 
 from unime_st import load_encoder
 from unime_st.data import EncodedCorpus, encode_corpus
+from unime_st.images import IMAGE_FILES
 
-IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 TEXTS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -34,7 +34,7 @@ def texts(path: Path, column: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 def images(folder: Path) -> list[tuple[str, dict[str, str]]]:
     """Paths of all images below a folder, each with its path within the folder."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_FILES)
     return [(path.relative_to(folder).as_posix(), {"image": str(path)}) for path in paths]
 
 
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> EncodedCorpus:
     # 1. Inputs with their ids. Texts are read as they are needed, images opened when they are encoded.
     inputs: Any = texts(given.texts, given.column) if given.texts else images(given.images)
     if given.images and not inputs:
-        parser.error(f"{given.images} holds no image ({', '.join(sorted(IMAGES))})")
+        parser.error(f"{given.images} holds no image ({', '.join(sorted(IMAGE_FILES))})")
 
     # 2. Each window becomes a file, and what is there is not encoded again. Under torchrun each process has a device.
     model = load_encoder(given.model)

@@ -160,7 +160,8 @@ class CheckpointCallback(TrainerCallback):
         if not self._limit or self._limit < 0:
             return
         kept = [newest, *([Path(best)] if best else [])]
-        others = [path for path in _before(newest) if path not in kept]
+        found = checkpoints(newest.parent)
+        others = [path for path in found[: found.index(newest)] if path not in kept]
         whole = [path for path in others if is_complete(path, read_files=False)]
         room = max(0, self._limit - len(set(kept)))
         for path in others:
@@ -168,11 +169,6 @@ class CheckpointCallback(TrainerCallback):
                 continue
             (path / MARKER).unlink(missing_ok=True)  # first: half of it must not pass for whole
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _before(newest: Path) -> list[Path]:
-    found = checkpoints(newest.parent)
-    return found[: found.index(newest)]
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import numpy as np
@@ -92,7 +93,8 @@ def _write(partial: Path, content: bytes | str | np.ndarray, path: Path, put: Ca
         with partial.open("xb") as file:
             hold(file.fileno(), wait=True)
             if isinstance(content, np.ndarray):
-                np.save(_Plain(file.write), content, allow_pickle=False)
+                # Into a real file numpy writes in C, and a full disk has no number then.
+                np.save(SimpleNamespace(write=file.write), content, allow_pickle=False)
             else:
                 file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
@@ -103,13 +105,6 @@ def _write(partial: Path, content: bytes | str | np.ndarray, path: Path, put: Ca
             put(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-class _Plain:
-    """What numpy writes to by `write` alone: into a real file it writes in C, and a full disk has no number then."""
-
-    def __init__(self, write: Callable[[bytes], Any]) -> None:
-        self.write = write
 
 
 def checksum(*values: np.ndarray | bytes | str) -> str:

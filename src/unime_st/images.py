@@ -26,7 +26,10 @@ import torch
 from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
-"""Ends of an image's name, as stock code lists them."""
+"""Ends of an image's name, as stock code lists them: by these ``encode`` tells a path from words."""
+
+IMAGE_FILES = frozenset({*IMAGE_SUFFIXES, ".avif", ".tif"})
+"""Ends of the names of image files, where folders and tables of one's own are looked through."""
 
 REMOTE_PREFIXES = ("http://", "https://")
 DATA_PREFIX = "data:image/"

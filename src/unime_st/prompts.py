@@ -163,23 +163,27 @@ def chat_template(name: str) -> str:
             "of your own."
         )
     turn = formats[name]
-    if isinstance(turn, BareFormat):
-        return _bare_template(turn)
     before, _, after = turn.image.partition("{n}")
     image = f"{_quoted(before)} + (ns.images | string) + {_quoted(after)}" if "{n}" in turn.image else _quoted(before)
     values = {
         "IMAGE": image,
         "VIDEO": _quoted(turn.video),
-        "BOTH": _quoted(INSTRUCTIONS["image_text"].rstrip() + turn.instruction_end),
-        "ONLY_IMAGE": _quoted(INSTRUCTIONS["image"].rstrip() + turn.instruction_end),
-        "ONLY_TEXT": _quoted(INSTRUCTIONS["text"].rstrip() + turn.instruction_end),
         "START": _quoted(turn.start),
         "BEFORE_TEXT": _quoted(turn.before_text),
-        "MEDIA_ENDS_LINE": f"(ns.media.endswith({_quoted(chr(10))}))",
         "NEWLINE": _quoted("\n"),
         "END": _quoted(turn.end),
     }
-    return _filled(_TEMPLATE, values)
+    if isinstance(turn, BareFormat):
+        values |= {
+            "PROMPT": _quoted(IMAGE_PROMPT_V2),
+            "STRIPS": str(turn.strips).lower(),
+            "BEFORE_PROMPT": _quoted(turn.before_prompt),
+            "BEFORE_ANY": _quoted(turn.before_any),
+        }
+        return _filled(_BARE, values)
+    asked = {kind: _quoted(words.rstrip() + turn.instruction_end) for kind, words in INSTRUCTIONS.items()}
+    values |= {"BOTH": asked["image_text"], "ONLY_IMAGE": asked["image"], "ONLY_TEXT": asked["text"]}
+    return _filled(_TEMPLATE, values | {"MEDIA_ENDS_LINE": f"(ns.media.endswith({_quoted(chr(10))}))"})
 
 
 def with_generation_prompt(template: str) -> str:
@@ -205,31 +209,9 @@ def lacks_generation_prompt(template: str) -> bool:
     return _OPENS in template and not template.startswith(_OPENED)
 
 
-def _bare_template(bare: BareFormat) -> str:
-    values = {
-        "IMAGE": _quoted(bare.image),
-        "VIDEO": _quoted(bare.video),
-        "PROMPT": _quoted(IMAGE_PROMPT_V2),
-        "STRIPS": str(bare.strips).lower(),
-        "BEFORE_TEXT": _quoted(bare.before_text),
-        "BEFORE_PROMPT": _quoted(bare.before_prompt),
-        "BEFORE_ANY": _quoted(bare.before_any),
-        "START": _quoted(bare.start),
-        "NEWLINE": _quoted("\n"),
-        "END": _quoted(bare.end),
-    }
-    return _filled(_BARE, values)
-
-
 def _filled(template: str, values: Mapping[str, str]) -> str:
-    for key in sorted(values, key=len, reverse=True):  # longest first: IMAGE is part of ONLY_IMAGE
-        template = _replaced(template, key, values[key])
-    return template
-
-
-def _replaced(template: str, key: str, value: str) -> str:
-    """Put a value where its key stands as a whole word."""
-    return re.sub(rf"(?<![\w<|]){key}(?![\w>|])", lambda _: value, template)
+    """Put each value where its key stands as a whole word."""
+    return re.sub(rf"(?<![\w<|])({'|'.join(values)})(?![\w>|])", lambda found: values[found[1]], template)
 
 
 def _quoted(text: str) -> str:

@@ -39,12 +39,22 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--negatives", help='columns of explicit negatives; "" for none')
     group.add_argument("--label", help='column of the target\'s identity; "" for none')
     group.add_argument("--image-columns", help='which columns hold images; "" for none (default: by name and content)')
-    group.add_argument("--image-root", help="folder of the images (default: the data's own)")
-    group.add_argument("--split", help="of a saved data set with several")
     group.add_argument("--bad-images", choices=["keep", "drop"], default="keep", help="(default: %(default)s)")
     group.add_argument("--empty-cells", choices=["keep", "drop"], default="keep", help="(default: %(default)s)")
+    add_source_options(group)
+
+
+def add_source_options(group: Any) -> None:
+    """Options of opening a source, which :func:`source_options` reads."""
+    group.add_argument("--image-root", help="folder of the images (default: the data's own)")
+    group.add_argument("--split", help="of a saved data set with several")
     group.add_argument("--separator", help="of a .csv's cells (default: the one found)")
     group.add_argument("--encoding", default="utf-8-sig", help="of a file of text (default: UTF-8)")
+
+
+def source_options(given: argparse.Namespace) -> dict[str, Any]:
+    """Those options as arguments of ``load_pairs`` and ``load_inputs``."""
+    return {name: getattr(given, name) for name in ("image_root", "split", "separator", "encoding")}
 
 
 def read_pairs(given: argparse.Namespace) -> Any:
@@ -58,10 +68,7 @@ def read_pairs(given: argparse.Namespace) -> Any:
         negatives=columns_of(given.negatives),
         label=given.label,
         image_columns=columns_of(given.image_columns),
-        image_root=given.image_root,
         bad_images=given.bad_images,
         empty_cells=given.empty_cells,
-        split=given.split,
-        separator=given.separator,
-        encoding=given.encoding,
+        **source_options(given),
     )

@@ -15,10 +15,10 @@ from datasets import Image as ImageFeature
 
 from unime_st.data.images import resolve_image
 from unime_st.identity.content import fingerprint
+from unime_st.images import IMAGE_FILES
 from unime_st.paths import resolve_below
 
 _ADDRESSES = ("http://", "https://", "data:")  # the model decides whether it opens those
-_IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
 Captioned = tuple[list[Any], list[list[str]]]
 
@@ -57,7 +57,7 @@ def read_paired_folders(images: str | Path, captions: str | Path) -> Captioned:
 
     Each image needs one .txt, its caption.
     """
-    pictures = {path.stem: path for path in sorted(Path(images).iterdir()) if path.suffix.lower() in _IMAGE_SUFFIXES}
+    pictures = {path.stem: path for path in sorted(Path(images).iterdir()) if path.suffix.lower() in IMAGE_FILES}
     texts = {path.stem: path for path in Path(captions).glob("*.txt")}
     if not pictures:
         raise FileNotFoundError(f"{images} holds no images.")

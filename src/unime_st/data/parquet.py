@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unime_st.data.bad_images import Place
+from unime_st.data.stored_images import first_row
 from unime_st.paths import resolve_below
 
 _PLACEHOLDER = re.compile(r"<\|image_\d+\|>")
@@ -43,22 +43,11 @@ class Origin:
             for file in source.files:
                 names = [name for name in pq.read_schema(file).names if name in self.columns]
                 table = pq.read_table(file, columns=names)
-                rows = [row for row in (_first_row(table[name], image) for name in names) if row is not None]
+                found = (first_row(table[name].combine_chunks(), image) for name in names)
+                rows = [row for row in found if row is not None]
                 if rows:
                     return Place(source.name, min(rows), file.name)
         return Place(", ".join(source.name for source in self.sources))
-
-
-def _first_row(column: pa.ChunkedArray, value: str) -> int | None:
-    """First row of a column that is, or has in its list, a value."""
-    values = column.combine_chunks()
-    lists = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
-    if pa.types.is_null(values.type.value_type if lists else values.type):
-        return None
-    found = pc.index(pc.list_flatten(values) if lists else values, value).as_py()
-    if found < 0:
-        return None
-    return pc.list_parent_indices(values)[found].as_py() if lists else found
 
 
 def choose_rows(source: Source, max_rows: int | None, seed: int | None) -> list[np.ndarray | None]:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from unime_st.arguments import require_number
 from unime_st.identity.content import fingerprint
 
 Stored = Any
 """An image as a data set stores it: a path below the folder, ``{"bytes", "path"}``, or bytes."""
+
+_IMAGE_FIELDS = ("image", "bytes", "path")
 
 ENCODED_KEYS = frozenset({"bytes", "path"})
 """Of an image as ``datasets`` stores it."""
@@ -40,3 +45,23 @@ def identity(image: Stored) -> str:
         return path
     name = image.get("path") if isinstance(image, Mapping) else None
     return f"{name or 'image'} #{fingerprint({'image': image})[:16]}"
+
+
+def first_row(array: pa.Array, value: str | bytes) -> int | None:
+    """First row of an array whose images, however nested, have one with this path or these bytes."""
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    kind = array.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        found = first_row(pc.list_flatten(array), value)
+        return None if found is None else pc.list_parent_indices(array)[found].as_py()
+    if pa.types.is_struct(kind):
+        parts = zip(kind.names, array.flatten(), strict=True)
+        rows = [first_row(part, value) for field, part in parts if field in _IMAGE_FIELDS]
+        return min((row for row in rows if row is not None), default=None)
+    if isinstance(value, str) and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return None if (row := pc.index(array, pa.scalar(value, kind)).as_py()) < 0 else row
+    if isinstance(value, bytes) and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        alike = pc.indices_nonzero(pc.equal(pc.binary_length(array), len(value))).to_pylist()  # reads no image
+        return next((row for row in alike if array[row].as_py() == value), None)
+    return None

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, Features, LargeList
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 
 from unime_st.data.bad_images import Place
 from unime_st.data.images import ItemReader
-from unime_st.data.stored_images import Stored
+from unime_st.data.stored_images import Stored, first_row
 
 _ROWS_AT_ONCE = 1000
-_IMAGE_FIELDS = ("image", "bytes", "path")
 
 
 def with_images(
@@ -102,11 +101,12 @@ def _undecoded(feature: Any) -> Any:
     return feature
 
 
+@dataclass(frozen=True)
 class RowOrigin:
     """Finds the row that a stored image comes from by looking through all, so for error messages only."""
 
-    def __init__(self, rows: Dataset, name: str) -> None:
-        self.rows, self.name = rows, name
+    rows: Dataset
+    name: str  # what messages call it
 
     def __call__(self, image: Stored) -> Place:
         """Find the first row that has the image, as a path or as bytes."""
@@ -117,7 +117,7 @@ class RowOrigin:
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             table = rows[start : start + _ROWS_AT_ONCE]
             found = [
-                _first_row(column.combine_chunks(), value) for column in table.columns if not _is_plain(column.type)
+                first_row(column.combine_chunks(), value) for column in table.columns if not _is_plain(column.type)
             ]
             if places := [row for row in found if row is not None]:
                 return Place(self.name, start + min(places))
@@ -126,23 +126,3 @@ class RowOrigin:
 
 def _is_plain(kind: pa.DataType) -> bool:
     return not (pa.types.is_struct(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind))
-
-
-def _first_row(array: pa.Array, value: str | bytes) -> int | None:
-    """First row of an array whose images, however nested, have one with this path or these bytes."""
-    if isinstance(array, pa.ExtensionArray):
-        array = array.storage
-    kind = array.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        found = _first_row(pc.list_flatten(array), value)
-        return None if found is None else pc.list_parent_indices(array)[found].as_py()
-    if pa.types.is_struct(kind):
-        parts = zip(kind.names, array.flatten(), strict=True)
-        rows = [_first_row(part, value) for field, part in parts if field in _IMAGE_FIELDS]
-        return min((row for row in rows if row is not None), default=None)
-    if isinstance(value, str) and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        return None if (row := pc.index(array, pa.scalar(value, kind)).as_py()) < 0 else row
-    if isinstance(value, bytes) and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        alike = pc.indices_nonzero(pc.equal(pc.binary_length(array), len(value))).to_pylist()  # reads no image
-        return next((row for row in alike if array[row].as_py() == value), None)
-    return None

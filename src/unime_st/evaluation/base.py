@@ -49,9 +49,7 @@ class EmbeddingEvaluator(SentenceEvaluator):
         write_csv: bool = True,
     ) -> None:
         super().__init__()
-        require_number("batch_size", batch_size)
-        if batch_size < 1:
-            raise ValueError(f"`batch_size={batch_size}`, but it must be at least 1.")
+        require_number("batch_size", batch_size, least=1)
         self.name = name
         self.batch_size = batch_size
         self.prompt = prompt
@@ -132,21 +130,11 @@ def image_item(image: Any) -> Any:
     return {"image": str(image)} if isinstance(image, str | Path) else image
 
 
-def text_item(text: str) -> dict[str, str]:
-    """Mark a data set's text as one, for a bare string that names a file stands for an image."""
-    return {"text": text}
-
-
 def check_shown(k: int, kept: int) -> None:
     """Refuse to show no results, or more of a query than are kept."""
     require_number("k", k, least=1)
     if k > kept:
         raise ValueError(f"`k={k}`, but of each query the best {kept} are kept.")
-
-
-def device_of(model: Any) -> Any:
-    """Where to score: the model's own device, the CPU if it has none."""
-    return getattr(model, "device", "cpu")
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from datasets import Dataset
 from unime_st.arguments import require_number
 from unime_st.data.caption_sets import read_caption_dataset, read_karpathy_split, read_paired_folders
 from unime_st.data.images import resolve_image
-from unime_st.evaluation.base import EmbeddingEvaluator, check_shown, device_of, image_item, text_item
+from unime_st.evaluation.base import EmbeddingEvaluator, check_shown, image_item
 from unime_st.evaluation.outcomes import TIE_IS_WRONG, TaskOutcomes
 from unime_st.evaluation.scoring import Ranking, rank_pool
 from unime_st.paths import resolve_below
@@ -189,7 +189,8 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
 
     def measure(self, model: Any) -> dict[str, float]:
         """Evaluate a model; the metrics, without the evaluator's name."""
-        items = [*map(image_item, self.images), *map(text_item, self.texts)]
+        # A bare string that names a file would stand for an image.
+        items = [*map(image_item, self.images), *({"text": text} for text in self.texts)]
         embeddings, index, _ = self.encode(model, items, self._where)
         images, image_place = _once(index[: len(self.images)])
         texts, text_place = _once(index[len(self.images) :])
@@ -198,7 +199,7 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
             of_distinct[image_place[image]][int(text_place[text])] = None
         captions_of = [list(of_distinct[place]) for place in image_place]
         image_vectors, text_vectors = embeddings[index[images]], embeddings[index[len(self.images) + texts]]
-        options = {"k": _KEPT, "chunk_size": self.chunk_size, "device": device_of(model)}
+        options: dict[str, Any] = {"k": _KEPT, "chunk_size": self.chunk_size, "device": getattr(model, "device", "cpu")}
         by_text = rank_pool(
             text_vectors[text_place], image_vectors, image_place[self.image_of].reshape(-1, 1).tolist(), **options
         )

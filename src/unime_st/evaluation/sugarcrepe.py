@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from unime_st.data.caption_sets import image_below, require_columns, rows_and_folder, undecoded
 from unime_st.data.images import resolve_image
-from unime_st.evaluation.base import EmbeddingEvaluator, image_item, text_item
+from unime_st.evaluation.base import EmbeddingEvaluator, image_item
 from unime_st.evaluation.outcomes import TIE_IS_WRONG, TaskOutcomes
 from unime_st.evaluation.scoring import unit_rows
 from unime_st.paths import resolve_below
@@ -199,7 +199,7 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
             cell
             for rows in self.sets.values()
             for image, *captions in rows
-            for cell in (image_item(image), *map(text_item, captions))
+            for cell in (image_item(image), *({"text": caption} for caption in captions))
         ]
         embeddings, index, _ = self.encode(model, cells, self._where)
         vectors, same = unit_rows(embeddings)

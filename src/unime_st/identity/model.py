@@ -86,7 +86,7 @@ def model_fingerprint(model: nn.Module) -> str:
             digest.update(value)
     others = {name: value for name, value in state.items() if name not in weights}
     for settings in (others, *_settings(model)):
-        digest.update(_json(settings).encode("utf-8", "surrogatepass"))
+        digest.update(json.dumps(_plain(settings), sort_keys=True).encode("utf-8", "surrogatepass"))
     told = digest.hexdigest()[:-_MARK_DIGITS]
     return told + _mark(told)
 
@@ -167,10 +167,6 @@ def _settings(model: nn.Module) -> Iterator[Any]:
 def _value(module: Any, name: str) -> Any:
     value = getattr(module, name, None)
     return value() if callable(value) else value
-
-
-def _json(value: Any) -> str:
-    return json.dumps(_plain(value), sort_keys=True)
 
 
 def _plain(value: Any, inside: tuple[int, ...] = ()) -> Any:  # noqa: PLR0911 one line a kind

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -222,17 +222,6 @@ class DistillKLLoss(InBatchLoss):
             len(all_teachers) - 1,
             high,
         )
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """Return the constructor's arguments, for the model card."""
-        return {
-            "temperature": self.temperature,
-            "student_temperature": self.student_temperature,
-            "teacher_temperature": self.teacher_temperature,
-            "direction": self.direction,
-            "include_diagonal": self.include_diagonal,
-            **super().get_config_dict(),
-        }
 
 
 def _self_probability(scores: Tensor, own: Tensor, temperature: float) -> Tensor:

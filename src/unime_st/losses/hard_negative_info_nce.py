@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -324,18 +324,3 @@ class HardNegativeInfoNCELoss(InBatchLoss):
             return ""
         lost = (float(self.last_metrics[f"false_negatives_by_{by}"]) for by in ("margin", "identity"))
         return all_left_out(rows, self._offered, self.margin, *lost)
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """Return the constructor's arguments, for the model card."""
-        return {
-            "temperature": self.temperature,
-            "margin": self.margin,
-            "num_hard_negatives": self.num_hard_negatives,
-            "hard_negatives_warmup_steps": self.hard_negatives_warmup_steps,
-            "negative_selection": self.negative_selection,
-            "filter_explicit_negatives": self.filter_explicit_negatives,
-            "directions": self.directions,
-            "hardness_mode": self.hardness_mode,
-            "hardness_strength": self.hardness_strength,
-            **super().get_config_dict(),
-        }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -205,12 +206,8 @@ class InBatchLoss(nn.Module):
         return means
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Return the constructor's arguments, for the model card."""
-        return {
-            "gather_across_devices": self.gather_across_devices,
-            "mini_batch_size": self.mini_batch_size,
-            "mini_batch_num_tokens": self.mini_batch_num_tokens,
-        }
+        """Return the constructor's arguments, kept under their names, for the model card."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if name != "model"}
 
     @property
     def citation(self) -> str:

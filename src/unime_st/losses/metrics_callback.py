@@ -42,10 +42,12 @@ class LossMetricsCallback(TrainerCallback):
         named = {f"{name}_": module for name, module in loss.items()} if isinstance(loss, Mapping) else {"": loss}
         if wrong := [module for module in named.values() if not isinstance(module, nn.Module)]:
             raise TypeError(f"`loss` is a {type(wrong[0]).__name__}, but a loss, or a dict of losses, is needed.")
-        found = {prefix: _find(module) for prefix, module in named.items()}
-        self.losses = {prefix: inner for prefix, inner in found.items() if inner is not None}
-        inside = [part for module in named.values() for part in module.modules()]
-        self._counting = [part for part in inside if isinstance(part, InBatchLoss)]
+        ours = {
+            prefix: [part for part in module.modules() if isinstance(part, InBatchLoss)]
+            for prefix, module in named.items()
+        }
+        self.losses = {prefix: inner[0] for prefix, inner in ours.items() if inner}
+        self._counting = [part for inner in ours.values() for part in inner]
         if not self.losses:
             names = ", ".join(type(module).__name__ for module in named.values())
             raise ValueError(f"No loss with metrics in {names}: use DistillKLLoss or HardNegativeInfoNCELoss.")
@@ -96,7 +98,3 @@ class LossMetricsCallback(TrainerCallback):
         logs.update(metrics)
         if state.log_history:
             state.log_history[-1].update(metrics)  # the Trainer stored its copy before this event
-
-
-def _find(loss: nn.Module) -> InBatchLoss | None:
-    return next((module for module in loss.modules() if isinstance(module, InBatchLoss)), None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.machinery
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
 from typing import Any
@@ -64,12 +65,12 @@ class _HostFinder(MetaPathFinder):
         return spec
 
 
+@dataclass
 class _LoaderWithSequel(Loader):
     """A module's own loader, with a function to call after the import."""
 
-    def __init__(self, loader: Any, sequel: Callable[[], None]) -> None:
-        self.loader = loader
-        self.sequel = sequel
+    loader: Any
+    sequel: Callable[[], None]
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)

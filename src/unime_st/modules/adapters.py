@@ -89,7 +89,7 @@ def tuner_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
         (parent, name, child)
         for parent in list(model.modules())
         for name, child in parent.named_children()
-        if isinstance(child, _WRAPPERS) and not _inside(parent)
+        if isinstance(child, _WRAPPERS) and not isinstance(parent, _WRAPPERS)
     ]
 
 
@@ -105,10 +105,6 @@ def check_adapted(model: nn.Module) -> None:
                 "load again. Take it out of `target_modules`; to train new tokens, name them in "
                 "`trainable_token_indices`, to train all, name it in `modules_to_save`."
             )
-
-
-def _inside(parent: nn.Module) -> bool:
-    return isinstance(parent, _WRAPPERS)
 
 
 def _without_adapter(layer: nn.Module) -> nn.Module:

@@ -37,7 +37,7 @@ from unime_st.modules.speed.prefixes import SharedPrefixes, shares_prefixes
 from unime_st.modules.speed.shared_images import each_image_once
 from unime_st.modules.speed.token_tree import PREFIX_KEY
 from unime_st.modules.speed.vision_cache import VisionCache, is_frozen, vision_tower
-from unime_st.modules.text_only import absent_parts, load_text_model, no_images, whole_model
+from unime_st.modules.text_only import NO_IMAGES, absent_parts, load_text_model, whole_model
 from unime_st.modules.told_rows import told_row
 from unime_st.prompts import TURN_FORMATS, chat_template
 
@@ -273,7 +273,7 @@ class MultimodalEncoder(Transformer):
         for row, message in zip(rows, messages, strict=True):
             refuse_placeholders(message, row, placeholders)
             if absent_parts(self.model) and any(part["type"] != "text" for turn in message for part in turn["content"]):
-                raise ValueError(f"Row {row} has an image or video. {no_images()}")
+                raise ValueError(f"Row {row} has an image or video. {NO_IMAGES}")
         asked = kwargs.pop("max_length", None)
         limit = min(asked or _NO_LIMIT, self.max_seq_length or _NO_LIMIT)
         processing: Any = {**(processing_kwargs or {})}

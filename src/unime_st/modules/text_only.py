@@ -16,24 +16,21 @@ from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedM
 VISION_PARTS = ("vision_tower", "visual", "vision_model", "multi_modal_projector", "connector", "vision_embed_tokens")
 """What families call the parts of a model that only images pass through, as children of the model without a head."""
 
+NO_IMAGES = (
+    "This encoder was loaded with `text_only=True`, without its vision tower, so it takes texts alone. Load it again "
+    "with `text_only=False` for images and videos."
+)
+
 
 class AbsentPart(nn.Module):
     """Stands where a vision part was: no weights, and none are loaded into it."""
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """Refuse images, and say what to do."""
-        raise ValueError(no_images())
+        raise ValueError(NO_IMAGES)
 
     def _load_from_state_dict(self, *_: Any, **__: Any) -> None:
         """Take no weights, where a checkpoint of the whole model has some."""
-
-
-def no_images() -> str:
-    """Say that there is no vision tower, and what to do."""
-    return (
-        "This encoder was loaded with `text_only=True`, without its vision tower, so it takes texts alone. Load it "
-        "again with `text_only=False` for images and videos."
-    )
 
 
 def absent_parts(model: nn.Module) -> list[str]:

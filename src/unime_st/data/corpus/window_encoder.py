@@ -20,7 +20,6 @@ class Encoder(Protocol):
 
     def encode(self, inputs: list[Any], /, **options: Any) -> Any:
         """Embed N inputs into an array ``(N, D)``."""
-        ...
 
 
 class RecentEmbeddings:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,48 +22,42 @@ logger = logging.getLogger(__name__)
 _IMAGE_SIZE = 2000  # characters that an image counts for when inputs are sorted by size
 
 
+@dataclass(kw_only=True)
 class MiningEncoder:
     """Embeds the distinct contents of a set, each once, into stores below a folder, one for each prompt."""
 
-    def __init__(
-        self,
-        model: Any,
-        identity: str,
-        contents: Contents,
-        folder: Path,
-        *,
-        batch_size: int,
-        shard_size: int,
-        show_progress_bar: bool,
-        patience: float,
-    ) -> None:
-        self._model, self._contents, self._folder = model, contents, folder
-        self._batch_size, self._shard_size, self._show_progress_bar = batch_size, shard_size, show_progress_bar
-        self._patience = patience
-        reader = contents.reader
-        self._identity = [identity] + ([reader.max_pixels, reader.image_size] if reader else [])
+    model: Any
+    identity: str
+    contents: Contents
+    folder: Path
+    batch_size: int
+    shard_size: int
+    show_progress_bar: bool
+    patience: float
 
     def embed(
         self, keys: np.ndarray, cells: Callable[[np.ndarray], list[Any]], prompt: str | None
     ) -> tuple[EmbeddingStore, np.ndarray]:
         """Give the store, and the number in it of each key; NaN stands for a content that cannot be read."""
-        name = hashlib.blake2b(json.dumps([*self._identity, prompt]).encode(), digest_size=8).hexdigest()
-        (self._folder / name).mkdir(parents=True, exist_ok=True)
-        store = EmbeddingStore(self._folder / name)
+        reader = self.contents.reader
+        images = [reader.max_pixels, reader.image_size] if reader else []
+        name = hashlib.blake2b(json.dumps([self.identity, *images, prompt]).encode(), digest_size=8).hexdigest()
+        (self.folder / name).mkdir(parents=True, exist_ok=True)
+        store = EmbeddingStore(self.folder / name)
         missing = np.flatnonzero(store.find(keys) < 0)
         sizes = np.zeros(len(keys), dtype=np.int64)
-        for start in range(0, len(missing), self._shard_size):
-            part = missing[start : start + self._shard_size]
+        for start in range(0, len(missing), self.shard_size):
+            part = missing[start : start + self.shard_size]
             sizes[part] = [_size(cell) for cell in cells(part)]
         embed_missing(
             store,
             keys,
             sizes,
             lambda places: self._encode(cells(places), prompt),
-            shard_size=self._shard_size,
+            shard_size=self.shard_size,
             description="Mining",
-            show_progress_bar=self._show_progress_bar,
-            patience=self._patience,
+            show_progress_bar=self.show_progress_bar,
+            patience=self.patience,
         )
         return store, store.find(keys)
 
@@ -71,11 +66,11 @@ class MiningEncoder:
             inputs = list(pool.map(self._read, cells))
         good = np.array([item is not None for item in inputs])
         if not good.any():
-            return np.full((len(cells), int(self._model.get_embedding_dimension())), np.nan, dtype=np.float32)
+            return np.full((len(cells), int(self.model.get_embedding_dimension())), np.nan, dtype=np.float32)
         options = {} if prompt is None else {"prompt": prompt}
-        found = self._model.encode(
+        found = self.model.encode(
             [item for item in inputs if item is not None],
-            batch_size=self._batch_size,
+            batch_size=self.batch_size,
             show_progress_bar=False,
             convert_to_numpy=True,
             **options,
@@ -93,9 +88,9 @@ class MiningEncoder:
 
     def _read(self, cell: Any) -> Any:
         """Open an input; None when its image is bad and the set's reader puts up with that."""
-        reader = self._contents.reader
+        reader = self.contents.reader
         try:
-            return self._contents.read(cell)
+            return self.contents.read(cell)
         except (FileNotFoundError, ValueError) as error:
             if (
                 reader is None

@@ -146,10 +146,10 @@ def mine_hard_negatives(
     identity = {"model": model_identity, "data": contents.digest(), "images": images}
     claimed = claim(folder, asdict(settings) | prompts | identity)
     encoder = MiningEncoder(
-        model,
-        model_identity,
-        contents,
-        folder / "embeddings",
+        model=model,
+        identity=model_identity,
+        contents=contents,
+        folder=folder / "embeddings",
         batch_size=batch_size,
         shard_size=shard_size,
         show_progress_bar=show_progress_bar,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -59,24 +59,20 @@ class MiningSettings:
             raise ValueError(f"`rows_per_file={self.rows_per_file}`, but a file holds at least one row.")
 
 
+@dataclass
 class Miner:
     """Chooses the negatives of a file's rows."""
 
-    def __init__(
-        self,
-        contents: Contents,
-        settings: MiningSettings,
-        queries: tuple[EmbeddingStore, np.ndarray],  # embeddings, and the number in the store of each distinct query
-        targets: tuple[EmbeddingStore, np.ndarray],
-        device: Any,
-    ) -> None:
-        self._contents, self._settings, self._device = contents, settings, device
-        self._queries, self._targets = queries, targets
-        self._indexes: dict[int, tuple[np.ndarray, tuple[NearestTargets, torch.Tensor] | None]] = {}
+    contents: Contents
+    settings: MiningSettings
+    queries: tuple[EmbeddingStore, np.ndarray]  # embeddings, and the number in the store of each distinct query
+    targets: tuple[EmbeddingStore, np.ndarray]
+    device: Any
+    _indexes: dict[int, tuple[np.ndarray, tuple[NearestTargets, torch.Tensor] | None]] = field(default_factory=dict)
 
     def mine(self, number: int) -> tuple[pa.Table, dict[str, int]]:
         """The rows of a file with their negatives, and the counts of the file."""
-        settings, contents = self._settings, self._contents
+        settings, contents = self.settings, self.contents
         start = number * settings.rows_per_file
         rows = np.arange(start, min(start + settings.rows_per_file, len(contents)))
         chosen = np.full((len(rows), settings.num_negatives), -1)
@@ -99,12 +95,12 @@ class Miner:
 
     def _nearest(self, group: int, rows: np.ndarray) -> Nearest:
         """The nearest valid targets of rows of one data set, by their numbers among all targets."""
-        settings, contents = self._settings, self._contents
+        settings, contents = self.settings, self.contents
         if group not in self._indexes:
             self._indexes[group] = self._index(contents.group_targets(group))
         numbers, index = self._indexes[group]
-        queries = self._unit(self._queries, contents.queries[rows]).to(self._device)
-        positives = self._unit(self._targets, contents.positives[rows]).to(self._device)
+        queries = self._unit(self.queries, contents.queries[rows]).to(self.device)
+        positives = self._unit(self.targets, contents.positives[rows]).to(self.device)
         forbidden = contents.forbidden(rows)
         local = np.searchsorted(numbers, forbidden.candidates).clip(max=len(numbers) - 1)
         here = numbers[local] == forbidden.candidates
@@ -122,8 +118,8 @@ class Miner:
 
     def _index(self, numbers: np.ndarray) -> tuple[np.ndarray, tuple[NearestTargets, torch.Tensor] | None]:
         """Targets of a data set; with ``search="faiss"`` the index of many, and which of them can be read."""
-        few = max(DEPTH, _TIMES_KEPT * self._settings.range_max)  # an index would miss some of so large a share
-        if self._settings.search != "faiss" or len(numbers) <= few:
+        few = max(DEPTH, _TIMES_KEPT * self.settings.range_max)  # an index would miss some of so large a share
+        if self.settings.search != "faiss" or len(numbers) <= few:
             return numbers, None
         targets = self._reader(numbers)(np.arange(len(numbers)))
         usable = ~targets.isnan().any(dim=1)
@@ -131,7 +127,7 @@ class Miner:
 
     def _choose(self, nearest: Nearest, generator: np.random.Generator) -> np.ndarray:
         """Take or draw negatives, hardest first, with -1 where there are too few; ``(rows, n)``."""
-        settings = self._settings
+        settings = self.settings
         scores = nearest.scores[:, settings.range_min :]
         targets = np.where(scores > -np.inf, nearest.candidates[:, settings.range_min :], -1)
         if settings.sampling_strategy == "random":
@@ -143,7 +139,7 @@ class Miner:
         return targets[:, : settings.num_negatives]
 
     def _reader(self, numbers: np.ndarray) -> Callable[[np.ndarray], torch.Tensor]:
-        return lambda places: self._unit(self._targets, numbers[places])
+        return lambda places: self._unit(self.targets, numbers[places])
 
     @staticmethod
     def _unit(embeddings: tuple[EmbeddingStore, np.ndarray], numbers: np.ndarray) -> torch.Tensor:
@@ -151,13 +147,13 @@ class Miner:
         return torch.nn.functional.normalize(torch.from_numpy(store.rows(places[numbers])), dim=1)
 
     def _table(self, rows: np.ndarray, negatives: np.ndarray) -> pa.Table:
-        contents = self._contents
+        contents = self.contents
         names = contents.columns
         taken = contents.table.take(pa.array(rows))
         columns: dict[str, Any] = {name: taken.column(name) for name in (names.anchor, str(names.positive))}
         distinct, places = np.unique(negatives, return_inverse=True)
         cells = contents.target_cells(distinct)
-        for k in range(self._settings.num_negatives):
+        for k in range(self.settings.num_negatives):
             columns[negative_column(k + 1)] = cells.take(pa.array(places.reshape(negatives.shape)[:, k]))
         last = [name for name in (*LABEL_COLUMNS, SUBSET) if name in taken.column_names]
         columns |= {name: taken.column(name) for name in last}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,7 +104,8 @@ def load_pairs(
     )
     labels = None if roles.label is None else opened.columns[roles.label]
     pairs = build_pairs(opened, query_cells, target_cells, negative_cells, labels, num_negatives)
-    opened = opened.noting(f"{opened.name}: {' + '.join(roles.query)} asks for {' + '.join(roles.target)}")
+    sides = f"{opened.name}: {' + '.join(roles.query)} asks for {' + '.join(roles.target)}"
+    opened = replace(opened, notes=(*opened.notes, sides))
     for note in opened.notes:
         logger.info("%s", note)
     origin = PairOrigin(opened, pairs.rows, pairs.source_rows)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from unime_st.data.pairs.sources import IMAGE_FILES, Source
+from unime_st.data.pairs.sources import Source
+from unime_st.images import IMAGE_FILES
 
 QUERIES = ("anchor", "query", "question")
 TARGETS = ("positive", "positives", "target", "document", "answer", "passage")
@@ -171,4 +172,4 @@ def _holds_images(source: Source, name: str) -> bool:
 
 
 def _ends_as_image(text: str) -> bool:
-    return "\n" not in text and any(text.strip().lower().endswith(end) for end in IMAGE_FILES)
+    return "\n" not in text and text.strip().lower().endswith(tuple(IMAGE_FILES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -80,11 +81,11 @@ class PairReader(ItemReader):
         return {name: [_shown(value) for value in values] for name, values in read.items()}
 
 
+@dataclass(frozen=True)
 class _Address:
     """An address that the reader takes for an opened image."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    address: str
 
 
 def _hidden(cell: Any) -> Any:

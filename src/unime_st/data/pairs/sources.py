@@ -14,9 +14,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from unime_st.data.pairs.text_tables import TEXT_TABLES, read_text_table
-
-IMAGE_FILES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-"""Ends of the names of images."""
+from unime_st.images import IMAGE_FILES
 
 _METADATA = tuple(f"metadata{end}" for end in (".csv", ".tsv", ".jsonl", ".parquet"))
 _SAVED, _SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"
@@ -45,10 +43,6 @@ class Source:
     def below(self, image_root: Path) -> Self:
         """The same with images below another folder."""
         return replace(self, image_root=image_root)
-
-    def noting(self, note: str) -> Self:
-        """The same with one more note."""
-        return replace(self, notes=(*self.notes, note))
 
 
 def open_source(

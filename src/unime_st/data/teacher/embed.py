@@ -30,7 +30,6 @@ class Teacher(Protocol):
 
     def encode(self, texts: list[str], /, *, batch_size: int, show_progress_bar: bool) -> Any:
         """Embed texts into an array ``(N, D)``; takes ``prompt`` or ``prompt_name`` too when one is asked for."""
-        ...
 
 
 def teacher_embeddings(

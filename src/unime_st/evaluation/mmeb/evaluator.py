@@ -14,7 +14,7 @@ from unime_st.arguments import require_number
 from unime_st.data.images import ItemReader
 from unime_st.data.mmeb.eval_rows import EvalTask
 from unime_st.embedding.distinct import OnError
-from unime_st.evaluation.base import EmbeddingEvaluator, check_shown, device_of
+from unime_st.evaluation.base import EmbeddingEvaluator, check_shown
 from unime_st.evaluation.mmeb.inputs import as_tasks, distinct_inputs
 from unime_st.evaluation.mmeb.tasks import IN_DISTRIBUTION, META_TASKS, Metric, MMEBTask, Parser, tasks_from_yaml
 from unime_st.evaluation.outcomes import TaskOutcomes
@@ -254,7 +254,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
                 gains=None if own.gains is None else [own.gains_of(place) for place in at],
                 pool=None if pool is None else pool[pool >= 0],
                 k=_SHOWN,
-                device=device_of(model),
+                device=getattr(model, "device", "cpu"),
             )
             right[readable], rank[readable] = found.right, found.rank
             top[readable], best[readable] = found.top, found.best

@@ -21,9 +21,9 @@ from unime_st.evaluation.report.markdown import FILES, to_markdown
 from unime_st.evaluation.report.plots import Series, bar_plot, heat_map, line_plot, require_matplotlib
 from unime_st.evaluation.report.section import Section
 from unime_st.files import write_atomically
+from unime_st.images import IMAGE_FILES
 
 THUMBNAIL = 128  # pixels of the longer side
-_IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 
 class Report:
@@ -293,9 +293,7 @@ def _side(side: Any, pictures: dict[str, bytes]) -> dict[str, str | None]:
 
 
 def _is_image_file(text: str) -> bool:
-    return (
-        len(text) < 1024 and "\n" not in text and Path(text).suffix.lower() in _IMAGE_SUFFIXES and Path(text).is_file()
-    )
+    return len(text) < 1024 and "\n" not in text and Path(text).suffix.lower() in IMAGE_FILES and Path(text).is_file()
 
 
 def _add(image: Any, pictures: dict[str, bytes]) -> str:

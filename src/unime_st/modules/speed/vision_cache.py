@@ -239,11 +239,8 @@ def _hashes(rows: Tensor) -> Tensor:
     weights = [mix64(places + start) | 1 for start in (1, 2**40)]
     step = max(1, _HASHED_AT_ONCE // max(1, bits.shape[1]))
     # A few rows at a time, since as 64-bit numbers they take at least twice the memory.
-    return torch.cat([_weighted(part.long(), weights) for part in bits.split(step)])
-
-
-def _weighted(bits: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(bits * weight).sum(dim=1) for weight in weights], dim=1)
+    parts = (part.long() for part in bits.split(step))
+    return torch.cat([torch.stack([(part * weight).sum(dim=1) for weight in weights], dim=1) for part in parts])
 
 
 def _layers_read(model: nn.Module) -> list[int] | None:
