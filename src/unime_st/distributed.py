@@ -190,10 +190,7 @@ def shared_seed(device: torch.device) -> Tensor:
 
 
 def mean_over_processes(values: Tensor, present: Tensor | None = None) -> Tensor:
-    """Average values ``(n,)`` over the processes at which they are ``present`` ``(n,)``; NaN for one that none has.
-
-    Every process must call this; None for ``present`` means all.
-    """
+    """Average values ``(n,)`` over the processes that have them; NaN for none. Every process must call this."""
     counted = torch.ones_like(values) if present is None else present.to(values)
     own = torch.stack([values if present is None else values.masked_fill(~present, 0.0), counted])
     total, count = gather(own[None]).sum(dim=0)

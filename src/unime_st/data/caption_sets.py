@@ -53,10 +53,7 @@ def read_karpathy_split(
 
 
 def read_paired_folders(images: str | Path, captions: str | Path) -> Captioned:
-    """Read a folder of images and one of texts with the same names, as Urban1K is published (``image``, ``caption``).
-
-    Each image needs one .txt, its caption.
-    """
+    """Read a folder of images and one of .txt files of the same names, a caption each, as Urban1K is published."""
     pictures = {path.stem: path for path in sorted(Path(images).iterdir()) if path.suffix.lower() in IMAGE_FILES}
     texts = {path.stem: path for path in Path(captions).glob("*.txt")}
     if not pictures:
@@ -110,10 +107,7 @@ def read_caption_dataset(
 def rows_and_folder(
     dataset: Dataset | str, split: str, image_root: str | Path | None, config_name: str | None = None
 ) -> tuple[Any, str | Path | None]:
-    """Rows, fetched if they are given by a name, and the folder that their images' files may lie in.
-
-    That is ``image_root`` or, for a name without it, the folder that has it or the Hub's cache.
-    """
+    """Rows, fetched if given by a name, and the folder of their images: ``image_root``, else that of the name."""
     if not isinstance(dataset, str):
         return dataset, image_root
     rows = load_dataset(dataset, config_name, split=split) if config_name else load_dataset(dataset, split=split)

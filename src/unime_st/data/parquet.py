@@ -29,10 +29,7 @@ class Source:
 
 
 class Origin:
-    """Finds the row that an image path comes from; reads the files again, so for error messages only.
-
-    ``columns`` hold image paths, or lists of them.
-    """
+    """Finds the row of an image path in columns of them or of lists; reads the files again, so for errors only."""
 
     def __init__(self, sources: Sequence[Source], columns: Iterable[str]) -> None:
         self.sources, self.columns = tuple(sources), frozenset(columns)

@@ -35,10 +35,7 @@ def text_file_columns(path: Path) -> list[str]:
 
 
 def read_text_columns(path: Path, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
-    """Read columns of a file by its suffix: name -> texts, null where a cell holds something else.
-
-    A parquet column keeps its type.
-    """
+    """Read columns of a file by its suffix: texts, null where a cell holds something else; in parquet any type."""
     try:
         return READERS[path.suffix.lower()](path, names)
     except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:

@@ -81,10 +81,7 @@ def approximate_nearest(
     margin: float | None,
     keep: int,
 ) -> Nearest:
-    """As :func:`exact_nearest`, among the candidates of an index that are ``usable`` ``(C,)``.
-
-    Queries for which too few valid ones come are compared with all candidates.
-    """
+    """As :func:`exact_nearest`, in an index of ``usable`` ``(C,)`` candidates; where too few are valid, in all."""
     depth, total = max(DEPTH, 2 * keep), len(index.targets)
     scores, numbers = index.search(queries.cpu(), depth, -(-index.index.nlist // _PROBED))  # (Q, depth)
     codes = torch.arange(len(numbers))[:, None] * total + numbers

@@ -88,10 +88,7 @@ class MTEBEncoder(AbsEncoder):
         self.use_task_instructions = use_task_instructions
 
     def instruction(self, task_metadata: TaskMetadata, prompt_type: PromptType | None) -> str:
-        """A task's instruction for its queries or its documents, "" for none.
-
-        A task's prompt is a text, meant for queries and for tasks without them, or a mapping from kind to text.
-        """
+        """A task's instruction, "" for none: a text, not for documents, or a mapping from kind to text."""
         prompt = task_metadata.prompt
         if not self.use_task_instructions or prompt is None:
             return ""
@@ -204,10 +201,7 @@ def _loader(model: SentenceTransformer) -> Any:
 
 
 def eval_results(results: Iterable[Any], tasks: Iterable[Any]) -> list[EvalResult]:
-    """Turn mteb's results into the Hub's metadata of a model card, one entry per task, split and subset, in percent.
-
-    ``results`` are ``mteb.evaluate(...).task_results``; the entries are for ``ModelCardData(eval_results=...)``.
-    """
+    """Turn mteb's ``task_results`` into metadata of a model card, one entry per task, split and subset, in percent."""
     metadata = {task.metadata.name: task.metadata for task in tasks}
     entries = []
     for result in results:

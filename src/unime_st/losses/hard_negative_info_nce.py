@@ -259,20 +259,7 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         candidates = torch.cat(documents)  # (C, D)
         self._check_number_of_candidates(len(candidates))
         k = self._negatives_to_keep()
-        shuffled = self.negative_selection == "random" and k is not None
-        contrast = Contrast(
-            num_rows=len(documents[0]),
-            labels=labels,
-            query_ids=None if ids is None else ids[:, 0],
-            candidate_ids=None if ids is None else ids[:, 1:].T.flatten(),
-            k=k,
-            margin=self.margin,
-            temperature=self.temperature,
-            trust_explicit=not self.filter_explicit_negatives,
-            hardness_mode=self.hardness_mode,
-            hardness_strength=self.hardness_strength,
-            seed=distributed.shared_seed(rows.device) if shuffled else None,
-        )
+        contrast = self._contrast(labels, ids, len(documents[0]), k, rows.device)
 
         def by_row(some_queries: Tensor, some_positives: Tensor, some_rows: Tensor) -> tuple[Tensor, ...]:
             loss, *told = contrast.query_to_doc(functional.cosine_scores(some_queries, candidates), some_rows)
@@ -290,6 +277,25 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         if self._cone is not None and not (warming_up or rising) and self.training and torch.is_grad_enabled():
             self._cone.record(metrics["positive_similarity"], metrics["negative_similarity"], self.global_step)
         return loss.mean()
+
+    def _contrast(
+        self, labels: Tensor | None, ids: Tensor | None, num_rows: int, k: int | None, device: torch.device
+    ) -> Contrast:
+        """The rules of this pass over a global batch with ``labels`` ``(N,)`` and contents ``ids`` ``(N, n)``."""
+        shuffled = self.negative_selection == "random" and k is not None
+        return Contrast(
+            num_rows=num_rows,
+            labels=labels,
+            query_ids=None if ids is None else ids[:, 0],
+            candidate_ids=None if ids is None else ids[:, 1:].T.flatten(),
+            k=k,
+            margin=self.margin,
+            temperature=self.temperature,
+            trust_explicit=not self.filter_explicit_negatives,
+            hardness_mode=self.hardness_mode,
+            hardness_strength=self.hardness_strength,
+            seed=distributed.shared_seed(device) if shuffled else None,
+        )
 
     def _negatives_to_keep(self) -> int | None:
         """The number of negatives that this pass keeps; None, all, while training warms up."""

@@ -207,7 +207,9 @@ class InBatchLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the constructor's arguments, kept under their names, for the model card."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if name != "model"}
+        kinds = (kind for kind in type(self).__mro__ if issubclass(kind, InBatchLoss))
+        names = (name for kind in kinds for name in inspect.signature(kind).parameters if name != "model")
+        return {name: vars(self)[name] for name in names if name in vars(self)}
 
     @property
     def citation(self) -> str:

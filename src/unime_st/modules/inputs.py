@@ -286,10 +286,7 @@ def named_input(item: Any, row: int) -> Any:
 def named_and_known(
     inputs: Sequence[Any], rows: Sequence[int], contents: Sequence[Content] | None
 ) -> tuple[list[Any], list[Content | None]]:
-    """What the model is given for each input, and its content where it is known.
-
-    Nothing is known of an input that a subclass has put in another's place.
-    """
+    """What the model is given for each input, and its content where known: not if a subclass has replaced the input."""
     told: Sequence[Content | None] = contents or [None] * len(inputs)
     pairs = list(zip(inputs, told, strict=True))
     known = [content if content is not None and content.item is item else None for item, content in pairs]

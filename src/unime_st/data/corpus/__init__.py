@@ -3,7 +3,3 @@
 ``encode`` is the entry point; ``windows`` cuts the inputs, ``window_encoder`` encodes a window, ``run`` compares and
 writes, ``parts`` are the files, ``encoded`` is the corpus as it is read; ``stream`` encodes without files.
 """
-
-from unime_st.data.corpus.encode import encode_corpus
-
-__all__ = ["encode_corpus"]

@@ -174,10 +174,7 @@ class ParquetParts(Parts):
 
 
 class NpyParts(Parts):
-    """One array ``(n, D)`` per part, with fingerprints and ids in folders beside it.
-
-    The fingerprints are ``(n + 1, 16)`` bytes, of which the last row is the part's checksum.
-    """
+    """One array ``(n, D)`` per part; in folders beside, ids and fingerprints ``(n + 1, 16)``, the last a checksum."""
 
     suffix = ".npy"
 

@@ -23,10 +23,7 @@ _IDENTITIES = ("int", "uint", "bool", "string", "large_string")  # dtypes of a l
 
 
 class Contents:
-    """A training set as numbers of distinct queries, distinct targets, labels and data sets.
-
-    The stored table is read, underneath an :class:`~unime_st.data.ItemReader`; another transform is refused.
-    """
+    """A training set as numbers of distinct queries, targets, labels and data sets, as they are stored."""
 
     def __init__(self, dataset: Dataset, *, by_subset: bool, hash_images: bool) -> None:
         if not isinstance(dataset, Dataset):

@@ -96,10 +96,7 @@ def read_eval_task(
     image_root: str | Path | None = None,
     on_error: Literal["raise", "report"] = "raise",
 ) -> EvalTask:
-    """Read a task in MMEB-eval's layout, see :func:`~unime_st.data.load_mmeb_eval`.
-
-    Images are given by absolute path, and not looked for yet. ``on_error="report"`` notes broken rows.
-    """
+    """Read a task in MMEB-eval's layout; images are absolute paths, not looked for yet; "report" notes broken rows."""
     (source,) = find_sources(root, [name], split)
     folder = default_image_root(root, image_root)
     known: dict[Pair, int] = {}

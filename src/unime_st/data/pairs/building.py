@@ -36,10 +36,7 @@ def build_pairs(  # noqa: PLR0917
     label: Any,
     num_negatives: int | None,
 ) -> Pairs:
-    """Make the rows of the columns of each side, and of a label's cells, if any.
-
-    None for ``num_negatives`` makes as many as the row with most has.
-    """
+    """Make the rows; None for ``num_negatives`` makes as many as the row with most has."""
     asked = _places(source, query)
     answered = _places(source, target)
     left, right = _crossed(asked.rows, answered.rows, source.rows)

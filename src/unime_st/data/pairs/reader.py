@@ -27,10 +27,7 @@ class Line(Place):
 
 
 class PairOrigin:
-    """Where pairs come from: tells the file and line of an image, or of a row.
-
-    ``source_rows`` ``(N,)`` are the rows in the source. Rows that hold their images do not go to another process.
-    """
+    """Tells the file and line of pairs or their images; ``source_rows`` ``(N,)`` are the pairs' rows in the source."""
 
     def __init__(self, source: Source, rows: Dataset, source_rows: np.ndarray) -> None:
         self.name, self.lines, self.notes = source.name, source.lines, source.notes

@@ -53,10 +53,7 @@ def open_source(
     encoding: str = "utf-8-sig",
     captions: bool = True,
 ) -> Source:
-    """Read all columns of a source of :func:`~unime_st.data.load_pairs`; images stay closed.
-
-    A folder of images needs ``captions``, or does not.
-    """
+    """Read all columns of a source of ``load_pairs``, images with ``captions`` or without; these stay closed."""
     if isinstance(source, DatasetDict):
         return _of_dataset(_split_of(source, split, "The data set"), "the data set", None)
     if split is not None and not (isinstance(source, str | Path) and (Path(source) / _SAVED_SPLITS).is_file()):

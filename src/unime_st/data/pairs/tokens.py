@@ -21,10 +21,7 @@ Model = Any
 
 
 def open_tokenizer(model: Model) -> tuple[Callable[[list[str]], list[int]], Any, int | None]:
-    """What counts a text's tokens, what prepares whole inputs (None where only texts can be counted), and the limit.
-
-    Of a name or folder, the tokenizer alone is loaded.
-    """
+    """What counts a text's tokens, what prepares whole inputs (None where only texts can be counted), and the limit."""
     if isinstance(model, str | Path):
         try:
             model = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
@@ -44,10 +41,7 @@ def open_tokenizer(model: Model) -> tuple[Callable[[list[str]], list[int]], Any,
 
 
 def token_counts(stored: Dataset, dataset: Dataset, model: Model) -> tuple[dict[str, np.ndarray], int | None]:
-    """Tokens of each input by column, ``(N,)``, and the model's limit: those of its text, and about what all else adds.
-
-    ``stored`` are the rows of ``dataset`` with their images closed.
-    """
+    """Tokens of each input, ``(N,)`` by column, and the limit: its text's, and about what prompt and images add."""
     counts, whole, limit = open_tokenizer(model)
     columns = training_columns(stored.column_names)
     found = {}

@@ -3,7 +3,3 @@
 ``report`` collects the parts of ``section``; ``html`` and ``markdown`` write them, ``plots`` draws; ``summary`` adds
 our scores beside published ones, ``compare`` compares two evaluations row by row.
 """
-
-from unime_st.evaluation.report.report import Report
-
-__all__ = ["Report"]

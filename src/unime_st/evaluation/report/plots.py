@@ -59,10 +59,7 @@ def bar_plot(
     *,
     errors: Mapping[str, Sequence[float]] | None = None,
 ) -> bytes:
-    """Draw one bar per series in each group; `errors` are the lengths of whiskers to both sides.
-
-    Many groups are drawn one below the other, so that their names can be read on any screen.
-    """
+    """Draw one bar per series in each group, many groups one below the other; `errors` are lengths of whiskers."""
     lying = len(groups) > _MOST_UPRIGHT
     height = 0.5 + len(groups) * max(0.24, 0.14 * len(series))
     figure, axes = _figure(theme, height=height) if lying else _figure(theme)

@@ -56,10 +56,7 @@ class Phi3VImageEmbedding(nn.Module):
         self.sub_GN = nn.Parameter(torch.zeros(1, 1, 1, merged))
 
     def forward(self, pixel_values: Tensor, image_sizes: Tensor) -> Tensor:
-        """Embed images, one after the other, as (embeddings of all images, hidden size).
-
-        ``pixel_values`` (images, crops, 3, S, S) and ``image_sizes`` (images, 2) are those of the image processor.
-        """
+        """Embed the image processor's images, one after the other, as (embeddings of all images, hidden size)."""
         grids = [(height // self.crop_size, width // self.crop_size) for height, width in image_sizes.tolist()]
         crops = torch.cat(
             [image[: 1 + rows * columns] for image, (rows, columns) in zip(pixel_values, grids, strict=True)]

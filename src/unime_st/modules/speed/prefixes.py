@@ -108,11 +108,7 @@ class SharedPrefixes:
 
     @contextmanager
     def serving(self, model: nn.Module, keys: Tensor | None, mask: Tensor) -> Iterator[None]:
-        """Within this context the language model of a headless model runs over packed trees, or one flat tree.
-
-        ``keys`` say what each token is, see :func:`~unime_st.modules.speed.token_tree.pack_tree` (None shares nothing);
-        ``mask`` is the batch's attention mask, (B, T).
-        """
+        """Within this context the language model runs over trees of ``keys`` and ``mask`` (B, T), see ``pack_tree``."""
         told = _told(model, keys, mask) if self.active and keys is not None else None
         if told is None:
             yield
@@ -268,11 +264,7 @@ def _scores_dtype(embeddings: Tensor) -> torch.dtype:
 
 
 def _attention_mask(allowed: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The additive mask of attention scores, (P, 1, L, L).
-
-    `scaled_dot_product_attention` would make one of booleans additive in each layer, and keep each for the backward
-    pass.
-    """
+    """The additive mask of scores, (P, 1, L, L): one of booleans would be made additive, and kept, in every layer."""
     asked = moved(allowed, device)[:, None]
     mask = torch.full(asked.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
     return mask.masked_fill_(asked, 0)
