@@ -17,6 +17,7 @@ import errno
 import io
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -32,6 +33,8 @@ IMAGE_FILES = frozenset({*IMAGE_SUFFIXES, ".avif", ".tif"})
 """Ends of the names of image files, where folders and tables of one's own are looked through."""
 
 REMOTE_PREFIXES = ("http://", "https://")
+ADDRESSES = (*REMOTE_PREFIXES, "data:")
+ENCODED_KEYS = frozenset({"bytes", "path"})
 DATA_PREFIX = "data:image/"
 
 _ORIENTATION = 0x0112
@@ -41,6 +44,16 @@ _RUN_BY_A_PROGRAM = frozenset({"EPS"})  # Pillow hands these to Ghostscript
 
 class UnreadableImageError(ValueError):
     """Something is there, but it is no image, or a damaged one."""
+
+
+def is_encoded(item: Mapping[str, Any]) -> bool:
+    """Whether this is how ``datasets`` stores an image that is not decoded."""
+    return bool(item) and item.keys() <= ENCODED_KEYS
+
+
+def bytes_or_path(stored: Mapping[str, Any]) -> Any:
+    """What such an image is known by: its bytes, else its path."""
+    return stored["bytes"] if stored.get("bytes") is not None else stored.get("path")
 
 
 def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:

@@ -24,44 +24,31 @@ class Seam:
     takes: tuple[str, ...] = ()  # names of parameters that we pass or receive
 
 
-_ST, _TF = "sentence-transformers", "transformers"
+_ST, _TF = ("sentence-transformers", "6.2.0"), ("transformers", "5.23.0")
 _MODEL = "sentence_transformers.sentence_transformer.model"
 _CARD = "sentence_transformers.sentence_transformer.model_card"
 _MODULE = "sentence_transformers.base.modules"
 
 SEAMS = (
+    Seam(*_ST, (_MODEL, "SentenceTransformer._inference"), "`encode` computes each distinct input once", ("inputs",)),
+    Seam(*_ST, (_MODEL, "SentenceTransformer._multi_process"), "pools name the caller's rows", ("inputs",)),
+    Seam(*_ST, (_MODEL, "SentenceTransformer._resolve_inference_device"), "`encode(device=...)`", ("device",)),
     Seam(
-        _ST,
-        "6.2.0",
-        (_MODEL, "SentenceTransformer._inference"),
-        "`encode` computes each distinct input once",
-        ("inputs",),
-    ),
-    Seam(_ST, "6.2.0", (_MODEL, "SentenceTransformer._multi_process"), "pools name the caller's rows", ("inputs",)),
-    Seam(_ST, "6.2.0", (_MODEL, "SentenceTransformer._resolve_inference_device"), "`encode(device=...)`", ("device",)),
-    Seam(
-        _ST,
-        "6.2.0",
+        *_ST,
         (_MODEL, "SentenceTransformer._load_with_module_classes"),
         "the Trainer loads its best checkpoint with our module",
     ),
-    Seam(
-        _ST, "6.2.0", (_MODULE, "Transformer._load_model"), "text-only models, adapters, checked weights", ("config",)
-    ),
-    Seam(_ST, "6.2.0", (_MODULE, "Transformer._should_flatten_inputs"), "rows stay rows under flash attention"),
-    Seam(_ST, "6.2.0", (_MODULE, "Transformer.infer_modalities"), "which inputs a backbone takes"),
-    Seam(_ST, "6.2.0", (_CARD, "SentenceTransformerModelCardData.set_widget_examples"), "no row is shown in a card"),
-    Seam(
-        _ST, "6.2.0", (_CARD, "SentenceTransformerModelCardData.extract_dataset_metadata"), "streams of images are seen"
-    ),
-    Seam(_ST, "6.2.0", (_CARD, "SentenceTransformerModelCardData.to_dict"), "no row is shown in a card"),
-    Seam(
-        _TF, "5.23.0", ("transformers.utils.output_capturing", "_CAN_RECORD_REGISTRY"), "pools of processes with LLaVA"
-    ),
-    Seam(_TF, "5.23.0", ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"), "packed passes"),
-    Seam(_TF, "5.23.0", ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"), "packed passes"),
-    Seam(_TF, "5.23.0", ("transformers.modeling_layers", "GradientCheckpointingLayer"), "packed passes, checkpointed"),
-    Seam(_TF, "5.23.0", ("transformers.processing_utils", "ProcessorMixin._merge_kwargs"), "Phi-3-Vision's processor"),
+    Seam(*_ST, (_MODULE, "Transformer._load_model"), "text-only models, adapters, checked weights", ("config",)),
+    Seam(*_ST, (_MODULE, "Transformer._should_flatten_inputs"), "rows stay rows under flash attention"),
+    Seam(*_ST, (_MODULE, "Transformer.infer_modalities"), "which inputs a backbone takes"),
+    Seam(*_ST, (_CARD, "SentenceTransformerModelCardData.set_widget_examples"), "no row is shown in a card"),
+    Seam(*_ST, (_CARD, "SentenceTransformerModelCardData.extract_dataset_metadata"), "streams of images are seen"),
+    Seam(*_ST, (_CARD, "SentenceTransformerModelCardData.to_dict"), "no row is shown in a card"),
+    Seam(*_TF, ("transformers.utils.output_capturing", "_CAN_RECORD_REGISTRY"), "pools of processes with LLaVA"),
+    Seam(*_TF, ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"), "packed passes"),
+    Seam(*_TF, ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"), "packed passes"),
+    Seam(*_TF, ("transformers.modeling_layers", "GradientCheckpointingLayer"), "packed passes, checkpointed"),
+    Seam(*_TF, ("transformers.processing_utils", "ProcessorMixin._merge_kwargs"), "Phi-3-Vision's processor"),
 )
 
 

@@ -15,10 +15,8 @@ from datasets import Image as ImageFeature
 
 from unime_st.data.images import resolve_image
 from unime_st.identity.content import fingerprint
-from unime_st.images import IMAGE_FILES
+from unime_st.images import ADDRESSES, IMAGE_FILES
 from unime_st.paths import resolve_below
-
-_ADDRESSES = ("http://", "https://", "data:")  # the model decides whether it opens those
 
 Captioned = tuple[list[Any], list[list[str]]]
 
@@ -125,8 +123,8 @@ def image_below(image: Any, folder: str | Path | None, where: str) -> Any:
     """An image of a data set as it is, unless it is a path: then the file below a folder; ``where`` is its row."""
     if isinstance(image, dict) and image.get("bytes") is None and image.get("path") is not None:
         image = image["path"]
-    if not isinstance(image, str | Path) or str(image).startswith(_ADDRESSES):
-        return image
+    if not isinstance(image, str | Path) or str(image).startswith(ADDRESSES):
+        return image  # the model decides whether it opens addresses
     if folder is None:
         raise ValueError(
             f"{where} names a file, {str(image)!r}, in place of holding an image. Give the folder of the images as "

@@ -12,8 +12,8 @@ from PIL import Image
 from unime_st.arguments import require_number
 from unime_st.columns import SUBSET
 from unime_st.data.bad_images import BadImages, Place
-from unime_st.data.stored_images import ENCODED_KEYS, Stored, identity, sides_of, stored_path
-from unime_st.images import UnreadableImageError, open_image
+from unime_st.data.stored_images import Stored, identity, sides_of, stored_path
+from unime_st.images import ENCODED_KEYS, UnreadableImageError, bytes_or_path, is_encoded, open_image
 from unime_st.paths import resolve_below
 
 __all__ = ["ItemReader", "UnreadableImageError", "resolve_image"]
@@ -190,7 +190,7 @@ class ItemReader:
 
     def _value(self, value: Any, open_: Callable[[Stored], Any]) -> Any:
         if isinstance(value, Mapping):
-            if value and value.keys() <= ENCODED_KEYS:
+            if is_encoded(value):
                 return open_(value) if any(part is not None for part in value.values()) else None
             return value if "role" in value else self._cell(value, open_)  # a chat message stays
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
@@ -245,7 +245,7 @@ class ItemReader:
         name = None
         if isinstance(image, Mapping) and image.keys() <= ENCODED_KEYS:
             name = image.get("path")
-            image = image["bytes"] if image.get("bytes") is not None else name
+            image = bytes_or_path(image)
         if isinstance(image, str):
             path = self._resolve(image, must_exist=self.open_images)  # each time: a link may have come since
             return self._decoded(path, path) if self.open_images else path

@@ -16,9 +16,6 @@ Stored = Any
 
 _IMAGE_FIELDS = ("image", "bytes", "path")
 
-ENCODED_KEYS = frozenset({"bytes", "path"})
-"""Of an image as ``datasets`` stores it."""
-
 
 def sides_of(image_size: int | tuple[int, int]) -> tuple[int, int]:
     """Width and height."""

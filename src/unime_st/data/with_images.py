@@ -15,6 +15,7 @@ from datasets import List as ListFeature
 from unime_st.data.bad_images import Place
 from unime_st.data.images import ItemReader
 from unime_st.data.stored_images import Stored, first_row
+from unime_st.images import bytes_or_path
 
 _ROWS_AT_ONCE = 1000
 
@@ -110,9 +111,7 @@ class RowOrigin:
 
     def __call__(self, image: Stored) -> Place:
         """Find the first row that has the image, as a path or as bytes."""
-        value = image
-        if isinstance(image, Mapping):
-            value = image["bytes"] if image.get("bytes") is not None else image.get("path")
+        value = bytes_or_path(image) if isinstance(image, Mapping) else image
         rows = self.rows.with_format("arrow")
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             table = rows[start : start + _ROWS_AT_ONCE]

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from unime_st.identity.digests import is_encoded, medium_digest
-from unime_st.images import stands_for_image
+from unime_st.identity.digests import medium_digest
+from unime_st.images import is_encoded, stands_for_image
 
 _DIGEST_BYTES = 16
 _ID_MASK = 2**63 - 1

@@ -14,23 +14,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unime_st.images import as_rgb
+from unime_st.images import ADDRESSES, as_rgb, bytes_or_path, is_encoded
 
 _DIGEST_BYTES = 16
 _SETTLED_NS = 2 * 10**9
-_REMOTE = ("http://", "https://", "data:")
-_ENCODED_KEYS = {"bytes", "path"}
-
-
-def is_encoded(item: Mapping[str, Any]) -> bool:
-    """Whether this is how ``datasets`` stores an image that is not decoded."""
-    return bool(item) and set(item) <= _ENCODED_KEYS
 
 
 def medium_digest(value: Any, read_files: bool) -> bytes:
     """Digest of one image, video or sound, whose file is read if it is named and ``read_files`` says so."""
     if isinstance(value, Mapping) and is_encoded(value):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+        value = bytes_or_path(value)
     if isinstance(value, (str, Path)):
         return _named_medium(str(value), read_files)
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -41,7 +34,7 @@ def medium_digest(value: Any, read_files: bool) -> bytes:
 
 
 def _named_medium(name: str, read_files: bool) -> bytes:
-    if name.startswith(_REMOTE):
+    if name.startswith(ADDRESSES):
         return hash_of(b"address", name.encode())
     return _file_digest(name) if read_files else hash_of(b"path", name.encode("utf-8", "surrogatepass"))
 

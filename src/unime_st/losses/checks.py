@@ -20,18 +20,11 @@ _FEW = 8  # a few of a small batch: fewer than all, but more than one in so many
 _MOST_ROWS = 10
 
 
-def check_mini_batch(name: str, value: int | None) -> None:
-    """Refuse a size of mini-batches that is no whole number, or below 1."""
+def check_at_least_one(name: str, value: int | None, without: str) -> None:
+    """Refuse what is no whole number, or below 1; ``without`` says what None does."""
     require_number(name, value, optional=True)
     if value is not None and value < 1:
-        raise ValueError(f"`{name}={value}`, but at least 1 is needed; None embeds the batch at once.")
-
-
-def check_number_of_negatives(k: int | None) -> None:
-    """Refuse a number of negatives that is no whole number, or below 1."""
-    require_number("num_hard_negatives", k, optional=True)
-    if k is not None and k < 1:
-        raise ValueError(f"`num_hard_negatives={k}`, but at least 1 is needed; None keeps all.")
+        raise ValueError(f"`{name}={value}`, but at least 1 is needed; None {without}.")
 
 
 def check_hard_negatives_warmup(steps: int, k: int | None) -> None:

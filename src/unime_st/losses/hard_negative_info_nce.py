@@ -15,6 +15,7 @@ from unime_st.features import num_rows
 from unime_st.identity.features import batch_identities, equal_to_nothing
 from unime_st.losses.checks import (
     all_left_out,
+    check_at_least_one,
     check_columns,
     check_content_ids,
     check_directions,
@@ -22,7 +23,6 @@ from unime_st.losses.checks import (
     check_hardness,
     check_labels,
     check_negative_selection,
-    check_number_of_negatives,
     check_offered,
     few_of_a_small_batch,
     require_step,
@@ -172,7 +172,7 @@ class HardNegativeInfoNCELoss(InBatchLoss):
             mini_batch_size=mini_batch_size,
             mini_batch_num_tokens=mini_batch_num_tokens,
         )
-        check_number_of_negatives(num_hard_negatives)
+        check_at_least_one("num_hard_negatives", num_hard_negatives, "keeps all")
         check_hard_negatives_warmup(hard_negatives_warmup_steps, num_hard_negatives)
         check_hardness(hardness_mode, hardness_strength)
         functional.check_margin(margin)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from unime_st import distributed
 from unime_st.features import num_rows, select_rows, token_counts
 from unime_st.identity.features import input_keys
-from unime_st.losses.checks import check_mini_batch
+from unime_st.losses.checks import check_at_least_one
 from unime_st.losses.finite import refuse_non_finite
 from unime_st.losses.grad_cache import BatchEmbedder, cached_backward, embedded_together
 from unime_st.losses.mini_batches import MiniBatchPlan, plan_mini_batches
@@ -62,8 +62,8 @@ class InBatchLoss(nn.Module):
         mini_batch_num_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        check_mini_batch("mini_batch_size", mini_batch_size)
-        check_mini_batch("mini_batch_num_tokens", mini_batch_num_tokens)
+        check_at_least_one("mini_batch_size", mini_batch_size, "embeds the batch at once")
+        check_at_least_one("mini_batch_num_tokens", mini_batch_num_tokens, "embeds the batch at once")
         self.model = model
         self.gather_across_devices = gather_across_devices
         self.mini_batch_size = mini_batch_size

@@ -16,7 +16,14 @@ from PIL import Image
 
 from unime_st import images
 from unime_st.identity.content import Content
-from unime_st.images import DATA_PREFIX, IMAGE_SUFFIXES, is_remote, stands_for_image
+from unime_st.images import (
+    DATA_PREFIX,
+    IMAGE_SUFFIXES,
+    bytes_or_path,
+    is_encoded,
+    is_remote,
+    stands_for_image,
+)
 
 _LONGEST_PATH = 4096
 _REMOTE = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # of whatever protocol: players know many
@@ -83,8 +90,8 @@ def open_image(value: Any, row: int, *, allow_remote_images: bool = False) -> Im
     """Open one image in any of the accepted forms, by the one rule of :mod:`unime_st.images`; errors name the row."""
     if isinstance(value, Image.Image):
         return _seen(value, row)
-    if isinstance(value, Mapping) and set(value) <= {"bytes", "path"} and value:
-        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, Mapping) and is_encoded(value):
+        value = bytes_or_path(value)
     if isinstance(value, (bytes, bytearray, memoryview)):
         return images.open_image(bytes(value), f"the bytes of row {row}")
     if isinstance(value, (np.ndarray, torch.Tensor)):
@@ -184,7 +191,7 @@ def shown_media(messages: list[Message]) -> str:
 def _name_of(value: Any) -> str | bytes | int | None:
     """What an image is known by within a batch: its path or bytes, or the object that it is."""
     if isinstance(value, Mapping):
-        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+        value = bytes_or_path(value)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Image.Image | np.ndarray | torch.Tensor):
@@ -193,7 +200,7 @@ def _name_of(value: Any) -> str | bytes | int | None:
 
 
 def _item_parts(item: Any, row: int, open_once: Open, local: Local) -> list[dict[str, Any]]:
-    if isinstance(item, Mapping) and not (item and set(item) <= {"bytes", "path"}):
+    if isinstance(item, Mapping) and not is_encoded(item):
         return _dict_parts(item, row, open_once, local)
     if item is None:
         raise ValueError(f"Row {row} is None. Remove it, or give it a text or an image.")

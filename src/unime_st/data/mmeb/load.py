@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from unime_st.arguments import require_number
 from unime_st.data.images import ItemReader
-from unime_st.data.mmeb.eval_rows import EVAL_COLUMNS, OPTIONAL_EVAL_COLUMNS, check_row, eval_pairs
+from unime_st.data.mmeb.eval_rows import EVAL_COLUMNS, OPTIONAL_EVAL_COLUMNS, Pair, check_row, eval_pairs
 from unime_st.data.mmeb.train_rows import NEGATIVE_COLUMNS, TRAIN_COLUMNS, read_train
 from unime_st.data.mmeb.train_rows import check_images as _check_images
 from unime_st.data.parquet import (
@@ -26,8 +26,6 @@ from unime_st.data.parquet import (
 __all__ = ["load_mmeb_eval", "load_mmeb_train"]
 
 logger = logging.getLogger(__name__)
-
-Item = tuple[str, str]  # text, image path; "" for none
 
 
 def load_mmeb_train(
@@ -131,7 +129,7 @@ def load_mmeb_train(
     return Dataset(pa.concat_tables(tables)).with_transform(reader)
 
 
-def _cells(items: Sequence[Item]) -> pa.StructArray:
+def _cells(items: Sequence[Pair]) -> pa.StructArray:
     return cells([text for text, _ in items], [image for _, image in items])
 
 
@@ -168,8 +166,8 @@ def load_mmeb_eval(
             drawing a row, when an image lies outside the folder.
     """
     (source,) = find_sources(root, [task], split)
-    queries: list[Item] = []
-    candidates: list[Item] = []
+    queries: list[Pair] = []
+    candidates: list[Pair] = []
     offsets, dropped = [0], 0
     for where, query, items in eval_pairs(source):
         check_row(where, query, items)

@@ -10,8 +10,8 @@ from datasets import Dataset
 from unime_st.columns import training_columns
 from unime_st.data.images import ItemReader
 from unime_st.data.pairs.walk import each_row
-from unime_st.data.stored_images import ENCODED_KEYS, identity
-from unime_st.images import is_remote
+from unime_st.data.stored_images import identity
+from unime_st.images import ENCODED_KEYS, is_remote
 
 
 class BadImage(NamedTuple):

@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from unime_st.modules.speed.tree_attention import computed_dtype
 from unime_st.modules.speed.vision_cache import vision_tower
 
 try:
@@ -42,12 +43,8 @@ def attends_at_once(tower: Any, device: torch.device) -> bool:
         and all(getattr(attention, "config", None) is config for attention in attentions)
         and "cu_seqlens" in inspect.signature(attentions[0].forward).parameters
         and attentions[0].head_dim % 8 == 0
-        and _kind(next(tower.parameters()).dtype, device) in _HALVES
+        and computed_dtype(next(tower.parameters()).dtype, device) in _HALVES
     )
-
-
-def _kind(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
 def _is_on_gpu(states: Tensor) -> bool:
@@ -88,7 +85,7 @@ def attend(
     bounds, longest = options.pop("cu_seq_lens_q", None), options.pop("max_length_q", None)
     for name in ("cu_seq_lens_k", "max_length_k"):
         options.pop(name, None)
-    dtype = _kind(value.dtype, value.device)
+    dtype = computed_dtype(value.dtype, value.device)
     if bounds is not None and _is_on_gpu(query) and varlen_attn is not None and dtype in _HALVES:
         packed: Any = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))
         bounds = bounds.to(torch.int32)

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from unime_st.modules.speed import row_attention, tree_attention
 from unime_st.modules.speed.row_attention import Branches, attends_by_branch, by_branch
 from unime_st.modules.speed.token_tree import PackedTree, flatten_tree, pack_tree
-from unime_st.modules.speed.tree_attention import attends_by_tree, by_tree, moved, padded_length
+from unime_st.modules.speed.tree_attention import attends_by_tree, by_tree, computed_dtype, moved, padded_length
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +243,7 @@ def _run(
 
 def _attending(decoder: Any, tree: PackedTree, kind: Attention, embeddings: Tensor) -> Any:
     """A context with the pass's attention, which yields further arguments for the decoder."""
-    dtype = _scores_dtype(embeddings)
+    dtype = computed_dtype(embeddings.dtype, embeddings.device)
     if tree.allowed is not None:
         return nullcontext({"attention_mask": _attention_mask(tree.allowed, embeddings.device, dtype)})
     if kind == "rows":
@@ -256,11 +256,6 @@ def _attending(decoder: Any, tree: PackedTree, kind: Attention, embeddings: Tens
 def _taken(states: Tensor, places: Tensor) -> Tensor:
     """The states (N, M, D) at flat places, by `index_select`, whose backward pass is faster than indexing's."""
     return states.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, -1)
-
-
-def _scores_dtype(embeddings: Tensor) -> torch.dtype:
-    kind = embeddings.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeddings.dtype
 
 
 def _attention_mask(allowed: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -49,6 +49,11 @@ def moved(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def computed_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which attention is computed over states of another, under autocast."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+
+
 def tree_mask(end: np.ndarray, device: torch.device) -> Any:
     """The ``BlockMask`` (1, 1, L, L) of which tokens attend to which.
 
@@ -143,7 +148,7 @@ def attend(
     if BlockMask is None or not isinstance(attention_mask, BlockMask):
         return ALL_ATTENTION_FUNCTIONS[_USUAL](module, query, key, value, attention_mask, **options)
     kind = query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    dtype = computed_dtype(value.dtype, query.device)
     states = query.to(dtype), key.to(dtype), value.to(dtype)
     common: dict[str, Any] = {"scale": options.get("scaling"), "enable_gqa": key.shape[1] != query.shape[1]}
     if kind == "cpu" and any(part.requires_grad for part in states):  # FlexAttention has no backward pass there
