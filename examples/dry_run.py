@@ -45,12 +45,7 @@ def without_weights() -> Iterator[None]:
 
 
 def planned_model(recipe: Recipe) -> tuple[nn.Module, SentenceTransformer | None]:
-    """Make the model on the meta device, with its adapters: the backbone, and the encoder if its processor is at hand.
-
-    Raises:
-        OSError: There is no config at hand.
-        ValueError: The recipe does not fit the backbone.
-    """
+    """The model on the meta device, with its adapters: the backbone, and the encoder if its processor is at hand."""
     try:
         with without_weights():
             encoder = load_start(recipe, SimpleNamespace(seed=0, device="meta"))  # type: ignore[arg-type]

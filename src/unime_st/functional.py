@@ -73,6 +73,12 @@ def check_margin(margin: float | None, *, optional: bool = True) -> None:
         raise ValueError(f"`margin={margin}`, but it must be a finite number{advice}.")
 
 
+def check_direction(direction: str) -> None:
+    """Refuse an unknown direction of a divergence."""
+    if direction not in KL_DIRECTIONS:
+        raise ValueError(f"`direction={direction!r}`, but it must be one of {', '.join(KL_DIRECTIONS)}.")
+
+
 def rows_at_once(num_candidates: int) -> int:
     """Queries to compare at a time with so many candidates.
 
@@ -135,8 +141,7 @@ def in_batch_kl(
     >>> in_batch_kl(scores, scores, student_temperature=0.1, teacher_temperature=0.1)
     tensor([0., 0., 0.])
     """
-    if direction not in KL_DIRECTIONS:
-        raise ValueError(f"`direction={direction!r}`, but it must be one of {', '.join(KL_DIRECTIONS)}.")
+    check_direction(direction)
     check_temperature("student_temperature", student_temperature)
     check_temperature("teacher_temperature", teacher_temperature)
     student = student_scores / student_temperature

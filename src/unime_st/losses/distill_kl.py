@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unime_st import distributed, functional
 from unime_st.features import num_rows
-from unime_st.functional import KL_DIRECTIONS, KLDirection
+from unime_st.functional import KLDirection
 from unime_st.losses.checks import MORE_ROWS, check_columns, check_teacher
 from unime_st.losses.in_batch import InBatchLoss
 
@@ -106,8 +106,7 @@ class DistillKLLoss(InBatchLoss):
             mini_batch_size=mini_batch_size,
             mini_batch_num_tokens=mini_batch_num_tokens,
         )
-        if direction not in KL_DIRECTIONS:
-            raise ValueError(f"`direction={direction!r}`, but it must be one of {', '.join(KL_DIRECTIONS)}.")
+        functional.check_direction(direction)
         self.temperature = functional.check_temperature("temperature", temperature)
         for name, value in (("student_temperature", student_temperature), ("teacher_temperature", teacher_temperature)):
             if value is not None:
@@ -225,5 +224,4 @@ class DistillKLLoss(InBatchLoss):
 
 
 def _self_probability(scores: Tensor, own: Tensor, temperature: float) -> Tensor:
-    """Probability each row gives to itself, ``(q,)``."""
     return (scores / temperature).softmax(dim=1).gather(1, own).squeeze(1)
