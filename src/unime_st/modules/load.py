@@ -14,7 +14,7 @@ from unime_st.modules.checks import check_family
 from unime_st.modules.options import check_device, check_dtype, check_sizes, weight_options
 from unime_st.modules.saved import folder_of, holds_saved_encoder, saved_parts
 from unime_st.modules.sentence_transformer import MultimodalSentenceTransformer
-from unime_st.published import PUBLISHED, published_checkpoint
+from unime_st.published import PUBLISHED, PublishedCheckpoint, published_checkpoint
 
 
 def load_encoder(
@@ -61,10 +61,9 @@ def load_encoder(
         "text_only": text_only,
     }
     if not holds_saved_encoder(folder) and (published is not None or str(path) in PUBLISHED):
-        known = published_checkpoint(published or str(path))
-        model = build_encoder(
+        return _load_published(
             folder,
-            prompt_template=known.prompts,
+            published_checkpoint(published or str(path)),
             torch_dtype=torch_dtype,
             attn_implementation=attn_implementation,
             model_kwargs=model_kwargs,
@@ -72,11 +71,15 @@ def load_encoder(
             truncate_dim=truncate_dim,
             **options,
         )
-        backbone: Any = model[0].model
-        check_family(backbone, known)
-        return model
     if holds_saved_encoder(folder) and published is not None:
         raise ValueError(f"{folder} is a saved encoder, which knows its prompts. Leave `published` out.")
     weights = weight_options(torch_dtype, attn_implementation, model_kwargs)
     parts = saved_parts(folder, model_kwargs=weights, **options)
     return MultimodalSentenceTransformer(device=device, truncate_dim=truncate_dim, **parts)
+
+
+def _load_published(folder: Path, known: PublishedCheckpoint, **options: Any) -> SentenceTransformer:
+    model = build_encoder(folder, prompt_template=known.prompts, **options)
+    backbone: Any = model[0].model
+    check_family(backbone, known)
+    return model
