@@ -3,12 +3,15 @@
 1. ``sampler``: set-up, first epoch's plan, time a batch and peak memory of ``FalseNegativeAwareBatchSampler`` at 10k,
    100k and 662k rows x 256 dimensions, from made-up clustered guide embeddings with natural conflicts, repeated
    targets and labels and 20 data sets; mixed and homogeneous batches, with and without hard negatives together.
-2. ``loss``: ``HardNegativeInfoNCELoss`` alone, forward and backward, at global batches of 1k, 4k and 16k; its peak
+2. ``clusters``: batches of B3 (``cluster_size``) of the same rows, set-up and first plan with the guide's neighbours
+   given (kept on disk by a run before), and the share of the rank graph's edges that lie within a global batch,
+   beside that of random batches of one data set each.
+3. ``loss``: ``HardNegativeInfoNCELoss`` alone, forward and backward, at global batches of 1k, 4k and 16k; its peak
    memory beside what a tensor of (N, 1 + k, D) would take.
-3. ``teacher``: ``teacher_embeddings`` on an empty cache beside bare ``encode`` of the same distinct texts.
+4. ``teacher``: ``teacher_embeddings`` on an empty cache beside bare ``encode`` of the same distinct texts.
 
-``python benchmarks/scale.py [sampler] [loss] [teacher]`` runs all or some, writes `benchmarks/results/scale.json`,
-where sections that were not run stay, and prints tables in Markdown.
+``python benchmarks/scale.py [sampler] [clusters] [loss] [teacher]`` runs all or some, writes
+`benchmarks/results/scale.json`, where sections that were not run stay, and prints tables in Markdown.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ import numpy as np
 DIM = 256
 SUBSETS = 20
 GLOBAL_BATCH = (8, 8)  # processes, rows a batch on each
+CLUSTERED_BATCH, CLUSTER = (8, 64), 32
 VARIANTS = {
     "mixed": {}, "mixed, hard negatives together": {"hard_negatives_together": 2}, "homogeneous": {"homogeneous": True},
     "homogeneous, hard negatives together": {"homogeneous": True, "hard_negatives_together": 2},
@@ -146,6 +150,62 @@ def run_sampler(sizes: list[int]) -> dict[str, Any]:
                 file.unlink()
     growth = {variant: growth_exponents([one for one in found if one["variant"] == variant]) for variant in VARIANTS}
     return {"global_batch": GLOBAL_BATCH, "dim": DIM, "measured": found, "growth_in_n_log_n": growth}
+
+
+def measure_clusters(folder: str) -> dict[str, Any]:
+    """The first of two runs finds the neighbours and keeps them, the second one is measured."""
+    from unime_st.samplers import FalseNegativeAwareBatchSampler
+
+    dataset, (world, batch) = make_dataset(Path(folder)), CLUSTERED_BATCH
+    options = {"drop_last": True, "valid_label_columns": ["label"], "world_size": world, "homogeneous": True}
+    started = time.perf_counter()
+    sampler = FalseNegativeAwareBatchSampler(
+        dataset, batch, guide_queries=f"{folder}/q.npy", guide_targets=f"{folder}/t.npy", plan_dir=folder,
+        cluster_size=CLUSTER, **options,
+    )  # fmt: skip
+    clustered = time.perf_counter()
+    length = len(sampler)
+    found = {
+        "clusters_s": round(clustered - started, 1),
+        "clusters_and_plan_s": round(time.perf_counter() - started, 1),
+    }
+    found |= {"peak_mb": peak_mb(), "batches": length, "recall": sampler.recall}
+    edges = rank_edges(folder, sampler)
+    chance = FalseNegativeAwareBatchSampler(dataset, batch, **options)
+    return {"rows": len(dataset), "global_batch": CLUSTERED_BATCH, "cluster_size": CLUSTER, **found} | {
+        "edges": len(edges.neighbours) // 2,
+        "edges_within_clusters": round(float(edges.within(sampler.clusters).mean()), 4),
+        "edges_within_batches": round(float(edges.within(batch_of(sampler, world)).mean()), 4),
+        "edges_within_random_batches": round(float(edges.within(batch_of(chance, world)).mean()), 4),
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+
+
+def rank_edges(folder: str, sampler: Any) -> Any:
+    """The rank graph of the neighbours that the sampler's first run has kept."""
+    from unime_st.samplers.guide.clusters import rank_graph
+
+    hardest, twins = (np.load(next(Path(folder).glob(f"neighbors-*.{name}.npy"))) for name in ("hardest", "twins"))
+    return rank_graph(hardest[:, sampler.range_min :], twins)
+
+
+def batch_of(sampler: Any, world: int) -> np.ndarray:
+    """The global batch of each row, -1 for none."""
+    found = np.full(len(sampler.dataset), -1)
+    for number, rows in enumerate(sampler):
+        found[rows] = number // world
+    return found
+
+
+def run_clusters(sizes: list[int]) -> dict[str, Any]:
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for rows in sizes:
+            folder = Path(scratch) / str(rows)
+            write_rows(folder, rows)
+            first, given = (measured("measure_clusters", str(folder)) for _ in range(2))
+            found.append({**given, "with_neighbours_found_s": first["clusters_and_plan_s"]})
+    return {"measured": found}
 
 
 def growth_exponents(measured: list[dict[str, Any]]) -> dict[str, float]:
@@ -266,6 +326,7 @@ def tables(results: dict[str, Any]) -> list[str]:
 def main() -> None:
     runs = {
         "sampler": lambda: run_sampler(given.rows),
+        "clusters": lambda: run_clusters(given.rows[-1:]),
         "loss": lambda: {"measured": [measured("measure_loss", str(batch)) for batch in (1024, 4096, 16384)]},
         "teacher": lambda: measured("measure_teacher", "600", "5"),
     }
