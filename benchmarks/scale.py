@@ -36,7 +36,7 @@ import numpy as np
 DIM = 256
 SUBSETS = 20
 GLOBAL_BATCH = (8, 8)  # processes, rows a batch on each
-CLUSTERED_BATCH, CLUSTER = (8, 64), 32
+CLUSTERED_BATCH, CLUSTER, RANKS = (8, 64), 32, 130
 VARIANTS = {
     "mixed": {}, "mixed, hard negatives together": {"hard_negatives_together": 2}, "homogeneous": {"homogeneous": True},
     "homogeneous, hard negatives together": {"homogeneous": True, "hard_negatives_together": 2},
@@ -152,31 +152,37 @@ def run_sampler(sizes: list[int]) -> dict[str, Any]:
     return {"global_batch": GLOBAL_BATCH, "dim": DIM, "measured": found, "growth_in_n_log_n": growth}
 
 
-def measure_clusters(folder: str) -> dict[str, Any]:
-    """The first of two runs finds the neighbours and keeps them, the second one is measured."""
+def keep_neighbours(folder: str) -> dict[str, Any]:
+    """Find the neighbours that :func:`measure_clusters` takes as given: as many hard negatives have the same ones."""
+    started = time.perf_counter()
+    clustered(make_dataset(Path(folder)), folder, hard_negatives_together=RANKS)
+    return {"neighbours_s": round(time.perf_counter() - started, 1)}
+
+
+def clustered(dataset: Any, folder: str, **options: Any) -> Any:
     from unime_st.samplers import FalseNegativeAwareBatchSampler
 
-    dataset, (world, batch) = make_dataset(Path(folder)), CLUSTERED_BATCH
-    options = {"drop_last": True, "valid_label_columns": ["label"], "world_size": world, "homogeneous": True}
-    started = time.perf_counter()
-    sampler = FalseNegativeAwareBatchSampler(
-        dataset, batch, guide_queries=f"{folder}/q.npy", guide_targets=f"{folder}/t.npy", plan_dir=folder,
-        cluster_size=CLUSTER, **options,
+    guide = {"guide_queries": f"{folder}/q.npy", "guide_targets": f"{folder}/t.npy", "plan_dir": folder}
+    world, batch = CLUSTERED_BATCH
+    return FalseNegativeAwareBatchSampler(
+        dataset, batch, drop_last=True, valid_label_columns=["label"], world_size=world, homogeneous=True,
+        **(options and {**guide, **options}),
     )  # fmt: skip
-    clustered = time.perf_counter()
+
+
+def measure_clusters(folder: str) -> dict[str, Any]:
+    dataset, started = make_dataset(Path(folder)), time.perf_counter()
+    sampler = clustered(dataset, folder, cluster_size=CLUSTER, range_max=RANKS)
+    marks = [time.perf_counter() - started]
     length = len(sampler)
-    found = {
-        "clusters_s": round(clustered - started, 1),
-        "clusters_and_plan_s": round(time.perf_counter() - started, 1),
-    }
-    found |= {"peak_mb": peak_mb(), "batches": length, "recall": sampler.recall}
+    marks.append(time.perf_counter() - started)
+    found = {"clusters_s": round(marks[0], 1), "clusters_and_plan_s": round(marks[1], 1), "peak_mb": peak_mb()}
     edges = rank_edges(folder, sampler)
-    chance = FalseNegativeAwareBatchSampler(dataset, batch, **options)
+    found["recall"] = {name: round(value, 4) for name, value in sampler.recall.items()}
     return {"rows": len(dataset), "global_batch": CLUSTERED_BATCH, "cluster_size": CLUSTER, **found} | {
+        "batches": length,
         "edges": len(edges.neighbours) // 2,
         "edges_within_clusters": round(float(edges.within(sampler.clusters).mean()), 4),
-        "edges_within_batches": round(float(edges.within(batch_of(sampler, world)).mean()), 4),
-        "edges_within_random_batches": round(float(edges.within(batch_of(chance, world)).mean()), 4),
         "load_average": round(os.getloadavg()[0], 1),
     }
 
@@ -189,23 +195,21 @@ def rank_edges(folder: str, sampler: Any) -> Any:
     return rank_graph(hardest[:, sampler.range_min :], twins)
 
 
-def batch_of(sampler: Any, world: int) -> np.ndarray:
-    """The global batch of each row, -1 for none."""
-    found = np.full(len(sampler.dataset), -1)
+def shared(edges: Any, sampler: Any) -> float:
+    """Of the edges between rows that are drawn at all, the share within a global batch."""
+    batch = np.full(len(sampler.dataset), -1)
     for number, rows in enumerate(sampler):
-        found[rows] = number // world
-    return found
+        batch[rows] = number // sampler.world_size
+    drawn = edges.within(np.where(batch < 0, -1, 0))
+    return round(float(edges.within(batch).sum() / drawn.sum()), 4)
 
 
-def run_clusters(sizes: list[int]) -> dict[str, Any]:
-    found = []
+def run_clusters(rows: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
-        for rows in sizes:
-            folder = Path(scratch) / str(rows)
-            write_rows(folder, rows)
-            first, given = (measured("measure_clusters", str(folder)) for _ in range(2))
-            found.append({**given, "with_neighbours_found_s": first["clusters_and_plan_s"]})
-    return {"measured": found}
+        folder = str(Path(scratch) / str(rows))
+        write_rows(Path(folder), rows)
+        neighbours = measured("keep_neighbours", folder)
+        return measured("measure_clusters", folder) | neighbours
 
 
 def growth_exponents(measured: list[dict[str, Any]]) -> dict[str, float]:
@@ -326,7 +330,7 @@ def tables(results: dict[str, Any]) -> list[str]:
 def main() -> None:
     runs = {
         "sampler": lambda: run_sampler(given.rows),
-        "clusters": lambda: run_clusters(given.rows[-1:]),
+        "clusters": lambda: run_clusters(given.rows[-1]),
         "loss": lambda: {"measured": [measured("measure_loss", str(batch)) for batch in (1024, 4096, 16384)]},
         "teacher": lambda: measured("measure_teacher", "600", "5"),
     }

@@ -15,7 +15,7 @@ from unime_st.samplers import FalseNegativeAwareBatchSampler
 from unime_st.samplers.guide.clusters import RankGraph, exact_parts, find_clusters, rank_graph
 from unime_st.samplers.guide.embeddings import GuideEmbeddings
 from unime_st.samplers.guide.neighbors import find_neighbors
-from unime_st.samplers.planning.conflicts import both_ways
+from unime_st.samplers.planning.conflicts import both_ways, find_conflicts
 
 WORLD_SIZES = (1, 2, 4)
 
@@ -33,6 +33,10 @@ def ranked(queries, targets, first, last, margin=9.0):
     sides = (GuideEmbeddings("q", queries, len(queries)), GuideEmbeddings("t", targets, len(targets)))
     found = find_neighbors(*sides, margin=margin, num_hardest=last)
     return found.hardest[:, first:], found.twins
+
+
+def apart(rows, pairs=()):
+    return find_conflicts([], np.array(pairs, dtype=np.int64).reshape(-1, 2), rows)
 
 
 def pairs_of(graph):
@@ -102,7 +106,9 @@ def test_the_repair_makes_exact_parts_and_keeps_the_rows_with_most_edges():
     edges = [(0, 1), (0, 2), (1, 2), (1, 3), (2, 3), (0, 3), (4, 6), (4, 7), (4, 0), (6, 7), (7, 8)]
     graph = RankGraph(*both_ways(np.array(edges), 9))
     parts = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1], dtype=np.int32)
-    assert exact_parts(graph, parts, 4).tolist() == [0, 0, 0, 0, 1, -1, 1, 1, 1]
+    assert exact_parts(graph, parts, apart(9), 4).tolist() == [0, 0, 0, 0, 1, -1, 1, 1, 1]
+    # Row 3 may not meet row 0: row 4, with an edge in part 0 too, keeps its place there, and 3 fills what is left.
+    assert exact_parts(graph, parts, apart(9, [(0, 3)]), 4).tolist() == [0, 0, 0, 1, 0, -1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("rows", [4, 40, 41, 43])
@@ -111,7 +117,8 @@ def test_any_parts_become_exact(rows, seed):
     rng = np.random.default_rng(seed)
     graph = RankGraph(*both_ways(rng.integers(0, rows, (3 * rows, 2)), rows))
     parts = np.minimum(rng.geometric(0.5, rows) - 1, rows // 4 - 1).astype(np.int32)  # very uneven, many empty
-    exact = exact_parts(graph, parts, 4)
+    conflicts = find_conflicts([rng.integers(0, rows, rows)], rng.integers(0, rows, (rows, 2)), rows)
+    exact = exact_parts(graph, parts, conflicts, 4)
     assert np.bincount(exact[exact >= 0], minlength=rows // 4).tolist() == [4] * (rows // 4)
     assert (exact < 0).sum() == rows % 4
 
@@ -263,7 +270,7 @@ def test_nothing_to_cluster_is_refused():
     with pytest.raises(ValueError, match="No two rows have each other's target among the 100 ranks"):
         make(dataset_of(40), (queries, targets), range_min=40, range_max=140)
     alone = np.full((8, 3), -1)
-    assert find_clusters(alone, np.arange(8), 9).tolist() == [-1] * 8  # fewer rows than a cluster
+    assert find_clusters(alone, np.arange(8), apart(8), 9).tolist() == [-1] * 8  # fewer rows than a cluster
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,9 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
         found = find(*sides, margin=self.margin, num_hardest=ranks, groups=groups, exact=exact)
         if self.cluster_size is None:
             return found, None
-        clusters = find_clusters(found.hardest[:, self.range_min :], found.twins, self.cluster_size, groups)
+        self._neighbors = found
+        ranked = found.hardest[:, self.range_min :]
+        clusters = find_clusters(ranked, found.twins, self.conflicts, self.cluster_size, groups)
         return dataclasses.replace(found, hardest=found.hardest[:, :0]), clusters
 
     @functools.cached_property

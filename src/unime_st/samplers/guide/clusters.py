@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from unime_st.samplers.planning.conflicts import both_ways
+from unime_st.samplers.planning.conflicts import Conflicts, both_ways
 from unime_st.samplers.planning.plan import split_by
 
 logger = logging.getLogger(__name__)
@@ -38,11 +38,14 @@ class RankGraph:
         return (near == parts[self.neighbours]) & (near >= 0)
 
 
-def find_clusters(ranked: np.ndarray, twins: np.ndarray, size: int, groups: np.ndarray | None = None) -> np.ndarray:
+def find_clusters(
+    ranked: np.ndarray, twins: np.ndarray, conflicts: Conflicts, size: int, groups: np.ndarray | None = None
+) -> np.ndarray:
     """Part ``N`` rows into clusters of exactly ``size``, and return the number of each row's ``(N,)``, -1 for none.
 
     ``ranked`` ``(N, m)`` and ``twins`` ``(N,)`` are as in ``Neighbors``, the first ranks cut off. A cluster holds rows
-    of one of the ``groups`` ``(N,)``, whose rows beyond a multiple of ``size`` are in none.
+    of one of the ``groups`` ``(N,)``, whose rows beyond a multiple of ``size`` are in none, and rows that may meet as
+    far as that can be.
     """
     clusters = np.full(len(twins), -1, dtype=np.int32)
     pools = [np.arange(len(twins))] if groups is None else split_by(groups)
@@ -51,7 +54,7 @@ def find_clusters(ranked: np.ndarray, twins: np.ndarray, size: int, groups: np.n
         graph = rank_graph(ranked[members], twins[members])
         if len(graph.neighbours) == 0:
             continue
-        parts = exact_parts(graph, metis_parts(graph, len(members) // size), size)
+        parts = exact_parts(graph, metis_parts(graph, len(members) // size), conflicts.take(members), size)
         edges, inside = edges + len(graph.neighbours), inside + int(graph.within(parts).sum())
         clusters[members] = np.where(parts < 0, -1, parts + count)
         count += len(members) // size
@@ -139,30 +142,46 @@ def metis_parts(graph: RankGraph, count: int) -> np.ndarray:
     return np.asarray(parts, dtype=np.int32)
 
 
-def exact_parts(graph: RankGraph, parts: np.ndarray, size: int) -> np.ndarray:
+def exact_parts(graph: RankGraph, parts: np.ndarray, conflicts: Conflicts, size: int) -> np.ndarray:
     """Repair ``N // size`` parts ``(N,)`` to exactly ``size`` rows each; the rows left over have -1.
 
-    Parts that are too large give up the rows with the fewest edges inside. Each of these, those with most edges first,
-    goes where it has the most edges among the parts with room, or in the end wherever room is left.
+    A part keeps the rows with the most edges inside, but none that conflicts with another. Each of the others, those
+    with most edges first, goes where it has the most edges among the parts with room that it fits, and those that fit
+    nowhere go wherever room is left in the end.
     """
-    count = len(parts) // size
+    exact = _ExactParts(conflicts, len(parts) // size, size)
     inside = np.bincount(graph.owners[graph.within(parts)], minlength=len(parts))
-    order = np.lexsort((-inside, parts))
-    place = np.arange(len(parts)) - np.searchsorted(parts[order], parts[order])
-    exact = parts.copy()
-    exact[order[place >= size]] = -1
-    room = size - np.bincount(exact[exact >= 0], minlength=count)
-    free = np.flatnonzero(exact < 0)
-    for row in free[np.argsort(-np.diff(graph.starts)[free], kind="stable")]:
-        near = exact[graph.neighbours[graph.starts[row] : graph.starts[row + 1]]]
-        near = near[near >= 0]
-        near = near[room[near] > 0]
-        if len(near):
-            exact[row] = chosen = np.bincount(near).argmax()
-            room[chosen] -= 1
-    holes = np.repeat(np.arange(count), room)
-    exact[np.flatnonzero(exact < 0)[: len(holes)]] = holes
-    return exact
+    order, kept = np.argsort(-inside, kind="stable"), parts.tolist()
+    left = np.array([row for row in order.tolist() if not exact.put(row, [kept[row]])], dtype=np.int64)
+    for row in left[np.argsort(-np.diff(graph.starts)[left], kind="stable")].tolist():
+        near = exact.parts[graph.neighbours[graph.starts[row] : graph.starts[row + 1]]]
+        numbers, counts = np.unique(near[near >= 0], return_counts=True)
+        exact.put(row, numbers[np.argsort(-counts, kind="stable")].tolist())
+    holes = np.repeat(np.arange(len(exact.room)), exact.room)
+    exact.parts[np.flatnonzero(exact.parts < 0)[: len(holes)]] = holes
+    return exact.parts
+
+
+class _ExactParts:
+    """Parts that are being filled, and the keys that each holds."""
+
+    def __init__(self, conflicts: Conflicts, count: int, size: int) -> None:
+        self.conflicts, self.room = conflicts, [size] * count
+        self.parts = np.full(len(conflicts), -1, dtype=np.int32)
+        self.taken: list[set[int]] = [set() for _ in range(count)]
+        self.keys = [[key for key in row if key >= 0] for row in conflicts.keys.tolist()]
+        self.near = (np.diff(conflicts.starts) > 0).tolist()
+
+    def put(self, row: int, parts: list[int]) -> bool:
+        """Put a row into the first of some parts that has room and holds nothing it conflicts with, if there is one."""
+        closed = set(self.parts[self.conflicts.neighbours_of(row)].tolist()) if self.near[row] else ()
+        for part in parts:
+            if self.room[part] and part not in closed and self.taken[part].isdisjoint(self.keys[row]):
+                self.parts[row] = part
+                self.room[part] -= 1
+                self.taken[part].update(self.keys[row])
+                return True
+        return False
 
 
 def import_pymetis() -> Any:
