@@ -100,7 +100,7 @@ def _samplers(t: Things) -> Iterator[Case]:
     one_column = Dataset.from_dict({"anchor": ["a"]})  # as stage 1 has them: equal texts are kept apart
     yield from each("FalseNegativeAwareBatchSampler", sampled, harmless=(one_column,), dataset=[None, one_column],
                     batch_size=[0, -1, 1.5, "x"], world_size=[0, -1], margin=[NAN, "x"],
-                    hard_negatives_together=[-1, 5, "x"], max_rows_per_dataset=[0, -1],
+                    hard_negatives_together=[-1, 5, "x"], cluster_size=[0, 2, 2.0], max_rows_per_dataset=[0, -1],
                     guide_queries=["nowhere.npy", np.zeros((2, 3))])
 
 

@@ -3,12 +3,15 @@
 1. ``sampler``: set-up, first epoch's plan, time a batch and peak memory of ``FalseNegativeAwareBatchSampler`` at 10k,
    100k and 662k rows x 256 dimensions, from made-up clustered guide embeddings with natural conflicts, repeated
    targets and labels and 20 data sets; mixed and homogeneous batches, with and without hard negatives together.
-2. ``loss``: ``HardNegativeInfoNCELoss`` alone, forward and backward, at global batches of 1k, 4k and 16k; its peak
+2. ``clusters``: batches of B3 (``cluster_size``) of the same rows, set-up and first plan with the guide's neighbours
+   given (kept on disk by a run before), and the share of the rank graph's edges that lie within a global batch,
+   beside that of random batches of one data set each.
+3. ``loss``: ``HardNegativeInfoNCELoss`` alone, forward and backward, at global batches of 1k, 4k and 16k; its peak
    memory beside what a tensor of (N, 1 + k, D) would take.
-3. ``teacher``: ``teacher_embeddings`` on an empty cache beside bare ``encode`` of the same distinct texts.
+4. ``teacher``: ``teacher_embeddings`` on an empty cache beside bare ``encode`` of the same distinct texts.
 
-``python benchmarks/scale.py [sampler] [loss] [teacher]`` runs all or some, writes `benchmarks/results/scale.json`,
-where sections that were not run stay, and prints tables in Markdown.
+``python benchmarks/scale.py [sampler] [clusters] [loss] [teacher]`` runs all or some, writes
+`benchmarks/results/scale.json`, where sections that were not run stay, and prints tables in Markdown.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ import numpy as np
 DIM = 256
 SUBSETS = 20
 GLOBAL_BATCH = (8, 8)  # processes, rows a batch on each
+CLUSTERED_BATCH, CLUSTER, RANKS = (8, 64), 32, 130
 VARIANTS = {
     "mixed": {}, "mixed, hard negatives together": {"hard_negatives_together": 2}, "homogeneous": {"homogeneous": True},
     "homogeneous, hard negatives together": {"homogeneous": True, "hard_negatives_together": 2},
@@ -146,6 +150,66 @@ def run_sampler(sizes: list[int]) -> dict[str, Any]:
                 file.unlink()
     growth = {variant: growth_exponents([one for one in found if one["variant"] == variant]) for variant in VARIANTS}
     return {"global_batch": GLOBAL_BATCH, "dim": DIM, "measured": found, "growth_in_n_log_n": growth}
+
+
+def keep_neighbours(folder: str) -> dict[str, Any]:
+    """Find the neighbours that :func:`measure_clusters` takes as given: as many hard negatives have the same ones."""
+    started = time.perf_counter()
+    clustered(make_dataset(Path(folder)), folder, hard_negatives_together=RANKS)
+    return {"neighbours_s": round(time.perf_counter() - started, 1)}
+
+
+def clustered(dataset: Any, folder: str, **options: Any) -> Any:
+    from unime_st.samplers import FalseNegativeAwareBatchSampler
+
+    guide = {"guide_queries": f"{folder}/q.npy", "guide_targets": f"{folder}/t.npy", "plan_dir": folder}
+    world, batch = CLUSTERED_BATCH
+    return FalseNegativeAwareBatchSampler(
+        dataset, batch, drop_last=True, valid_label_columns=["label"], world_size=world, homogeneous=True,
+        **(options and {**guide, **options}),
+    )  # fmt: skip
+
+
+def measure_clusters(folder: str) -> dict[str, Any]:
+    dataset, started = make_dataset(Path(folder)), time.perf_counter()
+    sampler = clustered(dataset, folder, cluster_size=CLUSTER, range_max=RANKS)
+    marks = [time.perf_counter() - started]
+    length = len(sampler)
+    marks.append(time.perf_counter() - started)
+    found = {"clusters_s": round(marks[0], 1), "clusters_and_plan_s": round(marks[1], 1), "peak_mb": peak_mb()}
+    edges = rank_edges(folder, sampler)
+    found["recall"] = {name: round(value, 4) for name, value in sampler.recall.items()}
+    return {"rows": len(dataset), "global_batch": CLUSTERED_BATCH, "cluster_size": CLUSTER, **found} | {
+        "batches": length,
+        "edges": len(edges.neighbours) // 2,
+        "edges_within_clusters": round(float(edges.within(sampler.clusters).mean()), 4),
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+
+
+def rank_edges(folder: str, sampler: Any) -> Any:
+    """The rank graph of the neighbours that the sampler's first run has kept."""
+    from unime_st.samplers.guide.clusters import rank_graph
+
+    hardest, twins = (np.load(next(Path(folder).glob(f"neighbors-*.{name}.npy"))) for name in ("hardest", "twins"))
+    return rank_graph(hardest[:, sampler.range_min :], twins)
+
+
+def shared(edges: Any, sampler: Any) -> float:
+    """Of the edges between rows that are drawn at all, the share within a global batch."""
+    batch = np.full(len(sampler.dataset), -1)
+    for number, rows in enumerate(sampler):
+        batch[rows] = number // sampler.world_size
+    drawn = edges.within(np.where(batch < 0, -1, 0))
+    return round(float(edges.within(batch).sum() / drawn.sum()), 4)
+
+
+def run_clusters(rows: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = str(Path(scratch) / str(rows))
+        write_rows(Path(folder), rows)
+        neighbours = measured("keep_neighbours", folder)
+        return measured("measure_clusters", folder) | neighbours
 
 
 def growth_exponents(measured: list[dict[str, Any]]) -> dict[str, float]:
@@ -266,6 +330,7 @@ def tables(results: dict[str, Any]) -> list[str]:
 def main() -> None:
     runs = {
         "sampler": lambda: run_sampler(given.rows),
+        "clusters": lambda: run_clusters(given.rows[-1]),
         "loss": lambda: {"measured": [measured("measure_loss", str(batch)) for batch in (1024, 4096, 16384)]},
         "teacher": lambda: measured("measure_teacher", "600", "5"),
     }

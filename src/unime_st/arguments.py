@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Integral, Real
 from os import PathLike, fspath
 from pathlib import Path
@@ -57,6 +58,29 @@ def require_count(name: str, value: Any, *, least: int = 1) -> None:
     if not _is_number(value, whole=True):
         raise TypeError(f"`{name}={value!r}`, but it must be a whole number of at least {least}.")
     require_number(name, value, least=least)
+
+
+def require_instructions(name: str, value: Any) -> None:
+    """Refuse instructions that are neither None nor a mapping of strings to strings.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+
+    Raises:
+        TypeError: For anything else.
+
+    Example:
+        >>> require_instructions("prompts", {"query": 5})
+        Traceback (most recent call last):
+        ...
+        TypeError: `prompts` has 'query': 5, but names and instructions are strings.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"`{name}={value!r}`, but they must be a mapping of names to instructions, or None.")
+    for key, text in (value or {}).items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise TypeError(f"`{name}` has {key!r}: {text!r}, but names and instructions are strings.")
 
 
 def _is_number(value: Any, *, whole: bool) -> bool:

@@ -21,6 +21,18 @@ INSTRUCTIONS = {
 """What the content holds -> UniME's instruction (evaluation code of arXiv 2504.17432; the third is its union)."""
 
 
+_LABEL, _ANSWER, _CAPTION = "Represent the class label:", "Represent the answer:", "Represent the image caption:"
+TARGET_INSTRUCTIONS = {
+    **dict.fromkeys(["ImageNet_1K", "ImageNet-1K", "HatefulMemes", "SUN397", "N24News", "VOC2007"], _LABEL),
+    **dict.fromkeys(["Place365", "ImageNet-A", "ImageNet-R", "ObjectNet", "Country211"], _LABEL),
+    **dict.fromkeys(["OK-VQA", "A-OKVQA", "DocVQA", "InfographicsVQA", "ChartQA", "Visual7W"], _ANSWER),
+    **dict.fromkeys(["ScienceQA", "GQA", "TextVQA", "VizWiz"], _ANSWER),
+    **dict.fromkeys(("MSCOCO_i2t", "VisualNews_i2t"), _CAPTION),
+}
+"""A data set of MMEB -> B3's instruction before its targets' texts (arXiv 2505.11293, table 13; sets without one have
+none). The first has a name for training and one for evaluation."""
+
+
 _OPENS = "add_generation_prompt"
 _OPENED = f"{{% set {_OPENS} = true %}}\n"  # a line of its own, which transformers renders as nothing
 

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 
 from unime_st.data import ItemReader, load_mmeb_eval, load_mmeb_train, resolve_image
 from unime_st.data.parquet import clean_text
+from unime_st.evaluation.mmeb.tasks import META_TASKS
+from unime_st.prompts import TARGET_INSTRUCTIONS
 from unime_st.samplers import FalseNegativeAwareBatchSampler
 
 TAG = "<|image_1|>"
@@ -385,3 +387,45 @@ def test_a_reader_without_origin_and_single_cells(root):
     assert reader({"x": []}) == {"x": []}
     with pytest.raises(FileNotFoundError, match=r"^There is no image"):
         reader.read({"image": "none.png", "text": None})
+
+
+def test_target_instructions_go_before_targets_in_training_and_evaluation(root, tmp_path):
+    told = {"VOC2007": "Represent the class label:", "another": "unused"}
+    plain, rows = (load_mmeb_train(root, target_instructions=given) for given in (None, told))
+    assert len(rows) == len(plain) > 3
+    changed = 0
+    for before, after in zip(plain.with_format(None), rows.with_format(None), strict=True):
+        assert after["anchor"] == before["anchor"]
+        for name in ("positive", "negative_1"):
+            labelled = "Represent the class label: " + (before[name]["text"] or "")
+            changed += after[name]["text"] == labelled
+            assert after[name] in (before[name], {**before[name], "text": labelled})
+    assert changed == 6  # both columns of VOC2007's three rows
+    row = {"qry_text": "q", "qry_img_path": "", "tgt_text": ["a car", ""], "tgt_img_path": ["", ""]}
+    write(tmp_path, "ImageNet-1K", [row], split="test")
+    found = load_mmeb_eval(tmp_path, "ImageNet-1K", target_instruction=TARGET_INSTRUCTIONS["ImageNet-1K"])[0]
+    assert found["candidates"] == [{"text": "Represent the class label: a car"}]
+    write(tmp_path, "Told", [{**row, "tgt_inst": "Find:"}], split="test")
+    assert load_mmeb_eval(tmp_path, "Told", target_instruction="x")[0]["candidates"][0] == {"text": "Find: a car"}
+
+
+def test_the_instructions_of_b3_cover_its_sets():
+    assert (
+        len(TARGET_INSTRUCTIONS) == 23
+    )  # 10 of classification, one of them under two names, 10 of questions, 2 of captions
+    assert sorted({*TARGET_INSTRUCTIONS.values()}) == [
+        "Represent the answer:", "Represent the class label:", "Represent the image caption:"
+    ]  # fmt: skip
+    known = {*META_TASKS, "ImageNet_1K"}
+    assert known >= {*TARGET_INSTRUCTIONS}
+    meta = {name: META_TASKS[name] for name in TARGET_INSTRUCTIONS if name != "ImageNet_1K"}
+    for name, kind in meta.items():
+        expected = {"Classification": "class label", "VQA": "answer", "Retrieval": "image caption"}[kind]
+        assert TARGET_INSTRUCTIONS[name] == f"Represent the {expected}:"
+    assert {name for name, kind in META_TASKS.items() if kind in ("Classification", "VQA")} < {*TARGET_INSTRUCTIONS}
+
+
+@pytest.mark.parametrize("given", [["a"], {"VOC2007": 5}])
+def test_target_instructions_of_another_kind_are_refused(root, given):
+    with pytest.raises(TypeError, match="`target_instructions"):
+        load_mmeb_train(root, target_instructions=given)

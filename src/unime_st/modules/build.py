@@ -14,10 +14,10 @@ from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoConfig
 
-from unime_st.arguments import require_number
+from unime_st.arguments import require_instructions, require_number
 from unime_st.modules.adapters import attach_adapter, check_adapted, check_config, default_lora_config
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
-from unime_st.modules.options import check_device, check_dtype, check_prompts, check_sizes, weight_options
+from unime_st.modules.options import check_device, check_dtype, check_sizes, weight_options
 from unime_st.modules.sentence_transformer import MultimodalSentenceTransformer
 from unime_st.prompts import lacks_generation_prompt, with_generation_prompt
 
@@ -80,7 +80,7 @@ def build_encoder(
     """
     check_sizes(max_pixels=max_pixels, max_seq_length=max_seq_length, truncate_dim=truncate_dim)
     require_number("vision_cache_bytes", vision_cache_bytes, least=0)
-    check_prompts(prompts)
+    require_instructions("prompts", prompts)
     check_device(device)
     check_dtype(torch_dtype)
     _check_template(prompt_template)

@@ -25,15 +25,6 @@ def check_sizes(**sizes: int | None) -> None:
             raise ValueError(f"`{name}={size!r}`, but it must be a whole number of at least 1, or None for no limit.")
 
 
-def check_prompts(prompts: Mapping[str, str] | None) -> None:
-    """Refuse instructions that are not a mapping of strings to strings."""
-    if prompts is not None and not isinstance(prompts, Mapping):
-        raise TypeError(f"`prompts={prompts!r}`, but they must be a mapping of names to instructions, or None.")
-    for name, prompt in (prompts or {}).items():
-        if not isinstance(name, str) or not isinstance(prompt, str):
-            raise TypeError(f"`prompts` has {name!r}: {prompt!r}, but names and prompts are strings.")
-
-
 def check_device(device: str | None) -> None:
     """Refuse a name by which torch knows no device."""
     try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from unime_st.arguments import require_number
 from unime_st.columns import SUBSET
 from unime_st.functional import check_margin
 from unime_st.identity.rows import row_identities, subset_numbers
+from unime_st.samplers.guide.clusters import find_clusters, import_pymetis
 from unime_st.samplers.guide.embeddings import GuideEmbeddings
 from unime_st.samplers.guide.neighbors import Neighbors, find_neighbors
 from unime_st.samplers.guide.store import NeighborStore
 from unime_st.samplers.planning.conflicts import Conflicts, find_conflicts
-from unime_st.samplers.planning.plan import HardRows, Plan, Planner
-
-logger = logging.getLogger(__name__)
+from unime_st.samplers.planning.plan import Clusters, HardRows, Plan, Planner
+from unime_st.samplers.planning.report import report_plan
 
 
 class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
@@ -71,6 +71,13 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
             :class:`~unime_st.losses.HardNegativeInfoNCELoss`.
         hard_negatives_together: How many of each row's hardest rows by the guide, false ones left out, to draw into its
             global batch where they fit; 0 leaves batches to chance.
+        cluster_size: Rows of a cluster, ``K``, for the batches of B3: rows that rank each other's targets high are put
+            into clusters once, and each global batch is made of random whole clusters, so it must be a multiple of
+            ``K``. See :attr:`clusters`. It needs the guide and METIS (``pip install "unime_st[b3]"``); None does
+            without.
+        range_min: How many of the guide's first ranks clusters pass over, as likely false negatives. Ranks count the
+            distinct targets that are neither a row's own nor false by ``margin``.
+        range_max: The rank at which they stop.
         homogeneous: Fill each global batch from one data set. The rows must have the stored column ``subset``, which
             ``load_mmeb_train(subset_column=True)`` adds and which must not reach the model: see
             :func:`~unime_st.columns.without_subset`. The guide then does not compare rows of different sets.
@@ -114,6 +121,9 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
         guide_targets: np.ndarray | torch.Tensor | str | Path | None = None,
         margin: float = 0.1,
         hard_negatives_together: int = 0,
+        cluster_size: int | None = None,
+        range_min: int = 30,
+        range_max: int = 130,
         homogeneous: bool = False,
         max_rows_per_dataset: int | None = None,
         exact_neighbors: bool | None = None,
@@ -124,7 +134,6 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
         require_number("batch_size", batch_size, least=1)
         require_number("seed", seed, least=0)
         require_number("world_size", world_size, optional=True)
-        require_number("hard_negatives_together", hard_negatives_together)
         require_number("max_rows_per_dataset", max_rows_per_dataset, optional=True)
         check_margin(margin, optional=False)
         super().__init__(dataset, batch_size, drop_last, valid_label_columns, generator, seed)
@@ -132,17 +141,12 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
         self.world_size = distributed.world_size() if world_size is None else world_size
         if self.world_size < 1:
             raise ValueError(f"`world_size={world_size}`, but at least one process is needed.")
-        if (guide_queries is None) != (guide_targets is None):
-            raise ValueError("A guide needs both `guide_queries` and `guide_targets`; only one was given.")
-        if hard_negatives_together < 0 or (hard_negatives_together and guide_queries is None):
-            raise ValueError(
-                f"`hard_negatives_together={hard_negatives_together}` must be 0, or a number above with "
-                "`guide_queries` and `guide_targets` to tell what is hard."
-            )
         if max_rows_per_dataset is not None and max_rows_per_dataset < 1:
             raise ValueError(f"`max_rows_per_dataset={max_rows_per_dataset}` would leave no rows; None is no limit.")
+        self.hard_negatives_together, self.cluster_size = hard_negatives_together, cluster_size
+        self.range_min, self.range_max = range_min, range_max
+        self._check_guide(guide_queries, guide_targets)
         self.margin = margin
-        self.hard_negatives_together = hard_negatives_together
         self.homogeneous, self.max_rows_per_dataset = homogeneous, max_rows_per_dataset
         self._subsets: np.ndarray | None = None
         self.subset_names: list[str] = []
@@ -150,9 +154,10 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
             self._subsets, self.subset_names = subset_numbers(dataset)
             _check_hidden(dataset)
         self._neighbors: Neighbors | None = None
+        self._clusters: np.ndarray | None = None
         if guide_queries is not None:
-            find = functools.partial(self._find_neighbors, guide_queries, guide_targets, exact_neighbors, plan_dir)
-            self._neighbors = distributed.from_rank_zero(find)
+            find = functools.partial(self._judge, guide_queries, guide_targets, exact_neighbors, plan_dir)
+            self._neighbors, self._clusters = distributed.from_rank_zero(find)
         self._epoch_plan: tuple[int, Plan] | None = None
 
     @classmethod
@@ -199,17 +204,64 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
         pairs = None if self._neighbors is None else self._neighbors.pairs
         return find_conflicts(identities, pairs, len(self.dataset))
 
-    def _find_neighbors(self, queries: Any, targets: Any, exact: bool | None, plan_dir: str | Path | None) -> Neighbors:
+    @property
+    def clusters(self) -> np.ndarray | None:
+        """The number of each row's cluster ``(N,)``, -1 for rows in none; None without ``cluster_size``.
+
+        Two rows are joined when each has the other's target among its ranks from ``range_min`` to ``range_max``, and
+        METIS parts this graph, of each data set by itself with ``homogeneous``; parts are then repaired to exactly
+        ``K`` rows. Rows beyond a multiple of ``K`` are in none. A row that is a false negative of another one in its
+        batch leaves its cluster for another batch, and the log says how many clusters are whole.
+        """
+        return self._clusters
+
+    def _check_guide(self, queries: Any, targets: Any) -> None:
+        """Refuse options of the guide that do not fit each other."""
+        require_number("hard_negatives_together", self.hard_negatives_together)
+        require_number("cluster_size", self.cluster_size, least=2, optional=True)
+        require_number("range_min", self.range_min, least=0)
+        require_number("range_max", self.range_max, least=1)
+        if (queries is None) != (targets is None):
+            raise ValueError("A guide needs both `guide_queries` and `guide_targets`; only one was given.")
+        if self.hard_negatives_together < 0 or (self.hard_negatives_together and queries is None):
+            raise ValueError(
+                f"`hard_negatives_together={self.hard_negatives_together}` must be 0, or a number above with "
+                "`guide_queries` and `guide_targets` to tell what is hard."
+            )
+        if self.cluster_size is None:
+            return
+        given, size = f"`cluster_size={self.cluster_size}`", self.batch_size * self.world_size
+        if queries is None:
+            raise ValueError(f"{given} needs `guide_queries` and `guide_targets` to tell what is hard.")
+        if self.hard_negatives_together:
+            raise ValueError(f"Give either {given} or `hard_negatives_together={self.hard_negatives_together}`.")
+        if size % self.cluster_size:
+            raise ValueError(
+                f"{given} must divide the global batch, {size} rows ({self.world_size} x {self.batch_size}), which is "
+                "made of whole clusters."
+            )
+        if self.range_max <= self.range_min:
+            raise ValueError(
+                f"`range_min={self.range_min}` and `range_max={self.range_max}` leave no ranks. Raise `range_max`."
+            )
+        import_pymetis()
+
+    def _judge(
+        self, queries: Any, targets: Any, exact: bool | None, plan_dir: str | Path | None
+    ) -> tuple[Neighbors, np.ndarray | None]:
+        """What the guide says: the neighbours and, with ``cluster_size``, the clusters in place of the hardest rows."""
         guides = (("guide_queries", queries), ("guide_targets", targets))
         sides = [GuideEmbeddings(name, given, len(self.dataset)) for name, given in guides]
         find = find_neighbors if plan_dir is None else NeighborStore(Path(plan_dir)).load_or_find
-        return find(
-            *sides,
-            margin=self.margin,
-            num_hardest=self.hard_negatives_together,
-            groups=self._subsets if self.homogeneous else None,
-            exact=exact,
-        )
+        groups = self._subsets if self.homogeneous else None
+        ranks = self.hard_negatives_together if self.cluster_size is None else self.range_max
+        found = find(*sides, margin=self.margin, num_hardest=ranks, groups=groups, exact=exact)
+        if self.cluster_size is None:
+            return found, None
+        self._neighbors = found
+        ranked = found.hardest[:, self.range_min :]
+        clusters = find_clusters(ranked, found.twins, self.conflicts, self.cluster_size, groups)
+        return dataclasses.replace(found, hardest=found.hardest[:, :0]), clusters
 
     @functools.cached_property
     def _planner(self) -> Planner:
@@ -225,41 +277,10 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
             homogeneous=self.homogeneous,
             max_rows=self.max_rows_per_dataset,
             hard_rows=HardRows(neighbors.hardest, neighbors.twins) if together and neighbors is not None else None,
+            clusters=None if self._clusters is None else Clusters(self._clusters, self.cluster_size or 0),
         )
-        self._report(planner, size)
+        report_plan(planner, f"{size} rows ({self.world_size} x {self.batch_size})", self.subset_names)
         return planner
-
-    def _report(self, planner: Planner, size: int) -> None:
-        """Refuse a plan without a full batch, and log which rows and data sets are left out."""
-        rows = planner.num_drawn
-        if planner.num_full == 0 and rows >= size:
-            raise ValueError(
-                f"Not one global batch of {size} rows ({self.world_size} x {self.batch_size}) "
-                f"{'from one data set and ' if self.homogeneous else ''}without false negatives can be made of {rows} "
-                "rows. Lower the batch size, or see whether the target, query or label column holds few distinct "
-                "values."
-            )
-        conflicting = planner.conflicting()
-        if conflicting > 0:
-            logger.warning(
-                "%d of %d rows (%.1f %%) are left out of each epoch, others every time: they are false negatives of "
-                "too many others to fill global batches of %d rows. A smaller batch size places more of them.",
-                conflicting,
-                rows,
-                100 * conflicting / rows,
-                size,
-            )
-        if self.homogeneous:
-            batches = dict(zip(self.subset_names, (len(plan.full) for plan in planner.base), strict=True))
-            logger.info("Global batches of %d rows an epoch, by data set: %s.", size, batches)
-            never = [name for name, count in batches.items() if count == 0]
-            if never:
-                logger.warning(
-                    "The data sets %s do not fill one global batch of %d rows each, so are never drawn (but for a last "
-                    "batch). Lower the batch size, or leave `homogeneous` off.",
-                    never,
-                    size,
-                )
 
     def _plan(self) -> Plan:
         if self._epoch_plan is None or self._epoch_plan[0] != self.epoch:

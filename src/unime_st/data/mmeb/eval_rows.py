@@ -51,8 +51,11 @@ class EvalTask:
         return self.own(place)[self.gains_of(place) > 0].tolist()
 
 
-def eval_pairs(source: Source) -> Iterator[tuple[str, Pair, list[Pair]]]:
-    """Yield (where, query, candidates) for each row of a task; instructions are joined, placeholders removed."""
+def eval_pairs(source: Source, told: str | None = None) -> Iterator[tuple[str, Pair, list[Pair]]]:
+    """Yield (where, query, candidates) for each row of a task; instructions are joined, placeholders removed.
+
+    Candidates of rows without an instruction for them have the one ``told``.
+    """
     for file in source.files:
         columns = read_columns(source, file, EVAL_COLUMNS, OPTIONAL_EVAL_COLUMNS)
         empty = [None] * len(columns["qry_text"])
@@ -61,12 +64,12 @@ def eval_pairs(source: Source) -> Iterator[tuple[str, Pair, list[Pair]]]:
         for number, row in enumerate(zip(*(columns.get(name, empty) for name in names), strict=True)):
             text, image, texts, images, instruction, target_instruction = row
             where = f"{source.name}, row {number} of {file.name}"
-            pairs = pair_up(texts, images, where)
             candidates = []
-            for own, path in pairs:
-                if (own, target_instruction) not in cleaned:
-                    cleaned[own, target_instruction] = clean_text(own, target_instruction)
-                candidates.append((cleaned[own, target_instruction], path or ""))
+            for own, path in pair_up(texts, images, where):
+                before = target_instruction or (told if own or path else None)
+                if (own, before) not in cleaned:
+                    cleaned[own, before] = clean_text(own, before)
+                candidates.append((cleaned[own, before], path or ""))
             yield where, (clean_text(text, instruction), image or ""), candidates
 
 
@@ -94,6 +97,7 @@ def read_eval_task(
     *,
     split: str = "test",
     image_root: str | Path | None = None,
+    target_instruction: str | None = None,
     on_error: Literal["raise", "report"] = "raise",
 ) -> EvalTask:
     """Read a task in MMEB-eval's layout; images are absolute paths, not looked for yet; "report" notes broken rows."""
@@ -114,7 +118,7 @@ def read_eval_task(
     candidates: list[int] = []
     numbers: list[int] = []
     offsets, rows, broken = [0], 0, {}
-    for where, query, pairs in eval_pairs(source):
+    for where, query, pairs in eval_pairs(source, target_instruction):
         rows += 1
         try:
             check_row(where, query, pairs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from unime_st.arguments import require_number
+from unime_st.arguments import require_instructions, require_number
 from unime_st.data.images import ItemReader
 from unime_st.data.mmeb.eval_rows import EVAL_COLUMNS, OPTIONAL_EVAL_COLUMNS, Pair, check_row, eval_pairs
 from unime_st.data.mmeb.train_rows import NEGATIVE_COLUMNS, TRAIN_COLUMNS, read_train
@@ -37,6 +37,7 @@ def load_mmeb_train(
     num_negatives: int | None = None,
     label: bool = False,
     subset_column: bool = False,
+    target_instructions: Mapping[str, str] | None = None,
     max_rows: int | None = None,
     shuffle_seed: int | None = None,
     max_pixels: int | None = None,
@@ -70,6 +71,9 @@ def load_mmeb_train(
         subset_column: Add the column ``subset`` with the name of each row's data set, which
             :class:`~unime_st.samplers.FalseNegativeAwareBatchSampler` reads for batches of one data set. It is only
             stored: rows that are drawn do not have it.
+        target_instructions: Subset -> what goes before the text of its positives and negatives, for example
+            :data:`~unime_st.prompts.TARGET_INSTRUCTIONS` (B3's); subsets it does not name have none. Evaluate with the
+            same ones: ``MMEBEvaluator(target_instructions=...)``.
         max_rows: Largest number of rows per subset: from its start or, with ``shuffle_seed``, drawn from all of it.
         shuffle_seed: Draws ``max_rows`` at random, the same rows of a subset whichever others are loaded.
         max_pixels: See :class:`~unime_st.data.ItemReader`.
@@ -110,6 +114,7 @@ def load_mmeb_train(
         raise ValueError(f"`check_images={check_images!r}`; choose True, False or 'open'.")
     if num_negatives is not None and num_negatives < 0:
         raise ValueError(f"`num_negatives={num_negatives}`, but it must be 0 or more; None takes all there are.")
+    require_instructions("target_instructions", target_instructions)
     sources = find_sources(root, subsets, split)
     origin = Origin(sources, [name for name in (*TRAIN_COLUMNS, *NEGATIVE_COLUMNS) if "image" in name])
     reader = ItemReader(
@@ -121,7 +126,11 @@ def load_mmeb_train(
         max_bad_images=max_bad_images,
         bad_images_log=bad_images_log,
     )
-    loaded = [read_train(source, max_rows, shuffle_seed, negatives=num_negatives != 0) for source in sources]
+    told = target_instructions or {}
+    loaded = [
+        read_train(source, max_rows, shuffle_seed, negatives=num_negatives != 0, instruction=told.get(source.name))
+        for source in sources
+    ]
     width = max(int(rows.counts.max()) for rows in loaded) if num_negatives is None else num_negatives
     tables = [rows.table(width, label=label, subset=subset_column) for rows in loaded]
     if check_images:
@@ -139,6 +148,7 @@ def load_mmeb_eval(
     *,
     split: str = "test",
     image_root: str | Path | None = None,
+    target_instruction: str | None = None,
     max_pixels: int | None = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> Dataset:
@@ -152,6 +162,8 @@ def load_mmeb_eval(
         task: Its name, such as ``"MSCOCO_t2i"``.
         split: Start of the files' names.
         image_root: Folder of the images; None for ``root/images`` when that is a folder, else ``root``.
+        target_instruction: What goes before the text of candidates that have no ``tgt_inst``, see
+            :data:`~unime_st.prompts.TARGET_INSTRUCTIONS`.
         max_pixels: See :class:`~unime_st.data.ItemReader`.
         image_size: See :class:`~unime_st.data.ItemReader`.
 
@@ -169,7 +181,7 @@ def load_mmeb_eval(
     queries: list[Pair] = []
     candidates: list[Pair] = []
     offsets, dropped = [0], 0
-    for where, query, items in eval_pairs(source):
+    for where, query, items in eval_pairs(source, target_instruction):
         check_row(where, query, items)
         kept = [item for item in items if any(item)]
         dropped += len(items) - len(kept)

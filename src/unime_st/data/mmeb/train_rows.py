@@ -105,8 +105,13 @@ def _next_other(codes: np.ndarray) -> np.ndarray:
     return (np.append(changes, changes[0])[np.searchsorted(changes, rows)] + 1) % len(codes)
 
 
-def read_train(source: Source, max_rows: int | None, shuffle_seed: int | None, *, negatives: bool) -> TrainRows:
-    """Read a data set's rows; those with an empty query or positive are skipped and counted in the log."""
+def read_train(
+    source: Source, max_rows: int | None, shuffle_seed: int | None, *, negatives: bool, instruction: str | None = None
+) -> TrainRows:
+    """Read a data set's rows; those with an empty query or positive are skipped and counted in the log.
+
+    The ``instruction`` goes before the text of each positive and negative.
+    """
     anchors, positives, others = _Items(), _Items(), _Items()
     counts: list[int] = []
     read = 0
@@ -122,14 +127,16 @@ def read_train(source: Source, max_rows: int | None, shuffle_seed: int | None, *
             if not ((anchor or query_image) and (positive or image)):
                 continue
             anchors.add(anchor, query_image)
-            positives.add(positive, image)
+            positives.add(clean_text(positive, instruction), image)
             if not any(values[row] for values in wrong):
                 counts.append(0)
                 continue
             where = f"{source.name}, row {row if chosen is None else chosen[row]} of {file.name}"
             own, own_images = (columns[name][row] if name in columns else None for name in NEGATIVE_COLUMNS)
             pairs = pair_up(own, own_images, where)
-            counts.append(sum(others.add(clean_text(text), image) for text, image in pairs))
+            texts_images = ((clean_text(text), image) for text, image in pairs)
+            kept = [(clean_text(text, instruction), image) for text, image in texts_images if text or image]
+            counts.append(sum(others.add(*pair) for pair in kept))
     if not anchors.texts:
         raise ValueError(f"{source.name}: of {read} rows none has a query and a positive. Leave the subset out.")
     if read > len(counts):

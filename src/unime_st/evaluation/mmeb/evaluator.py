@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from unime_st.arguments import require_number
+from unime_st.arguments import require_instructions, require_number
 from unime_st.data.images import ItemReader
 from unime_st.data.mmeb.eval_rows import EvalTask
 from unime_st.embedding.distinct import OnError
@@ -68,6 +68,8 @@ class MMEBEvaluator(EmbeddingEvaluator):
         meta_tasks: Task -> meta-task; None means the published ones (:data:`META_TASKS`). Tasks it does not name are in
             no meta-task.
         image_root: Folder of the images; None means ``root/images`` if it is a folder, else ``root``.
+        target_instructions: Task -> what goes before the text of its candidates, where its rows do not say it, as in
+            ``load_mmeb_train``; for tasks given by name.
         max_pixels: Larger images are made smaller, keeping their shape. Part of the cache's key.
         image_size: Every image is resized to this side, or (width, height), ignoring its shape, as in the published
             evaluations (336 or 1344; MMEB V2: 128, 672 or 1344). Part of the cache's key.
@@ -108,6 +110,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
         *,
         meta_tasks: Mapping[str, str] | None = None,
         image_root: str | Path | None = None,
+        target_instructions: Mapping[str, str] | None = None,
         max_pixels: int | None = None,
         image_size: int | tuple[int, int] | None = None,
         on_error: OnError = "raise",
@@ -123,7 +126,8 @@ class MMEBEvaluator(EmbeddingEvaluator):
         require_number("seed", seed, least=0)
         if isinstance(tasks, str):
             raise TypeError(f"`tasks={tasks!r}` is one name; give a list of them.")
-        self._tasks = as_tasks(root, tasks, image_root)
+        require_instructions("target_instructions", target_instructions)
+        self._tasks = as_tasks(root, tasks, image_root, target_instructions)
         _check_tasks(self._tasks)
         self.tasks = [task.name for task in self._tasks]
         self.meta_tasks = dict(META_TASKS if meta_tasks is None else meta_tasks)

@@ -16,7 +16,10 @@ from unime_st.evaluation.mmeb.tasks import MMEBTask, found_tasks, image_task
 
 
 def as_tasks(
-    root: str | Path | None, tasks: Sequence[str | MMEBTask] | None, image_root: str | Path | None
+    root: str | Path | None,
+    tasks: Sequence[str | MMEBTask] | None,
+    image_root: str | Path | None,
+    target_instructions: Mapping[str, str] | None = None,
 ) -> list[MMEBTask]:
     """The tasks of :class:`~unime_st.evaluation.MMEBEvaluator`, which are names below a folder, or ready-made tasks."""
     if wrong := [task for task in tasks or [] if not isinstance(task, str | MMEBTask)]:
@@ -31,7 +34,11 @@ def as_tasks(
     if not wanted:
         raise FileNotFoundError(f"No task to evaluate: {root} holds no <Task>/test-*.parquet, or `tasks` is empty.")
     images = None if image_root is None else Path(image_root).absolute()
-    return [image_task(task, {}, folder, images) if isinstance(task, str) else task for task in wanted]
+    told = target_instructions or {}
+    return [
+        image_task(task, {"target_instruction": told.get(task)}, folder, images) if isinstance(task, str) else task
+        for task in wanted
+    ]
 
 
 def _folder(root: str | Path, image_root: str | Path | None) -> Path:

@@ -59,8 +59,9 @@ Parser = Callable[[str, Mapping[str, Any], Path], MMEBTask]
 def image_task(name: str, entry: Mapping[str, Any], root: Path, image_root: str | Path | None = None) -> MMEBTask:
     """Make a task in MMEB-eval's layout, with or without instructions in columns of their own.
 
-    The ``entry`` may have ``dataset_name``, ``dataset_split`` and, below ``root``, ``image_root``, in whose place the
-    argument may be any folder.
+    The ``entry`` may have ``dataset_name``, ``dataset_split``, ``target_instruction`` (before the candidates' texts,
+    where the rows have none for them) and, below ``root``, ``image_root``, in whose place the argument may be any
+    folder.
     """
     images = image_root
     if images is None and entry.get("image_root") is not None:
@@ -75,6 +76,7 @@ def image_task(name: str, entry: Mapping[str, Any], root: Path, image_root: str 
             entry.get("dataset_name", name),
             split=entry.get("dataset_split", "test"),
             image_root=images,
+            target_instruction=entry.get("target_instruction"),
             on_error=on_error,
         )
 

@@ -119,6 +119,7 @@ class _Search:
         k: int,
     ) -> None:
         self.queries, self.members, self.margin, self.k = queries, members, margin, k
+        self.candidates = max(_CANDIDATES, 2 * k)
         self.first, self.codes = np.unique(twins, return_inverse=True)  # (T,): distinct targets; (M,) in [0, T)
         self.targets = targets if len(self.first) == len(targets) else targets[torch.from_numpy(self.first)]  # (T, D)
         self.by_code = np.argsort(self.codes, kind="stable")
@@ -140,13 +141,13 @@ class _Search:
         if self.index is None:
             return self._judge(part, self._query(part) @ self.targets.T, None)
         queries = self._query(part)
-        false, hardest = self._judge(part, *self.index.search(queries, _CANDIDATES))
+        false, hardest = self._judge(part, *self.index.search(queries, self.candidates))
         # Where (nearly) all candidates are false negatives there may be more of them.
-        crowded = np.flatnonzero(np.bincount(false[:, 0], minlength=len(part)) + self.k + 1 >= _CANDIDATES)
+        crowded = np.flatnonzero(np.bincount(false[:, 0], minlength=len(part)) + self.k + 1 >= self.candidates)
         if len(crowded) == 0:
             return false, hardest
         more, hardest[crowded] = self._judge(
-            part[crowded], *self.index.search(queries[crowded], _MANY_CANDIDATES, MANY_PROBES)
+            part[crowded], *self.index.search(queries[crowded], max(_MANY_CANDIDATES, 4 * self.k), MANY_PROBES)
         )
         few = false[~np.isin(false[:, 0], crowded)]
         return np.concatenate([few, np.stack([crowded[more[:, 0]], more[:, 1]], axis=1)]), hardest

@@ -77,11 +77,11 @@ def find_conflicts(identities: Iterable[np.ndarray], pairs: np.ndarray | None, r
         columns.append(numbers[codes].astype(np.int32))
         num_keys += int(shared.sum())
     keys = np.stack(columns, axis=1) if columns else np.empty((rows, 0), dtype=np.int32)
-    starts, neighbours = _both_ways(np.empty((0, 2), dtype=np.int64) if pairs is None else pairs, rows)
+    starts, neighbours = both_ways(np.empty((0, 2), dtype=np.int64) if pairs is None else pairs, rows)
     return Conflicts(keys, num_keys, starts, neighbours)
 
 
-def _both_ways(pairs: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+def both_ways(pairs: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """The starts and neighbours of each row from undirected pairs; sorted in place, to spare memory."""
     count = len(pairs)
     flat = np.empty(2 * count, dtype=np.int64)

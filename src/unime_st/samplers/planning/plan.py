@@ -10,7 +10,7 @@ import numpy as np
 
 from unime_st.samplers.planning.conflicts import Conflicts
 from unime_st.samplers.planning.packing import compatible, pack
-from unime_st.samplers.planning.together import draw_together
+from unime_st.samplers.planning.together import draw_clusters, draw_together
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,21 @@ class HardRows:
         return np.where(there, number[order[np.minimum(chosen, len(order) - 1)]], -1)
 
 
+@dataclass(frozen=True)
+class Clusters:
+    """Rows that should meet, all of a cluster in one batch."""
+
+    numbers: np.ndarray  # (N,) the cluster of each row, -1 for none
+    size: int
+
+    def whole(self, batches: np.ndarray) -> int:
+        """How many clusters are whole in one of the batches ``(bins, W * B)``."""
+        numbers = self.numbers[batches].astype(np.int64)
+        keys = np.arange(len(batches))[:, None] * (int(self.numbers.max(initial=0)) + 1) + numbers
+        _, counts = np.unique(keys[numbers >= 0], return_counts=True)
+        return int((counts == self.size).sum())
+
+
 class Planner:
     """Draws the plan of each epoch.
 
@@ -69,9 +84,10 @@ class Planner:
         homogeneous: bool = False,
         max_rows: int | None = None,
         hard_rows: HardRows | None = None,
+        clusters: Clusters | None = None,
     ) -> None:
         self.conflicts, self.size, self.drop_last, self.seed = conflicts, size, drop_last, seed
-        self.max_rows, self.hard_rows = max_rows, hard_rows
+        self.homogeneous, self.max_rows, self.hard_rows, self.clusters = homogeneous, max_rows, hard_rows, clusters
         everything = [np.arange(len(conflicts))]
         by_subset = everything if subsets is None else split_by(subsets)
         self.pools = [[rows] for rows in by_subset] if homogeneous else [by_subset]
@@ -93,6 +109,11 @@ class Planner:
     def num_drawn(self) -> int:
         """The number of rows that an epoch would hold if they all fitted."""
         return sum(self._num_drawn(number) for number in range(len(self.pools)))
+
+    def whole_clusters(self) -> float:
+        """The share of the first epoch's rows, in full batches, that are there with their whole cluster."""
+        whole = sum(self.clusters.whole(plan.full) * self.clusters.size for plan in self.base) if self.clusters else 0
+        return whole / max(1, self.num_full * self.size)
 
     def conflicting(self) -> int:
         """How many rows an epoch leaves out for their conflicts, and not for a cap or an incomplete batch."""
@@ -116,9 +137,20 @@ class Planner:
     def _rows(self, number: int, rng: np.random.Generator) -> np.ndarray:
         """The rows of a pool for one epoch: as many per data set as the cap allows, different ones each time."""
         parts = self.pools[number]
-        if self.max_rows is not None:
-            parts = [rows if len(rows) <= self.max_rows else rng.permutation(rows)[: self.max_rows] for rows in parts]
+        cap = self.max_rows
+        if cap is not None:
+            parts = [rows if len(rows) <= cap else rows[self._shuffled(rows, rng)[:cap]] for rows in parts]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _shuffled(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The places of rows in random order, cluster after cluster where there are any."""
+        order = rng.permutation(len(rows))
+        if self.clusters is None:
+            return order
+        clusters = self.clusters.numbers[rows[order]]
+        alone = len(self.conflicts) + np.arange(len(rows))
+        _, first, codes = np.unique(np.where(clusters < 0, alone, clusters), return_index=True, return_inverse=True)
+        return order[np.argsort(first[codes], kind="stable")]
 
     def _base_of(self, number: int) -> Plan:
         """A pool's plan found once, whose size every epoch keeps; it is the plan of the first epoch."""
@@ -160,7 +192,10 @@ class Planner:
             return None, placed
         if self.hard_rows is not None:
             bins = draw_together(conflicts, bins, self.hard_rows.draw(rows, rng), rng)
-        order = rng.permutation(len(bins))
+        if self.clusters is not None:
+            numbers, size = self.clusters.numbers[rows], self.clusters.size
+            bins = draw_clusters(conflicts, bins, numbers, size=size, per_bin=self.size // size, rng=rng)
+        order = self._shuffled(rows, rng)
         order = order[np.argsort(bins[order], kind="stable")]  # unplaced rows first, then bin after bin
         left, full = np.split(order, [len(bins) - placed])
         tail = left[:0] if self.drop_last else compatible(conflicts, left, self.size)

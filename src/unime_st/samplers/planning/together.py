@@ -1,4 +1,4 @@
-"""Brings rows and their hard negatives into the same bin, by exchanges that keep a packing valid."""
+"""Brings rows that should meet into the same bin, by exchanges that keep a packing valid."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from unime_st.samplers.planning.conflicts import Conflicts
 
 _BLOCK = 4096
 _VICTIMS = 4
+_PASSES = 4
+_LOOKS = 16
+_BINS = 8
 
 
 def draw_together(conflicts: Conflicts, bins: np.ndarray, hardest: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -47,22 +50,88 @@ def _fetch(table: _Table, row: int, others: list[int], picks: list[list[float]],
                 break
 
 
+def draw_clusters(
+    conflicts: Conflicts, bins: np.ndarray, clusters: np.ndarray, *, size: int, per_bin: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Exchange rows between full bins so that clusters are whole, and return the new bins ``(N,)``.
+
+    Random ones of the ``clusters`` ``(N,)`` (-1 for none) that are here with all their ``size`` rows get a bin as their
+    home, ``per_bin`` each, and their rows come to it in exchange for rows that are not at home there. As in
+    :func:`draw_together`, bins stay full and free of conflicts: a row that conflicts with one that is at home stays
+    away.
+    """
+    homes = _homes(conflicts, clusters, np.repeat(np.arange(int(bins.max(initial=-1)) + 1), per_bin), size, rng)
+    table = _Table(conflicts, bins)
+    strangers: list[list[int]] = [[] for _ in table.members]
+    for row in rng.permutation(len(bins)).tolist():
+        if homes[row] != table.bins[row]:
+            strangers[table.bins[row]].append(row)
+    for _ in range(_PASSES):
+        for row in rng.permutation(len(bins)).tolist():
+            if homes[row] not in (-1, table.bins[row]):
+                _bring_home(table, row, homes, strangers)
+    return np.asarray(table.bins, dtype=bins.dtype)
+
+
+def _homes(
+    conflicts: Conflicts, clusters: np.ndarray, slots: np.ndarray, size: int, rng: np.random.Generator
+) -> list[int]:
+    """The bin that each row should come to, one of the ``slots``, or -1 where it may be anywhere; ``(N,)``.
+
+    Of a few random bins with room a cluster gets the one that has the fewest of its keys.
+    """
+    homes = np.full(len(clusters), -1)
+    order = np.argsort(clusters, kind="stable")
+    numbers, first, counts = np.unique(clusters[order], return_index=True, return_counts=True)
+    whole = rng.permutation(first[(counts == size) & (numbers >= 0)])
+    taken: list[set[int]] = [set() for _ in range(int(slots.max(initial=-1)) + 1)]
+    left = rng.permutation(slots).tolist()
+    for start, picks in zip(whole.tolist(), rng.random((len(whole), _BINS)).tolist(), strict=True):
+        if not left:
+            break
+        rows = order[start : start + size]
+        keys = set(conflicts.keys[rows].ravel().tolist()) - {-1}
+        place = min((int(pick * len(left)) for pick in picks), key=lambda at: len(keys & taken[left[at]]))
+        left[place], left[-1] = left[-1], left[place]
+        homes[rows] = home = left.pop()
+        taken[home] |= keys
+    return homes.tolist()
+
+
+def _bring_home(table: _Table, row: int, homes: list[int], strangers: list[list[int]]) -> None:
+    """Exchange a row with a stranger in its home; ``strangers`` of a bin may name rows that have left it since."""
+    home, away = homes[row], table.bins[row]
+    refused: list[int] = []
+    while strangers[home] and len(refused) < _LOOKS:
+        other = strangers[home].pop()
+        if table.bins[other] != home or homes[other] == home:
+            continue
+        if table.exchange(row, other):
+            if homes[other] != away:
+                strangers[away].append(other)
+            break
+        refused.append(other)
+    strangers[home].extend(reversed(refused))
+
+
 class _Table:
-    """The rows and the taken keys of each bin, in plain lists, which are faster than arrays one element at a time."""
+    """The rows and the taken keys of each bin, in plain lists, which are faster than arrays one element at a time.
+
+    A bin more, of number -1, has the rows in no bin, which may conflict.
+    """
 
     def __init__(self, conflicts: Conflicts, bins: np.ndarray) -> None:
         self.neighbours, self.starts = conflicts.neighbours, conflicts.starts.tolist()
         self.bins: list[int] = bins.tolist()
         self.keys = [[key for key in row if key >= 0] for row in conflicts.keys.tolist()]
         count = int(bins.max(initial=-1)) + 1
-        self.members: list[list[int]] = [[] for _ in range(count)]
-        self.taken: list[set[int]] = [set() for _ in range(count)]
+        self.members: list[list[int]] = [[] for _ in range(count + 1)]
+        self.taken: list[set[int]] = [set() for _ in range(count + 1)]
         self.place = [0] * len(self.bins)  # the position of each row among its bin's members
         for row, number in enumerate(self.bins):
-            if number >= 0:
-                self.place[row] = len(self.members[number])
-                self.members[number].append(row)
-                self.taken[number].update(self.keys[row])
+            self.place[row] = len(self.members[number])
+            self.members[number].append(row)
+            self.taken[number].update(self.keys[row])
 
     def exchange(self, first: int, second: int) -> bool:
         """Exchange the bins of two rows unless that makes a conflict; return whether it was done."""
@@ -80,6 +149,8 @@ class _Table:
         return True
 
     def _fits(self, row: int, target: int, leaving: int) -> bool:
+        if target < 0:
+            return True
         taken, bins = self.taken[target], self.bins
         for key in self.keys[row]:
             if key in taken and key not in self.keys[leaving]:
