@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from planted_rows import DIM, planted, write
 
 

@@ -1,6 +1,7 @@
 """Corpora with planted neighbours: groups of rows about one direction."""
 
 import numpy as np
+
 from unime_st.data import encode_corpus
 
 GROUPS, DIM = 40, 16

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-
 from planted_rows import brute_force, planted, write
+
 from unime_st.data import load_corpus
 from unime_st.search import CorpusSearch, exact, exact_search
 

@@ -1,4 +1,4 @@
-"""The index: what it finds beside exact search, plain faiss on its file, and every way in which it can be out of date."""
+"""The index beside exact search and plain faiss, and every way in which it can be out of date or damaged."""
 
 import json
 import logging
@@ -7,8 +7,8 @@ import faiss
 import numpy as np
 import pyarrow.dataset
 import pytest
-
 from planted_rows import brute_force, planted, write
+
 from unime_st.data import load_corpus
 from unime_st.search import (
     CorpusSearch,
@@ -145,7 +145,7 @@ def test_what_is_there_is_not_built_again(indexed, caplog):
 
 def test_a_large_corpus_gets_one_at_its_first_search(corpus, queries, monkeypatch, caplog):
     monkeypatch.setattr(corpus_search, "EXACT_ROWS", 1500)
-    with pytest.raises(FileNotFoundError, match="has no index. Build it: `unime index "):
+    with pytest.raises(FileNotFoundError, match=r"has no index\. Build it: `unime index "):
         open_index(corpus)
     with caplog.at_level(logging.INFO, "unime_st"):
         search = CorpusSearch(corpus, show_progress_bar=False)
@@ -246,7 +246,7 @@ def test_refused(options, error, told, corpus):
 
 
 def test_too_few_rows(tmp_path):
-    with pytest.raises(ValueError, match="has 15 rows, and an index needs 16. Search it exactly"):
+    with pytest.raises(ValueError, match=r"has 15 rows, and an index needs 16\. Search it exactly"):
         build_index(write(tmp_path / "c", planted(15)))
     index = build_index(write(tmp_path / "d", planted(16), ids=None), show_progress_bar=False)
     assert index.search(planted(16)[:1], 5).rows.shape == (1, 5)
