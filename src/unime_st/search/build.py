@@ -110,7 +110,7 @@ def build_index(
         raise ValueError(
             f"{corpus.folder} has {len(corpus)} rows, and an index needs {LEAST_ROWS}. Search it exactly, without one."
         )
-    sample = RecallSample(corpus, queries)
+    sample = None if queries is None else RecallSample(corpus, queries)
     folder = corpus.folder / FOLDER
     with one_at_a_time(folder):
         remove_leftovers(folder)
@@ -120,7 +120,7 @@ def build_index(
         started = time.perf_counter()
         build = _Build(corpus, precision or (current.about["precision"] if current else "float16"))
         whole = build.whole(show_progress_bar) if current is None else faiss_module().read_index(str(current.path))
-        found = tune(whole, sample, target_recall)
+        found = tune(whole, sample or RecallSample(corpus, None), target_recall)
         build.write(whole, {**found, "seconds": round(time.perf_counter() - started, 1)})
     index = open_index(corpus)
     logger.info("%r", index)
