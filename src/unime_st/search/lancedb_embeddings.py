@@ -37,16 +37,16 @@ class UnimeEmbeddings(EmbeddingFunction):
         """The number of dimensions of the embeddings."""
         return int(self._loaded().get_embedding_dimension())
 
-    def compute_query_embeddings(self, query: Any, *_: Any, **__: Any) -> list[np.ndarray]:
+    def compute_query_embeddings(self, *args: Any, **_: Any) -> list[np.ndarray | None]:
         """Embed one query; see the class."""
-        return self._encoded([query])
+        return self._encoded([args[0]])
 
-    def compute_source_embeddings(self, inputs: Any, *_: Any, **__: Any) -> list[np.ndarray]:
+    def compute_source_embeddings(self, *args: Any, **_: Any) -> list[np.ndarray | None]:
         """Embed cells of the source column: texts, bytes of images or paths of images."""
-        cells = self.sanitize_input(inputs)
+        cells = self.sanitize_input(args[0])
         return self._encoded([{"image": cell} if self.images and isinstance(cell, str) else cell for cell in cells])
 
-    def _encoded(self, items: list[Any]) -> list[np.ndarray]:
+    def _encoded(self, items: list[Any]) -> list[np.ndarray | None]:
         told = [{"text": item} if isinstance(item, str) else item for item in items]
         return list(self._loaded().encode(told, batch_size=self.batch_size, show_progress_bar=False))
 
