@@ -36,6 +36,7 @@ LAYERS = {
     "data": 2,
     "models": 2,
     "evaluation": 3,
+    "search": 3,
     "hub": 3,
     "model_card": 3,
     "training": 3.5,
@@ -90,7 +91,7 @@ def test_imports_go_down(path):
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PUBLIC_PACKAGES = (
     "unime_st",
-    *(f"unime_st.{name}" for name in ("data", "evaluation", "losses", "modules", "samplers")),
+    *(f"unime_st.{name}" for name in ("data", "evaluation", "losses", "modules", "samplers", "search")),
 )
 """Each says in `__all__` what of it is public."""
 PUBLIC_MODULES = {f"unime_st.{name}" for name in ("checkpoints", "columns", "files", "functional", "images", "prompts")}

@@ -107,6 +107,40 @@ def _write(partial: Path, content: bytes | str | np.ndarray, path: Path, put: Ca
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write under, whose file takes the place of ``path`` when the context ends without an error.
+
+    For libraries that write to a name alone; :func:`write_atomically` takes content.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.txt"
+        >>> with whole_file(path) as partial:
+        ...     written = partial.write_text("whole")
+        ...     print(path.exists())
+        False
+        >>> path.read_text()
+        'whole'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
+    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        try:
+            hold(descriptor, wait=True)
+            yield partial
+            os.fsync(descriptor)
+            if fcntl is not None:  # while the lock is held
+                partial.replace(path)
+        finally:
+            os.close(descriptor)
+        if fcntl is None:  # Windows renames no open file
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def checksum(*values: np.ndarray | bytes | str) -> str:
     """Hash what a file holds, array by array; it is kept inside the file and compared when that is read.
 

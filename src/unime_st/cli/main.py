@@ -8,13 +8,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from unime_st.cli import check, encode, evaluate, export, info, search, train
+from unime_st.cli import check, encode, evaluate, export, index, info, search, train
 from unime_st.cli.options import UsageError
 
 COMMANDS = {
     "check": check,
     "train": train,
     "encode": encode,
+    "index": index,
     "search": search,
     "evaluate": evaluate,
     "export": export,

@@ -123,6 +123,10 @@ class EncodedCorpus:
         """The files of embeddings, in the order of their rows."""
         return [self._parts.path(number) for number in range(self.manifest["parts"])]
 
+    def part_checksums(self) -> list[str]:
+        """The checksum of each part's content, by which other files know whether they were made of it."""
+        return [self._parts.recorded_checksum(number) for number in range(self.manifest["parts"])]
+
     def parts(self) -> Iterator[np.ndarray]:
         """Read one part after the other, each ``(n, D)``."""
         yield from (self._parts.embeddings(number) for number in range(self.manifest["parts"]))

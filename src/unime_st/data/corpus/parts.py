@@ -60,6 +60,10 @@ class Parts(ABC):
                 raise self.unreadable(self.path(number), ValueError("its bytes are not those that were written"))
             self._sound.add(number)
 
+    def recorded_checksum(self, number: int) -> str:
+        """A part's checksum as it was written, from the head of its file; computed where none was."""
+        return self._stored_checksum(number) if self.verified else self._checksum(number)
+
     def _checksum(self, number: int) -> str:
         ids = self._read_ids(number) if self._has_ids(number) else None
         return part_checksum(self._read_keys(number), self._read_embeddings(number), ids)

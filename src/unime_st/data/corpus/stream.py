@@ -107,8 +107,8 @@ def check_arguments(model: Any, window_size: int, cache_bytes: int, inputs: Any,
         )
 
 
-def progress_bar(total: int | None, shown: bool | None) -> Any:
-    """A bar that counts rows; None shows it when the log level is INFO or below."""
+def progress_bar(total: int | None, shown: bool | None, task: str = "Encoding") -> Any:
+    """A bar that counts rows of a task; None shows it when the log level is INFO or below."""
     if shown is None:
         shown = logger.isEnabledFor(logging.INFO)
-    return tqdm(total=total, desc="Encoding", unit="row", disable=not shown)
+    return tqdm(total=total, desc=task, unit="row", disable=not shown)
