@@ -179,6 +179,8 @@ def measure_clusters(folder: str) -> dict[str, Any]:
     found = {"clusters_s": round(marks[0], 1), "clusters_and_plan_s": round(marks[1], 1)}
     found |= {"cpu_s": round(time.process_time() - cpu, 1), "peak_mb": peak_mb()}
     edges = rank_edges(folder, sampler)
+    shares = (shared(edges, each) for each in (sampler, clustered(dataset, folder)))
+    found |= dict(zip(("edges_within_batches", "edges_within_random_batches"), shares, strict=True))
     found["recall"] = {name: round(value, 4) for name, value in sampler.recall.items()}
     return {"rows": len(dataset), "global_batch": CLUSTERED_BATCH, "cluster_size": CLUSTER, **found} | {
         "batches": length,
