@@ -171,13 +171,16 @@ def clustered(dataset: Any, folder: str, **options: Any) -> Any:
 
 
 def measure_clusters(folder: str) -> dict[str, Any]:
-    dataset, started = make_dataset(Path(folder)), time.perf_counter()
+    dataset, started, cpu = make_dataset(Path(folder)), time.perf_counter(), time.process_time()
     sampler = clustered(dataset, folder, cluster_size=CLUSTER, range_max=RANKS)
     marks = [time.perf_counter() - started]
     length = len(sampler)
     marks.append(time.perf_counter() - started)
-    found = {"clusters_s": round(marks[0], 1), "clusters_and_plan_s": round(marks[1], 1), "peak_mb": peak_mb()}
+    found = {"clusters_s": round(marks[0], 1), "clusters_and_plan_s": round(marks[1], 1)}
+    found |= {"cpu_s": round(time.process_time() - cpu, 1), "peak_mb": peak_mb()}
     edges = rank_edges(folder, sampler)
+    shares = (shared(edges, each) for each in (sampler, clustered(dataset, folder)))
+    found |= dict(zip(("edges_within_batches", "edges_within_random_batches"), shares, strict=True))
     found["recall"] = {name: round(value, 4) for name, value in sampler.recall.items()}
     return {"rows": len(dataset), "global_batch": CLUSTERED_BATCH, "cluster_size": CLUSTER, **found} | {
         "batches": length,

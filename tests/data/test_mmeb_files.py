@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from unime_st.data import ItemReader, load_mmeb_eval, load_mmeb_train, resolve_image
 from unime_st.data.parquet import clean_text
+from unime_st.evaluation import MMEBEvaluator
 from unime_st.evaluation.mmeb.tasks import META_TASKS
 from unime_st.prompts import TARGET_INSTRUCTIONS
 from unime_st.samplers import FalseNegativeAwareBatchSampler
@@ -429,3 +430,13 @@ def test_the_instructions_of_b3_cover_its_sets():
 def test_target_instructions_of_another_kind_are_refused(root, given):
     with pytest.raises(TypeError, match="`target_instructions"):
         load_mmeb_train(root, target_instructions=given)
+
+
+def test_the_evaluator_takes_target_instructions_by_task(tmp_path):
+    for name in ("ImageNet-1K", "CIRR"):
+        write(tmp_path, name, [{"qry_text": "q", "qry_img_path": "", "tgt_text": ["a"], "tgt_img_path": [""]}], "test")
+    evaluator = MMEBEvaluator(tmp_path, ["ImageNet-1K", "CIRR"], target_instructions=TARGET_INSTRUCTIONS)
+    read = [task.load(on_error="raise").items for task in evaluator._tasks]
+    assert read == [[{"text": "q"}, {"text": "Represent the class label: a"}], [{"text": "q"}, {"text": "a"}]]
+    with pytest.raises(TypeError, match="`target_instructions` has 'CIRR': 5"):
+        MMEBEvaluator(tmp_path, target_instructions={"CIRR": 5})
