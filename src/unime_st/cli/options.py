@@ -65,3 +65,28 @@ def read_pairs(given: argparse.Namespace) -> Any:
         separator=given.separator,
         encoding=given.encoding,
     )
+
+
+def add_input_options(parser: Any) -> None:
+    """Options of what is encoded, with the names of :func:`~unime_st.data.load_inputs`; a parser's, or a group's."""
+    parser.add_argument("--columns", help="to encode, several parted by commas (default: the target's)")
+    parser.add_argument("--id-column", help="tells each row's id (default: its image's path, else its text)")
+    parser.add_argument("--image-root", help="folder of the images (default: the data's own)")
+    parser.add_argument("--split", help="of a saved data set with several")
+    parser.add_argument("--separator", help="of a .csv's cells (default: the one found)")
+    parser.add_argument("--encoding", default="utf-8-sig", help="of a file of text (default: UTF-8)")
+
+
+def read_inputs(data: str, given: argparse.Namespace) -> Any:
+    """The inputs that the options above tell of."""
+    from unime_st.data import load_inputs
+
+    return load_inputs(
+        data,
+        columns=columns_of(given.columns),
+        id_column=given.id_column,
+        image_root=given.image_root,
+        split=given.split,
+        separator=given.separator,
+        encoding=given.encoding,
+    )
