@@ -125,7 +125,7 @@ def test_a_refused_input_spoils_no_other(client, world):
         ({"input": "a", "model": "gpt"}, 404, "There is no model 'gpt'"),
         ({"input": "a", "temperature": 1}, 400, "temperature"),
         ({"input": "a \ud800 b"}, 422, "is not valid UTF-8"),
-        ({"input": "a", "\ud800": 1}, 400, "Extra inputs"),
+        ({"input": "a", "\ud800": 1}, 400, "unicode"),
         ({"input": "a", "model": "\ud800"}, 404, "There is no model"),
     ],
 )

@@ -94,8 +94,8 @@ async function run(state) {
     show(told.results);
     const took = told.milliseconds;
     const what = name === undefined ? "" : `More like ${name}: `;
-    const found = told.results.length ? `${told.results.length} of ${told.rows.toLocaleString("en")} rows` : nothing(state);
-    say(`${what}${found}, ${Math.round(took.embedding + took.search)} ms`);
+    const found = `${what}${told.results.length} of ${told.rows.toLocaleString("en")} rows`;
+    say(told.results.length ? `${found}, ${Math.round(took.embedding + took.search)} ms` : nothing(state));
     more.hidden = told.results.length < state.k || state.k >= about.max_results;
   } catch (problem) {
     if (number !== latest) return;
@@ -108,8 +108,8 @@ async function run(state) {
 }
 
 function nothing(state) {
-  if (!about.rows) return "the corpus is empty, so nothing was found";
-  return state.prefix ? `no id begins with “${state.prefix}”, so nothing was found` : "nothing was found";
+  if (!about.rows) return "This corpus is empty: there is nothing to find yet.";
+  return state.prefix ? `No id begins with “${state.prefix}”: nothing was found.` : "Nothing was found.";
 }
 
 function go(asked) {
