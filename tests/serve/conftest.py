@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 from serve_data import HOSTILE, drawing
 
-from unime_st import build_encoder
+from unime_st import build_encoder, export_encoder, load_encoder
 from unime_st.data import encode_corpus, load_inputs
 from unime_st.search import CorpusSearch
 from unime_st.serve import Limits, create_app
@@ -24,7 +24,8 @@ def world(backbone, tmp_path_factory):
         drawing(number).save(photos / f"{'ab'[number % 2]}_{number}.png")
     texts = [*HOSTILE, *(f"sentence {number}, in {'xyz'[number % 3] * 4}" for number in range(24))]
     (root / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    model = build_encoder(backbone("qwen2_vl"), device="cpu")
+    export_encoder(build_encoder(backbone("qwen2_vl"), device="cpu"), root / "encoder")
+    model = load_encoder(root / "encoder", device="cpu")
     found = SimpleNamespace(model=model, root=root, photos=photos, texts=texts, inputs={}, search={})
     for name, source in (("images", photos), ("texts", root / "texts.jsonl")):
         found.inputs[name] = load_inputs(source)

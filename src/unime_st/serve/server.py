@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import uvicorn
@@ -95,4 +96,5 @@ def serve(
     server = uvicorn.Server(config)
     if ready is not None:
         ready(server)
-    server.run(sockets=[listening])
+    with suppress(KeyboardInterrupt):  # which it raises again once it has ended in order
+        server.run(sockets=[listening])
