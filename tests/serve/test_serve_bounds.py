@@ -3,6 +3,8 @@
 import json
 import struct
 import sys
+import time
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -145,3 +147,30 @@ def test_nothing_is_written(client):
 def test_bounds_that_are_none_are_refused(name, value):
     with pytest.raises((TypeError, ValueError), match=name):
         Limits(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"input": [' + b"[]," * 3_000_000 + b"[]]}", 413),
+        (b'{"input": [' + b"[]," * 60_000 + b"[]]}", 400),
+        (b'{"messages": [' + b'{"role":7},' * 50_000 + b"{}]}", 400),
+        (b'{"input": "a"' + b"".join(b',"x%d":1' % number for number in range(100_000)) + b"}", 400),
+        (b'{"input": ["' + b'","'.join([b"a"] * 150_000) + b'"]}', 400),
+    ],
+    ids=["three million lists", "lists", "messages", "fields", "texts"],
+)
+def test_bodies_of_many_parts_take_neither_time_nor_memory(client, body, status):
+    one = client()
+    tracemalloc.start()
+    started = time.perf_counter()
+    answer = one.post("/v1/embeddings", content=body, headers={"Content-Type": "application/json"})
+    took, peak = time.perf_counter() - started, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(message_of(answer, status)) < 300
+    assert took < 20  # tracing slows it by ten
+    assert peak < 10 * len(body) + 60_000_000
+
+
+def test_commas_of_texts_are_no_parts(client):
+    assert client().post("/search", json={"text": "," * 1000, "instruction": "[{,"}).status_code == 200

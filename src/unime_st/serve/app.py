@@ -101,8 +101,8 @@ def _add_search(app: FastAPI, searcher: Searcher) -> None:
         return JSONResponse(await searcher(asked))
 
     @app.get("/thumbnails/{row}")
-    def thumbnail(row: int) -> Response:
-        return Response(searcher.thumbnail(row), media_type="image/webp")
+    async def thumbnail(row: int) -> Response:
+        return Response(await searcher.thumbnail(row), media_type="image/webp")
 
 
 def _add_embeddings(app: FastAPI, encoder: Encoder, name: str) -> None:

@@ -15,7 +15,7 @@ from unime_st.serve.batching import Batcher, Refusal
 from unime_st.serve.limits import Limits, Room
 from unime_st.serve.requests import EmbeddingsRequest, Reader, SearchRequest, inputs_of, query_of, texts_of
 
-_READ_AT_ONCE = 2  # requests, whose images are decoded
+_OPENED_AT_ONCE = 2  # requests whose images are decoded
 _LARGEST_REQUESTS = 4  # whose images may be held at once
 _BY_INPUT = (ValueError, TypeError, OSError)  # what `encode` raises for an input that it does not take
 
@@ -43,13 +43,12 @@ class Encoder:
     def __init__(self, model: Any, limits: Limits) -> None:
         self.model, self.limits = model, limits
         self._pixels = Room(_LARGEST_REQUESTS * limits.max_pixels, "images")
+        self._readers = anyio.CapacityLimiter(_OPENED_AT_ONCE)
         self._batcher: Batcher | None = None
-        self._readers: anyio.CapacityLimiter | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """While this is entered, requests are taken."""
-        self._readers = anyio.CapacityLimiter(_READ_AT_ONCE)
         async with Batcher(self._encode, self.limits) as self._batcher:
             yield
 

@@ -20,6 +20,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 OPEN_PATHS = ("/token", "/page/style.css")
 """What needs no token: giving it, and the style of the page that asks for it."""
 
+_MARKS_OF_INPUT = 16  # brackets and commas of JSON, beside those in texts; base64 has none
+
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -128,7 +130,13 @@ class Gate:
             raise HTTPException(408, f"The body did not arrive within {seconds}.", {"Connection": "close"}) from None
         if total > self.limits.max_bytes:
             raise HTTPException(413, f"The body has more than the {self.limits.max_bytes:,} bytes that it may have.")
-        whole: Message | None = {"type": "http.request", "body": b"".join(chunks), "more_body": False}
+        body = b"".join(chunks)
+        if (
+            sum(body.count(mark) for mark in b"[{,")
+            > self.limits.max_characters + _MARKS_OF_INPUT * self.limits.max_inputs
+        ):
+            raise HTTPException(413, "The body has more parts than its inputs can have.")  # each takes much memory
+        whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
         async def give() -> Message:
             nonlocal whole

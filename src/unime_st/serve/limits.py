@@ -9,6 +9,8 @@ from starlette.exceptions import HTTPException
 
 from unime_st.arguments import require_number
 
+MOST_INPUTS = 4096
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -17,7 +19,7 @@ class Limits:
     Attributes:
         max_bytes: Of a request's body; images arrive in base64, so a file may have three quarters of it.
         max_pixels: Of the images of a request together.
-        max_inputs: Of a request.
+        max_inputs: Of a request, 4,096 at most.
         max_characters: Of the texts of a request together.
         max_results: Rows that a search returns at most.
         batch_size: Inputs, of whatever requests, that the model is given at once.
@@ -36,7 +38,7 @@ class Limits:
     """
 
     max_bytes: int = 20 * 2**20
-    max_pixels: int = 50_000_000
+    max_pixels: int = 30_000_000
     max_inputs: int = 256
     max_characters: int = 200_000
     max_results: int = 200
@@ -52,6 +54,8 @@ class Limits:
                 require_number(name, value, least=0, whole=False)
             else:
                 require_number(name, value, least=1)
+        if self.max_inputs > MOST_INPUTS:
+            raise ValueError(f"`max_inputs={self.max_inputs}`, but it must be {MOST_INPUTS} at most.")
 
 
 class Room:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
-from unime_st.serve.limits import Limits, Room
+from unime_st.serve.limits import MOST_INPUTS, Limits, Room
 from unime_st.serve.uploads import bytes_of, open_bounded
 
 ADVICE = {
@@ -19,9 +19,21 @@ ADVICE = {
 }
 """Field -> what it may be, for errors; others are described by pydantic."""
 
+_MOST_FIELDS = 20
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_parts(cls, given: Any) -> Any:
+        """An error for each of a hundred thousand parts would cost more than the request."""
+        if isinstance(given, dict):
+            lists = [value for value in given.values() if isinstance(value, list)]
+            if len(given) > _MOST_FIELDS or any(len(value) > MOST_INPUTS for value in lists):
+                raise ValueError(f"more than {_MOST_FIELDS} fields, or than {MOST_INPUTS:,} parts in one")
+        return given
 
 
 class Item(_Strict):
@@ -183,7 +195,7 @@ def advice(error: RequestValidationError) -> HTTPException:
     place = [str(part) for part in first["loc"][1:]]
     if place and place[0] in ADVICE:
         return HTTPException(400, ADVICE[place[0]])
-    return HTTPException(400, f"`{'.'.join(place)[:100] or 'body'}`: {first['msg']}.")
+    return HTTPException(400, f"`{'.'.join(place)[:100] or 'body'}`: {first['msg'].removeprefix('Value error, ')}.")
 
 
 def _chat(messages: list[Message], reader: Reader) -> tuple[list[Any], str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Any, Protocol
 
+import anyio
 import numpy as np
 from anyio.to_thread import run_sync
 from starlette.exceptions import HTTPException
@@ -14,6 +15,7 @@ from unime_st.serve.limits import Limits
 from unime_st.serve.requests import SearchRequest
 from unime_st.serve.rows import Rows
 
+_AT_ONCE = 2  # searches, and images of the corpus that are decoded
 _SAMPLE = 24  # rows shown before anything was asked
 
 
@@ -42,6 +44,7 @@ class Searcher:
 
     def __init__(self, search: Search, inputs: Any, encoder: Encoder, limits: Limits) -> None:
         self.search, self.encoder, self.limits = search, encoder, limits
+        self._readers, self._searches = (anyio.CapacityLimiter(_AT_ONCE) for _ in range(2))
         self.size = len(search.corpus)
         self.rows = Rows(search.corpus, inputs, max_pixels=limits.max_pixels)
 
@@ -68,11 +71,11 @@ class Searcher:
         else:
             if asked.text or asked.image:
                 raise HTTPException(400, "`like` is a query itself. Leave text and image out.")
-            query = await run_sync(self._embedding, asked.like)
+            query = await run_sync(self._embedding, asked.like, limiter=self._searches)
         embedded = perf_counter()
         if asked.k > self.limits.max_results:
             raise HTTPException(400, f"`k` is {asked.k}, and may be {self.limits.max_results} at most.")
-        results = await run_sync(self._nearest, query, asked)
+        results = await run_sync(self._nearest, query, asked, limiter=self._searches)
         took = {"embedding": embedded - started, "search": perf_counter() - embedded}
         return {
             "results": results,
@@ -80,10 +83,10 @@ class Searcher:
             "milliseconds": {name: round(1000 * seconds, 1) for name, seconds in took.items()},
         }
 
-    def thumbnail(self, row: int) -> bytes:
+    async def thumbnail(self, row: int) -> bytes:
         """See :class:`~unime_st.serve.rows.Rows`."""
         self._check(row)
-        return self.rows.thumbnail(row)
+        return await run_sync(self.rows.thumbnail, row, limiter=self._readers)
 
     def _embedding(self, row: int) -> np.ndarray:
         self._check(row)
