@@ -35,6 +35,7 @@ LAYERS = {
     "samplers": 2,
     "data": 2,
     "models": 2,
+    "serve": 2.5,
     "evaluation": 3,
     "search": 3,
     "hub": 3,

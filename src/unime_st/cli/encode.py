@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from unime_st.cli.options import add_source_options, columns_of, say, source_options
+from unime_st.cli.options import add_input_options, read_inputs, say
 
 HELP = "encode a column of a table, or a folder of images, into files; the same command again goes on after a kill"
 EXAMPLE = "unime encode photos photos_encoder/encoder --output photos_corpus"
@@ -16,9 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="a table, a folder of images, ...")
     parser.add_argument("model", metavar="MODEL", help="a saved encoder: Hub name or folder")
     parser.add_argument("--output", required=True, help="folder of the corpus")
-    parser.add_argument("--columns", help="to encode, several parted by commas (default: the target's)")
-    parser.add_argument("--id-column", help="tells each row's id (default: its image's path, else its text)")
-    add_source_options(parser)
+    add_input_options(parser)
     parser.add_argument("--format", choices=["parquet", "npy"], default="parquet", help="(default: %(default)s)")
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="(default: %(default)s)")
     parser.add_argument("--prompt", help="instruction for all inputs, in place of the model's own")
@@ -29,11 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Encode, and say what there is."""
-    from unime_st.data import encode_corpus, load_inputs
+    from unime_st.data import encode_corpus
     from unime_st.modules import load_encoder
 
-    columns = columns_of(given.columns)
-    inputs = load_inputs(given.data, columns=columns, id_column=given.id_column, **source_options(given))
+    inputs = read_inputs(given.data, given)
     model: Any = load_encoder(given.model, device=given.device)
     corpus = encode_corpus(
         model,

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from unime_st.cli import check, encode, evaluate, export, index, info, search, train
+from unime_st.cli import check, encode, evaluate, export, index, info, search, serve, train
 from unime_st.cli.options import UsageError
 
 COMMANDS = {
@@ -17,6 +17,7 @@ COMMANDS = {
     "encode": encode,
     "index": index,
     "search": search,
+    "serve": serve,
     "evaluate": evaluate,
     "export": export,
     "info": info,

@@ -72,3 +72,17 @@ def read_pairs(given: argparse.Namespace) -> Any:
         empty_cells=given.empty_cells,
         **source_options(given),
     )
+
+
+def add_input_options(parser: Any) -> None:
+    """Options of what is encoded, with the names of :func:`~unime_st.data.load_inputs`; a parser's, or a group's."""
+    parser.add_argument("--columns", help="to encode, several parted by commas (default: the target's)")
+    parser.add_argument("--id-column", help="tells each row's id (default: its image's path, else its text)")
+    add_source_options(parser)
+
+
+def read_inputs(data: str, given: argparse.Namespace) -> Any:
+    """The inputs that the options above tell of."""
+    from unime_st.data import load_inputs
+
+    return load_inputs(data, columns=columns_of(given.columns), id_column=given.id_column, **source_options(given))

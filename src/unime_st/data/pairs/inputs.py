@@ -20,20 +20,29 @@ _AT_ONCE = 256
 
 
 class LoadedInputs:
-    """Pairs of id and input, in the order of the rows; images are named, and opened by what encodes them."""
+    """Pairs of id and input, in the order of the rows; images are named, and opened by what encodes them.
+
+    Attributes:
+        columns: The columns that the inputs are made of.
+        ids: Of each row.
+    """
 
     def __init__(self, rows: Dataset, ids: list[str], columns: tuple[str, ...], closed: PairReader) -> None:
-        self._rows, self._ids, self.columns = rows, ids, columns
+        self._rows, self.ids, self.columns = rows, ids, columns
         self._closed = closed
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> tuple[str, Any]:
+        """``(id, input)`` of one row."""
+        return self.ids[row], self._closed(self._rows[row : row + 1])["input"][0]
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         """Yield ``(id, input)``."""
         for start in range(0, len(self), _AT_ONCE):
             items = self._closed(self._rows[start : start + _AT_ONCE])["input"]
-            yield from zip(self._ids[start : start + _AT_ONCE], items, strict=True)
+            yield from zip(self.ids[start : start + _AT_ONCE], items, strict=True)
 
 
 def load_inputs(
