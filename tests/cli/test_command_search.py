@@ -1,6 +1,7 @@
 """`unime encode`, `search`, `evaluate`, `export` and `info`, each against what the library says."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,8 +10,7 @@ from sentence_transformers import SentenceTransformer
 from unime_st import load_encoder
 from unime_st.cli import main
 from unime_st.cli.info import describe
-from unime_st.cli.search import nearest
-from unime_st.data import encode_corpus, load_corpus
+from unime_st.data import load_corpus
 
 
 @pytest.fixture(scope="module")
@@ -45,25 +45,6 @@ def test_search_finds_what_is_nearest(corpus, trained, pairs, capsys):
     assert main([argument for argument in [*base, "number 5 fff"] if argument != "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["1", f"{scores[best[0]]:.3f}", f"{best[0]}.png"]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_search_is_exact_over_parts(seed, tmp_path):
-    rows = np.random.default_rng(seed).integers(-2, 3, (40, 6)).astype(np.float32)  # with equal scores
-    rows[rows.any(axis=1) == 0] = 1
-
-    class Model:
-        def encode(self, items, **options):
-            return rows[[int(item) for item in items]]
-
-    found = encode_corpus(Model(), [str(row) for row in range(40)], tmp_path / "c", model_name="m", window_size=7)
-    query = np.arange(6, dtype=np.float32)
-    cosines = rows @ query / np.linalg.norm(rows, axis=1) / np.linalg.norm(query)
-    expected = sorted(range(40), key=lambda row: (-cosines[row], row))[:9]
-    assert [result["score"] for result in nearest(found, query, 9)] == pytest.approx(
-        cosines[expected].tolist(), abs=1e-5
-    )
-    assert len(nearest(found, query, 100)) == 40
 
 
 def test_a_corpus_of_another_model_is_refused(corpus, backbone, tmp_path, capsys):
@@ -124,3 +105,51 @@ def test_info_reads_no_weights(trained, tmp_path, capsys):
     (tmp_path / "none").mkdir()
     assert main(["info", str(tmp_path / "none")]) == 1
     assert "has no config.json, so it is no model" in capsys.readouterr().err
+
+
+def test_an_index_finds_the_same(corpus, trained, pairs, tmp_path, capsys):
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus, copy)
+    assert main(["index", str(copy), "--quiet"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"{copy}/_search/index.faiss: 24 rows, ")
+    assert "recall@10 1.000 on 12 rows of the corpus, against exact search" in told
+    base = ["search", str(copy), "--model", str(trained / "encoder"), "--device", "cpu", "--top-k", "6", "--json"]
+    asked = ["--image", str(pairs.parent / "7.png"), "number 7 aaa"]
+    found = {}
+    for method in ("exact", "index"):
+        assert main([*base, "--method", method, *asked]) == 0
+        found[method] = json.loads(capsys.readouterr().out)
+    assert found["exact"]["query"] == found["index"]["query"] == {"image": asked[1], "text": asked[2]}
+    rows = {method: [row["row"] for row in one["results"]] for method, one in found.items()}
+    assert rows["exact"] == rows["index"]
+    model = load_encoder(trained / "encoder", device="cpu")
+    scores = np.asarray(load_corpus(copy)) @ model.encode([{"image": asked[1], "text": asked[2]}])[0]
+    assert rows["exact"] == np.argsort(-scores, kind="stable")[:6].tolist()
+
+
+@pytest.mark.parametrize("method", ["exact", "index"])
+def test_a_prefix_of_ids(method, corpus, trained, tmp_path, capsys):
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus, copy)
+    base = ["search", str(copy), "x", "--model", str(trained / "encoder"), "--device", "cpu", "--method", method]
+    assert main([*base, "--quiet", "--id-prefix", "1"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 10  # of the eleven: 1.png and 10.png to 19.png
+    assert all(line.split()[2].startswith("1") for line in shown)
+    assert main([*base, "--quiet", "--id-prefix", "photos/"]) == 0
+    assert capsys.readouterr().out == "no id begins with 'photos/'\n"
+
+
+def test_an_index_tuned_on_encoded_queries(corpus, trained, pairs, tmp_path, capsys):
+    copy, asked = tmp_path / "corpus", tmp_path / "captions"
+    shutil.copytree(corpus, copy)
+    arguments = ["encode", str(pairs), str(trained / "encoder"), "--output", str(asked), "--columns", "caption"]
+    assert main([*arguments, "--id-column", "image", "--device", "cpu", "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["index", str(copy), "--queries", str(asked), "--precision", "int8", "--quiet"]) == 0
+    assert "on 12 given queries" in capsys.readouterr().out
+    assert main(["index", str(copy), "--target-recall", "2"]) == 1
+    assert "`target_recall=2.0`, but recall is at most 1." in capsys.readouterr().err
+    assert main(["index", str(tmp_path)]) == 1
+    assert "holds no encoded corpus" in capsys.readouterr().err

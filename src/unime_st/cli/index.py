@@ -22,8 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         choices=["float16", "int8"],
-        default="float16",
-        help="of the rows' copies in the index (default: %(default)s)",
+        help="of the rows' copies in the index (default: as it is, float16 for a new one)",
     )
     parser.add_argument("--target-recall", type=float, default=0.97, help="recall@10 to reach (default: %(default)s)")
     parser.add_argument("--rebuild", action="store_true", help="build anew what is there")

@@ -51,7 +51,7 @@ _SEED = 0
 def build_index(
     corpus: EncodedCorpus,
     *,
-    precision: Literal["float16", "int8"] = "float16",
+    precision: Literal["float16", "int8"] | None = None,
     queries: Any = None,
     target_recall: float = 0.97,
     rebuild: bool = False,
@@ -71,7 +71,8 @@ def build_index(
 
     Args:
         corpus: See :func:`~unime_st.data.load_corpus`.
-        precision: Of the rows' copies: 2 bytes a dimension or 1.
+        precision: Of the rows' copies: 2 bytes a dimension (``"float16"``) or 1 (``"int8"``); None keeps that of an
+            index that is there, and takes float16 for a new one.
         queries: Embeddings ``(Q, D)`` of queries as they will be asked, to tune and measure recall on; given for an
             index that is there, it is tuned anew. None takes 256 rows of the corpus, each without itself. Queries of
             another kind than the rows, such as texts for images, lie elsewhere and find less: give some.
@@ -103,13 +104,13 @@ def build_index(
     require_number("target_recall", target_recall, above=0, whole=False)
     if target_recall > 1:
         raise ValueError(f"`target_recall={target_recall}`, but recall is at most 1.")
-    if precision not in PRECISIONS:
+    if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"`precision={precision!r}`, but it must be one of {', '.join(PRECISIONS)}.")
     if len(corpus) < LEAST_ROWS:
         raise ValueError(
             f"{corpus.folder} has {len(corpus)} rows, and an index needs {LEAST_ROWS}. Search it exactly, without one."
         )
-    sample = RecallSample(corpus, queries)
+    sample = None if queries is None else RecallSample(corpus, queries)
     folder = corpus.folder / FOLDER
     with one_at_a_time(folder):
         remove_leftovers(folder)
@@ -117,16 +118,16 @@ def build_index(
         if current is not None and queries is None:
             return current
         started = time.perf_counter()
-        build = _Build(corpus, precision)
+        build = _Build(corpus, precision or (current.about["precision"] if current else "float16"))
         whole = build.whole(show_progress_bar) if current is None else faiss_module().read_index(str(current.path))
-        found = tune(whole, sample, target_recall)
+        found = tune(whole, sample or RecallSample(corpus, None), target_recall)
         build.write(whole, {**found, "seconds": round(time.perf_counter() - started, 1)})
     index = open_index(corpus)
     logger.info("%r", index)
     return index
 
 
-def _current(corpus: EncodedCorpus, precision: str) -> SearchIndex | None:
+def _current(corpus: EncodedCorpus, precision: str | None) -> SearchIndex | None:
     """The index that is there, if it can be used."""
     try:
         index = open_index(corpus, verify=True)
@@ -135,7 +136,7 @@ def _current(corpus: EncodedCorpus, precision: str) -> SearchIndex | None:
     except (StaleIndexError, DamagedIndexError) as error:
         logger.warning("%s It is built anew now.", str(error).partition(" Build ")[0])
         return None
-    if index.about["precision"] != precision:
+    if precision not in (None, index.about["precision"]):
         logger.info("The index is of precision %s; it is built anew.", index.about["precision"])
         return None
     return index
@@ -228,7 +229,12 @@ class _Build:
         count = min(len(self.corpus), max(_SAMPLED_PER_CELL * self.cells, 4096))
         logger.info("Training the index's %d cells on %d of %d rows", self.cells, count, len(self.corpus))
         chosen = np.random.default_rng(_SEED).choice(len(self.corpus), count, replace=False)
-        index.train(unit_rows(self.corpus.rows(np.sort(chosen))))
+        rows = unit_rows(self.corpus.rows(np.sort(chosen)))
+        cells.train_q1(count, faiss.swig_ptr(rows), False, cells.metric_type)
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)  # many small steps: threads wait for each other longer than they work
+        index.train(rows)
+        faiss.omp_set_num_threads(threads)
         return index
 
     def _write_piece(self, trained: Path, rows: range, path: Path) -> None:

@@ -10,7 +10,7 @@ from unime_st.data import EncodedCorpus
 from unime_st.search.build import build_index
 from unime_st.search.exact import Found, exact_search, unit_queries
 from unime_st.search.ids import RowIds
-from unime_st.search.index import SearchIndex
+from unime_st.search.index import DamagedIndexError, SearchIndex, StaleIndexError, open_index
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class CorpusSearch:
 
     Example:
         >>> import tempfile
+        >>> import numpy as np
         >>> from unime_st.data import encode_corpus
         >>> class Points:  # stands for a model
         ...     def encode(self, items, **options):
@@ -63,7 +64,7 @@ class CorpusSearch:
         self.corpus = corpus
         self.index: SearchIndex | None = None
         if method == "index" or (method == "auto" and len(corpus) >= EXACT_ROWS):
-            self.index = build_index(corpus, show_progress_bar=show_progress_bar)
+            self.index = _opened_or_built(corpus, show_progress_bar)
         self.ids = RowIds(corpus) if self.index is None else self.index.ids
 
     def search(self, queries: Any, top_k: int = 10, *, id_prefix: str | None = None) -> Found:
@@ -102,3 +103,11 @@ class CorpusSearch:
             {"row": row, **({"id": self.ids.of_row(row)} if with_ids else {}), "score": round(score, 6)}
             for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True)
         ]
+
+
+def _opened_or_built(corpus: EncodedCorpus, shown: bool | None) -> SearchIndex:
+    try:
+        return open_index(corpus)
+    except (FileNotFoundError, StaleIndexError, DamagedIndexError):
+        logger.info("%s is searched through an index, which is built now, once", corpus.folder)
+        return build_index(corpus, show_progress_bar=shown)

@@ -80,8 +80,10 @@ def exact_search(corpus: EncodedCorpus, queries: Any, top_k: int = 10, *, among:
     require_count("top_k", top_k)
     asked = unit_queries(queries, corpus.shape[1])
     best = Found(np.empty((len(asked), 0), np.float32), np.empty((len(asked), 0), np.int64))
-    for block, rows in _blocks(corpus, among):
-        scores, numbers = asked @ unit_rows(rows).T, block  # (Q, n), (n,)
+    for block, stored in _blocks(corpus, among):
+        rows = np.asarray(stored, dtype=np.float32)
+        lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+        scores, numbers = asked @ rows.T / np.maximum(lengths, 1e-12), block  # (Q, n), (n,)
         if best.rows.shape[1] == top_k:
             worth = np.flatnonzero((scores > best.scores[:, -1:]).any(axis=0))
             scores, numbers = scores[:, worth], block[worth]

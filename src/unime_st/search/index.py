@@ -19,6 +19,9 @@ from unime_st.search.ids import RowIds
 FOLDER = "_search"  # pyarrow and datasets pass over names that begin so
 INDEX, IDS, ABOUT = "index.faiss", "ids.arrow", "index.json"
 FORMAT_VERSION = 1
+AT = 10
+"""The number of nearest rows for which recall is measured."""
+
 _READ_AT_ONCE = 1 << 22
 
 
@@ -64,14 +67,15 @@ class SearchIndex:
     def search(self, queries: np.ndarray, top_k: int) -> Found:
         """The nearest rows of queries ``(Q, D)`` of length 1, ``(Q, min(top_k, N))``: most of them, never fewer."""
         faiss = faiss_module()
-        top_k = min(top_k, len(self))
-        scores, rows = self._whole.search(queries, top_k)
+        wanted = min(max(top_k, AT), len(self))  # for fewer, fewer rows would be scored than recall was measured with
+        scores, rows = self._whole.search(queries, wanted)
         short = np.flatnonzero((rows < 0).any(axis=1))
         if len(short):  # the cells that were looked at hold fewer
             every = faiss.SearchParametersIVF(nprobe=self._cells.nlist)
             wider = faiss.IndexRefineSearchParameters(k_factor=self._whole.k_factor, base_index_params=every)
-            scores[short], rows[short] = self._whole.search(queries[short], top_k, params=wider)
-        return _in_order(scores, rows)
+            scores[short], rows[short] = self._whole.search(queries[short], wanted, params=wider)
+        found = _in_order(scores, rows)
+        return Found(found.scores[:, :top_k], found.rows[:, :top_k])
 
     def search_among(self, queries: np.ndarray, top_k: int, among: np.ndarray) -> Found:
         """The nearest of some rows, ``(Q, min(top_k, n))``: each of them is compared, none is missed."""

@@ -10,13 +10,13 @@ import numpy as np
 from unime_st.data import EncodedCorpus
 from unime_st.embedding.approximate import import_faiss
 from unime_st.search.exact import exact_search, unit_queries
+from unime_st.search.index import AT
 
 logger = logging.getLogger(__name__)
 
-AT = 10
 SAMPLE = 256
-_DEPTHS = (10, 20, 50, 100)  # rows scored for each that is asked for
-_MORE_DEPTHS = (200, 400, 800)
+_DEPTHS = (10, 20, 50, 100, 200)  # rows scored for each that is asked for
+_GIVEN_UP = 0.002  # of the recall of looking at everything, where that does not reach the target
 _SEED = 1
 _TIE = 1e-6
 
@@ -81,21 +81,23 @@ def _reconstructed(copies: Any, rows: np.ndarray) -> np.ndarray:
 
 
 def tune(index: Any, sample: RecallSample, target: float) -> dict[str, Any]:
-    """Set the fewest cells and rows to look at that reach a recall, and tell what is found on the other queries."""
+    """Set the fewest cells and rows to look at that reach a recall, and tell what is found on the other queries.
+
+    Where looking at everything does not reach it, what finds about as much as that is chosen.
+    """
     faiss = import_faiss()
     cells = faiss.downcast_index(index.base_index)
     even, odd = np.arange(0, len(sample.queries), 2), np.arange(1, len(sample.queries), 2)
     held = odd if len(odd) else even
 
-    def reaches(probes: int, depth: int) -> bool:
+    def recall_of(probes: int, depth: int) -> float:
         cells.nprobe, index.k_factor = probes, depth
-        return sample.recall(index, even) >= target
+        return sample.recall(index, even)
 
+    goal = min(target, recall_of(cells.nlist, _DEPTHS[-1]) - _GIVEN_UP)
     every = [2**power for power in range((cells.nlist - 1).bit_length())] + [cells.nlist]
-    probes = next((count for count in every if reaches(count, _DEPTHS[-1])), None)
-    depths = _MORE_DEPTHS if probes is None else _DEPTHS
-    probes = probes or cells.nlist
-    depth = next((count for count in depths if reaches(probes, count)), depths[-1])
+    probes = next(count for count in every if recall_of(count, _DEPTHS[-1]) >= goal)
+    depth = next(count for count in _DEPTHS if recall_of(probes, count) >= goal)
     cells.nprobe, index.k_factor = probes, depth
     recall = sample.recall(index, held)
     if recall < target:

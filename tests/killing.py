@@ -44,7 +44,7 @@ def run_with_kills(job, written, folder, *, kills, seed, most):
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = [job.__module__, job.__name__, written.__name__, str(folder), str(kills), str(seed), str(most)]
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path]
+    paths = [str(Path(__file__).parent), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     done = subprocess.run([sys.executable, __file__, *names], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
