@@ -16,7 +16,10 @@ from serve_data import TOKEN, drawing, file_of
 from unime_st.serve import create_app
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or ""
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: `apt-get install chromium`, or name it by CHROMIUM")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium: `apt-get install chromium`, or name it by CHROMIUM"),
+]
 SIZES = {"wide": (1280, 860), "phone": (390, 780)}
 
 
