@@ -12,6 +12,7 @@ from unime_st import load_encoder
 from unime_st.cli import main
 from unime_st.cli.info import describe
 from unime_st.data import load_corpus
+from unime_st.data.corpus.encoded import read_manifest, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -154,5 +155,9 @@ def test_an_index_tuned_on_encoded_queries(corpus, trained, pairs, tmp_path, cap
     assert "on 12 given queries" in capsys.readouterr().out
     assert main(["index", str(copy), "--target-recall", "2"]) == 1
     assert "`target_recall=2.0`, but recall is at most 1." in capsys.readouterr().err
+    manifest = read_manifest(asked)
+    write_manifest(asked, {**manifest, "model": "another"})
+    assert main(["index", str(copy), "--queries", str(asked), "--quiet"]) == 1
+    assert "so they do not compare. Encode the queries with the corpus's own" in capsys.readouterr().err
     assert main(["index", str(tmp_path)]) == 1
     assert "holds no encoded corpus" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from planted_rows import brute_force, planted, write
 
 from unime_st.data import load_corpus
@@ -24,6 +25,28 @@ def test_of_equal_rows_the_first_is_nearer(tmp_path):
     rows = np.tile(planted(5), (9, 1))
     found = exact_search(write(tmp_path / "c", rows, window_size=4), rows[3], 4)
     assert found.rows.tolist() == [[3, 8, 13, 18]]
+
+
+def test_queries_may_be_tensors_of_half_precision(corpus, rows):
+    query = torch.tensor(rows[:3], dtype=torch.bfloat16, requires_grad=True)
+    found = exact_search(corpus, query, 2)
+    expected = exact_search(corpus, query.detach().float().numpy(), 2)
+    assert np.array_equal(found.rows, expected.rows)
+    assert found.rows[:, 0].tolist() == [0, 1, 2]
+
+
+def test_a_corpus_that_grows_is_searched_as_it_was_opened(tmp_path):
+    """Its last part, which was not full, is written again with more rows."""
+    rows = planted(190)
+    corpus = write(tmp_path / "c", rows[:150])
+    begun = CorpusSearch(corpus)
+    assert begun.hits(rows[3], 1)[0]["row"] == 3
+    write(tmp_path / "c", rows)
+    for search in (begun, CorpusSearch(corpus)):  # ids read before, and after
+        for prefix in (None, "a/"):
+            among = range(0, 150, 1 if prefix is None else 2)
+            numbers, _ = brute_force(rows, rows[180:181], 5, among)
+            assert [hit["row"] for hit in search.hits(rows[180], 5, id_prefix=prefix)] == numbers[0].tolist()
 
 
 def test_fewer_rows_than_asked_for_are_all_there(corpus, queries):
@@ -49,6 +72,7 @@ def test_a_prefix_chooses_rows(prefix, rows, corpus, queries):
 
 
 def test_a_prefix_of_nothing_finds_nothing(corpus, queries):
+    assert CorpusSearch(corpus).search(queries, 7, id_prefix="a\ud800").rows.shape == (30, 0)
     assert CorpusSearch(corpus).search(queries, 7, id_prefix="c").rows.shape == (30, 0)
     assert CorpusSearch(corpus).hits(queries[0], id_prefix="c") == []
 

@@ -7,7 +7,7 @@ import faiss
 import numpy as np
 import pyarrow.dataset
 import pytest
-from planted_rows import brute_force, planted, write
+from planted_rows import DIM, brute_force, planted, write
 
 from unime_st.data import load_corpus
 from unime_st.search import (
@@ -95,6 +95,15 @@ def test_never_fewer_than_asked_for(indexed, queries):
     assert found.rows.min() >= 0
     assert all(len(set(row)) == 1200 for row in found.rows.tolist())
     assert CorpusSearch(indexed, method="index").search(queries, 9999).rows.shape == (30, 1500)
+
+
+def test_a_query_of_zeros_is_as_near_to_all(indexed, tmp_path):
+    """To codes it is no query: they find nothing, and scores of nothing are no cosines."""
+    for corpus in (indexed, write(tmp_path / "zeros", np.zeros((200, DIM), np.float32))):
+        found = CorpusSearch(corpus, method="index").search(np.zeros(DIM), 20)
+        assert found.scores.tolist() == [[0.0] * 20]
+        assert found.rows.tolist() == [list(range(20))]
+        assert CorpusSearch(corpus, method="index").hits(np.zeros(DIM), 1)[0]["row"] == 0
 
 
 @pytest.mark.parametrize("prefix", ["a/", "b/1", "b/1499", ""])

@@ -125,6 +125,7 @@ def test_who_has_gone_is_not_encoded():
         await asyncio.sleep(0.02)
         gone.cancel()
         await asyncio.sleep(0.02)
+        assert [one.item for one in batcher._waiting] == ["stays"]  # images are large
         go_on.set()
         await asyncio.gather(first, stays)
         return batcher.room.held

@@ -56,6 +56,21 @@ def test_a_prefix_chooses_ids(client):
     assert one.post("/search", json={"text": "a bus", "prefix": "zzz"}).json()["results"] == []
 
 
+def test_what_is_wrong_inside_is_not_told(client, world, tmp_path):
+    """A damaged part's error names folders of the machine; a prefix where there are no texts is the client's fault."""
+    corpus = encode_corpus(world.model, ["a", "b"], tmp_path / "secret", show_progress_bar=False)
+    with TestClient(
+        create_app(world.model, CorpusSearch(corpus)), base_url="http://localhost", raise_server_exceptions=False
+    ) as one:
+        assert "no ids that are texts" in message_of(one.post("/search", json={"text": "a", "prefix": "a"}), 400)
+        corpus.files[0].write_bytes(b"")
+        answer = one.post("/search", json={"text": "a"})
+        assert answer.status_code == 500
+        assert "secret" not in answer.text
+    half = {"content": b'{"text": "a", "prefix": "\\ud800"}', "headers": {"Content-Type": "application/json"}}
+    assert client().post("/search", **half).json()["results"] == []
+
+
 def test_texts_are_shown_as_they_are(client, world):
     one = client("texts")
     told = one.post("/search", json={"text": "a sentence", "k": 100}).json()["results"]

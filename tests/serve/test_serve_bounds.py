@@ -26,6 +26,14 @@ def png_head(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
 
 
+def tiff_of_one_tile(width, height, side):
+    """A TIFF of that size in a tile of `side` x `side`, all of which is decoded."""
+    packed = zlib.compress(bytes(side * side))
+    tags = {256: width, 257: height, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 134, 325: len(packed)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + packed
+
+
 SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
 BAD = {
     "not an image": (b"plain words", "image/png", 415, "is not an image that can be read"),
@@ -36,6 +44,7 @@ BAD = {
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image/x-eps", 415, "is not an image"),
     "50,000 x 50,000": (png_head(50_000, 50_000), "image/png", 413, "pixels"),
     "9,000 x 9,000": (png_head(9_000, 9_000), "image/png", 413, "pixels"),
+    "a tile of 36 million pixels": (tiff_of_one_tile(16, 16, 6_000), "image/tiff", 413, "pixels"),
     "truncated": (file_of(drawing(1, (300, 300)))[:700], "image/png", 400, "is damaged"),
     "truncated jpeg": (file_of(drawing(1, (300, 300)), "JPEG")[:900], "image/jpeg", 400, "is damaged"),
     "no pixels": (png_head(100, 100), "image/png", 400, "is damaged"),
@@ -54,6 +63,11 @@ def test_bad_images_are_refused_and_the_server_lives(client, name):
         assert words in message_of(one.post(path, json=body), status)
     good = {"input": {"image": uri(file_of(drawing(3)))}}
     assert one.post("/v1/embeddings", json=good).status_code == 200
+
+
+def test_a_tiff_in_tiles_is_taken(client):
+    good = {"input": {"image": uri(tiff_of_one_tile(60, 60, 256), "image/tiff")}}
+    assert client().post("/v1/embeddings", json=good).status_code == 200
 
 
 def test_a_hundred_megabytes_are_refused(client):
@@ -82,7 +96,7 @@ def test_numbers_of_inputs_characters_and_pixels(client):
     assert post({"input": ["a" * 10, "b" * 10]}).status_code == 200
     assert "20 characters" in message_of(post({"input": ["a" * 10, "b" * 11]}), 413)
     assert "20 characters" in message_of(post({"input": "a", "instruction": "i" * 21}), 413)
-    assert "20 characters" in message_of(post({"text": "a" * 21}, "/search"), 413)
+    assert "20 characters" in message_of(post({"text": "a" * 21, "k": 5}, "/search"), 413)
     picture = {"image": uri(file_of(drawing(1, (40, 30))))}
     assert post({"input": [picture, picture]}).status_code == 200
     assert "2,400 pixels" in message_of(post({"input": [picture] * 3}), 413)

@@ -59,6 +59,18 @@ def test_a_browser_is_asked_for_the_token_and_keeps_it(client):
     assert one.get("/about").json()["rows"] == 30
 
 
+def test_who_has_no_token_may_send_little(client):
+    """20 MiB of a form take a processor half a minute, and of strangers' bodies there is no end."""
+    one = client(token=TOKEN, hosts=None)
+    for method, path, body in (
+        ("POST", "/token", b"a=1&" * 2000),
+        ("POST", "/token", b"token=" + b"%41" * 2000),
+        ("GET", "/page/style.css", b" " * 5000),
+    ):
+        assert "4,096 bytes" in message_of(one.request(method, path, content=body), 413)
+    assert one.get("/page/style.css").status_code == 200
+
+
 def test_other_sites_may_not_ask(client):
     one = client()
     for site in ("cross-site", "same-site"):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -90,6 +91,38 @@ def test_clients_that_leave_hold_nothing_up(address):
         with socket.create_connection(("127.0.0.1", port_of(address))) as one:
             one.sendall(head(1000) + b"{")
     assert post(address, "/search", {"text": "alive"})["rows"] == 30
+
+
+def test_a_client_that_leaves_while_it_waits_is_not_encoded_for(address, world, monkeypatch):
+    calls, go_on, encode = [], threading.Event(), world.model.encode
+
+    def slow(items, **options):
+        calls.append([item["text"] for item in items])
+        go_on.wait(30)
+        return encode(items, **options)
+
+    monkeypatch.setattr(world.model, "encode", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(post, address, "/v1/embeddings", {"input": "first"})
+        wait_for(lambda: calls)
+        body = b'{"input": "gone"}'
+        with socket.create_connection(("127.0.0.1", port_of(address))) as one:
+            one.sendall(head(len(body)).replace(b"/search", b"/v1/embeddings") + body)
+            time.sleep(0.3)
+        time.sleep(0.3)
+        stays = pool.submit(post, address, "/v1/embeddings", {"input": "stays"})
+        time.sleep(0.3)
+        go_on.set()
+        assert first.result(30)["data"]
+        assert stays.result(30)["data"]
+    assert calls == [["first"], ["stays"]]
+
+
+def wait_for(condition):
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_connections_are_bounded(make_app):

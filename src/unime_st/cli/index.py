@@ -35,9 +35,18 @@ def run(given: argparse.Namespace) -> int:
     from unime_st.data import load_corpus
     from unime_st.search import build_index
 
-    queries: Any = None if given.queries is None else np.asarray(load_corpus(given.queries))
+    corpus = load_corpus(given.corpus)
+    queries: Any = None
+    if given.queries is not None:
+        asked = load_corpus(given.queries)
+        if asked.manifest["model"] != corpus.manifest["model"]:
+            raise ValueError(
+                f"{asked.folder} was encoded with another model than {corpus.folder}, so they do not compare. Encode "
+                "the queries with the corpus's own."
+            )
+        queries = np.asarray(asked)
     index = build_index(
-        load_corpus(given.corpus),
+        corpus,
         precision=given.precision,
         queries=queries,
         target_recall=given.target_recall,

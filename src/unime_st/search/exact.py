@@ -32,7 +32,7 @@ def unit_queries(queries: Any, dimension: int) -> np.ndarray:
     Raises:
         ValueError: For another dimension, or a number that is not finite.
     """
-    found = np.asarray(queries.detach().cpu() if hasattr(queries, "detach") else queries, dtype=np.float32)
+    found = np.asarray(queries.detach().float().cpu() if hasattr(queries, "detach") else queries, dtype=np.float32)
     found = found[None] if found.ndim == 1 else found
     if found.ndim != 2 or found.shape[1] != dimension:
         raise ValueError(
@@ -106,7 +106,8 @@ def _blocks(corpus: EncodedCorpus, among: np.ndarray | None) -> Iterator[tuple[n
         return
     first = 0
     for part in corpus.parts():
-        for start in range(0, len(part), BLOCK):
-            block = part[start : start + BLOCK]
+        count = min(len(part), len(corpus) - first)  # the last one may have grown since the corpus was opened
+        for start in range(0, count, BLOCK):
+            block = part[start : min(start + BLOCK, count)]
             yield np.arange(first + start, first + start + len(block)), block
-        first += len(part)
+        first += count

@@ -54,7 +54,8 @@ class RowIds:
                 f"The ids of {self.corpus.folder} are integers, so `id_prefix={prefix!r}` chooses nothing. Encode the "
                 "corpus with ids that are strings, or leave the prefix out."
             )
-        return np.flatnonzero(pc.starts_with(ids, pattern=prefix).to_numpy())
+        begins = prefix.encode("utf-8", "surrogatepass")  # half a character, which no id holds, finds nothing
+        return np.flatnonzero(pc.starts_with(ids, pattern=begins).to_numpy())
 
     def _all(self) -> pa.ChunkedArray:
         if self._ids is None and self.path is not None:
@@ -78,7 +79,7 @@ def write_ids(path: Path, corpus: EncodedCorpus) -> None:
 
 def _chunks(corpus: EncodedCorpus) -> Iterator[pa.Array]:
     """The ids as arrays of bounded length."""
-    ids = corpus.ids()
+    ids = islice(corpus.ids(), len(corpus))  # the last part may have grown since the corpus was opened
     kind = None
     while some := list(islice(ids, _AT_ONCE)):
         kind = kind or (pa.string() if isinstance(some[0], str) else pa.int64())

@@ -66,14 +66,11 @@ class SearchIndex:
 
     def search(self, queries: np.ndarray, top_k: int) -> Found:
         """The nearest rows of queries ``(Q, D)`` of length 1, ``(Q, min(top_k, N))``: most of them, never fewer."""
-        faiss = faiss_module()
         wanted = min(max(top_k, AT), len(self))  # for fewer, fewer rows would be scored than recall was measured with
         scores, rows = self._whole.search(queries, wanted)
         short = np.flatnonzero((rows < 0).any(axis=1))
-        if len(short):  # the cells that were looked at hold fewer
-            every = faiss.SearchParametersIVF(nprobe=self._cells.nlist)
-            wider = faiss.IndexRefineSearchParameters(k_factor=self._whole.k_factor, base_index_params=every)
-            scores[short], rows[short] = self._whole.search(queries[short], wanted, params=wider)
+        if len(short):  # the cells that were looked at hold fewer, or codes say nothing of a query of zeros
+            scores[short], rows[short] = self._rows.search(queries[short], wanted)
         found = _in_order(scores, rows)
         return Found(found.scores[:, :top_k], found.rows[:, :top_k])
 

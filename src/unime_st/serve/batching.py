@@ -81,6 +81,9 @@ class Batcher:
             self._waiting.extend(waiting)
             self._arrived.set()
             return list(await asyncio.gather(*(one.done for one in waiting)))
+        except asyncio.CancelledError:  # the client has gone, and what it sent is no longer held
+            self._waiting = deque(one for one in self._waiting if not one.done.done())
+            raise
         finally:
             self.room.give_back(len(items))
 

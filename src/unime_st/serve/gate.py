@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 from http.cookies import CookieError, SimpleCookie
 
+import anyio
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -20,6 +22,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 OPEN_PATHS = ("/token", "/page/style.css")
 """What needs no token: giving it, and the style of the page that asks for it."""
 
+_OPEN_BYTES = 4096  # of a body that needs no token
 _MARKS_OF_INPUT = 16  # brackets and commas of JSON, beside those in texts; base64 has none
 
 HEADERS = {
@@ -67,13 +70,18 @@ class Gate:
 
         held = _Held(self.room)
         try:
-            refusal = self._refusal(scope)
+            refusal, given = self._refusal(scope), receive
             if refusal is None:
-                receive = await self._body(receive, held)
+                most = _OPEN_BYTES if scope["path"] in OPEN_PATHS else self.limits.max_bytes
+                given = await self._body(receive, held, most)
         except HTTPException as error:
             refusal = error_response(error)
         try:
-            await (self.app if refusal is None else refusal)(scope, receive, send_with_headers)
+            if refusal is not None:
+                await refusal(scope, receive, send_with_headers)
+                return
+            async with _while_connected(receive):
+                await self.app(scope, given, send_with_headers)
         finally:
             held.release()
 
@@ -105,7 +113,7 @@ class Gate:
             return False
         return cookie is not None and same(cookie.value, cookie_of(self.token or ""))
 
-    async def _body(self, receive: Receive, held: _Held) -> Receive:
+    async def _body(self, receive: Receive, held: _Held, most: int) -> Receive:
         """Read the whole body into memory; what is beyond the bound is dropped, but read, or no answer would arrive.
 
         Returns:
@@ -120,7 +128,7 @@ class Gate:
                         raise HTTPException(400, "The body did not arrive whole.")
                     chunk = message.get("body", b"")
                     total += len(chunk)
-                    if total <= self.limits.max_bytes:
+                    if total <= most:
                         held.take(len(chunk))
                         chunks.append(chunk)
                     if not message.get("more_body"):
@@ -128,8 +136,8 @@ class Gate:
         except TimeoutError:
             seconds = f"{self.limits.body_seconds:g} seconds"
             raise HTTPException(408, f"The body did not arrive within {seconds}.", {"Connection": "close"}) from None
-        if total > self.limits.max_bytes:
-            raise HTTPException(413, f"The body has more than the {self.limits.max_bytes:,} bytes that it may have.")
+        if total > most:
+            raise HTTPException(413, f"The body has more than the {most:,} bytes that it may have.")
         body = b"".join(chunks)
         if (
             sum(body.count(mark) for mark in b"[{,")
@@ -158,6 +166,23 @@ class _Held:
 
     def release(self) -> None:
         self.room.give_back(self.amount)
+
+
+@asynccontextmanager
+async def _while_connected(receive: Receive) -> AsyncIterator[None]:
+    """Cancel what is within once the client has gone."""
+    with anyio.CancelScope() as work:
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            work.cancel()
+
+        watching = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
 
 
 def error_response(error: HTTPException) -> JSONResponse:

@@ -65,6 +65,10 @@ class Searcher:
         Returns:
             ``results`` (row, id, text, image, score), and the milliseconds that embedding and searching took.
         """
+        if asked.k > self.limits.max_results:
+            raise HTTPException(400, f"`k` is {asked.k}, and may be {self.limits.max_results} at most.")
+        if asked.prefix and self.size and not self.rows.has_text_ids:
+            raise HTTPException(400, "`prefix` chooses nothing: this corpus has no ids that are texts.")
         started = perf_counter()
         if asked.like is None:
             query = await self.encoder.query(asked)
@@ -73,8 +77,6 @@ class Searcher:
                 raise HTTPException(400, "`like` is a query itself. Leave text and image out.")
             query = await run_sync(self._embedding, asked.like, limiter=self._searches)
         embedded = perf_counter()
-        if asked.k > self.limits.max_results:
-            raise HTTPException(400, f"`k` is {asked.k}, and may be {self.limits.max_results} at most.")
         results = await run_sync(self._nearest, query, asked, limiter=self._searches)
         took = {"embedding": embedded - started, "search": perf_counter() - embedded}
         return {
@@ -99,9 +101,6 @@ class Searcher:
     def _nearest(self, query: np.ndarray, asked: SearchRequest) -> list[dict[str, Any]]:
         if not self.size:
             return []
-        try:
-            scores, rows = self.search.search(query[None], asked.k, id_prefix=asked.prefix or None)
-        except ValueError as error:  # a prefix where ids are numbers
-            raise HTTPException(400, str(error)) from error
+        scores, rows = self.search.search(query[None], asked.k, id_prefix=asked.prefix or None)
         found = zip(rows[0].tolist(), scores[0].tolist(), strict=True)
         return [{**self.rows[row], "score": round(score, 4)} for row, score in found]

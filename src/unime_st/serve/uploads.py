@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from unime_st.images import as_rgb
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
 _ADVICE = "Send a PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF."
 
 
@@ -56,7 +57,7 @@ def open_bounded(source: bytes | Path, name: str, take_pixels: Callable[[int], N
     """
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_known_formats()) as image:
-            take_pixels(image.width * image.height)
+            take_pixels(max(image.width * image.height, _pixels_of_tile(image)))
             image.load()
             seen = as_rgb(image, name)
             return seen.copy() if seen is image else seen
@@ -70,6 +71,12 @@ def open_bounded(source: bytes | Path, name: str, take_pixels: Callable[[int], N
         raise HTTPException(415, f"{name} is not an image that can be read. {_ADVICE}") from error
     except Exception as error:  # decoders of damaged files raise whatever they come upon
         raise HTTPException(400, f"{name} is damaged: {str(error) or type(error).__name__}. Save it anew.") from error
+
+
+def _pixels_of_tile(image: Image.Image) -> int:
+    """Of a TIFF's tile, which is decoded whole however small the image is; 0 where there are none."""
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0)
 
 
 def _known_formats() -> tuple[str, ...]:
