@@ -132,3 +132,13 @@ def test_who_has_gone_is_not_encoded():
 
     assert run(encode, work, max_wait=0.0) == 0
     assert calls == [["first"], ["stays"]]
+
+
+def test_too_few_results_are_refused_and_the_thread_lives_on():
+    async def work(batcher):
+        (first,) = await batcher.embed(["none"])
+        return first, await batcher.embed(["a", "b"])
+
+    refused, answered = run(lambda items, prompt: [item for item in items if item != "none"], work)
+    assert isinstance(refused, Refusal)
+    assert answered == ["a", "b"]

@@ -114,16 +114,15 @@ class Batcher:
         results: list[Any] = [Refusal(RuntimeError("not encoded"))] * len(batch)
         for prompt in dict.fromkeys(one.prompt for one in batch):
             places = [place for place, one in enumerate(batch) if one.prompt == prompt]
-            for place, result in zip(
-                places, self._encode_each([batch[place].item for place in places], prompt), strict=True
-            ):
+            found = self._encode_each([batch[place].item for place in places], prompt)
+            for place, result in zip(places, found, strict=True):
                 results[place] = result
         return results
 
     def _encode_each(self, items: list[Any], prompt: str | None) -> list[Any]:
         """Encode inputs together or, where one of them is refused, one by one: the others are not to blame."""
         try:
-            return list(self.encode(items, prompt))
+            return [result for _, result in zip(items, self.encode(items, prompt), strict=True)]
         except Exception as error:  # noqa: BLE001 (whatever it is, it is the answer to who asked)
             if len(items) == 1:
                 return [Refusal(error)]
