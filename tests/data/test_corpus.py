@@ -14,10 +14,10 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 import torch
-from killing import note, notes, run_with_kills
 from sentence_transformers import SentenceTransformer
 
 import unime_st.data.corpus.parts
+from killing import note, notes, run_with_kills
 from tiny import picture
 from tiny_data import COLOURS, tiny_teacher
 from two_processes import run_two

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from killing import note, notes, run_with_kills
 from test_hard_negatives import Hashing, training_set
 
+from killing import note, notes, run_with_kills
 from two_processes import run_two
 from unime_st.data import load_mined_negatives, mine_hard_negatives
 from unime_st.data.mining import mine as hard_negatives

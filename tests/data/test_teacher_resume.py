@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from killing import note, notes, run_with_kills
 from sentence_transformers import SentenceTransformer
 
+from killing import note, notes, run_with_kills
 from tiny_data import COLOURS, tiny_teacher
 from two_processes import run_two
 from unime_st.data import teacher_embeddings
