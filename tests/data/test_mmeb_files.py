@@ -410,6 +410,19 @@ def test_target_instructions_go_before_targets_in_training_and_evaluation(root, 
     assert load_mmeb_eval(tmp_path, "Told", target_instruction="x")[0]["candidates"][0] == {"text": "Find: a car"}
 
 
+@pytest.mark.parametrize(("told", "before"), [(None, ""), ("Find:", "Find: ")])
+def test_texts_are_cleaned_once_and_nothing_is_put_before_nothing(tmp_path, told, before):
+    text = "a  \nb"  # cleaned twice it would lose both blanks
+    write(tmp_path, "Set", [train_row("q", positive=text, neg_text=[text, TAG], neg_image_path=["", ""])])
+    row = load_mmeb_train(tmp_path, target_instructions={"Set": told} if told else None)[0]
+    assert row["positive"] == row["negative_1"] == {"text": f"{before}a \nb"}
+    assert "negative_2" not in row
+    row = {"qry_text": "q", "qry_img_path": "", "tgt_text": [text, TAG, " "], "tgt_img_path": ["", "", ""]}
+    write(tmp_path, "Set", [row], split="test")
+    found = load_mmeb_eval(tmp_path, "Set", target_instruction=told)[0]
+    assert found["candidates"] == [{"text": f"{before}a \nb"}]
+
+
 def test_the_instructions_of_b3_cover_its_sets():
     assert (
         len(TARGET_INSTRUCTIONS) == 23

@@ -210,8 +210,9 @@ class FalseNegativeAwareBatchSampler(DefaultBatchSampler):
 
         Two rows are joined when each has the other's target among its ranks from ``range_min`` to ``range_max``, and
         METIS parts this graph, of each data set by itself with ``homogeneous``; parts are then repaired to exactly
-        ``K`` rows. Rows beyond a multiple of ``K`` are in none. A row that is a false negative of another one in its
-        batch leaves its cluster for another batch, and the log says how many clusters are whole.
+        ``K`` rows. Rows beyond a multiple of ``K`` are in none, and together take the place of a cluster in a batch. A
+        row that is a false negative of another one in its batch leaves its cluster for another batch, and the log says
+        how many clusters are whole.
         """
         return self._clusters
 

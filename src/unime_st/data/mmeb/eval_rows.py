@@ -66,7 +66,7 @@ def eval_pairs(source: Source, told: str | None = None) -> Iterator[tuple[str, P
             where = f"{source.name}, row {number} of {file.name}"
             candidates = []
             for own, path in pair_up(texts, images, where):
-                before = target_instruction or (told if own or path else None)
+                before = target_instruction or (told if path or (told and clean_text(own)) else None)
                 if (own, before) not in cleaned:
                     cleaned[own, before] = clean_text(own, before)
                 candidates.append((cleaned[own, before], path or ""))

@@ -127,15 +127,14 @@ def read_train(
             if not ((anchor or query_image) and (positive or image)):
                 continue
             anchors.add(anchor, query_image)
-            positives.add(clean_text(positive, instruction), image)
+            positives.add(clean_text(text, instruction), image)
             if not any(values[row] for values in wrong):
                 counts.append(0)
                 continue
             where = f"{source.name}, row {row if chosen is None else chosen[row]} of {file.name}"
             own, own_images = (columns[name][row] if name in columns else None for name in NEGATIVE_COLUMNS)
             pairs = pair_up(own, own_images, where)
-            texts_images = ((clean_text(text), image) for text, image in pairs)
-            kept = [(clean_text(text, instruction), image) for text, image in texts_images if text or image]
+            kept = [(clean_text(text, instruction), image) for text, image in pairs if image or clean_text(text)]
             counts.append(sum(others.add(*pair) for pair in kept))
     if not anchors.texts:
         raise ValueError(f"{source.name}: of {read} rows none has a query and a positive. Leave the subset out.")

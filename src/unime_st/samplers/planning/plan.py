@@ -149,8 +149,8 @@ class Planner:
             return order
         clusters = self.clusters.numbers[rows[order]]
         alone = len(self.conflicts) + np.arange(len(rows))
-        _, first, codes = np.unique(np.where(clusters < 0, alone, clusters), return_index=True, return_inverse=True)
-        return order[np.argsort(first[codes], kind="stable")]
+        numbers, codes = np.unique(np.where(clusters < 0, alone, clusters), return_inverse=True)
+        return order[np.argsort(rng.permutation(len(numbers))[codes], kind="stable")]
 
     def _base_of(self, number: int) -> Plan:
         """A pool's plan found once, whose size every epoch keeps; it is the plan of the first epoch."""

@@ -35,7 +35,7 @@ def report_plan(planner: Planner, batch: str, subset_names: Sequence[str]) -> No
     if planner.clusters is not None:
         logger.info(
             "%.1f %% of an epoch's rows are in a batch with their whole cluster; the clusters of the others are broken "
-            "up by false negatives, or were one too many for whole batches.",
+            "up by false negatives, were one too many for whole batches, or gave way to rows in no cluster.",
             100 * planner.whole_clusters(),
         )
     if homogeneous:

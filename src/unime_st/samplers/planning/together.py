@@ -55,10 +55,10 @@ def draw_clusters(
 ) -> np.ndarray:
     """Exchange rows between full bins so that clusters are whole, and return the new bins ``(N,)``.
 
-    Random ones of the ``clusters`` ``(N,)`` (-1 for none) that are here with all their ``size`` rows get a bin as their
-    home, ``per_bin`` each, and their rows come to it in exchange for rows that are not at home there. As in
-    :func:`draw_together`, bins stay full and free of conflicts: a row that conflicts with one that is at home stays
-    away.
+    Random ones of the ``clusters`` ``(N,)`` (-1 for none) that are here with all their ``size`` rows, or of the rows in
+    none where they are fewer, get a bin as their home, ``per_bin`` each. Their rows come to it in exchange for rows
+    that are not at home there. As in :func:`draw_together`, bins stay full and free of conflicts: a row that conflicts
+    with one that is at home stays away.
     """
     homes = _homes(conflicts, clusters, np.repeat(np.arange(int(bins.max(initial=-1)) + 1), per_bin), size, rng)
     table = _Table(conflicts, bins)
@@ -83,13 +83,14 @@ def _homes(
     homes = np.full(len(clusters), -1)
     order = np.argsort(clusters, kind="stable")
     numbers, first, counts = np.unique(clusters[order], return_index=True, return_counts=True)
-    whole = rng.permutation(first[(counts == size) & (numbers >= 0)])
+    # The rows in no cluster, fewer than one holds, come together too: strangers everywhere, they would never be drawn.
+    units = rng.permutation(np.flatnonzero(np.where(numbers < 0, counts < size, counts == size)))
     taken: list[set[int]] = [set() for _ in range(int(slots.max(initial=-1)) + 1)]
     left = rng.permutation(slots).tolist()
-    for start, picks in zip(whole.tolist(), rng.random((len(whole), _BINS)).tolist(), strict=True):
+    for unit, picks in zip(units.tolist(), rng.random((len(units), _BINS)).tolist(), strict=True):
         if not left:
             break
-        rows = order[start : start + size]
+        rows = order[first[unit] : first[unit] + counts[unit]]
         keys = set(conflicts.keys[rows].ravel().tolist()) - {-1}
         place = min((int(pick * len(left)) for pick in picks), key=lambda at: len(keys & taken[left[at]]))
         left[place], left[-1] = left[-1], left[place]
