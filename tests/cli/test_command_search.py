@@ -125,11 +125,13 @@ def test_an_index_finds_the_same(corpus, trained, pairs, tmp_path, capsys):
         found[method] = json.loads(capsys.readouterr().out)
     assert found["exact"]["query"] == found["index"]["query"] == {"image": asked[1], "text": asked[2]}
     rows = {method: [row["row"] for row in one["results"]] for method, one in found.items()}
-    scores = {method: [row["score"] for row in one["results"]] for method, one in found.items()}
-    np.testing.assert_allclose(scores["exact"], scores["index"], atol=2e-3)
+    told = {method: [row["score"] for row in one["results"]] for method, one in found.items()}
+    np.testing.assert_allclose(told["exact"], told["index"], atol=2e-3)
     model = load_encoder(trained / "encoder", device="cpu")
     scores = np.asarray(load_corpus(copy)) @ model.encode([{"image": asked[1], "text": asked[2]}])[0]
     assert rows["exact"] == np.argsort(-scores, kind="stable")[:6].tolist()
+    assert rows["index"][0] == rows["exact"][0]
+    assert np.allclose(scores[rows["index"]], scores[rows["exact"]], atol=1e-3)  # the rows are close to each other
 
 
 @pytest.mark.parametrize("method", ["exact", "index"])

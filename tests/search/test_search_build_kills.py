@@ -1,5 +1,7 @@
 """A build that is killed goes on where it was, and ends with the index of a build never killed."""
 
+import time
+
 import numpy as np
 import pytest
 from planted_rows import planted, write
@@ -10,7 +12,7 @@ from unime_st.search import build as building
 from unime_st.search import build_index, exact_search, open_index
 from unime_st.search.index import INDEX
 
-ROWS = 9 * 1024 + 5  # ten pieces
+ROWS = 19 * 1024 + 5  # twenty pieces
 
 
 def build(folder):
@@ -27,6 +29,7 @@ def noting(folder, name, work):
 
     def noted(self, *given):
         note(folder, [f"{name} {given[1].start}" if name == "_write_piece" else name])
+        time.sleep(0.2)  # so that a kill falls into this piece of work, and not behind the last one
         return work(self, *given)
 
     noted.noted = True
@@ -35,7 +38,7 @@ def noting(folder, name, work):
 
 def written(folder):
     """Whether an index is there; if one is, it can be opened."""
-    corpus = load_corpus(folder / "corpus")
+    corpus = load_corpus(f"{folder}/corpus")
     if not (corpus.folder / "_search" / "index.json").exists():
         return False
     open_index(corpus, verify=True)
@@ -46,13 +49,13 @@ def written(folder):
 def test_kills_cost_a_piece_each_and_change_nothing(seed, tmp_path):
     for name in ("killed", "alone"):
         write(tmp_path / name / "corpus", planted(ROWS), window_size=512)
-    seen = run_with_kills(build, written, tmp_path / "killed", kills=4, seed=seed, most=3)
+    seen = run_with_kills(build, written, tmp_path / "killed", kills=3, seed=seed, most=2)
     assert not any(there for _, there in seen)
     assert run_with_kills(build, written, tmp_path / "alone", kills=0, seed=0, most=1) == []
     alone, killed = notes(tmp_path / "alone"), notes(tmp_path / "killed")
     assert alone == ["_train", *(f"_write_piece {start}" for start in range(0, ROWS, 1024)), "write"]
     assert set(killed) == set(alone)
-    assert len(killed) <= len(alone) + 4
+    assert len(killed) <= len(alone) + 3
     one, other = (load_corpus(tmp_path / name / "corpus") for name in ("killed", "alone"))
     assert (one.folder / "_search" / INDEX).read_bytes() == (other.folder / "_search" / INDEX).read_bytes()
     assert not list((one.folder / "_search").glob(".*partial"))

@@ -149,6 +149,7 @@ class _Build:
         rows, dimension = corpus.shape
         self.corpus, self.precision = corpus, precision
         self.folder = corpus.folder / FOLDER
+        self.owners: tuple[Any, ...] = ()
         self.cells = max(1, math.isqrt(rows))
         codes = dimension // 2 if dimension % 2 == 0 else dimension
         self.factory = f"IVF{self.cells},PQ{codes}x4fs,Refine({PRECISIONS[precision]})"
@@ -179,14 +180,15 @@ class _Build:
                 if not path.exists():
                     self._write_piece(trained, rows, path)
                 bar.update(len(rows))
-        whole = faiss.read_index(str(trained))
-        cells, copies = faiss.downcast_index(whole.base_index), faiss.downcast_index(whole.refine_index)
+        plain = faiss.read_index(str(trained))
+        cells, copies = faiss.downcast_index(plain.base_index), faiss.downcast_index(plain.refine_index)
         for start, path in self._pieces(building):
             piece = faiss.read_index(str(path))
             cells.merge_from(faiss.downcast_index(piece.base_index), start)
             copies.merge_from(faiss.downcast_index(piece.refine_index), 0)
-        whole.ntotal = cells.ntotal
-        return whole
+        packed = faiss.IndexIVFPQFastScan(cells)
+        self.owners = (plain, packed)  # faiss frees the parts of an index with the object that owns them
+        return faiss.IndexRefine(packed, copies)
 
     def write(self, whole: Any, measured: dict[str, Any]) -> None:
         """Put the index in its place, what is known of it last, and remove the pieces."""
@@ -221,7 +223,9 @@ class _Build:
     def _train(self) -> Any:
         """An index without rows, its cells and codes fitted to a sample of the corpus."""
         faiss = faiss_module()
-        index = faiss.index_factory(self.corpus.shape[1], self.factory, faiss.METRIC_INNER_PRODUCT)
+        # Pieces hold plain codes: merging those that are packed for fast scans corrupts memory (faiss 1.15).
+        plain = self.factory.replace("x4fs", "x4")
+        index = faiss.index_factory(self.corpus.shape[1], plain, faiss.METRIC_INNER_PRODUCT)
         cells = faiss.downcast_index(index.base_index)
         for clustering, most in ((cells.cp, _SAMPLED_PER_CELL), (cells.pq.cp, 256)):
             clustering.niter, clustering.seed = 8, _SEED
