@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from pictures import draw
 
-from conftest import draw
 from unime_st.cli import main
 
 

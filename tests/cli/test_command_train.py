@@ -9,11 +9,11 @@ import time
 
 import numpy as np
 import pytest
+from pictures import TRAIN, draw
 from PIL import Image
 from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 
-from conftest import TRAIN, draw
 from unime_st import build_encoder
 from unime_st.cli import main
 from unime_st.data import load_pairs
