@@ -126,7 +126,8 @@ def stage1(seed: int, cache: Path, work: Path) -> Path:
 
 def score(model: Any, benchmark: Any, split: str, settings: DemoSettings, cache: Path) -> dict[str, Any]:
     """Recall@1 both ways over a split's concepts by the trained vendors, and accuracy on their attribute swaps."""
-    from emoji.measure import DRAWINGS, evaluate, hits
+    from emoji.measure import evaluate, hits
+    from emoji.tasks import DRAWINGS
 
     found = evaluate(model, benchmark, split, settings, cache / "embeddings")
     ways = ("text_to_image", "image_to_text")

@@ -29,6 +29,7 @@ from unime_st.published_card import published_card
 _WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 8: "eight"}
 COLUMNS = ("text→image R@1", "image→text R@1", "keywords→image R@1", "definition→image R@1", SWAPS)
 COMPARED = COLUMNS[:-1]
+ROWS = [name for step, name in NAMES.items() if step != "start"]
 
 
 def keep(output: Path) -> None:
@@ -51,28 +52,33 @@ def keep(output: Path) -> None:
 
 
 def demo_tables(results: dict[str, Any], seconds: dict[str, float]) -> str:
-    """The demo's tables, what was compared, and its time."""
-    lines = []
-    for drawings, found in results["tables"].items():
-        rows = [[name, *(shown(values.get(column)) for column in COLUMNS)] for name, values in found.items()]
-        lines += [*table([SEEN[drawings], *COLUMNS], rows), ""]
-    both = results["differences"]
+    """The demo's table, what was compared, and its time."""
+    whose = {drawings: title.removeprefix("Drawings by the ") for drawings, title in SEEN.items()}
     rows = [
-        [f"{SEEN[drawings].removeprefix('Drawings by the ')}: {name}", *(between(values[c]) for c in COMPARED)]
-        for name in list(both["trained"])[:2]
-        for drawings, values in ((drawings, pairs[name]) for drawings, pairs in both.items())
+        [f"{whose[drawings]}: {name}", *(shown(found[name].get(column)) for column in COLUMNS)]
+        for drawings, found in results["tables"].items()
+        for name in ROWS
     ]
-    lines += [*table(["difference (95 % interval, paired by concept)", *COMPARED], rows), ""]
-    found = {drawings: {name: {c: v[c] for c in COMPARED} for name, v in p.items()} for drawings, p in both.items()}
-    lines += [verdict(found, NAMES["ridge"]), "", verdict(found, NAMES["stage2_only"]), ""]
+    pairs = [f"{NAMES['stage2']} − {NAMES[other]}" for other in ("ridge", "stage2_only")]
+    differences = {
+        drawings: {pair: {column: found[pair][column] for column in COMPARED} for pair in pairs}
+        for drawings, found in results["differences"].items()
+    }
+    compared = [
+        [f"{whose[drawings]}: {pair}", *map(between, found[pair].values())]
+        for pair in pairs
+        for drawings, found in differences.items()
+    ]
     training = sum(taken for step, taken in seconds.items() if step.startswith("stage"))
-    lines.append(
-        f"± is the standard error over the test's {results['queries'][COMPARED[0]]} concepts. With the images shuffled "
-        f"among the captions, text→image R@1 is {100 * results['shuffled']:.1f} % (chance "
-        f"{100 * results['chance']:.1f} %). The run took {sum(seconds.values()) / 60:.0f} minutes after set-up, "
-        f"{training / 60:.0f} of them training."
+    told = (
+        f"{verdict(differences, NAMES['ridge'])} {verdict(differences, NAMES['stage2_only'])} ± is the standard error "
+        f"over the test's concepts ({results['queries'][COLUMNS[0]]}; keywords {results['queries'][COLUMNS[2]]}, "
+        f"definitions {results['queries'][COLUMNS[3]]}), one seed. With the images shuffled among the captions, "
+        f"text→image R@1 is {100 * results['shuffled']:.1f} % (chance {100 * results['chance']:.1f} %). The run took "
+        f"{sum(seconds.values()) / 60:.0f} minutes after set-up, {training / 60:.0f} of them training."
     )
-    return "\n".join(lines)
+    lines = [*table(("drawings by", *COLUMNS), rows), "", *table(("95 % interval, by concept", *COMPARED), compared)]
+    return "\n".join([*lines, "", told])
 
 
 def ablation_table(summary: dict[str, Any]) -> str:

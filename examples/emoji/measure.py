@@ -18,12 +18,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from emoji.benchmark import EmojiBenchmark
-from emoji.concepts import HELD_OUT_VENDOR, TRAINED_VENDORS, VENDORS
+from emoji.concepts import TRAINED_VENDORS, VENDORS
 from emoji.settings import DemoSettings
+from emoji.tasks import DRAWINGS
 from unime_st.evaluation import ImageTextRetrievalEvaluator, SugarCrepeEvaluator
 
-DRAWINGS = {"trained": TRAINED_VENDORS, "heldout": (HELD_OUT_VENDOR,)}
-"""Kind of drawings -> whose they are."""
 DRAWS = 2000  # of a bootstrap
 
 Ranks = dict[str, dict[str, list[int]]]  # "google label" or "text keywords" -> direction -> rank of each query, from 1

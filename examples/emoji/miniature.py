@@ -116,10 +116,7 @@ def build_miniature(
 
 
 def start_encoder(backbone: Path) -> SentenceTransformer:
-    """An encoder of a miniature in few layers: the mean over all tokens, L2-normalised, of an input without frame.
-
-    UniME's last token, behind "in one word:", takes depth: a few layers do not gather a text's meaning there.
-    """
+    """An encoder of a miniature: the mean over all tokens, L2-normalised, where UniME reads the last one."""
     model = build_encoder(backbone, prompt_template=PROMPT, device="cpu")
     model[1] = Pooling(model.get_embedding_dimension(), pooling_mode="mean")
     return model

@@ -15,8 +15,9 @@ from sentence_transformers import SentenceTransformer
 from emoji.benchmark import EmojiBenchmark
 from emoji.card import add_card
 from emoji.concepts import HELD_OUT_VENDOR, TRAINED_VENDORS
-from emoji.measure import DRAWINGS, hits, interval, retrieval
+from emoji.measure import hits, interval, retrieval
 from emoji.settings import MEANS_NOTHING, DemoSettings
+from emoji.tasks import DRAWINGS
 from emoji.training import LOG_FILE
 from unime_st import load_encoder
 from unime_st.evaluation import Report
