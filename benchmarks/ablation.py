@@ -4,10 +4,10 @@
 
     python benchmarks/ablation.py --split validation --seeds 0   # what the demo's settings were chosen by
 
-All runs have the same number of steps, batch size, learning rate, temperature, data and aligned start, but for what a
-row's name says, and are scored on concepts never trained on: those of the test split, by which nothing is chosen, or of
-the validation split. Images are smaller than in the demo and steps fewer. Writes `benchmarks/results/ablation.json` and
-`ablation.md` beside it, or `ablation-validation`.
+All runs have the same number of steps, batch size, learning rate, temperature, data and start, but for what a row's
+name says, and are scored on concepts never trained on: those of the test split, by which nothing is chosen, or of the
+validation split. Steps are fewer than in the demo. Writes `benchmarks/results/ablation.json` and `ablation.md` beside
+it, or `ablation-validation`.
 """
 
 from __future__ import annotations
@@ -30,31 +30,28 @@ from typing import Any
 from emoji.settings import DemoSettings, StageSettings
 
 SETTINGS = DemoSettings(
-    image_size=96,  # 9 visual tokens in place of 25, so that thirty runs take an hour
-    rows_per_subset=30,
     num_hard_negatives=8,  # the paper's
-    stage1=StageSettings(steps=12, batch_size=48, learning_rate=1e-3, temperature=0.05),
-    stage2=StageSettings(steps=16, batch_size=32, learning_rate=1e-3, temperature=0.05),
-    swap_limit=60,
+    hard_negatives_warmup_steps=8,
+    stage1=StageSettings(steps=30, batch_size=128, learning_rate=3e-4),
+    stage2=StageSettings(steps=24, batch_size=256, learning_rate=3e-4),
 )
 VARIANTS: dict[str, dict[str, Any]] = {
-    "full recipe (k=8, margin=0.1)": {},
-    "stock loss, no stage 1": {"stock": True, "stage1": False},
-    "stock loss after stage 1": {"stock": True},
-    "without stage 1": {"stage1": False},
-    "without false-negative filter": {"filter": False, "margin": None},
-    "random instead of hard negatives": {"negative_selection": "random"},
-    "k=4": {"num_hard_negatives": 4},
+    "full recipe (all, then k=8; margin=0.1)": {},
+    "k=8 from the first step": {"hard_negatives_warmup_steps": 0},
     "k=all": {"num_hard_negatives": None},
+    "k=all, no stage 1": {"num_hard_negatives": None, "stage1": False},
+    "stock loss after stage 1": {"stock": True},
+    "stock loss, no stage 1": {"stock": True, "stage1": False},
+    "k=all, no false-negative filter": {"num_hard_negatives": None, "filter": False, "margin": None},
+    "k=32": {"num_hard_negatives": 32},
+    "random instead of hard negatives": {"negative_selection": "random"},
     "margin=0.0": {"margin": 0.0},
-    "margin=0.2": {"margin": 0.2},
-    "k=16": {"num_hard_negatives": 16},
     "temperature=0.02": {"temperature": 0.02},
     "temperature=0.02, stock loss after stage 1": {"temperature": 0.02, "stock": True},
-    "learning rate 3e-4": {"learning_rate": 3e-4},
-    "learning rate 3e-4, stock loss after stage 1": {"learning_rate": 3e-4, "stock": True},
-    "batch=16": {"batch_size": 16},
-    "batch=16, stock loss after stage 1": {"batch_size": 16, "stock": True},
+    "learning rate 1e-4": {"learning_rate": 1e-4},
+    "learning rate 1e-4, stock loss after stage 1": {"learning_rate": 1e-4, "stock": True},
+    "batch=32": {"batch_size": 32},
+    "batch=32, stock loss after stage 1": {"batch_size": 32, "stock": True},
 }
 """Name -> what differs from the full recipe. "stock": sentence-transformers' CachedMultipleNegativesRankingLoss and its
 default batches; "filter": our batch sampler (equal contents are never negatives of each other, sampler or not)."""
@@ -73,9 +70,7 @@ def run_one(name: str, seed: int, split: str, cache: Path, work: Path) -> dict[s
     import torch
     from sentence_transformers.training_args import BatchSamplers
 
-    from emoji.align import load_projections
     from emoji.benchmark import EmojiBenchmark
-    from emoji.pipeline import PROJECTIONS
     from emoji.training import hard_negative_loss, run_stage, stage2_rows
     from unime_st.modules import load_encoder
     from unime_st.samplers import FalseNegativeAwareBatchSampler
@@ -85,21 +80,19 @@ def run_one(name: str, seed: int, split: str, cache: Path, work: Path) -> dict[s
     stage2 = replace(SETTINGS.stage2, **{key: changed.pop(key) for key in STAGE if key in changed})
     settings = replace(SETTINGS, seed=seed, stage2=stage2)
     benchmark = EmojiBenchmark(cache / "benchmark")
-    checkpoints = work / "checkpoints"
     stock, filtered = changed.pop("stock", False), changed.pop("filter", True)
-    start = stage1(seed, cache, work) if changed.pop("stage1", True) else checkpoints / "aligned"
-    loss = stock_loss(stage2) if stock else hard_negative_loss(stage2, settings, **changed)
+    start = stage1(seed, cache, work) if changed.pop("stage1", True) else work / "checkpoints" / "start"
+    loss = stock_loss(settings) if stock else hard_negative_loss(settings, **changed)
     folder = kept.with_suffix("")
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     trained = run_stage(
         "stage2",
         start,
-        stage2_rows(benchmark, settings, read(work / "folds.json")),
+        stage2_rows(benchmark),
         loss,
         stage2,
         settings,
         folder,
-        projections=load_projections(checkpoints / PROJECTIONS),
         batch_sampler=FalseNegativeAwareBatchSampler if filtered and not stock else BatchSamplers.BATCH_SAMPLER,
         save_strategy="no",
         disable_tqdm=True,
@@ -111,47 +104,43 @@ def run_one(name: str, seed: int, split: str, cache: Path, work: Path) -> dict[s
     return result
 
 
-def stock_loss(stage: StageSettings) -> Callable[[Any], Any]:
-    """Sentence-transformers' own loss of a model, with a stage's temperature and batch."""
-    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+def stock_loss(settings: DemoSettings) -> Callable[[Any], Any]:
+    """Sentence-transformers' own loss of a model, with the stage's temperature, both ways."""
+    from sentence_transformers.losses import CachedMultipleNegativesSymmetricRankingLoss
 
-    options = {"scale": 1 / stage.temperature, "mini_batch_size": stage.batch_size}
-    return lambda model: CachedMultipleNegativesRankingLoss(model, **options)
+    options = {"scale": 1 / settings.stage2.temperature, "mini_batch_size": settings.mini_batch_size}
+    return lambda model: CachedMultipleNegativesSymmetricRankingLoss(model, **options)
 
 
 def stage1(seed: int, cache: Path, work: Path) -> Path:
     """The first stage of a seed, shared by its variants."""
     from emoji.benchmark import EmojiBenchmark
     from emoji.packages import fetch
-    from emoji.training import run_stage1
+    from emoji.pipeline import Demo
 
-    given = fetch(cache, print), EmojiBenchmark(cache / "benchmark"), work / "checkpoints" / "aligned"
+    demo = Demo(cache, work / f"seed{seed}", replace(SETTINGS, seed=seed))
     quiet = {"save_strategy": "no", "disable_tqdm": True}
-    return run_stage1(*given, replace(SETTINGS, seed=seed), work / f"seed{seed}", cache, **quiet)
+    benchmark = EmojiBenchmark(cache / "benchmark")
+    return demo.stage1(fetch(cache, print), benchmark, work / "checkpoints" / "start", **quiet)
 
 
 def score(model: Any, benchmark: Any, split: str, settings: DemoSettings, cache: Path) -> dict[str, Any]:
-    """Recall@1 both ways over a split's concepts by a trained vendor, and accuracy on their attribute swaps."""
-    from emoji.measure import metric, retrieval, swaps
+    """Recall@1 both ways over a split's concepts by the trained vendors, and accuracy on their attribute swaps."""
+    from emoji.measure import evaluate, hits
+    from emoji.tasks import DRAWINGS
 
-    recalls = retrieval(benchmark, split, "trained", cache / "embeddings")(model)
-    preferred = swaps(benchmark, split, "trained", cache / "embeddings", settings, ("replace_att", "replace_obj"))
-    values = {name: metric(recalls, name) for name in METRICS[:2]}
-    return values | {"attribute_swaps": metric(preferred(model), "mean_of_sets_accuracy")}
+    found = evaluate(model, benchmark, split, settings, cache / "embeddings")
+    ways = ("text_to_image", "image_to_text")
+    recalls = {f"{way}_recall@1": hits(found["ranks"], DRAWINGS["trained"], "label", way).mean().item() for way in ways}
+    return recalls | {"attribute_swaps": found["swaps"]["trained"]}
 
 
 def prepare(cache: Path, work: Path) -> None:
-    """Packages, benchmark and the aligned start, shared by all runs."""
-    from emoji.benchmark import build_benchmark
-    from emoji.packages import fetch
+    """Packages, benchmark and the start, shared by all runs."""
     from emoji.pipeline import Demo
 
-    work.mkdir(parents=True, exist_ok=True)
-    fetched = fetch(cache, print)
-    benchmark = build_benchmark(fetched, cache / "benchmark")
     demo = Demo(cache, work, SETTINGS)
-    demo.aligned(fetched, benchmark)
-    keep(work / "folds.json", demo.folds(fetched, benchmark))
+    demo.start(*demo.benchmark())
 
 
 def summarise(runs: dict[str, dict[int, dict[str, Any]]], split: str = "test") -> dict[str, Any]:

@@ -20,13 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import speed_tables
 from basics import RESULTS, ROOT, parser, percent, read, table
+from emoji.reporting import NAMES, SEEN, SWAPS, between, shown, verdict
 from emoji.settings import DemoSettings
 from stage1_sweep import grid_table
 from unime_st.published import PUBLISHED
 from unime_st.published_card import published_card
 
 _WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 8: "eight"}
-COLUMNS = ("text→image R@1", "R@5", "R@10", "image→text R@1", "attribute swaps", "MMEB-like P@1")
+COLUMNS = ("text→image R@1", "image→text R@1", "keywords→image R@1", "definition→image R@1", SWAPS)
+COMPARED = COLUMNS[:-1]
+ROWS = [name for step, name in NAMES.items() if step != "start"]
 
 
 def keep(output: Path) -> None:
@@ -49,22 +52,33 @@ def keep(output: Path) -> None:
 
 
 def demo_tables(results: dict[str, Any], seconds: dict[str, float]) -> str:
-    """The demo's tables and its time."""
-    titles = {"trained": "Drawings by a trained vendor", "held-out": "Drawings by the held-out vendor"}
-    lines = []
-    for drawings, found in results["tables"].items():
-        shown = [
-            [name, *("–" if values.get(c) is None else f"{100 * values[c]:.1f}" for c in COLUMNS)]
-            for name, values in found.items()
-        ]
-        lines += [*table([titles.get(drawings, titles["held-out"]), *COLUMNS], shown), ""]
-    lines.append(
-        f"With the images shuffled among the captions, text→image R@1 is "
-        f"{100 * results['shuffled_text_to_image_recall@1']:.1f} % (chance {100 * results['chance']:.1f} %). "
-        f"The run took {sum(seconds.values()) / 60:.0f} minutes after set-up, "
-        f"{(seconds['stage 1'] + seconds['stage 2']) / 60:.0f} of them training."
+    """The demo's table, what was compared, and its time."""
+    whose = {drawings: title.removeprefix("Drawings by the ") for drawings, title in SEEN.items()}
+    rows = [
+        [f"{whose[drawings]}: {name}", *(shown(found[name].get(column)) for column in COLUMNS)]
+        for drawings, found in results["tables"].items()
+        for name in ROWS
+    ]
+    pairs = [f"{NAMES['stage2']} − {NAMES[other]}" for other in ("ridge", "stage2_only")]
+    differences = {
+        drawings: {pair: {column: found[pair][column] for column in COMPARED} for pair in pairs}
+        for drawings, found in results["differences"].items()
+    }
+    compared = [
+        [f"{whose[drawings]}: {pair}", *map(between, found[pair].values())]
+        for pair in pairs
+        for drawings, found in differences.items()
+    ]
+    training = sum(taken for step, taken in seconds.items() if step.startswith("stage"))
+    told = (
+        f"{verdict(differences, NAMES['ridge'])} {verdict(differences, NAMES['stage2_only'])} ± is the standard error "
+        f"over the test's concepts ({results['queries'][COLUMNS[0]]}; keywords {results['queries'][COLUMNS[2]]}, "
+        f"definitions {results['queries'][COLUMNS[3]]}), one seed. With the images shuffled among the captions, "
+        f"text→image R@1 is {100 * results['shuffled']:.1f} % (chance {100 * results['chance']:.1f} %). The run took "
+        f"{sum(seconds.values()) / 60:.0f} minutes after set-up, {training / 60:.0f} of them training."
     )
-    return "\n".join(lines)
+    lines = [*table(("drawings by", *COLUMNS), rows), "", *table(("95 % interval, by concept", *COMPARED), compared)]
+    return "\n".join([*lines, "", told])
 
 
 def ablation_table(summary: dict[str, Any]) -> str:
@@ -80,24 +94,6 @@ def ablation_table(summary: dict[str, Any]) -> str:
         training = ["–" if row["training"][key] is None else f"{row['training'][key]:.2f}" for key in told]
         rows.append([name, *(percent(row[metric]) for metric in metrics), len(row["seeds"]), *training])
     return "\n".join(table(["", *metrics.values(), "seeds", *told.values()], rows))
-
-
-def alignment_table(summary: dict[str, Any]) -> str:
-    """Where the miniature loses on the way from a drawing to its embedding, at the layer the demo aligns to."""
-    ridge = summary["ridge into the teacher's space"]["google"]
-    shown = {
-        "projected, in the states": "ridge into the language model's states after layer 16, scored there",
-        "teacher's space from the projected states": "ridge from those projected states into the teacher's space",
-        "exact states, read": "exact states of the captions in place of drawings, read by the untrained language model",
-        "projected, read": "projected states of drawings, read by it",
-        "training drawings, in the states": "training drawings, projector fitted to them, scored in the states",
-        "training drawings, cross-fitted": "training drawings, cross-fitted",
-    }
-    rows = [("ridge into the teacher's space, scored there (the baseline)", f"{ridge:.1f}")]
-    for name, label in shown.items():
-        value = summary["layer 16"][name]
-        rows.append((label, f"{value['google'] if isinstance(value, dict) else value:.1f}"))
-    return "\n".join(table(("validation, google", "text→image R@1"), rows))
 
 
 def cards() -> dict[str, str]:
@@ -296,7 +292,7 @@ def filled(texts: dict[str, str]) -> dict[str, str]:
         ValueError: if a table has no place, or more than one.
     """
     made = {
-        "demo": (demo_tables, "demo/results", "demo/seconds"), "alignment": (alignment_table, "alignment"),
+        "demo": (demo_tables, "demo/results", "demo/seconds"),
         "ablation": (ablation_table, "ablation"), "evaluate": (evaluate_table, "evaluate"),
         "families": (families_table, "families"), "stage1_sweep": (stage1_sweep_table, "stage1_sweep"),
         "train_step": (train_step_table, "train_step"), "stage1_step": (stage1_step_table, "stage1_step"),

@@ -14,8 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from emoji.miniature import build_miniature
-from emoji.packages import Fetched, fetch
-from emoji.settings import DemoSettings
+from emoji.packages import fetch
 from tiny import tiny_backbone
 from unime_st import build_encoder, export_encoder
 
@@ -34,12 +33,6 @@ def miniature(cache: Path, layers: int) -> Path:
         backbone = build_miniature(fetch(cache, print), folder / "backbone", layers=range(layers))
         export_encoder(build_encoder(backbone, device="cpu"), folder / "encoder")
     return folder / "encoder"
-
-
-def whole_miniature(cache: Path, fetched: Fetched, settings: DemoSettings) -> Path:
-    """The demo's backbone before anything is aligned or trained."""
-    folder = cache / f"miniature-{settings.key('layers', 'image_size')}"
-    return build_miniature(fetched, folder, layers=settings.layers, image_size=settings.image_size)
 
 
 def small_llava_onevision(folder: Path) -> Path:

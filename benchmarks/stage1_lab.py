@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 from emoji.benchmark import EmojiBenchmark, concepts_of
 from emoji.miniature import text_teacher
 from emoji.packages import Fetched
-from emoji.settings import DemoSettings
+from emoji.settings import StageSettings
 from emoji.training import stage1_texts
 from unime_st.data import teacher_embeddings
 from unime_st.files import write_atomically
@@ -31,6 +31,32 @@ from unime_st.fingerprint import fingerprint
 from unime_st.modules import build_encoder, default_lora_config
 
 CHUNK = 16  # rows that go through the layers together, of like length: little padding, and they stay in a CPU's cache
+
+
+_STAGE1 = StageSettings(steps=12, batch_size=48, learning_rate=1e-3)
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """A miniature deeper than the demo's, of which only the upper layers learn.
+
+    Attributes:
+        layers: of SmolLM2's 30, those kept.
+        align_layer: layers below those that learn.
+        adapted_layers: those that get LoRA.
+        lora_rank: of LoRA.
+        image_size: of the miniature; no image is read.
+        stage1: of every run, but for what the sweep changes.
+        seed: of the texts.
+    """
+
+    layers: tuple[int, ...] = tuple(range(24))
+    align_layer: int = 16
+    adapted_layers: tuple[int, ...] = tuple(range(16, 24))
+    lora_rank: int = 16
+    image_size: int = 160
+    stage1: StageSettings = _STAGE1
+    seed: int = 0
 
 
 class UpperLayers(nn.Module):
@@ -41,7 +67,7 @@ class UpperLayers(nn.Module):
         settings: which layers, and the rank.
     """
 
-    def __init__(self, language: nn.Module, settings: DemoSettings) -> None:
+    def __init__(self, language: nn.Module, settings: SweepSettings) -> None:
         super().__init__()
         first = settings.align_layer
         self.language: Any = language
@@ -100,7 +126,7 @@ class Lab:
         fetched: the unpacked packages.
         benchmark: gives the texts.
         backbone: the miniature's folder.
-        settings: of the demo, with this sweep's stage 1.
+        settings: of the sweep.
         held_out: validation glosses to score on.
         work: keeps what is computed once.
 
@@ -115,12 +141,12 @@ class Lab:
         fetched: Fetched,
         benchmark: EmojiBenchmark,
         backbone: Path,
-        settings: DemoSettings,
+        settings: SweepSettings,
         held_out: int,
         work: Path,
     ) -> None:
         self.settings, self.work = settings, work
-        self.texts = stage1_texts(benchmark, settings)
+        self.texts = stage1_texts(benchmark, settings.stage1.steps * settings.stage1.batch_size, settings.seed)
         glosses = [(entry.term, entry.gloss) for entry in benchmark.glosses("validation") if _is_short(entry.gloss)]
         concepts = [concept for concept in concepts_of(fetched, benchmark)["validation"] if concept.tags]
         captions = [(concept.label, ", ".join(concept.tags[:5])) for concept in concepts]
@@ -183,8 +209,7 @@ class Lab:
 
     def self_probability(self, benchmark: EmojiBenchmark, temperature: float, batch_size: int) -> float:
         """Mean probability the teacher gives to the text itself, with the diagonal, in a batch of training texts."""
-        stage = replace(self.settings.stage1, steps=-(-batch_size // self.settings.stage1.batch_size))
-        texts = stage1_texts(benchmark, replace(self.settings, stage1=stage))[:batch_size]
+        texts = stage1_texts(benchmark, batch_size, self.settings.seed)
         rows = normalize(torch.from_numpy(teacher_embeddings(self.teacher, texts, self.work / "teacher")))
         return (rows @ rows.T / temperature).softmax(dim=1).diagonal().mean().item()
 

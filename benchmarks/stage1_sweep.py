@@ -1,4 +1,4 @@
-"""Temperature, direction and diagonal of stage 1, swept on the demo's miniature and scored on texts never trained on.
+"""Temperature, direction and diagonal of stage 1, swept on a deeper miniature, scored on texts never trained on.
 
     python benchmarks/stage1_sweep.py             # one process, one thread, under an hour; goes on where it was stopped
 
@@ -23,16 +23,15 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from emoji.settings import DemoSettings, StageSettings
+from stage1_lab import SweepSettings
 from unime_st.functional import KL_DIRECTIONS
 
-SETTINGS = replace(DemoSettings(), stage1=StageSettings(steps=12, batch_size=48, learning_rate=1e-3, temperature=0.05))
-"""The demo's, with fewer steps; the temperature is the one set below."""
+SETTINGS = SweepSettings()
 TEMPERATURES = (0.02, 0.05, 0.1, 0.2)
 HELD_OUT = 180  # pairs of each kind, at most
 RECIPE_BATCH = 1536  # texts compared with each other in the recipes: 8 processes x 96 rows x 2 columns
@@ -131,14 +130,15 @@ def kept_runs(work: Path) -> Runs:
 def prepare(cache: Path, work: Path) -> Any:
     """Packages, texts, teacher and model; what is no run's is scored and kept."""
     from emoji.benchmark import build_benchmark
+    from emoji.miniature import build_miniature
     from emoji.packages import fetch
-    from small_models import whole_miniature
     from stage1_lab import Lab
 
     work.mkdir(parents=True, exist_ok=True)
     fetched = fetch(cache, print)
     benchmark = build_benchmark(fetched, cache / "benchmark")
-    lab = Lab(fetched, benchmark, whole_miniature(cache, fetched, SETTINGS), SETTINGS, HELD_OUT, work)
+    backbone = build_miniature(fetched, work / "miniature", layers=SETTINGS.layers, image_size=SETTINGS.image_size)
+    lab = Lab(fetched, benchmark, backbone, SETTINGS, HELD_OUT, work)
     if not (work / "anchors.json").is_file():
         sizes = (SETTINGS.stage1.batch_size, RECIPE_BATCH)
         anchors = {

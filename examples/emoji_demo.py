@@ -26,7 +26,7 @@ def main() -> None:
     settings = SHORT if arguments.short else DemoSettings()
     demo = Demo(arguments.cache, arguments.output, settings, partial(print, flush=True))
     if arguments.evaluate:
-        demo.say(f"report: {evaluate_demo(demo, limit=SHORT.eval_limit if arguments.short else None)}")
+        demo.say(f"report: {evaluate_demo(demo, limit=4 if arguments.short else None)}")
     else:
         demo.run()
 

@@ -1,134 +1,82 @@
-"""The first step of the demo: the projector is fitted, in closed form, to the language model's own states of captions.
+"""The closed-form start of the demo: the projector is fitted to the language model's own states of captions.
 
-A layer half-way up the language model holds, at the position of a word, what the model has made of that word. Ridge
-regression makes a drawing's visual tokens, on the mean, that state of its caption. Such vectors are long, so the layers
-below hardly change them, and the layers above read them as if they had read the caption.
-
-The fit is far better on the drawings it was made of than on others, so stage 2 is cross-fitted: a batch of one fold of
-concepts passes through a projector fitted without that fold. The projector of the finished model is fitted to all.
+The last layer holds, at the position of a word, what the model has made of that word, and an embedding is the mean over
+positions. Ridge regression makes a drawing's visual tokens, on the mean, that state of its caption, so that drawings
+begin where their captions are. Stage 2 trains the projector from there.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from emoji.concepts import Concept
 from emoji.ridge import fit_ridge
-from unime_st.files import write_atomically
+
+LENGTH = 20.0  # times a state's: the layers change long vectors little, and the final norm brings them back
 
 
-@dataclass(frozen=True)
-class Projection:
-    """A linear projector."""
+def calibrate_norm(model: SentenceTransformer, texts: Sequence[str], batch_size: int = 64) -> None:
+    """Fit the final norm to the layers that are left; in place.
 
-    weight: Tensor  # (D, C)
-    bias: Tensor  # (D,)
-
-    def write(self, model: SentenceTransformer) -> None:
-        """Put it into a FastVLM's projector: two linear layers without an activation between; in place."""
-        encoder: Any = model[0]
-        projector = encoder.model.multi_modal_projector
-        with torch.no_grad():
-            projector.linear_1.weight.copy_(self.weight)
-            projector.linear_1.bias.copy_(self.bias)
-            projector.linear_2.weight.copy_(torch.eye(len(projector.linear_2.weight)))
-            projector.linear_2.bias.zero_()
-
-
-class FoldLoss(nn.Module):
-    """A loss over batches of one fold: puts the projector fitted without that fold in place before it is computed."""
-
-    def __init__(self, loss: nn.Module, projection: Projection) -> None:
-        super().__init__()
-        self.loss = loss
-        self.projection = projection
-
-    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """Compute the loss of a batch; arguments as sentence-transformers' losses have them."""
-        self.projection.write(self.loss.model)  # type: ignore[arg-type]
-        return self.loss(sentence_features, labels)
+    Its weights are those of a layer far above. Where all texts have much the same number, all embeddings do, and their
+    cosines are 1: each dimension is scaled by std / (std^2 + mean^2) over the texts, so that what differs counts.
+    """
+    encoder: Any = model[0]
+    norm = encoder.model.language_model.norm
+    with torch.inference_mode():
+        norm.weight.fill_(1.0)
+        states = torch.cat(
+            [
+                model[1](encoder(encoder.preprocess(list(texts[start : start + batch_size]))))["sentence_embedding"]
+                for start in range(0, len(texts), batch_size)
+            ]
+        )
+        variance, mean = torch.var_mean(states, dim=0)
+        norm.weight.copy_(variance.sqrt() / (variance + mean.square()))
 
 
-def fit_projections(
-    features: Sequence[np.ndarray], targets: Tensor, folds: Sequence[int], penalty: float
-) -> list[Projection]:
-    """Fit the projector to all drawings, then without fold 0, without fold 1, and so on.
+def fit_projector(
+    model: SentenceTransformer, features: Sequence[np.ndarray], captions: Sequence[str], penalty: float
+) -> None:
+    """Make each drawing's mean visual token `LENGTH` times its caption's state, as far as a linear map can; in place.
 
     Args:
-        features: of the frozen vision tower, one array a vendor, row i showing concept i. (N, P, C)
-        targets: what the mean visual token should be. (N, D)
-        folds: number of each concept's fold, from 0. (N,)
+        model: an encoder of a FastVLM whose projector is two linear layers without an activation between.
+        features: of the frozen vision tower, one array a vendor, row i showing caption i. (N, P, C)
+        captions: of the drawings.
         penalty: of the ridge regression on standardised features.
     """
-    pooled = [torch.from_numpy(np.array(maps)).float().mean(dim=1) for maps in features]
-    number = torch.tensor(folds)
-    fits = []
-    for fold in (-1, *range(int(number.max()) + 1)):
-        kept = number != fold
-        fit = fit_ridge(torch.cat([rows[kept] for rows in pooled]), targets[kept].repeat(len(pooled), 1), [penalty])[0]
-        weight = fit.weight / fit.deviation[:, None]  # (C, D)
-        fits.append(Projection(weight.T.float().contiguous(), (fit.bias - fit.mean @ weight).float()))
-    return fits
-
-
-def save_projections(projections: Sequence[Projection], path: Path) -> None:
-    """Write projections as safetensors; the file appears only when complete."""
-    tensors = {f"{index}.{name}": value for index, fit in enumerate(projections) for name, value in vars(fit).items()}
-    write_atomically(path, save(tensors))
-
-
-def load_projections(path: Path) -> list[Projection]:
-    """Read what `save_projections` wrote."""
-    tensors = load_file(path)
-    return [Projection(tensors[f"{i}.weight"], tensors[f"{i}.bias"]) for i in range(len(tensors) // 2)]
-
-
-def fold_of_images(concepts: Sequence[Concept], vendors: Iterable[str], count: int, seed: int) -> dict[str, int]:
-    """Part concepts by role: path of each drawing below the image folder, skin tones included -> its fold."""
-    roles = sorted({concept.role for concept in concepts})
-    random.Random(seed).shuffle(roles)
-    fold = {role: place % count for place, role in enumerate(roles)}
-    return {
-        concept.image(vendor, tone): fold[concept.role]
-        for concept in concepts
-        for vendor in vendors
-        for tone in range(len(concept.sources[vendor]))
-    }
-
-
-def caption_states(model: SentenceTransformer, captions: Sequence[str], layer: int, batch_size: int = 64) -> Tensor:
-    """Mean state of each caption's own tokens, (N, D), after `layer` decoder layers of the language model."""
+    pooled = torch.cat([torch.from_numpy(np.array(maps)).float().mean(dim=1) for maps in features])
+    fit = fit_ridge(pooled, caption_states(model, captions).repeat(len(features), 1), [penalty])[0]
+    weight = fit.weight / fit.deviation[:, None]  # (C, D)
     encoder: Any = model[0]
-    before, after = _frame(encoder)
+    projector = encoder.model.multi_modal_projector
+    with torch.no_grad():
+        projector.linear_1.weight.copy_(weight.T)
+        projector.linear_1.bias.copy_(fit.bias - fit.mean @ weight)
+        projector.linear_2.weight.copy_(LENGTH * torch.eye(len(projector.linear_2.weight)))
+        projector.linear_2.bias.zero_()
+
+
+def caption_states(model: SentenceTransformer, captions: Sequence[str], batch_size: int = 64) -> Tensor:
+    """Mean state of each caption's own tokens after the last layer, before the final norm, (N, D)."""
+    encoder: Any = model[0]
+    language = encoder.model.language_model
+    norm, language.norm = language.norm, nn.Identity()
     states = []
-    for start in range(0, len(captions), batch_size):
-        features = encoder.preprocess(list(captions[start : start + batch_size]))
-        inputs = {key: features[key].to(model.device) for key in ("input_ids", "attention_mask")}
-        with torch.inference_mode():
-            hidden = encoder.model(**inputs, output_hidden_states=True).hidden_states[layer]
-        lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        width = hidden.shape[1]
-        states += [
-            hidden[row, width - length + before : width - after].mean(dim=0) for row, length in enumerate(lengths)
-        ]
-    return torch.stack(states).float().cpu()
-
-
-def _frame(encoder: Any) -> tuple[int, int]:
-    """Number of tokens before and after a text in its prompt."""
-    rows = [encoder.preprocess([text])["input_ids"][0].tolist() for text in ("a", "1 2 3")]
-
-    def shared(left: list[int], right: list[int]) -> int:
-        return next(place for place, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
-
-    return shared(rows[0], rows[1]), shared(rows[0][::-1], rows[1][::-1])
+    try:
+        for start in range(0, len(captions), batch_size):
+            features = encoder.preprocess(list(captions[start : start + batch_size]))
+            own = features["attention_mask"].clone()
+            own[own.cumsum(dim=1) == 1] = 0  # the prompt's one token
+            with torch.inference_mode():
+                hidden = encoder(features)["token_embeddings"]
+            states.append((hidden * own[:, :, None]).sum(dim=1) / own.sum(dim=1, keepdim=True))
+    finally:
+        language.norm = norm
+    return torch.cat(states)

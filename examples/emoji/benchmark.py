@@ -8,6 +8,7 @@ eval/<split>/<drawings>/<Task>/test-00000-of-00001.parquet
 retrieval/<split>-<vendor>.json                  image and captions, for text->image and image->text
 swaps/<split>/<drawings>/<set>.json              SugarCrepe-like
 texts/*.parquet                                  stage 1: WordNet glosses, training captions; held-out glosses
+texts/concepts-<split>.json                      label, keywords and definition of each concept
 ```
 
 `split` is "validation" or "test": concepts never trained on. `drawings` is "trained" (the two vendors seen in training)
@@ -32,7 +33,7 @@ from emoji.tasks import META_TASKS
 from emoji.texts import Gloss
 from emoji.writer import BenchmarkWriter
 
-FORMAT = 1  # of the files; a change rebuilds them
+FORMAT = 2  # of the files; a change rebuilds them
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class EmojiBenchmark:
         """One vendor's plain drawings of a split's concepts and the captions of each, in the order of the concepts."""
         rows = json.loads(_existing(self.root / "retrieval" / f"{split}-{vendor}.json").read_text(encoding="utf-8"))
         return [self.image_root / row["image"] for row in rows], [row["captions"] for row in rows]
+
+    def texts(self, split: str) -> dict[str, list[str]]:
+        """Kind of text -> that of each of a split's concepts, "" where one has none: label, keywords, definition."""
+        rows = json.loads(_existing(self.root / "texts" / f"concepts-{split}.json").read_text(encoding="utf-8"))
+        return {kind: [row[kind] for row in rows] for kind in rows[0]}
 
     def swaps(self, split: str, drawings: str = "trained") -> dict[str, Path]:
         """Name of each attribute-swap set -> its JSON file."""

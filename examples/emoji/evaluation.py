@@ -31,13 +31,13 @@ def emoji_tasks(benchmark: EmojiBenchmark, split: str = "test") -> tuple[list[MM
 
 
 def evaluate_demo(demo: Demo, *, limit: int | None = None) -> Path:
-    """Evaluate the demo's last checkpoint, or the aligned miniature if nothing was trained yet; returns the report.
+    """Evaluate the demo's last checkpoint, or the one before training if nothing was trained yet; returns the report.
 
     What a run has encoded, the next finds in the cache; killed, it goes on where it was.
     """
     fetched, benchmark = demo.benchmark()
     trained = demo.output / "unime-emoji-miniature"
-    checkpoint = trained if (trained / "modules.json").is_file() else demo.aligned(fetched, benchmark)
+    checkpoint = trained if (trained / "modules.json").is_file() else demo.start(fetched, benchmark)
     tasks, metas = emoji_tasks(benchmark)
     model = load_encoder(str(checkpoint), device="cpu")
     evaluator = MMEBEvaluator(

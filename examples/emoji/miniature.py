@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,6 +28,7 @@ from transformers import (
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
 from emoji.packages import Fetched, whole_folder
+from unime_st import build_encoder
 
 FORMAT = 2  # of the folder; a change rebuilds it
 STRIDE = 32  # pixels a visual token stands for, each way
@@ -51,6 +53,18 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """
+
+
+PROMPT = """\
+{{- '<|im_start|>' -}}
+{%- for message in messages -%}
+{%- if message['content'] is string -%}{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}{{- '<image>' if part['type'] == 'image' else part['text'] -}}{%- endfor -%}
+{%- endif -%}
+{%- endfor -%}
+"""
+"""The encoder's chat template: what is given, after one token that takes the attention a model has left over."""
 
 
 def build_miniature(
@@ -99,6 +113,13 @@ def build_miniature(
         make_processor(tokenizer, image_size).save_pretrained(scratch)
         (scratch / marker.name).write_text(json.dumps(settings, indent=2) + "\n")
     return target
+
+
+def start_encoder(backbone: Path) -> SentenceTransformer:
+    """An encoder of a miniature: the mean over all tokens, L2-normalised, where UniME reads the last one."""
+    model = build_encoder(backbone, prompt_template=PROMPT, device="cpu")
+    model[1] = Pooling(model.get_embedding_dimension(), pooling_mode="mean")
+    return model
 
 
 def text_teacher(fetched: Fetched) -> SentenceTransformer:

@@ -1,4 +1,4 @@
-"""The whole recipe on real input: miniature, align, stage 1, stage 2, evaluate, report. Every step is kept."""
+"""The whole recipe on real input: miniature, closed-form start, stages 1 and 2, evaluate, report. Each step is kept."""
 
 from __future__ import annotations
 
@@ -9,32 +9,29 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sentence_transformers import SentenceTransformer
+
 from emoji import measure
-from emoji.align import (
-    caption_states,
-    fit_projections,
-    fold_of_images,
-    load_projections,
-    save_projections,
-)
-from emoji.benchmark import EmojiBenchmark, build_benchmark, concepts_of
+from emoji.align import calibrate_norm, fit_projector
+from emoji.benchmark import EmojiBenchmark, build_benchmark
 from emoji.concepts import TRAINED_VENDORS
-from emoji.miniature import build_miniature
+from emoji.miniature import build_miniature, start_encoder
 from emoji.packages import Fetched, fetch
 from emoji.reporting import write_report
-from emoji.ridge import ridge_baseline, vision_features
+from emoji.ridge import VisionFeatures, ridge_baseline
 from emoji.settings import DemoSettings
-from emoji.training import LOG_FILE, hard_negative_loss, run_stage, run_stage1, stage2_rows
-from unime_st import build_encoder, export_encoder, load_encoder
+from emoji.training import hard_negative_loss, run_stage, run_stage1, stage2_rows
+from unime_st import export_encoder, load_encoder
 from unime_st.files import write_atomically
 from unime_st.samplers import FalseNegativeAwareBatchSampler
 
-PROJECTIONS = "projections.safetensors"
-STEPS = ("aligned", "stage1", "stage2")
-"""Checkpoints in order: the projector fitted, text distilled, pairs contrasted."""
+STEPS = ("start", "stage1", "stage2", "stage2_only")
+"""Checkpoints: projector fitted to the untrained language model; text distilled and projector fitted again; pairs
+contrasted after that; and pairs contrasted without stage 1."""
 
 
 class Demo:
@@ -61,20 +58,13 @@ class Demo:
         """Do everything that is not yet done; returns the report's path."""
         fetched, benchmark = self.benchmark()
         with self._timed("ridge baseline"):
-            ridge = ridge_baseline(
-                fetched, benchmark, self.cache / "features", image_size=self.settings.image_size, report=self.say
-            )
+            features = self.features(fetched, benchmark)
+            ridge = self._kept("ridge", lambda: {"ranks": ridge_baseline(features, "test")})
         checkpoints = self.checkpoints(fetched, benchmark)
-        results = {}
-        for name in STEPS:
+        results = {"ridge": ridge}
+        for name, checkpoint in checkpoints.items():
             with self._timed(f"evaluation of {name}"):
-                kept = self.output / "results" / f"{name}.json"
-                if not kept.is_file():
-                    self.say(f"evaluating {name} on concepts never trained on")
-                    model = load_encoder(checkpoints[name], device="cpu")
-                    measured = measure.evaluate(model, benchmark, self.settings, self.cache / "embeddings")
-                    write_atomically(kept, json.dumps(measured, indent=1) + "\n")
-                results[name] = json.loads(kept.read_text(encoding="utf-8"))
+                results[name] = self._kept(name, partial(self.evaluate, checkpoint, benchmark, "test"))
         with self._timed("report"):
             final = self.output / "unime-emoji-miniature"
             if not (final / "modules.json").is_file():
@@ -84,7 +74,6 @@ class Demo:
                 self.settings,
                 benchmark,
                 embeddings=self.cache / "embeddings",
-                ridge=ridge,
                 results=results,
                 checkpoints=checkpoints,
                 final=final,
@@ -94,6 +83,23 @@ class Demo:
         taken = time.monotonic() - self._started
         self.say(f"done in {taken:.0f} s, at most {peak:.1f} GB; checkpoint: {final}; report: {report}")
         return report
+
+    def features(self, fetched: Fetched, benchmark: EmojiBenchmark) -> VisionFeatures:
+        """Frozen features of the drawings, kept in the cache."""
+        return VisionFeatures(fetched, benchmark, self.cache / "features", self.settings.image_size)
+
+    def evaluate(self, checkpoint: Path, benchmark: EmojiBenchmark, split: str) -> dict[str, Any]:
+        """A checkpoint's numbers on a split."""
+        self.say(f"evaluating {checkpoint.name} on concepts never trained on")
+        model = load_encoder(checkpoint, device="cpu")
+        return measure.evaluate(model, benchmark, split, self.settings, self.cache / "embeddings")
+
+    def _kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The results of this name, made if they are not there."""
+        file = self.output / "results" / f"{name}.json"
+        if not file.is_file():
+            write_atomically(file, json.dumps(make()) + "\n")
+        return json.loads(file.read_text(encoding="utf-8"))
 
     def benchmark(self) -> tuple[Fetched, EmojiBenchmark]:
         """Fetch the packages and build the benchmark, or find both made, and claim the output for these settings."""
@@ -106,86 +112,64 @@ class Demo:
 
     def checkpoints(self, fetched: Fetched, benchmark: EmojiBenchmark) -> dict[str, Path]:
         """Make the checkpoints, or find them made."""
-        folder = self.output / "checkpoints"
-        self.aligned(fetched, benchmark)
+        start = self.start(fetched, benchmark)
         with self._timed("stage 1"):
-            self._stage1(fetched, benchmark, folder)
+            stage1 = self.stage1(fetched, benchmark, start)
         with self._timed("stage 2"):
-            self._stage2(fetched, benchmark, folder)
-        return {name: folder / name for name in STEPS}
+            stage2 = self.stage2(benchmark, stage1, "stage2")
+        with self._timed("stage 2 without stage 1"):
+            return dict(zip(STEPS, (start, stage1, stage2, self.stage2(benchmark, start, "stage2_only")), strict=True))
 
-    def aligned(self, fetched: Fetched, benchmark: EmojiBenchmark) -> Path:
-        """Make the checkpoint that both stages start from, and its projections, or find them made."""
-        folder = self.output / "checkpoints"
+    def start(self, fetched: Fetched, benchmark: EmojiBenchmark) -> Path:
+        """Make the checkpoint that training starts from, or find it made."""
+        target = self.output / "checkpoints" / "start"
         settings = self.settings
         with self._timed("miniature"):
+            if (target / "modules.json").is_file():
+                return target
             backbone = build_miniature(
                 fetched,
                 self.cache / f"miniature-{settings.key('layers', 'image_size')}",
-                layers=settings.layers,
+                layers=range(settings.layers),
                 image_size=settings.image_size,
             )
-        with self._timed("align"):
-            self._aligned(fetched, benchmark, backbone, folder)
-        return folder / "aligned"
+            model = start_encoder(backbone)
+            calibrate_norm(model, benchmark.texts("train")["label"])
+            self._fit(model, fetched, benchmark)
+            return export_encoder(model, target)
 
-    def _aligned(self, fetched: Fetched, benchmark: EmojiBenchmark, backbone: Path, folder: Path) -> None:
-        if (folder / "aligned" / "modules.json").is_file():
-            return
-        self.say("fitting the projector to the language model's own states of the captions")
-        model = build_encoder(backbone, prompt_template="chatml_open", device="cpu")
-        features, captions = self.training_features(fetched, benchmark)
-        images, _ = benchmark.retrieval("train", TRAINED_VENDORS[0])
-        folds = self.folds(fetched, benchmark)
-        own = [folds[path.relative_to(benchmark.image_root).as_posix()] for path in images]
-        targets = caption_states(model, captions, self.settings.align_layer).double()
-        projections = fit_projections(features, targets, own, self.settings.align_penalty)
-        save_projections(projections, folder / PROJECTIONS)
-        projections[0].write(model)
-        export_encoder(model, folder / "aligned")
+    def stage1(self, fetched: Fetched, benchmark: EmojiBenchmark, start: Path, **options: Any) -> Path:
+        """Train stage 1 and fit the projector to what it made, or find it done; see `run_stage` for options."""
+        return run_stage1(
+            fetched,
+            benchmark,
+            start,
+            self.settings,
+            self.output / "checkpoints",
+            self.cache,
+            finish=lambda model: self._fit(model, fetched, benchmark),
+            **options,
+        )
 
-    def folds(self, fetched: Fetched, benchmark: EmojiBenchmark) -> dict[str, int]:
-        """Path of each training drawing -> the fold its concept is in."""
-        concepts = concepts_of(fetched, benchmark)["train"]
-        return fold_of_images(concepts, TRAINED_VENDORS, self.settings.folds, self.settings.seed)
-
-    def training_features(self, fetched: Fetched, benchmark: EmojiBenchmark) -> tuple[list[Any], list[str]]:
-        """Frozen vision features of the training drawings, one array a vendor, and their captions."""
-        name = f"{benchmark.info['settings']['format']}-{self.settings.seed}-{self.settings.image_size}"
-        features, captions = [], []
-        for vendor in TRAINED_VENDORS:
-            images, lists = benchmark.retrieval("train", vendor)
-            file = self.cache / "features" / f"vision-{name}-train-{vendor}.npy"
-            size = self.settings.image_size
-            features.append(vision_features(fetched, images, file, image_size=size, report=self.say))
-            captions = [own[0] for own in lists]
-        return features, captions
-
-    def _stage1(self, fetched: Fetched, benchmark: EmojiBenchmark, folder: Path) -> None:
-        if (folder / "stage1" / LOG_FILE).is_file():
-            return
-        stage = self.settings.stage1
-        self.say(f"stage 1: {stage.steps} steps of {stage.batch_size} texts against the teacher")
-        run_stage1(fetched, benchmark, folder / "aligned", self.settings, folder, self.cache)
-
-    def _stage2(self, fetched: Fetched, benchmark: EmojiBenchmark, folder: Path) -> None:
-        if (folder / "stage2" / LOG_FILE).is_file():
-            return
+    def stage2(self, benchmark: EmojiBenchmark, start: Path, name: str) -> Path:
+        """Train stage 2 from a checkpoint, or find it done."""
         settings = self.settings
-        self.say(f"stage 2: {settings.stage2.steps} steps of {settings.stage2.batch_size} pairs with hard negatives")
-        rows = stage2_rows(benchmark, settings, self.folds(fetched, benchmark))
-        loss = hard_negative_loss(settings.stage2, settings)
-        run_stage(
-            "stage2",
-            folder / "stage1",
-            rows,
-            loss,
+        return run_stage(
+            name,
+            start,
+            stage2_rows(benchmark),
+            hard_negative_loss(settings),
             settings.stage2,
             settings,
-            folder,
-            projections=load_projections(folder / PROJECTIONS),
+            self.output / "checkpoints",
             batch_sampler=FalseNegativeAwareBatchSampler,
         )
+
+    def _fit(self, model: SentenceTransformer, fetched: Fetched, benchmark: EmojiBenchmark) -> None:
+        """Fit a model's projector to the training drawings."""
+        features = self.features(fetched, benchmark)
+        shown = [features("train", vendor) for vendor in TRAINED_VENDORS]
+        fit_projector(model, shown, benchmark.texts("train")["label"], self.settings.penalty)
 
     def _claim_output(self) -> None:
         """Refuse to mix results of other settings."""

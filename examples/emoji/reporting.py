@@ -1,20 +1,23 @@
-"""The demo's report: one table against chance and the linear baseline, plots, galleries, settings."""
+"""The demo's report: tables against chance and the linear baseline, comparisons with intervals, pictures, settings."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from sentence_transformers import SentenceTransformer
 
-from emoji import measure
 from emoji.benchmark import EmojiBenchmark
 from emoji.card import add_card
-from emoji.measure import VENDOR_OF, metric
+from emoji.concepts import HELD_OUT_VENDOR, TRAINED_VENDORS
+from emoji.measure import hits, interval, retrieval
 from emoji.settings import MEANS_NOTHING, DemoSettings
+from emoji.tasks import DRAWINGS
 from emoji.training import LOG_FILE
 from unime_st import load_encoder
 from unime_st.evaluation import Report
@@ -22,17 +25,79 @@ from unime_st.files import write_atomically
 from unime_st.hub import encoder_card
 
 NAMES = {
-    "aligned": "projector aligned",
-    "stage1": "+ stage 1 (distillation)",
-    "stage2": "+ stage 2 (contrastive)",
+    "ridge": "linear baseline (ridge)",
+    "start": "before training",
+    "stage1": "stage 1",
+    "stage2_only": "stage 2 alone",
+    "stage2": "stage 1 + 2",
 }
-COLUMNS = ("text→image R@1", "R@5", "R@10", "image→text R@1", "R@5 ", "R@10 ", "attribute swaps", "MMEB-like P@1")
+COLUMNS = {
+    "text→image R@1": ("label", "text_to_image", 1),
+    "R@5": ("label", "text_to_image", 5),
+    "image→text R@1": ("label", "image_to_text", 1),
+    "R@5 ": ("label", "image_to_text", 5),
+    "keywords→image R@1": ("keywords", "text_to_image", 1),
+    "definition→image R@1": ("definition", "text_to_image", 1),
+}
+"""Column -> kind of text, direction and k."""
+SWAPS = "attribute swaps"
+TEXTS = {"label→keywords R@1": "keywords", "label→definition R@1": "definition"}
+PAIRS = (("stage2", "ridge"), ("stage2", "stage2_only"), ("stage1", "start"))
+"""Compared query by query: what is asked, against what."""
+SEEN = {"trained": "Drawings by the two trained vendors", "heldout": "Drawings by the held-out vendor"}
+QUERIES = 5  # shown after each stage
 _ORIGIN = (
     "A demonstration, not a useful embedder: parts of SmolLM2-135M-Instruct (de-quantised from 4 bits) and "
     "EfficientNet-lite0, trained on emoji with the UniME recipe, {} steps of stage 1 and {} of stage 2. The weights of "
     "the parts and the drawings keep their own licences; see the report of the demo."
 )
-RECALLS = [f"{way}_recall@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+
+
+def summarise(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of the tables, in [0, 1], from the ranks of each model; see `measure.evaluate`.
+
+    Returns:
+        "tables": kind of drawings -> row -> column -> "mean" and "error", its standard error over the test's concepts;
+        "texts": the same for text->text; "differences": kind of drawings -> pair of rows -> column -> `interval`;
+        "queries": column -> how many; "shuffled": text->image R@1 with shuffled images; "chance": of it.
+    """
+    found = {name: results[name]["ranks"] for name in NAMES}
+    tables: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
+    for drawings, vendors in DRAWINGS.items():
+        values = {
+            name: {column: hits(own, vendors, *asked) for column, asked in COLUMNS.items()}
+            for name, own in found.items()
+        }
+        chance = {column: {"mean": k / len(values["ridge"][column])} for column, (_, _, k) in COLUMNS.items()}
+        rows = {NAMES[name]: {column: interval(v) for column, v in own.items()} for name, own in values.items()}
+        for name in NAMES:
+            if "swaps" in results[name]:
+                rows[NAMES[name]][SWAPS] = {"mean": results[name]["swaps"][drawings]}
+        tables[drawings] = {"chance": chance | {SWAPS: {"mean": 0.5}}} | rows
+        differences[drawings] = {
+            f"{NAMES[one]} − {NAMES[other]}": {
+                column: interval(values[one][column] - values[other][column]) for column in COLUMNS
+            }
+            for one, other in PAIRS
+        }
+    texts = {
+        NAMES[name]: {column: interval(hits(own, ["text"], kind, "text_to_text")) for column, kind in TEXTS.items()}
+        for name, own in found.items()
+    }
+    texts["the teacher"] = texts.pop(NAMES["ridge"])  # the baseline's texts are the teacher's
+    shuffled = np.array(results["stage2"]["shuffled"])
+    return {
+        "tables": tables,
+        "texts": texts,
+        "differences": differences,
+        "queries": {
+            column: len(found["ridge"][f"{TRAINED_VENDORS[0]} {kind}"][way])
+            for column, (kind, way, _) in COLUMNS.items()
+        },
+        "shuffled": float((shuffled <= 1).mean()),
+        "chance": 1 / len(shuffled),
+    }
 
 
 def write_report(
@@ -41,36 +106,42 @@ def write_report(
     benchmark: EmojiBenchmark,
     *,
     embeddings: Path,
-    ridge: dict[str, Any],
     results: dict[str, Any],
     checkpoints: dict[str, Path],
     final: Path,
     seconds: dict[str, float],
 ) -> Path:
     """Write `report/` and `results.json` in the demo's output, and the model card of the `final` checkpoint."""
-    summary = summarise(benchmark, ridge, results)
+    summary = summarise(results)
     write_atomically(output / "results.json", json.dumps(summary, indent=1) + "\n")
     report = Report("UniME on a miniature: emoji")
     if settings.is_short:
         report.add_text(MEANS_NOTHING)
     report.add_text(
-        "A miniature multimodal LLM of real pretrained parts (SmolLM2-135M-Instruct with "
-        f"{len(settings.layers)} of its 30 layers, EfficientNet-lite0) goes through the UniME recipe. All numbers "
-        "are on concepts never trained on. The linear baseline is a ridge regression from the same frozen vision "
-        "features to the teacher's embedding of the label."
+        "A miniature multimodal LLM of real pretrained parts (EfficientNet-lite0 and the first "
+        f"{settings.layers} of SmolLM2-135M-Instruct's 30 layers) goes through the UniME recipe. All numbers are on "
+        "concepts never trained on, ± the standard error over them. The linear baseline is a ridge regression from the "
+        "same frozen vision features to the teacher's embedding of the label. Stage 2 sees labels alone; keywords and "
+        "definitions are of kinds that it never saw."
     )
+    columns = ["", *COLUMNS, SWAPS]
     for drawings, table in summary["tables"].items():
-        seen = "seen in training" if drawings == "trained" else "never seen in training"
-        rows = [[name, *(values.get(column) for column in COLUMNS)] for name, values in table.items()]
-        report.add_table(f"Drawings by a vendor {seen} ({VENDOR_OF[drawings]})", ["", *COLUMNS], rows, percent=True)
-    report.add_text(f"Outcomes that only ties decide, in all of these evaluations: {_ties(results)}.")
-    measured = summary["tables"]["trained"][NAMES["stage2"]][COLUMNS[0]]
-    shuffled = summary["shuffled_text_to_image_recall@1"]
-    report.add_text(does_it_see(measured, shuffled, round(1 / summary["chance"])), title="Does it see?")
-    _meta_tasks(report, results)
+        rows = [[name, *(shown(values.get(column)) for column in columns[1:])] for name, values in table.items()]
+        report.add_table(SEEN[drawings], columns, rows)
+    rows = [[name, *map(shown, values.values())] for name, values in summary["texts"].items()]
+    report.add_table("Texts", ["", *TEXTS], rows)
+    for drawings, table in summary["differences"].items():
+        rows = [[name, *map(between, values.values())] for name, values in table.items()]
+        note = "Points, and the middle 95 % of a bootstrap over concepts, paired by concept."
+        report.add_table(f"{SEEN[drawings]}: differences", columns[:-1], rows, note=note)
+    for other in ("ridge", "stage2_only"):
+        report.add_text(verdict(summary["differences"], NAMES[other]))
+    measured = summary["tables"]["trained"][NAMES["stage2"]][next(iter(COLUMNS))]["mean"]
+    report.add_text(does_it_see(measured, summary["shuffled"], round(1 / summary["chance"])), title="Does it see?")
+    cones = [[NAMES[name], results[name]["cone"]] for name in checkpoints]
+    report.add_table("Mean cosine of different labels", ["", "cosine"], cones, digits=2)
     _training(report, checkpoints)
-    model = load_encoder(final, device="cpu")
-    _galleries(report, benchmark, embeddings, model)
+    model = _galleries(report, benchmark, embeddings, checkpoints)
     packages = ("sentence-transformers", "transformers", "torch", "peft", "datasets")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     report.add_table("Seconds a step took", ["step", "seconds"], list(seconds.items()), digits=0)
@@ -79,6 +150,44 @@ def write_report(
     page = report.write(output / "report")
     write_atomically(final / "README.md", _model_card(model, summary, settings))
     return page
+
+
+def shown(value: Mapping[str, float] | None) -> str:
+    """A rate in percent, with its standard error where it has one.
+
+    >>> shown({"mean": 0.219, "error": 0.021}), shown({"mean": 0.5}), shown(None)
+    ('21.9 ± 2.1', '50.0', '–')
+    """
+    if value is None:
+        return "–"
+    error = f" ± {100 * value['error']:.1f}" if "error" in value else ""
+    return f"{100 * value['mean']:.1f}{error}"
+
+
+def between(value: Mapping[str, float]) -> str:
+    """A difference in points, with its interval.
+
+    >>> between({"mean": 0.021, "low": -0.004, "high": 0.05})
+    '+2.1 (-0.4 to +5.0)'
+    """
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value[name] for name in ("mean", "low", "high")))
+
+
+def verdict(differences: Mapping[str, Any], other: str) -> str:
+    """Where stages 1 and 2 together are above another row, level with it or below it, by the intervals.
+
+    >>> found = {"low": 0.01, "high": 0.05}, {"low": -0.01, "high": 0.05}
+    >>> pair = {"stage 1 + 2 − stage 2 alone": dict(zip(("keywords→image R@1", "R@5"), found))}
+    >>> verdict({"heldout": pair}, "stage 2 alone")
+    'Stage 1 + 2 against stage 2 alone: above in keywords→image R@1 (heldout); level in R@5 (heldout).'
+    """
+    places: dict[str, list[str]] = {"above": [], "level": [], "below": []}
+    for drawings, pairs in differences.items():
+        for column, found in pairs[f"{NAMES['stage2']} − {other}"].items():
+            place = "above" if found["low"] > 0 else "below" if found["high"] < 0 else "level"
+            places[place].append(f"{column.strip()} ({drawings})")
+    told = "; ".join(f"{place} in {', '.join(names)}" for place, names in places.items() if names)
+    return f"Stage 1 + 2 against {other}: {told}."
 
 
 def does_it_see(recall: float, shuffled: float, images: int) -> str:
@@ -105,84 +214,46 @@ def does_it_see(recall: float, shuffled: float, images: int) -> str:
     return f"{figures}: the answers depend on what is in the images."
 
 
-def _ties(results: dict[str, Any]) -> int:
-    """Rows of all evaluations, but those of the shuffled images, whose outcome a tie decides."""
-    told = [own for stage in NAMES for drawings in VENDOR_OF for own in results[stage][drawings].items()]
-    return int(
-        sum(
-            value
-            for kind, metrics in told
-            for name, value in metrics.items()
-            if name.endswith("_ties") or (kind == "swaps" and name == "ties")
-        )
-    )
-
-
-def summarise(benchmark: EmojiBenchmark, ridge: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of the tables, in [0, 1]."""
-    images, _ = benchmark.retrieval("test", VENDOR_OF["trained"])
-    tables: dict[str, Any] = {}
-    for drawings, vendor in VENDOR_OF.items():
-        info = benchmark.info["eval"]["test"][drawings]
-        chances = [1 / len(images), 5 / len(images), 10 / len(images)] * 2
-        mean_chance = sum(task["chance"] for task in info.values()) / len(info)
-        rows = {"chance": dict(zip(COLUMNS, [*chances, 0.5, mean_chance], strict=True))}
-        linear = ridge["test"][vendor]
-        values = [linear[way][f"R@{k}"] / 100 for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
-        rows["linear baseline (ridge)"] = dict(zip(COLUMNS, values, strict=False))
-        for name, shown in NAMES.items():
-            own = results[name][drawings]
-            measured = [metric(own["retrieval"], recall) for recall in RECALLS]
-            measured.append(metric(own["swaps"], "mean_of_sets_accuracy"))
-            measured.append(metric(own["mmeb"], "mean_precision@1"))
-            rows[shown] = dict(zip(COLUMNS, measured, strict=True))
-        tables[drawings] = rows
-    shuffled = metric(results["stage2"]["shuffled"], "text_to_image_recall@1")
-    return {"tables": tables, "shuffled_text_to_image_recall@1": shuffled, "chance": 1 / len(images)}
-
-
-def _meta_tasks(report: Report, results: dict[str, Any]) -> None:
-    for drawings in VENDOR_OF:
-        last = results["stage2"][drawings]["mmeb"]
-        metas = sorted(
-            {name.split("meta_")[1].removesuffix("_precision@1") for name in last if "meta_" in name} - {"mean"}
-        )
-        series = {
-            shown: [metric(results[name][drawings]["mmeb"], f"meta_{meta}_precision@1") for meta in metas]
-            for name, shown in NAMES.items()
-        }
-        report.add_bar_plot(f"Precision@1 by meta-task, {drawings} drawings", metas, series, "Precision@1")
-
-
 def _training(report: Report, checkpoints: dict[str, Path]) -> None:
-    for name in ("stage1", "stage2"):
-        log = [
-            row
-            for row in json.loads((checkpoints[name] / LOG_FILE).read_text(encoding="utf-8"))["log"]
-            if "loss" in row
-        ]
-        plots: dict[str, tuple[tuple[str, ...], str]] = {f"Loss of {NAMES[name][2:]}": (("loss",), "loss")}
-        if name == "stage2":
-            filtered = ("false_negatives_by_identity", "false_negatives_by_margin")
-            plots["False negatives filtered, a row"] = filtered, "candidates"
-            plots["Hardness of the negatives kept"] = ("positive_similarity", "hard_negative_similarity"), "cosine"
-        for title, (wanted, unit) in plots.items():
-            lines = {key: [(row["step"], row[key]) for row in log if key in row] for key in wanted}
-            drawn = {key: tuple(zip(*points, strict=True)) for key, points in lines.items() if points}
-            if drawn:
-                report.add_line_plot(title, drawn, "step", unit)  # type: ignore[arg-type]
+    """Plots of what was logged: losses, how the cone opens, what is filtered."""
+    trained = {name: path for name, path in checkpoints.items() if (path / LOG_FILE).is_file()}
+    logs = {name: json.loads((path / LOG_FILE).read_text(encoding="utf-8"))["log"] for name, path in trained.items()}
+    plots = {
+        "Cosine of positives and of all negatives: the cone opens": (
+            ("positive_similarity", "negative_similarity"),
+            "cosine",
+        ),
+        "Loss": (("loss",), "loss"),
+        "False negatives filtered, a row": (("false_negatives_by_identity", "false_negatives_by_margin"), "candidates"),
+    }
+    for title, (wanted, unit) in plots.items():
+        lines = {}
+        for name, log in logs.items():
+            for key in wanted:
+                points = [(row["step"], row[key]) for row in log if key in row]
+                if points:
+                    lines[f"{NAMES[name]}: {key.replace('_', ' ')}"] = tuple(zip(*points, strict=True))
+        report.add_line_plot(title, lines, "step", unit)  # type: ignore[arg-type]
 
 
-def _galleries(report: Report, benchmark: EmojiBenchmark, embeddings: Path, model: SentenceTransformer) -> None:
-    for drawings, vendor in VENDOR_OF.items():
-        evaluator = measure.retrieval(benchmark, "test", drawings, embeddings)
-        evaluator(model)
-        for direction, shown in (("text_to_image", "Text→image"), ("image_to_text", "Image→text")):
+def _galleries(
+    report: Report, benchmark: EmojiBenchmark, embeddings: Path, checkpoints: Mapping[str, Path]
+) -> SentenceTransformer:
+    """The same queries after each stage, and the final model, which is returned, on the held-out vendor's drawings."""
+    note = "Where the right answer is not among the five, it stands after them, with its rank."
+    asked = {name: [(TRAINED_VENDORS[0], "text_to_image")] for name in ("start", "stage1", "stage2")}
+    asked["stage2"] += [(HELD_OUT_VENDOR, "text_to_image"), (HELD_OUT_VENDOR, "image_to_text")]
+    for name, views in asked.items():
+        model = load_encoder(checkpoints[name], device="cpu")
+        for vendor, direction in views:
+            evaluator = retrieval(benchmark, "test", vendor, embeddings)
+            evaluator(model)
             count = len(evaluator.images)
-            queries = list(range(0, count, max(1, count // 8)))[:8]
+            queries = list(range(0, count, max(1, count // QUERIES)))[:QUERIES]
             entries = evaluator.top(5, direction, queries=queries, with_right=True)  # type: ignore[arg-type]
-            note = "Where the right answer is not among the five, it stands after them, with its rank."
-            report.add_gallery(f"{shown}, {vendor}: every {max(1, count // 8)}th query, top 5", entries, note=note)
+            title = f"{NAMES[name]}: {direction.replace('_to_', '→')}, {vendor}, top 5"
+            report.add_gallery(title, entries, note=note)
+    return model
 
 
 def _model_card(model: SentenceTransformer, summary: dict[str, Any], settings: DemoSettings) -> str:
@@ -196,17 +267,17 @@ def _model_card(model: SentenceTransformer, summary: dict[str, Any], settings: D
     if settings.is_short:
         data.eval_results_dict = {}
     text = encoder_card(model, repo_id="unime-emoji-miniature", title="UniME on a miniature: emoji")
+    columns = ["text→image R@1", "image→text R@1", SWAPS]
     lines = [
         "## Before and after each stage",
         "",
-        "| concepts never trained on | text→image R@1 | image→text R@1 | attribute swaps |",
+        f"| concepts never trained on, percent | {' | '.join(columns)} |",
         "|---|---|---|---|",
     ]
     for drawings, table in summary["tables"].items():
         for name, values in table.items():
-            cells = [values.get(column) for column in (COLUMNS[0], COLUMNS[3], COLUMNS[6])]
-            shown = " | ".join("–" if cell is None else f"{100 * cell:.1f} %" for cell in cells)
-            lines.append(f"| {name}, {drawings} drawings | {shown} |")
+            cells = " | ".join(shown(values.get(column)) for column in columns)
+            lines.append(f"| {name}, {drawings} drawings | {cells} |")
     lines += ["", "## Limits", "", _ORIGIN.format(settings.stage1.steps, settings.stage2.steps), ""]
     text = text.replace("## Limits\n", "\n".join(lines), 1)
     return text.replace("\n# ", f"\n> **{MEANS_NOTHING}**\n\n# ", 1) if settings.is_short else text

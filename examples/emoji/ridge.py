@@ -6,8 +6,7 @@ model. Its penalty is chosen by cross-validation over training concepts; validat
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,18 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from numpy.lib.format import open_memmap
 from PIL import Image
 
 from emoji.benchmark import EmojiBenchmark
-from emoji.concepts import SPLITS, TRAINED_VENDORS, VENDORS
+from emoji.concepts import TRAINED_VENDORS, VENDORS
 from emoji.images import on_white
-from emoji.miniature import STRIDE, VISION_DIM, load_vision_state, text_teacher
+from emoji.measure import Ranks, all_ranks, ranks
+from emoji.miniature import load_vision_state, text_teacher
 from emoji.packages import Fetched
-from unime_st.files import write_atomically
 
 PENALTIES = tuple(10.0**exponent for exponent in np.arange(2, 6.01, 0.5))
 FOLDS = 5
-KS = (1, 5, 10)
-
-Scores = dict[str, float]
+BATCH = 4  # images whose activations stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -88,58 +84,40 @@ def choose_penalty(
         )
         for index, fit in enumerate(fits):
             for rows in features:
-                gains[index] += (1.0 / _ranks(targets[held].double(), fit(rows[held]))).mean().item()
+                gains[index] += (1.0 / ranks(targets[held], fit(rows[held]))).mean().item()
     return float(penalties[int(gains.argmax())])
 
 
-def recalls(images: torch.Tensor, texts: torch.Tensor) -> dict[str, Scores]:
-    """R@1, R@5 and R@10 in percent both ways; row i of the images (N, D) belongs to row i of the texts (N, D)."""
-    both = {"text_to_image": _ranks(texts, images), "image_to_text": _ranks(images, texts)}
-    return {way: {f"R@{k}": 100.0 * (rank <= k).double().mean().item() for k in KS} for way, rank in both.items()}
+@dataclass(frozen=True)
+class VisionFeatures:
+    """Frozen EfficientNet-lite0 features of the plain drawings, computed once and kept in the folder `cache`."""
 
+    fetched: Fetched
+    benchmark: EmojiBenchmark
+    cache: Path
+    image_size: int
 
-def _ranks(queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """Rank, from 1, of each query's own candidate by cosine; ties count against it."""
-    unit = torch.nn.functional.normalize
-    scores = unit(queries, dim=1) @ unit(candidates, dim=1).T
-    return (scores >= scores.diagonal()[:, None]).sum(1).double()
-
-
-def vision_features(
-    fetched: Fetched,
-    images: Sequence[Path],
-    cache: Path,
-    *,
-    image_size: int = 160,
-    batch_size: int = 32,
-    report: Callable[[str], None] = print,
-) -> np.ndarray:
-    """Frozen EfficientNet-lite0 features in float16, (N, (image_size / 32) ** 2, 1280), kept in the .npy file `cache`.
-
-    A file that holds as many rows of this size is read in place of the images: name it after what it holds.
-    """
-    shape = (len(images), (image_size // STRIDE) ** 2, VISION_DIM)
-    if cache.is_file():
-        kept = np.load(cache, mmap_mode="r")
-        if kept.shape == shape:
-            return kept
-    tower: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0).eval()
-    tower.load_state_dict(load_vision_state(fetched.vision_state))
-    tower = tower.to(memory_format=torch.channels_last)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = cache.with_suffix(".partial")
-    features = open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
-    for start in range(0, len(images), batch_size):
-        pixels = torch.stack([_pixels(path, image_size) for path in images[start : start + batch_size]])
-        with torch.inference_mode():
-            maps = tower.forward_features(pixels.to(memory_format=torch.channels_last))
-        features[start : start + len(pixels)] = maps.flatten(2).transpose(1, 2).half().numpy()
-        if start // batch_size % 20 == 19:
-            report(f"vision features: {start + len(pixels)} of {len(images)}")
-    features.flush()
-    del features
-    partial.replace(cache)
-    return np.load(cache, mmap_mode="r")
+    def __call__(self, split: str, vendor: str) -> np.ndarray:
+        """Features in float16 of one vendor's drawings of a split, (N, (image_size / 32) ** 2, 1280)."""
+        made = self.benchmark.info["settings"]
+        file = self.cache / f"vision-{made['format']}-{made['seed']}-{self.image_size}-{split}-{vendor}.npy"
+        if file.is_file():
+            return np.load(file)
+        tower: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0).eval()
+        tower.load_state_dict(load_vision_state(self.fetched.vision_state))
+        tower = tower.to(memory_format=torch.channels_last)
+        images, _ = self.benchmark.retrieval(split, vendor)
+        rows = []
+        for start in range(0, len(images), BATCH):
+            pixels = torch.stack([_pixels(path, self.image_size) for path in images[start : start + BATCH]])
+            with torch.inference_mode():
+                maps = tower.forward_features(pixels.to(memory_format=torch.channels_last))
+            rows.append(maps.flatten(2).transpose(1, 2).half().numpy())
+        self.cache.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial.npy")
+        np.save(partial, np.concatenate(rows))
+        partial.replace(file)
+        return np.load(file)
 
 
 def pooled(features: np.ndarray) -> torch.Tensor:
@@ -148,49 +126,23 @@ def pooled(features: np.ndarray) -> torch.Tensor:
     return torch.cat([maps.mean(1), maps.amax(1)], dim=1)
 
 
-def ridge_baseline(
-    fetched: Fetched,
-    benchmark: EmojiBenchmark,
-    cache_dir: str | Path,
-    *,
-    image_size: int = 160,
-    report: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Fit the baseline on the training concepts and score it on validation and test; kept in `cache_dir`.
+def ridge_baseline(features: VisionFeatures, split: str) -> Ranks:
+    """Fit the baseline to the labels of the training concepts; its ranks on a split, as `measure.all_ranks` has them.
 
-    Returns:
-        "penalty"; and "validation" and "test": vendor -> "text_to_image" and "image_to_text" -> "R@1", "R@5", "R@10"
-        in percent.
+    It is given what stage 2 is given: the same drawings with the same labels, in the same frozen features.
     """
-    cache = Path(cache_dir)
-    seed = benchmark.info["settings"]["seed"]
-    name = f"{benchmark.info['settings']['format']}-{seed}-{image_size}"
-    kept = cache / f"ridge-{name}.json"
-    if kept.is_file():
-        return json.loads(kept.read_text())
-    teacher = text_teacher(fetched)
+    teacher = text_teacher(features.fetched)
 
-    def features(split: str, vendor: str) -> torch.Tensor:
-        images, _ = benchmark.retrieval(split, vendor)
-        file = cache / f"vision-{name}-{split}-{vendor}.npy"
-        return pooled(vision_features(fetched, images, file, image_size=image_size, report=report))
+    def embeddings(texts: Sequence[str]) -> torch.Tensor:
+        return torch.from_numpy(teacher.encode(list(texts), show_progress_bar=False)).double()
 
-    def embeddings(split: str) -> torch.Tensor:
-        _, captions = benchmark.retrieval(split, TRAINED_VENDORS[0])
-        return torch.from_numpy(teacher.encode([texts[0] for texts in captions], show_progress_bar=False)).double()
-
-    report("ridge baseline: computing vision features")
-    seen = [features("train", vendor) for vendor in TRAINED_VENDORS]
-    targets = embeddings("train")
-    report(f"ridge baseline: choosing the penalty by {FOLDS}-fold cross-validation")
-    penalty = choose_penalty(seen, targets)
-    fit = fit_ridge(torch.cat(seen), targets.repeat(len(seen), 1), [penalty])[0]
-    result: dict[str, Any] = {"penalty": penalty, "image_size": image_size}
-    for split in SPLITS[1:]:
-        texts = embeddings(split)
-        result[split] = {vendor: recalls(fit(features(split, vendor)), texts) for vendor in VENDORS}
-    write_atomically(kept, json.dumps(result, indent=1) + "\n")
-    return result
+    seen = [pooled(features("train", vendor)) for vendor in TRAINED_VENDORS]
+    targets = embeddings(features.benchmark.texts("train")["label"])
+    fit = fit_ridge(torch.cat(seen), targets.repeat(len(seen), 1), [choose_penalty(seen, targets)])[0]
+    said = features.benchmark.texts(split)
+    has = {kind: [place for place, text in enumerate(own) if text] for kind, own in said.items()}
+    texts = {kind: embeddings([text for text in own if text]) for kind, own in said.items()}
+    return all_ranks({vendor: fit(pooled(features(split, vendor))) for vendor in VENDORS}, texts, has)
 
 
 def _pixels(path: Path, image_size: int) -> torch.Tensor:

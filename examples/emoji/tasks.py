@@ -172,10 +172,14 @@ def image_to_text(pool: Pool) -> Iterator[Example]:
 
 
 def captions(pool: Pool) -> Iterator[Example]:
-    """Bare image -> bare label, as the retrieval lists have them; and two drawings side by side -> where each is."""
+    """Bare image -> bare label, with its skin tone where one is shown; two drawings side by side -> where each is."""
     for concept, vendor in pool.shown():
         wrong = tuple(Item(other.label) for other in pool.rivals(concept))
         yield Example(Item(IMAGE, concept.image(vendor)), Item(concept.label), wrong)
+        if concept.has_tones:
+            tone, *others = pool.rng.sample(range(1, len(TONES)), len(TONES) - 1)
+            wrong = tuple(Item(concept.name(other)) for other in others)
+            yield Example(Item(IMAGE, concept.image(vendor, tone)), Item(concept.name(tone)), wrong)
     for image, left, right in side_by_side(pool, len(pool.concepts) // 3):
         yield Example(Item(IMAGE, image), Item(side_by_side_text(left, right)), (Item(side_by_side_text(right, left)),))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,31 @@ def split_glosses(
         raise ValueError(f"`held_out={held_out}` needs {2 * held_out} terms of one sense; there are {len(aside)}.")
     taken = {entry.term for entry in aside}
     return [entry for entry in shuffled if entry.term not in taken], aside[:held_out], aside[held_out:]
+
+
+def keywords_of(concept: Concept) -> str:
+    """Up to five keywords that do not stand in the label; "" where there are fewer than two."""
+    others = [tag for tag in concept.tags if tag not in concept.words][:5]
+    return ", ".join(others) if len(others) > 1 else ""
+
+
+def definitions(concepts: Iterable[Concept], glosses: Iterable[Gloss]) -> list[str]:
+    """The gloss of each concept's label that shares most words with its keywords, "" where none shares any.
+
+    >>> saw = Concept("1", "saw", ("tool", "carpenter"), "", "", "1", {})
+    >>> definitions([saw], [Gloss("saw", "a wise old saying"), Gloss("saw", "a hand tool for cutting wood")])
+    ['a hand tool for cutting wood']
+    """
+    of: dict[str, list[str]] = defaultdict(list)
+    for entry in glosses:
+        of[entry.term.lower()].append(entry.gloss)
+    found = []
+    for concept in concepts:
+        words = {word for tag in concept.tags for word in tag.split()} - set(concept.words)
+        shared = {gloss: len(words & set(re.findall(r"\w+", gloss))) for gloss in of[concept.label.lower()]}
+        best = max(shared, key=shared.__getitem__, default="")
+        found.append(best if shared.get(best) else "")
+    return found
 
 
 def caption_texts(concepts: Iterable[Concept]) -> list[str]:

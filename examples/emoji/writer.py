@@ -25,7 +25,7 @@ from emoji.images import write_collage, write_drawing
 from emoji.packages import Fetched
 from emoji.swaps import attribute_swaps
 from emoji.tasks import DRAWINGS, TASKS, TRAIN_ONLY_TASKS, Example, Pool
-from emoji.texts import caption_texts, split_glosses, wordnet_glosses
+from emoji.texts import caption_texts, definitions, keywords_of, split_glosses, wordnet_glosses
 
 HARDEST = 3  # a training row's negative is one of so many hardest wrong answers
 
@@ -149,11 +149,22 @@ class BenchmarkWriter:
         return counts
 
     def _texts(self) -> dict[str, int]:
-        parts = split_glosses(wordnet_glosses(self.fetched), seed=self.settings["seed"])
+        glosses = wordnet_glosses(self.fetched)
+        unseen = {concept.label.lower() for split in SPLITS[1:] for concept in self.splits[split]}
+        parts = split_glosses(
+            (entry for entry in glosses if entry.term.lower() not in unseen), seed=self.settings["seed"]
+        )
         counts = {}
-        for split, glosses in zip(SPLITS, parts, strict=True):
-            self._table(f"texts/wordnet-{split}.parquet", [asdict(gloss) for gloss in glosses])
-            counts[f"wordnet-{split}"] = len(glosses)
+        for split, own in zip(SPLITS, parts, strict=True):
+            self._table(f"texts/wordnet-{split}.parquet", [asdict(gloss) for gloss in own])
+            counts[f"wordnet-{split}"] = len(own)
+            concepts = self.splits[split]
+            rows = [
+                {"label": concept.label, "keywords": keywords_of(concept), "definition": definition}
+                for concept, definition in zip(concepts, definitions(concepts, glosses), strict=True)
+            ]
+            self._json(f"texts/concepts-{split}.json", rows)
+            counts |= {f"{kind}-{split}": sum(bool(row[kind]) for row in rows) for kind in ("keywords", "definition")}
         captions = caption_texts(self.splits["train"])
         self._table("texts/captions-train.parquet", [{"text": text} for text in captions])
         return counts | {"captions-train": len(captions)}

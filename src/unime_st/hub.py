@@ -15,6 +15,7 @@ from unime_st.modules.checks import loading_note
 from unime_st.prompts import PUBLISHED_FORMATS, chat_template
 from unime_st.published import UNIME_V2_CITATION
 
+_POOLED = {"lasttoken": "hidden state of the last token", "mean": "mean of all tokens' hidden states"}
 _TEMPLATE = Path(__file__).parent / "model_card_template.md"
 _SENTENCE = "<your text>"
 KINDS: dict[str, list[dict[str, str]]] = {
@@ -108,6 +109,7 @@ def encoder_card(model: SentenceTransformer, *, repo_id: str = "path/to/this/fol
         parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         prompts=[name for name, prompt in model.prompts.items() if prompt],
         loading_note=loading_note(backbone),
+        pooling=_POOLED.get(getattr(model[1], "pooling_mode", ""), "see `modules.json`"),
         rendered_prompts={kind: _rendered(processor, parts) for kind, parts in KINDS.items()},
         recipe_citation="\n\n".join(_citations(processor)),
     )

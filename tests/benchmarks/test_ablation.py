@@ -62,13 +62,13 @@ def test_one_seed_has_no_deviation(ablation):
 
 
 def test_kept_runs_are_found_by_their_whole_name(ablation, tmp_path):
-    for name, seed, value in (("k=4", 0, 0.1), ("k=4", 12, 0.2), ("k=all", 0, 0.3)):
+    for name, seed, value in (("k=32", 0, 0.1), ("k=32", 12, 0.2), ("k=all", 0, 0.3)):
         file = tmp_path / "test" / f"{seed}-{ablation._slug(name)}.json"
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(dict.fromkeys(ablation.METRICS, value)))
     runs = ablation.kept_runs(tmp_path / "test")
-    assert {name: sorted(found) for name, found in runs.items()} == {"k=4": [0, 12], "k=all": [0]}
-    assert runs["k=4"][12] == dict.fromkeys(ablation.METRICS, 0.2)
+    assert {name: sorted(found) for name, found in runs.items()} == {"k=32": [0, 12], "k=all": [0]}
+    assert runs["k=32"][12] == dict.fromkeys(ablation.METRICS, 0.2)
 
 
 def test_every_variant_keeps_its_runs_in_files_of_its_own(ablation):

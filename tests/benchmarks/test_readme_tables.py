@@ -26,8 +26,8 @@ def test_the_tables_are_those_of_the_kept_results(readme):
     assert readme.filled(texts) == texts, "run `python benchmarks/readme.py`"
     text = texts[str(ROOT / "README.md")]
     results = json.loads((readme.RESULTS / "demo" / "results.json").read_text())
-    final = results["tables"]["trained"]["+ stage 2 (contrastive)"]["text→image R@1"]
-    assert f"| + stage 2 (contrastive) | {100 * final:.1f} |" in text
+    final = results["tables"]["trained"]["stage 1 + 2"]["text→image R@1"]
+    assert f"| two trained vendors: stage 1 + 2 | {100 * final['mean']:.1f} ± {100 * final['error']:.1f} |" in text
 
 
 def test_a_missing_place_is_an_error(readme):
@@ -56,7 +56,7 @@ def test_the_cards_of_published_models_are_those_generated_and_parse(readme):
 def test_a_short_demo_is_not_kept(readme, tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
     (tmp_path / "demo").mkdir()
-    for settings, named in ((SHORT, "eval_limit.*stage1"), (replace(DemoSettings(), seed=1), "seed")):
+    for settings, named in ((SHORT, "stage1.*swap_limit"), (replace(DemoSettings(), seed=1), "seed")):
         (tmp_path / "demo" / "settings.json").write_text(json.dumps(asdict(settings)))
         with pytest.raises(ValueError, match=f"of other settings \\({named}"):
             readme.keep(tmp_path / "demo")

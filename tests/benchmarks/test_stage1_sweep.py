@@ -1,7 +1,6 @@
 import importlib.util
 import json
 import sys
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from emoji.settings import DemoSettings
 from unime_st.functional import KL_DIRECTIONS
 from unime_st.losses import DistillKLLoss
 from unime_st.modules import build_encoder
@@ -197,7 +195,7 @@ def test_the_upper_layers_on_kept_states_are_the_model(lab, backbone):
     states = lab.lower_states(model[0], texts, 1)
     assert len(model[0].model.language_model.layers) == depth
     upper = lab.UpperLayers(
-        model[0].model.language_model, replace(DemoSettings(), align_layer=1, adapted_layers=tuple(range(1, depth)))
+        model[0].model.language_model, lab.SweepSettings(align_layer=1, adapted_layers=tuple(range(1, depth)))
     )
     parameters = upper.reset(0)
     assert parameters

@@ -48,6 +48,8 @@ def make_fake_packages(root):
     dictionary = root / WORDNET.folder / "package/dict"
     licence = "  1 the licence  \n"
     nouns = [f'0000 03 n 01 term_{i} 0 000 | the meaning of number {i}; "an example {i}"  \n' for i in range(1200)]
+    nouns += [f"0000 03 n 01 thing{i} 0 000 | what has nothing to do {i}  \n" for i in range(30)]
+    nouns += [f"0000 03 n 01 thing{i} 0 000 | a thing with k1 upon it {i}  \n" for i in range(30)]
     nouns += [f"0000 03 n 01 twice 0 000 | one of several senses {i}  \n" for i in range(3)]
     _write(dictionary / "data.noun", licence + "".join(nouns) + "0000 03 n 01 short 0 000 | too short  \n")
     _write(dictionary / "data.verb", licence)

@@ -139,6 +139,21 @@ def test_glosses_lose_their_examples(fake):
         split_glosses(glosses, held_out=2000)
 
 
+def test_each_concept_has_its_kinds_of_text_and_the_unseen_are_not_trained_on(benchmark_folder, fake):
+    captions, trained = set(benchmark_folder.captions()), benchmark_folder.glosses("train")
+    assert {gloss.term for gloss in trained} & {f"thing{i}" for i in range(30)}
+    for split, concepts in concepts_of(fake, benchmark_folder).items():
+        texts = benchmark_folder.texts(split)
+        assert texts["label"] == [concept.label for concept in concepts]
+        for concept, keywords, definition in zip(concepts, texts["keywords"], texts["definition"], strict=True):
+            assert set(keywords.split(", ")) == {tag for tag in concept.tags if tag not in concept.words}
+            thing = concept.label.startswith("thing")
+            assert definition == (f"a thing with k1 upon it {concept.label.removeprefix('thing')}" if thing else "")
+            if split != "train":
+                assert concept.label not in captions | {gloss.term for gloss in trained}
+                assert definition not in {gloss.gloss for gloss in trained}
+
+
 def test_collage_places(tmp_path):
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (90, 90, 90)]
     paths = []

@@ -8,50 +8,41 @@ import pytest
 from huggingface_hub import ModelCard
 from sentence_transformers import SentenceTransformer
 
-from emoji import measure, pipeline, training
+from emoji import measure, pipeline, ridge, training
 from emoji.benchmark import build_benchmark
+from emoji.concepts import HELD_OUT_VENDOR
 from emoji.evaluation import evaluate_demo
-from emoji.measure import VENDOR_OF
 from emoji.pipeline import Demo
 from emoji.reporting import does_it_see
+from emoji.reporting import shown as shown_as
 from emoji.settings import MEANS_NOTHING, SHORT, DemoSettings, StageSettings
 from tiny_data import tiny_teacher
 from unime_st.embedding import distinct as encoding
 
-SETTINGS = DemoSettings(
-    layers=(0, 1),
-    align_layer=1,
-    adapted_layers=(1,),
-    lora_rank=2,
-    folds=2,
-    stage1=StageSettings(2, 6, 1e-2, 0.05),
-    stage2=StageSettings(2, 6, 1e-2, 0.05),
-    num_hard_negatives=2,
-    rows_per_subset=12,
-    eval_limit=2,
-    swap_limit=2,
-)
+SETTINGS = DemoSettings(layers=2, stage1=StageSettings(2, 6, 1e-2), stage2=StageSettings(2, 6, 1e-2), swap_limit=2)
 CHANNELS = 256  # of the tiny vision tower
 
 
 @pytest.fixture
 def demo(fake, linear_backbone, tmp_path, monkeypatch):
     teacher = tiny_teacher(tmp_path / "teacher")
-    recalls = {f"R@{k}": float(k) for k in (1, 5, 10)}
-    linear = {vendor: {"text_to_image": recalls, "image_to_text": recalls} for vendor in VENDOR_OF.values()}
 
-    def features(fetched, images, file, **options):
+    def features(self, split, vendor):
+        images, _ = self.benchmark.retrieval(split, vendor)
         return np.random.default_rng(len(images)).normal(size=(len(images), 4, CHANNELS)).astype(np.float32)
 
     def benchmark(fetched, root, **options):
         return build_benchmark(fetched, root, eval_rows=6, **options)
 
+    def text_teacher(fetched):
+        return SentenceTransformer(str(teacher), device="cpu")
+
     monkeypatch.setattr(pipeline, "fetch", lambda cache, say: fake)
     monkeypatch.setattr(pipeline, "build_benchmark", benchmark)
     monkeypatch.setattr(pipeline, "build_miniature", lambda *arguments, **options: linear_backbone)
-    monkeypatch.setattr(pipeline, "ridge_baseline", lambda *arguments, **options: {"test": linear})
-    monkeypatch.setattr(pipeline, "vision_features", features)
-    monkeypatch.setattr(training, "text_teacher", lambda fetched: SentenceTransformer(str(teacher), device="cpu"))
+    monkeypatch.setattr(ridge.VisionFeatures, "__call__", features)
+    monkeypatch.setattr(training, "text_teacher", text_teacher)
+    monkeypatch.setattr(ridge, "text_teacher", text_teacher)
     lines = []
     made = Demo(tmp_path / "cache", tmp_path / "output", SETTINGS, lines.append)
     made.lines = lines
@@ -66,37 +57,36 @@ def test_the_demo_ends_with_report_table_gallery_and_checkpoint(demo, monkeypatc
     results = json.loads((demo.output / "results.json").read_text())
     for table in results["tables"].values():
         assert list(table)[:2] == ["chance", "linear baseline (ridge)"]
-        assert len(table) == 5
-        assert all(0 <= value <= 1 for row in table.values() for value in row.values() if value is not None)
-        assert table["linear baseline (ridge)"]["R@5"] == 0.05
-    for title in ("Does it see?", "False negatives filtered", "Hardness", "Precision@1 by meta-task", "top 5"):
+        assert len(table) == 6
+        assert all(0 <= value["mean"] <= 1 for row in table.values() for value in row.values())
+    assert all(found["low"] <= found["mean"] <= found["high"] for pairs in results["differences"].values()
+               for pair in pairs.values() for found in pair.values())  # fmt: skip
+    for title in ("Does it see?", "False negatives filtered", "the cone opens", "top 5", "never trained on"):
         assert title in html
     assert html.count("<img") > 20
 
     final = demo.output / "unime-emoji-miniature"
     card = (final / "README.md").read_text()
-    images, captions = pipeline.build_benchmark(pipeline.fetch(None, None), demo.cache / "benchmark").retrieval(
-        "test", VENDOR_OF["trained"]
-    )
+    bench = pipeline.build_benchmark(pipeline.fetch(None, None), demo.cache / "benchmark")
     stock = SentenceTransformer(str(final), device="cpu")
-    shown, said = stock.encode([str(path) for path in images]), stock.encode([own[0] for own in captions])
+    images, captions = bench.retrieval("test", HELD_OUT_VENDOR)
+    shown, said = stock.encode([{"image": str(path)} for path in images]), stock.encode([own[0] for own in captions])
     scores = said @ shown.T
     right = (scores > np.where(np.eye(len(scores)), -2, scores).max(1, keepdims=True)).diagonal().mean()
-    measured = results["tables"]["trained"]["+ stage 2 (contrastive)"]["text→image R@1"]
-    assert right == pytest.approx(measured, abs=1e-9)
-    assert f"{100 * measured:.1f} %" in card
+    measured = results["tables"]["heldout"]["stage 1 + 2"]["text→image R@1"]
+    assert right == pytest.approx(measured["mean"], abs=1e-9)
+    assert shown_as(measured) in card
     assert "2 steps of stage 1 and 2 of stage 2" in card
     for text in (html, card):
         assert MEANS_NOTHING in text[: text.index("text→image")]
     assert "model-index" not in card
     assert "|---" not in html  # Markdown of the benchmark's card
     assert "Licences of the parts and drawings" in html
-    assert "Outcomes that only ties decide" in html
 
     def never(*arguments, **options):
         raise AssertionError("the second run did again what was done")
 
-    for module, name in ((training, "SentenceTransformerTrainer"), (measure, "evaluate"), (pipeline, "caption_states")):
+    for module, name in ((training, "SentenceTransformerTrainer"), (measure, "evaluate"), (pipeline, "fit_projector")):
         monkeypatch.setattr(module, name, never)
     assert Demo(demo.cache, demo.output, SETTINGS, demo.lines.append).run() == page
 
@@ -119,8 +109,8 @@ def test_which_run_is_short():
     assert SETTINGS.is_short
     assert not full.is_short
     assert not replace(full, seed=3, margin=0.2).is_short
-    assert replace(full, eval_limit=13).is_short
-    assert replace(full, stage2=replace(full.stage2, steps=59)).is_short
+    assert replace(full, swap_limit=13).is_short
+    assert replace(full, stage2=replace(full.stage2, steps=full.stage2.steps - 1)).is_short
 
 
 @pytest.mark.parametrize(
