@@ -146,7 +146,7 @@ class Lab:
         work: Path,
     ) -> None:
         self.settings, self.work = settings, work
-        self.texts = stage1_texts(benchmark, settings.stage1.steps * settings.stage1.batch_size, settings.seed)
+        self.texts = stage1_texts(benchmark, settings.stage1, settings.seed)
         glosses = [(entry.term, entry.gloss) for entry in benchmark.glosses("validation") if _is_short(entry.gloss)]
         concepts = [concept for concept in concepts_of(fetched, benchmark)["validation"] if concept.tags]
         captions = [(concept.label, ", ".join(concept.tags[:5])) for concept in concepts]
@@ -209,7 +209,8 @@ class Lab:
 
     def self_probability(self, benchmark: EmojiBenchmark, temperature: float, batch_size: int) -> float:
         """Mean probability the teacher gives to the text itself, with the diagonal, in a batch of training texts."""
-        texts = stage1_texts(benchmark, batch_size, self.settings.seed)
+        stage = StageSettings(-(-batch_size // self.settings.stage1.batch_size), self.settings.stage1.batch_size, 0.0)
+        texts = stage1_texts(benchmark, stage, self.settings.seed)[:batch_size]
         rows = normalize(torch.from_numpy(teacher_embeddings(self.teacher, texts, self.work / "teacher")))
         return (rows @ rows.T / temperature).softmax(dim=1).diagonal().mean().item()
 

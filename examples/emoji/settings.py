@@ -47,8 +47,8 @@ class DemoSettings:
     image_size: int = 96
     penalty: float = 1000.0
     feature_dropout: float = 0.5
-    stage1: StageSettings = StageSettings(steps=160, batch_size=512, learning_rate=1e-3)
-    stage2: StageSettings = StageSettings(steps=30, batch_size=512, learning_rate=3e-4)
+    stage1: StageSettings = StageSettings(steps=80, batch_size=512, learning_rate=1e-3)
+    stage2: StageSettings = StageSettings(steps=40, batch_size=512, learning_rate=3e-4)
     mini_batch_size: int = 128
     margin: float = 0.1
     num_hard_negatives: int | None = None

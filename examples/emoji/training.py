@@ -29,19 +29,18 @@ from unime_st.files import write_atomically
 from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss, LossMetricsCallback
 
 LOG_FILE = "training_log.json"
-EPOCHS = 2  # of stage 1: the teacher takes as long for a text as a step does
 
 
-def stage1_texts(benchmark: EmojiBenchmark, count: int, seed: int) -> list[str]:
-    """So many texts of stage 1, shuffled: of five, three terms of WordNet, one short gloss and one caption."""
-    fifth = -(-count // 5)
+def stage1_texts(benchmark: EmojiBenchmark, stage: StageSettings, seed: int) -> list[str]:
+    """Texts of stage 1, shuffled: of five, three terms of WordNet, one short gloss and one caption."""
+    fifth = -(-stage.steps * stage.batch_size // 5)
     glosses = benchmark.glosses("train")
     terms = list(dict.fromkeys(entry.term for entry in glosses))[: 3 * fifth]
     meanings = [entry.gloss for entry in glosses if len(entry.gloss.split()) <= 9][:fifth]
     captions = benchmark.captions() * (1 + fifth // len(benchmark.captions()))
     texts = [*terms, *meanings, *captions[:fifth]]
     random.Random(seed).shuffle(texts)
-    return texts[:count]
+    return texts
 
 
 def stage2_rows(benchmark: EmojiBenchmark) -> Dataset:
@@ -135,15 +134,14 @@ def run_stage1(  # noqa: PLR0917
     **options: Any,
 ) -> Path:
     """Train stage 1 on texts against the teacher, whose embeddings are kept in `cache`; see `run_stage`."""
-    stage = settings.stage1
-    texts = stage1_texts(benchmark, stage.steps * stage.batch_size // EPOCHS, settings.seed)
+    texts = stage1_texts(benchmark, settings.stage1, settings.seed)
     targets = teacher_embeddings(text_teacher(fetched), texts, cache / "teacher")
 
     def loss(model: SentenceTransformer) -> DistillKLLoss:
-        return DistillKLLoss(model, temperature=stage.temperature, include_diagonal=False)
+        return DistillKLLoss(model, temperature=settings.stage1.temperature, include_diagonal=False)
 
     rows = with_teacher_labels(texts, targets)
-    return run_stage("stage1", start, rows, loss, stage, settings, folder, **options)
+    return run_stage("stage1", start, rows, loss, settings.stage1, settings, folder, **options)
 
 
 def hard_negative_loss(settings: DemoSettings, **options: Any) -> Callable[[SentenceTransformer], nn.Module]:
