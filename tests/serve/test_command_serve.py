@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -82,3 +83,11 @@ def test_without_its_packages_it_says_what_to_install(world, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "fastapi", None)
     assert main(command(world)) == 1
     assert "pip install 'unime_st[serve]'" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_shows_before_the_model_is_loaded(world, capsys, monkeypatch):
+    monkeypatch.setattr("unime_st.modules.load_encoder", lambda *_, **__: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(command(world, "--port", str(port))) == 1
+    assert f"Cannot listen at 127.0.0.1, port {port}" in capsys.readouterr().err

@@ -147,3 +147,8 @@ def test_hosts_by_where_it_listens():
     assert checked_hosts("0.0.0.0", TOKEN) is None
     assert checked_hosts("127.0.0.1", None) == ("127.0.0.1", "localhost", "[::1]")
     assert "127.0.0.2" in checked_hosts("127.0.0.2", None)
+
+
+def test_an_application_that_nothing_guards_is_refused(client):
+    with pytest.raises(ValueError, match="Without `token` and `hosts` anybody could ask"):
+        client(hosts=None)

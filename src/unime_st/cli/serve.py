@@ -47,11 +47,11 @@ def run(given: argparse.Namespace) -> int:
 
     corpus = load_corpus(given.corpus)
     inputs = read_inputs(given.inputs, given) if given.inputs else None
-    model: Any = load_encoder(given.model, device=given.device)
-    check_same_model(corpus, model)
-    name = Path(given.model).name if Path(given.model).exists() else given.model
-    app = create_app(model, CorpusSearch(corpus), inputs, name=name, token=token, hosts=hosts, limits=limits)
-    with listen(given.host, given.port) as listening:
+    with listen(given.host, given.port) as listening:  # a port that is taken shows before the model is loaded
+        model: Any = load_encoder(given.model, device=given.device)
+        check_same_model(corpus, model)
+        name = Path(given.model).name if Path(given.model).exists() else given.model
+        app = create_app(model, CorpusSearch(corpus), inputs, name=name, token=token, hosts=hosts, limits=limits)
         say(f"{len(corpus)} rows at {address_of(listening)} and {address_of(listening)}/v1/embeddings; Ctrl-C ends it")
         serve(app, listening, limits)
     return 0

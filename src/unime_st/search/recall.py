@@ -60,8 +60,10 @@ class RecallSample:
         _, rows = index.search(queries, self.k + (self.own is not None))
         rows = self._others(rows, places)
         copies = import_faiss().downcast_index(index.refine_index)
-        score = lambda numbers: np.einsum("qd,qkd->qk", queries, _reconstructed(copies, numbers))  # noqa: E731
-        equal = np.abs(score(rows) - score(truth).min(axis=1, keepdims=True)) <= _TIE
+        scores, nearest = (
+            np.einsum("qd,qkd->qk", queries, _reconstructed(copies, numbers)) for numbers in (rows, truth)
+        )
+        equal = np.abs(scores - nearest.min(axis=1, keepdims=True)) <= _TIE
         hit = ((rows[:, :, None] == truth[:, None, :]).any(axis=2) | equal) & (rows >= 0)
         return float(hit.mean())
 

@@ -53,8 +53,10 @@ def create_app(
         An ASGI application, for uvicorn or a test client.
 
     Raises:
-        ValueError: When the inputs are of another corpus.
+        ValueError: When the inputs are of another corpus, or nothing decides who may ask.
     """
+    if token is None and hosts is None:
+        raise ValueError("Without `token` and `hosts` anybody could ask. Give one of them.")
     limits = limits or Limits()
     encoder = Encoder(model, limits)
     searcher = Searcher(search, inputs, encoder, limits)
