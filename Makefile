@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-short eval-demo bench test test-fast check format clean
+.PHONY: help demo demo-short eval-demo bench test test-fast check docs format clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,9 +43,12 @@ check: $(STAMP) ## lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(STAMP) ## build the site into site/, warnings and broken links being errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 format: $(STAMP) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove what the demo and the tools made
-	rm -rf demo_output demo_output_short .demo_cache .mypy_cache .ruff_cache .pytest_cache
+	rm -rf site demo_output demo_output_short .demo_cache .mypy_cache .ruff_cache .pytest_cache

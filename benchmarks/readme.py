@@ -27,6 +27,10 @@ from unime_st.published import PUBLISHED
 from unime_st.published_card import published_card
 
 _WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 8: "eight"}
+RECIPES = {
+    "phi3_v": "Phi-3.5-Vision", "llava_next": "LLaVA-1.6-7B", "llava_onevision": "LLaVA-OneVision-7B",
+    "qwen2_vl": "Qwen2-VL-2B", "qwen3_vl": "Qwen3-VL-2B",
+}  # fmt: skip
 COLUMNS = ("text→image R@1", "image→text R@1", "keywords→image R@1", "definition→image R@1", SWAPS)
 COMPARED = COLUMNS[:-1]
 ROWS = [name for step, name in NAMES.items() if step != "start"]
@@ -242,6 +246,23 @@ def scale_table(results: dict[str, Any]) -> str:
     return "\n".join([*table(head, sampler), "", *of_loss, "", text])
 
 
+def recipes_table(results: dict[str, Any]) -> str:
+    """What each recipe trains, and the estimate of a GPU's memory."""
+    rows = []
+    for name, row in results.items():
+        stage, _, backbone = name.partition("_")
+        parameters = (f"{row[key] / 1e6:,.0f}" for key in ("trained", "frozen"))
+        gib = row["gib"]
+        rows.append(
+            (f"{RECIPES[backbone]}, stage {stage[-1]}", row["rank"], f"{row['learning_rate']:g}", row["length"],
+             *parameters, f"{gib['weights']:.1f}", f"{gib['gradients'] + gib['AdamW']:.1f}",
+             f"{gib['activations']:.1f}", f"{sum(gib.values()):.0f}")
+        )  # fmt: skip
+    head = ("recipe", "LoRA rank", "learning rate", "length", "trained, M", "frozen, M", "weights",
+            "LoRA's gradients, AdamW", "activations", "estimate, GiB a GPU")  # fmt: skip
+    return "\n".join(table(head, rows))
+
+
 def structure_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     """The package's structure before and after it was laid out anew."""
 
@@ -298,6 +319,7 @@ def filled(texts: dict[str, str]) -> dict[str, str]:
         "train_step": (train_step_table, "train_step"), "stage1_step": (stage1_step_table, "stage1_step"),
         "scale": (scale_table, "scale"), "speed": (speed_tables.floors_table, "encode", "train_step", "stage1_step"),
         "structure": (structure_table, "structure/before", "structure/after"),
+        "recipes": (recipes_table, "recipes"),
         "gpu": (gpu_table, "gpu/encode", "gpu/steps"), "parts": (speed_tables.parts_table, "where_time_goes"),
     }  # fmt: skip
     parts = {name: make(*(read(RESULTS / f"{file}.json") for file in files)) for name, (make, *files) in made.items()}

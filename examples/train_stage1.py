@@ -8,10 +8,10 @@ accelerate launch --config_file examples/accelerate/ddp.yaml examples/train_stag
 from collections.abc import Sequence
 from pathlib import Path
 
+from dry_run import dry_run
 from recipe import Stage1Recipe, recipe_from_command_line
 from stage import count_negatives, load_start, teacher_labels, train, training_arguments
 
-from dry_run import dry_run
 from unime_st.data import load_nli
 from unime_st.losses import DistillKLLoss
 
