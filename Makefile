@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-short eval-demo bench test test-fast check docs format clean
+.PHONY: help demo demo-short eval-demo bench test test-fast test-lowest check docs dist format clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,13 @@ test: $(STAMP) ## all tests
 test-fast: $(STAMP) ## tests without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
+test-lowest: $(STAMP) ## the fast tests on the lowest versions that pyproject.toml allows, in an environment of its own
+	$(BIN)/python -m uv venv --quiet --clear --python $(BIN)/python $(VENV)-lowest
+	$(BIN)/python -m uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct \
+		--editable '.[eval,train,ann,b3,qdrant,lancedb,serve,smolvlm,demo]'
+	$(BIN)/python -m uv pip install --quiet --python $(VENV)-lowest/bin/python pytest pytest-xdist httpx playwright deepspeed
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" --ignore=tests/docs
+
 check: $(STAMP) ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,9 +53,14 @@ check: $(STAMP) ## lint and types
 docs: $(STAMP) ## build the site into site/, warnings and broken links being errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+dist: $(STAMP) ## build wheel and source distribution, and try each in an environment of its own
+	rm -rf dist build
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python .ci/check_dist.py dist
+
 format: $(STAMP) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove what the demo and the tools made
-	rm -rf site demo_output demo_output_short .demo_cache .mypy_cache .ruff_cache .pytest_cache
+	rm -rf site dist build demo_output demo_output_short .demo_cache .mypy_cache .ruff_cache .pytest_cache

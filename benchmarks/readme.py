@@ -263,6 +263,21 @@ def recipes_table(results: dict[str, Any]) -> str:
     return "\n".join(table(head, rows))
 
 
+def newcomer_transcript(results: dict[str, Any]) -> str:
+    """Three commands with what they said, and what the page finds."""
+    lines = []
+    for step in results["steps"]:
+        cpu = f", {step['cpu_seconds']} of the processor's" if "cpu_seconds" in step else " until it answers"
+        told = [line for line in step["said"] if "recall@" not in line or "to_image_recall@1:" in line]
+        lines += [f"$ {step['command']}    # {step['seconds']} seconds{cpu}", *(f"  {line}" for line in told)]
+    page, minutes = results["steps"][-1], sum(step["seconds"] for step in results["steps"]) / 60
+    return "\n".join(
+        ["```text", *lines, "```", "", f"{minutes:.1f} minutes in all, on {_word(results['machine']['cores'])} CPU cores. "
+         f"Of the {results['rows']} captions, typed into the page, {page['first']} find their drawing first and "
+         f"{page['among_five']} among five, most of them having been trained on: `python benchmarks/newcomer.py`."]
+    )  # fmt: skip
+
+
 def structure_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     """The package's structure before and after it was laid out anew."""
 
@@ -319,7 +334,7 @@ def filled(texts: dict[str, str]) -> dict[str, str]:
         "train_step": (train_step_table, "train_step"), "stage1_step": (stage1_step_table, "stage1_step"),
         "scale": (scale_table, "scale"), "speed": (speed_tables.floors_table, "encode", "train_step", "stage1_step"),
         "structure": (structure_table, "structure/before", "structure/after"),
-        "recipes": (recipes_table, "recipes"),
+        "recipes": (recipes_table, "recipes"), "newcomer": (newcomer_transcript, "newcomer"),
         "gpu": (gpu_table, "gpu/encode", "gpu/steps"), "parts": (speed_tables.parts_table, "where_time_goes"),
     }  # fmt: skip
     parts = {name: make(*(read(RESULTS / f"{file}.json") for file in files)) for name, (make, *files) in made.items()}

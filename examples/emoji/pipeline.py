@@ -23,6 +23,7 @@ from emoji.miniature import build_miniature, start_encoder
 from emoji.packages import Fetched, fetch
 from emoji.reporting import write_report
 from emoji.ridge import VisionFeatures, ridge_baseline
+from emoji.searching import search_command
 from emoji.settings import DemoSettings
 from emoji.training import hard_negative_loss, run_stage, run_stage1, stage2_rows
 from unime_st import export_encoder, load_encoder
@@ -79,9 +80,12 @@ class Demo:
                 final=final,
                 seconds=self.seconds,
             )
+        with self._timed("search page"):
+            search = search_command(final, benchmark, self.output / "corpus")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kB on Linux
         taken = time.monotonic() - self._started
         self.say(f"done in {taken:.0f} s, at most {peak:.1f} GB; checkpoint: {final}; report: {report}")
+        self.say(f"to search drawings that it never saw, by text or image: {search}")
         return report
 
     def features(self, fetched: Fetched, benchmark: EmojiBenchmark) -> VisionFeatures:

@@ -1,6 +1,10 @@
 """The whole demo on made-up packages and a tiny model: each of its steps, kept, and none of them twice."""
 
 import json
+import os
+import shlex
+import subprocess
+import urllib.request
 from dataclasses import replace
 
 import numpy as np
@@ -53,7 +57,8 @@ def demo(fake, linear_backbone, tmp_path, monkeypatch):
 def test_the_demo_ends_with_report_table_gallery_and_checkpoint(demo, monkeypatch):
     page = demo.run()
     html = page.read_text()
-    assert demo.lines[-1].endswith(str(page))
+    assert demo.lines[-2].endswith(str(page))
+    assert "to search drawings" in demo.lines[-1]
     results = json.loads((demo.output / "results.json").read_text())
     for table in results["tables"].values():
         assert list(table)[:2] == ["chance", "linear baseline (ridge)"]
@@ -89,6 +94,25 @@ def test_the_demo_ends_with_report_table_gallery_and_checkpoint(demo, monkeypatc
     for module, name in ((training, "SentenceTransformerTrainer"), (measure, "evaluate"), (pipeline, "fit_projector")):
         monkeypatch.setattr(module, name, never)
     assert Demo(demo.cache, demo.output, SETTINGS, demo.lines.append).run() == page
+
+
+@pytest.mark.slow
+def test_the_command_that_the_demo_ends_with_opens_a_page_on_the_drawings(demo):
+    demo.run()
+    command = shlex.split(demo.lines[-1].partition(": ")[2])
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    served = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        address = served.stdout.readline().split()[3]
+        with urllib.request.urlopen(f"{address}/about", timeout=60) as answer:
+            about = json.loads(answer.read())
+        drawings = list((demo.cache / "benchmark" / "images" / HELD_OUT_VENDOR).glob("*.png"))
+        assert about["rows"] == len(drawings) > 3
+        with urllib.request.urlopen(f"{address}/thumbnails/0", timeout=60) as answer:
+            assert answer.read()[8:12] == b"WEBP"
+    finally:
+        served.kill()
+        served.wait()
 
 
 @pytest.mark.slow
