@@ -271,11 +271,12 @@ def newcomer_transcript(results: dict[str, Any]) -> str:
         told = [line for line in step["said"] if "recall@" not in line or "to_image_recall@1:" in line]
         lines += [f"$ {step['command']}    # {step['seconds']} seconds{cpu}", *(f"  {line}" for line in told)]
     page, minutes = results["steps"][-1], sum(step["seconds"] for step in results["steps"]) / 60
-    return "\n".join(
-        ["```text", *lines, "```", "", f"{minutes:.1f} minutes in all, on {_word(results['machine']['cores'])} CPU cores. "
-         f"Of the {results['rows']} captions, typed into the page, {page['first']} find their drawing first and "
-         f"{page['among_five']} among five, most of them having been trained on: `python benchmarks/newcomer.py`."]
-    )  # fmt: skip
+    told = (
+        f"{minutes:.1f} minutes in all, on {_word(results['machine']['cores'])} CPU cores. Of the {results['rows']} "
+        f"captions, typed into the page, {page['first']} find their drawing first and {page['among_five']} among five, "
+        "most of them having been trained on: `python benchmarks/newcomer.py`."
+    )
+    return "\n".join(["```text", *lines, "```", "", told])
 
 
 def structure_table(before: dict[str, Any], after: dict[str, Any]) -> str:
