@@ -228,6 +228,7 @@ def check_scores(
     which = "the positive" if column == 0 else f"negative {column}"
     raise ValueError(
         f"The score of row {row}, column {column} of the label ({which}{held}) is {scores[row, column].item():g}, and "
-        f"{len(places) - 1} more of the batch are out of range. A score is a judge's p(yes) in 0..1, or {NO_CANDIDATE:g} "
-        "for no candidate, which a positive cannot have. Judge these rows again, or drop them; logits need a sigmoid."
+        f"{len(places) - 1} more of the batch are out of range. A score is a judge's p(yes) in 0..1, or "
+        f"{NO_CANDIDATE:g} for no candidate, which a positive cannot have. Judge these rows again, or drop them; "
+        "logits need a sigmoid."
     )
