@@ -7,6 +7,7 @@ tower, language model and vocabulary in the work, and the number of tiles of an 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,12 @@ def small_llava_onevision(folder: Path) -> Path:
     return _written(config, processor, folder)
 
 
-def small_qwen2_vl(folder: Path) -> Path:
-    """Language model of 7.9 M weights, 6 layers; vocabulary of 5,486, so its head is 18 % of it, as Qwen2-VL-2B's."""
-    tiny_backbone("qwen2_vl", folder)
+def small_qwen2_vl(folder: Path, words: Sequence[str] = ()) -> Path:
+    """Language model of 7.9 M weights, 6 layers; vocabulary of 5,486, so its head is 18 % of it, as Qwen2-VL-2B's.
+
+    Without ``words`` that are tokens, each byte of a text is one.
+    """
+    tiny_backbone("qwen2_vl", folder, words=words)
     config = AutoConfig.from_pretrained(folder)
     config.text_config.update({**TEXT, "intermediate_size": 1493, "vocab_size": 5486})
     config.text_config.rope_parameters = {**config.text_config.rope_parameters, "mrope_section": [4, 6, 6]}

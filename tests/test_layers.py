@@ -14,6 +14,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "unime_st"
 LAYERS = {
     "prompts": 0,
+    "rerank_prompts": 0.2,
     "columns": 0,
     "published": 0,
     "paths": 0,

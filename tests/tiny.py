@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,8 @@ def picture(color: str = "red", size: tuple[int, int] = (40, 30)) -> Image.Image
     return image
 
 
-def tokenizer_for(family: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with the family's special tokens and no merges."""
+def tokenizer_for(family: str, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with the family's special tokens, whole words if wanted, and no merges."""
     alphabet = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(BPE(vocab=alphabet, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -105,15 +106,16 @@ def tokenizer_for(family: str) -> PreTrainedTokenizerFast:
         extra_special_tokens=extra,
     )
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[family]}, replace_extra_special_tokens=False)
+    tokenizer.add_tokens(list(words))
     if family == "phi3_v":  # the published one opens every text with <s>
         opening = ("<bos>", tokenizer.bos_token_id)
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[opening])
     return tokenizer
 
 
-def tiny_backbone(family: str, folder: Path, seed: int = 0) -> Path:
+def tiny_backbone(family: str, folder: Path, seed: int = 0, words: Sequence[str] = ()) -> Path:
     """Write a random backbone of a family to `folder`, as its published checkpoints are laid out."""
-    tokenizer = tokenizer_for(family)
+    tokenizer = tokenizer_for(family, words)
     config = _config(family, tokenizer)
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config)

@@ -13,19 +13,40 @@ from unime_st.models import register_families
 
 if TYPE_CHECKING:
     from unime_st.hub import push_encoder_to_hub
-    from unime_st.modules import MultimodalEncoder, build_encoder, export_encoder, load_encoder
+    from unime_st.modules import (
+        MultimodalEncoder,
+        build_encoder,
+        build_reranker,
+        export_encoder,
+        export_reranker,
+        load_encoder,
+        load_reranker,
+    )
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "MultimodalEncoder": "unime_st.modules",
     "build_encoder": "unime_st.modules",
+    "build_reranker": "unime_st.modules",
     "export_encoder": "unime_st.modules",
+    "export_reranker": "unime_st.modules",
     "load_encoder": "unime_st.modules",
+    "load_reranker": "unime_st.modules",
     "push_encoder_to_hub": "unime_st.hub",
 }
 
-__all__ = ["MultimodalEncoder", "__version__", "build_encoder", "export_encoder", "load_encoder", "push_encoder_to_hub"]
+__all__ = [
+    "MultimodalEncoder",
+    "__version__",
+    "build_encoder",
+    "build_reranker",
+    "export_encoder",
+    "export_reranker",
+    "load_encoder",
+    "load_reranker",
+    "push_encoder_to_hub",
+]
 
 register_families()
 

@@ -20,7 +20,11 @@ NEGATIVE_PREFIX = "negative_"
 """Start of the names of the explicit negatives: ``negative_1``, ``negative_2``, ..."""
 
 LABEL = "label"
-"""An integer identity of the target (stage 2), or the teacher's embeddings of the row (stage 1)."""
+"""An integer identity of the target (stage 2), the teacher's embeddings of the row (stage 1), or a judge's scores of
+its candidates."""
+
+NO_CANDIDATE = -1.0
+"""The score of a place in which a row has no candidate: rows of judged negatives may have differing numbers of them."""
 
 LABEL_COLUMNS = ("label", "labels", "score", "scores")
 """Names that sentence-transformers takes for the label; the first one present wins."""

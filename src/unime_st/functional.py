@@ -1,4 +1,4 @@
-"""Pure tensor maths of the two UniME losses: tensors in, tensors out, no model, no process group.
+"""Pure tensor maths of the losses: tensors in, tensors out, no model, no process group.
 
 Dimension letters used throughout the package:
 
@@ -151,6 +151,52 @@ def in_batch_kl(
         if student.shape[1] == 1:
             return student.sum(dim=1) * 0.0
         left_out = left_out.scatter(1, diagonal[:, None], value=True)
+    return _divergence(student, teacher, left_out, direction)
+
+
+def own_candidate_scores(queries: Tensor, candidates: Sequence[Tensor]) -> Tensor:
+    """Cosines ``(B, n)`` of each query ``(B, D)`` with its own ``n`` candidates, one ``(B, D)`` tensor a column.
+
+    In float32 or better, and autocast is off, as in :func:`cosine_scores`; zero vectors have 0.
+
+    >>> own_candidate_scores(torch.tensor([[2.0, 0.0]]), [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]])])
+    tensor([[1., 0.]])
+    """
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    with torch.autocast(device_type=queries.device.type, enabled=False):
+        unit = F.normalize(queries.to(dtype), dim=-1)
+        return torch.stack([(unit * F.normalize(own.to(dtype), dim=-1)).sum(dim=1) for own in candidates], dim=1)
+
+
+def candidate_kl(
+    student_scores: Tensor,
+    teacher_scores: Tensor,
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    direction: KLDirection = "symmetric",
+    missing: Tensor | None = None,
+) -> Tensor:
+    """KL divergence ``(B,)`` between two softmaxes over each row's own ``n`` candidates, scores being ``(B, n)``.
+
+    UniME-V2 (arXiv 2510.13515) compares a judge's scores with the cosines so; ``direction`` is that of
+    :func:`in_batch_kl`, and the teacher gets no gradient. ``missing`` ``(B, n)`` marks the places in which a row has no
+    candidate, left out of both distributions; a row with one candidate has 0, with gradient 0.
+
+    >>> candidate_kl(torch.zeros(1, 3), torch.zeros(1, 3), student_temperature=0.02, teacher_temperature=0.02)
+    tensor([0.])
+    """
+    check_direction(direction)
+    check_temperature("student_temperature", student_temperature)
+    check_temperature("teacher_temperature", teacher_temperature)
+    student = student_scores / student_temperature
+    teacher = teacher_scores.detach() / teacher_temperature
+    left_out = torch.zeros_like(student, dtype=torch.bool) if missing is None else missing
+    return _divergence(student, teacher, left_out, direction)
+
+
+def _divergence(student: Tensor, teacher: Tensor, left_out: Tensor, direction: KLDirection) -> Tensor:
+    """KL divergence ``(Q,)`` between the softmaxes of logits ``(Q, C)``; each row has a column that is not left out."""
     # Left-out columns have log-probability -inf, which the mask turns into a term of exactly 0 on both sides.
     student_log = F.log_softmax(student.masked_fill(left_out, -torch.inf), dim=1).masked_fill(left_out, 0.0)
     teacher_log = F.log_softmax(teacher.masked_fill(left_out, -torch.inf), dim=1).masked_fill(left_out, 0.0)

@@ -176,26 +176,26 @@ def chat_template(name: str) -> str:
         )
     turn = formats[name]
     before, _, after = turn.image.partition("{n}")
-    image = f"{_quoted(before)} + (ns.images | string) + {_quoted(after)}" if "{n}" in turn.image else _quoted(before)
+    image = f"{quoted(before)} + (ns.images | string) + {quoted(after)}" if "{n}" in turn.image else quoted(before)
     values = {
         "IMAGE": image,
-        "VIDEO": _quoted(turn.video),
-        "START": _quoted(turn.start),
-        "BEFORE_TEXT": _quoted(turn.before_text),
-        "NEWLINE": _quoted("\n"),
-        "END": _quoted(turn.end),
+        "VIDEO": quoted(turn.video),
+        "START": quoted(turn.start),
+        "BEFORE_TEXT": quoted(turn.before_text),
+        "NEWLINE": quoted("\n"),
+        "END": quoted(turn.end),
     }
     if isinstance(turn, BareFormat):
         values |= {
-            "PROMPT": _quoted(IMAGE_PROMPT_V2),
+            "PROMPT": quoted(IMAGE_PROMPT_V2),
             "STRIPS": str(turn.strips).lower(),
-            "BEFORE_PROMPT": _quoted(turn.before_prompt),
-            "BEFORE_ANY": _quoted(turn.before_any),
+            "BEFORE_PROMPT": quoted(turn.before_prompt),
+            "BEFORE_ANY": quoted(turn.before_any),
         }
-        return _filled(_BARE, values)
-    asked = {kind: _quoted(words.rstrip() + turn.instruction_end) for kind, words in INSTRUCTIONS.items()}
+        return filled(_BARE, values)
+    asked = {kind: quoted(words.rstrip() + turn.instruction_end) for kind, words in INSTRUCTIONS.items()}
     values |= {"BOTH": asked["image_text"], "ONLY_IMAGE": asked["image"], "ONLY_TEXT": asked["text"]}
-    return _filled(_TEMPLATE, values | {"MEDIA_ENDS_LINE": f"(ns.media.endswith({_quoted(chr(10))}))"})
+    return filled(_TEMPLATE, values | {"MEDIA_ENDS_LINE": f"(ns.media.endswith({quoted(chr(10))}))"})
 
 
 def with_generation_prompt(template: str) -> str:
@@ -221,11 +221,12 @@ def lacks_generation_prompt(template: str) -> bool:
     return _OPENS in template and not template.startswith(_OPENED)
 
 
-def _filled(template: str, values: Mapping[str, str]) -> str:
+def filled(template: str, values: Mapping[str, str]) -> str:
     """Put each value where its key stands as a whole word."""
     return re.sub(rf"(?<![\w<|])({'|'.join(values)})(?![\w>|])", lambda found: values[found[1]], template)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """A text as Jinja writes it."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
     return f"'{escaped}'"

@@ -26,6 +26,7 @@ class Seam:
 
 _ST, _TF = ("sentence-transformers", "6.2.0"), ("transformers", "5.23.0")
 _MODEL = "sentence_transformers.sentence_transformer.model"
+_CROSS = "sentence_transformers.cross_encoder.model"
 _CARD = "sentence_transformers.sentence_transformer.model_card"
 _MODULE = "sentence_transformers.base.modules"
 
@@ -37,6 +38,12 @@ SEAMS = (
         *_ST,
         (_MODEL, "SentenceTransformer._load_with_module_classes"),
         "the Trainer loads its best checkpoint with our module",
+    ),
+    Seam(*_ST, (_CROSS, "CrossEncoder._inference"), "`predict` computes each distinct pair once", ("inputs",)),
+    Seam(*_ST, (_CROSS, "CrossEncoder._resolve_inference_device"), "`predict(device=...)`", ("device",)),
+    Seam(*_ST, (_CROSS, "CrossEncoder._resolve_activation_fn"), "a saved activation"),
+    Seam(
+        *_ST, (_CROSS, "CrossEncoder._load_with_module_classes"), "the Trainer loads its best reranker with our module"
     ),
     Seam(*_ST, (_MODULE, "Transformer._load_model"), "text-only models, adapters, checked weights", ("config",)),
     Seam(*_ST, (_MODULE, "Transformer._should_flatten_inputs"), "rows stay rows under flash attention"),

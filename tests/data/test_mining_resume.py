@@ -41,13 +41,13 @@ def mine(folder, log=None):
 
 def mine_noting_files(folder):
     """Files are noted too, each as often as a shard of texts, so that kills fall on both."""
-    real = hard_negatives._write
+    real = hard_negatives.write_table
 
     def noting(path, table):
         note(folder, [f"/{path.name}"] * SHARD)
         real(path, table)
 
-    hard_negatives._write = noting
+    hard_negatives.write_table = noting
     mine(folder)
 
 

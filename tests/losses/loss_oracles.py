@@ -1,4 +1,4 @@
-"""Both losses in plain Python floats, value and gradient, written from the definitions and sharing no code with src."""
+"""The losses in plain Python floats, value and gradient, written from the definitions and sharing no code with src."""
 
 import math
 
@@ -121,14 +121,37 @@ def distill_kl(columns: list[Matrix], teachers: list[Matrix], tau_student, tau_t
         parts = {j: cosine_and_gradients(student[i], student[j]) for j in others}
         q = softmax([parts[j][0] / tau_student for j in others])
         p = softmax([cosine_and_gradients(teacher[i], teacher[j])[0] / tau_teacher for j in others])
-        forward = sum(b * math.log(b / a) for a, b in zip(q, p, strict=True))  # KL(teacher || student)
-        backward = sum(a * math.log(a / b) for a, b in zip(q, p, strict=True))  # KL(student || teacher)
-        forward_slope = [a - b for a, b in zip(q, p, strict=True)]
-        backward_slope = [a * (math.log(a / b) - backward) for a, b in zip(q, p, strict=True)]
-        share = {"teacher_student": (1, 0), "student_teacher": (0, 1), "symmetric": (0.5, 0.5)}[direction]
-        total += share[0] * forward + share[1] * backward
+        value, slopes = divergence(p, q, direction)
+        total += value
         for place, j in enumerate(others):
-            slope = (share[0] * forward_slope[place] + share[1] * backward_slope[place]) / tau_student / n
+            slope = slopes[place] / tau_student / n
             add_scaled(gradient[i], slope, parts[j][1])
             add_scaled(gradient[j], slope, parts[j][2])
     return total / n, [gradient[i : i + batch] for i in range(0, n, batch)]
+
+
+def divergence(p: list[float], q: list[float], direction: str) -> tuple[float, list[float]]:
+    """KL divergence of a teacher's p and a student's q, and its slope in each of the student's logits."""
+    forward = sum(b * math.log(b / a) for a, b in zip(q, p, strict=True) if b > 0)  # KL(teacher || student)
+    backward = sum(a * math.log(a / b) for a, b in zip(q, p, strict=True) if a > 0)  # KL(student || teacher)
+    forward_slope = [a - b for a, b in zip(q, p, strict=True)]
+    backward_slope = [a * (math.log(a / b) - backward) if a > 0 else 0.0 for a, b in zip(q, p, strict=True)]
+    share = {"teacher_student": (1, 0), "student_teacher": (0, 1), "symmetric": (0.5, 0.5)}[direction]
+    slopes = [share[0] * a + share[1] * b for a, b in zip(forward_slope, backward_slope, strict=True)]
+    return share[0] * forward + share[1] * backward, slopes
+
+
+def candidate_kl(columns: list[Matrix], scores: list[list[float | None]], tau, tau_teacher, direction):
+    """Loss and gradient per column; a score of None is that of a place without a candidate."""
+    batch, total = len(columns[0]), 0.0
+    gradients = [[[0.0] * len(row) for row in column] for column in columns]
+    for row in range(batch):
+        own = [place for place, score in enumerate(scores[row]) if score is not None]
+        parts = [cosine_and_gradients(columns[0][row], columns[1 + place][row]) for place in own]
+        p = softmax([scores[row][place] / tau_teacher for place in own])
+        value, slopes = divergence(p, softmax([part[0] / tau for part in parts]), direction)
+        total += value
+        for place, part, slope in zip(own, parts, slopes, strict=True):
+            add_scaled(gradients[0][row], slope / tau / batch, part[1])
+            add_scaled(gradients[1 + place][row], slope / tau / batch, part[2])
+    return total / batch, gradients

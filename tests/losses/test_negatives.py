@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss, effective_negatives
+from unime_st.losses import CandidateKLLoss, DistillKLLoss, HardNegativeInfoNCELoss, effective_negatives
 
 
 def arguments(**changes):
@@ -30,6 +30,11 @@ def test_rows_of_all_processes_count_when_they_are_gathered(gathered, number):
 
 def test_nothing_is_wrong_with_one_process():
     assert effective_negatives(DistillKLLoss(None, temperature=0.1), arguments()) == (15, 16, 1, ())
+
+
+def test_a_row_compared_with_its_own_candidates_has_as_many_whatever_the_batch():
+    found = effective_negatives(CandidateKLLoss(None), arguments(world_size=8), candidates_a_row=9)
+    assert found == (8, 16, 8, ())
 
 
 MISTAKES = {

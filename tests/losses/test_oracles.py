@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
-from loss_oracles import distill_kl, hard_negative_info_nce
+from loss_oracles import candidate_kl, distill_kl, hard_negative_info_nce
 
 from unime_st import functional
-from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss
+from unime_st.losses import CandidateKLLoss, DistillKLLoss, HardNegativeInfoNCELoss
 
 SETTINGS = 240
 TOLERANCE = 1e-9
@@ -129,6 +129,34 @@ def test_distill_kl_equals_the_oracle(block):
         value = loss.compute_loss_from_embeddings(embeddings, labels.squeeze(1) if n == 1 else labels)
         expected = distill_kl(columns, teachers, tau_student or tau, tau_teacher or tau, direction, diagonal)
         check(value, embeddings, *expected)
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_candidate_kl_equals_the_oracle(block):
+    ragged = learned = 0
+    for seed in range(block, SETTINGS, 4):
+        rng = random.Random(2000 + seed)
+        batch, n, dim = rng.randint(1, 6), rng.randint(2, 11), rng.randint(2, 6)
+        columns = [rows(rng, batch, dim) for _ in range(1 + n)]
+        missing = rng.choice([0.0, 0.3, 0.9])
+        scores = [
+            [None if place and rng.random() < missing else rng.choice([0.0, 1.0, rng.random()]) for place in range(n)]
+            for _ in range(batch)
+        ]
+        tau, tau_teacher = rng.choice([0.02, 0.1, 1.0]), rng.choice([None, 0.02, 0.3])
+        direction = rng.choice(["teacher_student", "student_teacher", "symmetric"])
+        loss = CandidateKLLoss(None, temperature=tau, teacher_temperature=tau_teacher, direction=direction)
+        embeddings = tensors(columns)
+        labels = torch.tensor(
+            [[-1.0 if score is None else score for score in row] for row in scores], dtype=torch.float64
+        )
+        value = loss.compute_loss_from_embeddings(embeddings, labels)
+        expected, gradients = candidate_kl(columns, scores, tau, tau_teacher or tau, direction)
+        check(value, embeddings, expected, gradients)
+        ragged += any(None in row for row in scores)
+        learned += expected > 0.01
+    assert ragged > 20, "no setting had rows with differing numbers of candidates"
+    assert learned > 40, "the oracle had nothing to learn from"
 
 
 @pytest.mark.parametrize("seed", range(3))

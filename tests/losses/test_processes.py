@@ -1,4 +1,4 @@
-"""Two and four processes are one: loss and gradients of both losses, homogeneous and mixed global batches."""
+"""Two and four processes are one: loss and gradients of the losses, homogeneous and mixed global batches."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tiny import picture
 from two_processes import run_ranks
 from unime_st import build_encoder
-from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss
+from unime_st.losses import CandidateKLLoss, DistillKLLoss, HardNegativeInfoNCELoss
 
 RED, GREEN = picture("red"), picture("green")
 TEXTS = [
@@ -47,6 +47,9 @@ BATCHES = {
     ),
 }
 TEACHER = torch.randn(8, 3, 6, generator=torch.Generator().manual_seed(0))
+SCORES = torch.rand(8, 2, generator=torch.Generator().manual_seed(1))
+SCORES[2, 1] = -1  # this row has no negative
+LABELS = {"distillation": TEACHER, "soft labels": SCORES}
 LOSSES = {
     "contrastive": (HardNegativeInfoNCELoss, {"temperature": 1.0, "num_hard_negatives": 6}),
     "weighted": (
@@ -60,6 +63,7 @@ LOSSES = {
         },
     ),
     "distillation": (DistillKLLoss, {"temperature": 0.5}),
+    "soft labels": (CandidateKLLoss, {"temperature": 0.2}),
 }
 MODES = {"plain": {}, "rows": {"mini_batch_size": 2}, "tokens": {"mini_batch_num_tokens": 200}}
 CASES = [(batch, loss, mode) for batch in BATCHES for loss in LOSSES for mode in MODES]
@@ -76,7 +80,7 @@ def step(folder, case, rows, wrap):
     cls, options = LOSSES[kind]
     loss = cls(model, **options, **MODES[mode], gather_across_devices=True).train()
     columns = features(encoder, *(column[rows] for column in BATCHES[batch]))
-    labels = TEACHER[rows] if kind == "distillation" else None
+    labels = LABELS[kind][rows] if kind in LABELS else None
     with packing_as_if_large():
         value = loss([dict(column) for column in columns], labels)
         value.backward()

@@ -5,6 +5,10 @@ from unime_st.data.corpus.encode import encode_corpus
 from unime_st.data.corpus.encoded import EncodedCorpus, load_corpus
 from unime_st.data.corpus.stream import encode_stream
 from unime_st.data.images import ItemReader, resolve_image
+from unime_st.data.judging.json_list import import_judged_json, read_judged_json, write_judged_json
+from unime_st.data.judging.judge import judge_negatives
+from unime_st.data.judging.load import judged_json_rows, load_judged_negatives
+from unime_st.data.judging.scorer import PairScorer
 from unime_st.data.mining.mine import load_mined_negatives, mine_hard_negatives
 from unime_st.data.mmeb.load import load_mmeb_eval, load_mmeb_train
 from unime_st.data.nli import load_nli
@@ -21,22 +25,29 @@ __all__ = [
     "BrokenInputError",
     "EncodedCorpus",
     "ItemReader",
+    "PairScorer",
     "PairsReport",
     "bad_image_report",
     "check_pairs",
     "encode_corpus",
     "encode_stream",
+    "import_judged_json",
+    "judge_negatives",
+    "judged_json_rows",
     "load_corpus",
     "load_inputs",
+    "load_judged_negatives",
     "load_mined_negatives",
     "load_mmeb_eval",
     "load_mmeb_train",
     "load_nli",
     "load_pairs",
     "mine_hard_negatives",
+    "read_judged_json",
     "resolve_image",
     "split_pairs",
     "teacher_embeddings",
     "with_images",
     "with_teacher_labels",
+    "write_judged_json",
 ]

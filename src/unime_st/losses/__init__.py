@@ -1,8 +1,16 @@
-"""The losses of UniME's two stages, for the sentence-transformers Trainer."""
+"""The losses of UniME's two stages and of UniME-V2, for the sentence-transformers Trainer."""
 
+from unime_st.losses.candidate_kl import CandidateKLLoss
 from unime_st.losses.distill_kl import DistillKLLoss
 from unime_st.losses.hard_negative_info_nce import HardNegativeInfoNCELoss
 from unime_st.losses.metrics_callback import LossMetricsCallback
 from unime_st.losses.negatives import Negatives, effective_negatives
 
-__all__ = ["DistillKLLoss", "HardNegativeInfoNCELoss", "LossMetricsCallback", "Negatives", "effective_negatives"]
+__all__ = [
+    "CandidateKLLoss",
+    "DistillKLLoss",
+    "HardNegativeInfoNCELoss",
+    "LossMetricsCallback",
+    "Negatives",
+    "effective_negatives",
+]

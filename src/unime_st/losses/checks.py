@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from unime_st.arguments import require_number
+from unime_st.columns import NO_CANDIDATE
 from unime_st.losses.described import described
 
 MORE_ROWS = "Raise `per_device_train_batch_size`, or on several processes set `gather_across_devices=True`."
@@ -190,4 +191,44 @@ def check_teacher(
     raise ValueError(
         f"The teacher's embeddings hold {what} in row(s) {rows[:_MOST_ROWS]} of the batch "
         f"({len(rows)} of {batch}), {harm}.{first} Embed these texts again, or drop them."
+    )
+
+
+def check_scores(
+    scores: Tensor | None,
+    columns: int,
+    batch: int,
+    model: Any = None,
+    features: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Refuse scores of the wrong shape, or one that is neither in 0..1 nor -1, which a positive cannot have.
+
+    Numbers are read off the device in every batch, before the model runs: one bad score would spoil the weights.
+    """
+    needed = f"one score in 0..1 for each of the {columns} candidate columns, the positive's first"
+    if scores is None:
+        raise ValueError(
+            f"CandidateKLLoss got no label. Add a `label` column with {needed}; rows without scores train with "
+            "HardNegativeInfoNCELoss, as a data set of their own (`loss={name: loss}`)."
+        )
+    if not scores.is_floating_point() or scores.ndim != 2 or scores.shape[1] != columns:
+        raise ValueError(
+            f"The scores (label) have shape {tuple(scores.shape)} ({scores.dtype}), but {needed}, is needed: "
+            f"floats of shape ({batch}, {columns}). Where a row has fewer candidates, its score is {NO_CANDIDATE:g}."
+        )
+    if len(scores) != batch:
+        raise ValueError(f"There are scores of {len(scores)} rows, but the embeddings have {batch}: one row each.")
+    wrong = ~(((scores >= 0) & (scores <= 1)) | (scores == NO_CANDIDATE))  # NaN compares as false
+    wrong[:, 0] |= scores[:, 0] == NO_CANDIDATE
+    if not bool(wrong.any()):
+        return
+    places = wrong.nonzero().tolist()
+    row, column = places[0]
+    held = f", {described(model, features[column + 1], row)}" if features else ""
+    which = "the positive" if column == 0 else f"negative {column}"
+    raise ValueError(
+        f"The score of row {row}, column {column} of the label ({which}{held}) is {scores[row, column].item():g}, and "
+        f"{len(places) - 1} more of the batch are out of range. A score is a judge's p(yes) in 0..1, or "
+        f"{NO_CANDIDATE:g} for no candidate, which a positive cannot have. Judge these rows again, or drop them; "
+        "logits need a sigmoid."
     )

@@ -1,4 +1,4 @@
-"""What both losses share: embedding each distinct input once, plain or with GradCache, and the numbers of a step."""
+"""What the losses share: embedding each distinct input once, plain or with GradCache, and the numbers of a step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ UNIME_CITATION = """
 
 
 class InBatchLoss(nn.Module):
-    """Base of the losses that compare a whole batch with itself; plain and GradCache in one class.
+    """Base of the losses, most of which compare a whole batch with itself; plain and GradCache in one class.
 
     A subclass implements :meth:`compute_loss` and :meth:`nothing_to_learn`, and names its ``metric_names``, which every
     step records, so that processes agree on them. Inputs that are equal, in whatever row, column or (with GradCache and
@@ -52,6 +52,8 @@ class InBatchLoss(nn.Module):
     """
 
     metric_names: ClassVar[tuple[str, ...]] = ()
+    compares_own_candidates: ClassVar[bool] = False
+    """Whether a row is compared with its own candidates alone, and with no other row's."""
 
     def __init__(
         self,

@@ -50,7 +50,7 @@ class LossMetricsCallback(TrainerCallback):
         self._counting = [part for inner in ours.values() for part in inner]
         if not self.losses:
             names = ", ".join(type(module).__name__ for module in named.values())
-            raise ValueError(f"No loss with metrics in {names}: use DistillKLLoss or HardNegativeInfoNCELoss.")
+            raise ValueError(f"No loss with metrics in {names}: use one of `unime_st.losses`.")
 
     @classmethod
     def attach(cls, trainer: SentenceTransformerTrainer) -> LossMetricsCallback:

@@ -54,6 +54,8 @@ def effective_negatives(
     world = arguments.world_size
     processes = world if loss.gather_across_devices else 1
     rows = arguments.per_device_train_batch_size
+    if loss.compares_own_candidates:
+        return Negatives(candidates_a_row - 1, rows, world, ())
     number = rows * processes * candidates_a_row - 1
     warnings = []
     if processes < world:

@@ -8,14 +8,20 @@ from unime_st.modules.build import build_encoder
 from unime_st.modules.export import export_encoder
 from unime_st.modules.load import load_encoder
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
+from unime_st.modules.reranker.build import build_reranker, export_reranker, load_reranker
+from unime_st.modules.reranker.cross_encoder import MultimodalCrossEncoder
 from unime_st.modules.sentence_transformer import MultimodalSentenceTransformer
 
 __all__ = [
+    "MultimodalCrossEncoder",
     "MultimodalEncoder",
     "MultimodalSentenceTransformer",
     "build_encoder",
+    "build_reranker",
     "default_lora_config",
     "export_encoder",
+    "export_reranker",
     "load_encoder",
+    "load_reranker",
     "merge_adapters",
 ]

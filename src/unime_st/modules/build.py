@@ -84,7 +84,7 @@ def build_encoder(
     check_device(device)
     check_dtype(torch_dtype)
     _check_template(prompt_template)
-    _check_adapters(peft_config)
+    check_adapters(peft_config)
     name = _backbone_name(backbone)
     trusted = bool((model_kwargs or {}).get("trust_remote_code", False))
     config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
@@ -101,7 +101,7 @@ def build_encoder(
     if name != str(backbone):
         attach_adapter(encoder.model, Path(backbone))
     if max_pixels is not None:
-        _bound_pixels(encoder, max_pixels)
+        bound_pixels(encoder, max_pixels)
     model = MultimodalSentenceTransformer(
         modules=[encoder, Pooling(encoder.get_embedding_dimension(), pooling_mode="lasttoken"), Normalize()],
         device=device,
@@ -110,7 +110,7 @@ def build_encoder(
         truncate_dim=truncate_dim,
     )
     if peft_config:
-        _add_adapters(model, default_lora_config() if peft_config is True else peft_config)
+        add_adapters(model, default_lora_config() if peft_config is True else peft_config)
     return model
 
 
@@ -119,7 +119,8 @@ def _check_template(template: str | None) -> None:
         raise TypeError(f"`prompt_template={template!r}`, but it must be a name or a Jinja chat template, or None.")
 
 
-def _check_adapters(config: PeftConfig | bool | None) -> None:
+def check_adapters(config: PeftConfig | bool | None) -> None:
+    """Refuse what is no setting of adapters."""
     if isinstance(config, PeftConfig):
         check_config(config)
     elif config is not None and not isinstance(config, bool):
@@ -133,7 +134,7 @@ def _backbone_name(backbone: str | Path) -> str:
     return str(backbone)
 
 
-def _add_adapters(model: SentenceTransformer, config: PeftConfig) -> None:
+def add_adapters(model: SentenceTransformer, config: PeftConfig) -> None:
     """Add adapters to train; frozen weights that are quantised (QLoRA) are prepared first."""
     backbone: Any = model[0].model
     if getattr(backbone, "is_quantized", False):
@@ -156,7 +157,8 @@ def _opened(template: str, asked: bool | None) -> str:
     return template
 
 
-def _bound_pixels(encoder: MultimodalEncoder, max_pixels: int) -> None:
+def bound_pixels(encoder: MultimodalEncoder, max_pixels: int) -> None:
+    """Bound the pixels of images, in families that keep their own resolution."""
     images: Any = getattr(encoder.processor, "image_processor", None)
     if not hasattr(images, "merge_size"):  # Qwen-VL's: its edges of `size` are numbers of pixels, not lengths
         raise ValueError(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from datasets import Dataset, DatasetDict
+from sentence_transformers.base.model_card import BaseModelCardData
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 
 from unime_st.modules.streams import refuse_dispatched_media, streams_media
@@ -71,11 +72,12 @@ def _is_stored(rows: Any) -> bool:
 
 
 @contextmanager
-def rows_hidden(card: SentenceTransformerModelCardData) -> Iterator[None]:
+def rows_hidden(card: BaseModelCardData) -> Iterator[None]:
     """Within this context card data hold no row of a data set; stock card data too."""
-    kept = {name: getattr(card, name) for name in _OF_ROWS}
+    kept = {name: getattr(card, name) for name in _OF_ROWS if hasattr(card, name)}
     datasets = {name: getattr(card, name) for name in ("train_datasets", "eval_datasets")}
-    for name, nothing in _OF_ROWS.items():
+    for name in kept:
+        nothing = _OF_ROWS[name]
         setattr(card, name, [] if isinstance(nothing, list) else nothing)
     for name, infos in datasets.items():
         bare = [{key: value for key, value in info.items() if key not in _OF_DATASETS} for info in infos]

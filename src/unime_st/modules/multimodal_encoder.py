@@ -8,12 +8,13 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modules.transformer import TransformerTask
 from torch import Tensor
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
@@ -122,7 +123,10 @@ class MultimodalEncoder(Transformer):
         if self.tokenizer is not None:
             self.tokenizer.padding_side = "left"
         if prompt_template is not None:
-            self._set_template(prompt_template)
+            self.set_template(prompt_template)
+
+    task: ClassVar[TransformerTask] = "feature-extraction"
+    auto_class: ClassVar[Any] = AutoModel
 
     relative_positions = True
     """Padding before a row changes nothing, so a mini-batch may leave it out."""
@@ -139,7 +143,8 @@ class MultimodalEncoder(Transformer):
         """Forget the features of a frozen vision tower that are kept between steps."""
         self.vision_cache.clear()
 
-    def _set_template(self, template: str) -> None:
+    def set_template(self, template: str) -> None:
+        """Render messages by a template, or by the one of that name."""
         self.processor.chat_template = template if "{" in template else chat_template(template)
         self.input_formatter.message_format = "structured"
         if "message" not in self.modality_config:
@@ -369,10 +374,10 @@ class MultimodalEncoder(Transformer):
         is_peft_model: bool,
         **model_kwargs: Any,
     ) -> PreTrainedModel:
-        if backend != "torch" or transformer_task != "feature-extraction":
+        if backend != "torch" or transformer_task != self.task:
             raise ValueError(
-                f"MultimodalEncoder runs on backend 'torch' for 'feature-extraction', not {backend!r} for "
-                f"{transformer_task!r}. Load the checkpoint with SentenceTransformer for those."
+                f"{type(self).__name__} runs on backend 'torch' for {self.task!r}, not {backend!r} for "
+                f"{transformer_task!r}. Load the checkpoint with sentence-transformers alone for those."
             )
         source, adapter = model_name_or_path, Path(model_name_or_path)
         if is_peft_model:  # transformers loads adapters too, but not the magnitudes of DoRA, and without a word
@@ -384,7 +389,8 @@ class MultimodalEncoder(Transformer):
         if model_kwargs.pop(_TEXT_ONLY, False):
             model, report = load_text_model(source, config, **model_kwargs)
         else:
-            model, report = AutoModel.from_pretrained(source, config=config, output_loading_info=True, **model_kwargs)
+            options = {"config": config, "output_loading_info": True, **model_kwargs}
+            model, report = self.auto_class.from_pretrained(source, **options)
         check_loaded(source, report)
         if is_peft_model:
             attach_adapter(model, adapter)

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,16 +52,18 @@ def saved_parts(
     folder: Path,
     *,
     model_kwargs: Mapping[str, Any],
+    kind: type[MultimodalEncoder] = MultimodalEncoder,
     processor_kwargs: Mapping[str, Any] | None = None,
     allow_remote_images: bool = False,
     text_only: bool = False,
+    names: Sequence[str] = _SETTINGS,
 ) -> dict[str, Any]:
-    """Arguments to make a SentenceTransformer of a folder: its modules, its prompts and its measure of similarity."""
+    """A folder's modules, with one of our ``kind`` in place of the stock Transformer, and its settings by name."""
     modules: list[nn.Module] = []
-    for kind, source in _listed_modules(folder):
-        if kind.rpartition(".")[2] == Transformer.__name__:
+    for reference, source in _listed_modules(folder):
+        if reference.rpartition(".")[2] == Transformer.__name__:
             with _damage_named(source):
-                encoder = MultimodalEncoder.load(
+                encoder = kind.load(
                     source,
                     model_kwargs=dict(model_kwargs),
                     processor_kwargs=dict(processor_kwargs or {}),
@@ -69,9 +71,9 @@ def saved_parts(
                 )
             modules.append(encoder)
         else:
-            modules.append(_stock_class(kind).load(source))
+            modules.append(_stock_class(reference).load(source))
     settings = _read_json(folder / _MODEL_CONFIG, dict) if (folder / _MODEL_CONFIG).is_file() else {}
-    return {"modules": modules, **{name: settings.get(name) for name in _SETTINGS}}
+    return {"modules": modules, **{name: settings.get(name) for name in names}}
 
 
 def _read_json(file: Path, kind: type) -> Any:

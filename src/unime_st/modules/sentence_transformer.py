@@ -127,7 +127,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
             for batch, prepared_features in zip(order.batches, coming, strict=True):
                 cut = None if order.contents[batch[0]].shows_video else budget
                 for rows, features in passes(prepared_features, cut, padded=not by_beginning):
-                    embeddings = self(_moved(features, device), **options)["sentence_embedding"]
+                    embeddings = self(moved(features, device), **options)["sentence_embedding"]
                     if kwargs["truncate_dim"] is not None:
                         embeddings = truncate_embeddings(embeddings, kwargs["truncate_dim"])
                     if kwargs["normalize_embeddings"]:
@@ -156,7 +156,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         _add_loading_note(Path(path) / "README.md", self)
 
 
-def _moved(features: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def moved(features: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Features on a device; what lies in pinned memory is copied while the CPU goes on."""
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,8 @@ from unime_st.data.stored_images import stored_path
 from unime_st.embedding.neighbors import Forbidden
 from unime_st.embedding.store import key_array
 from unime_st.identity.content import fingerprint
+
+logger = logging.getLogger(__name__)
 
 _READ_ROWS = 4096
 _IDENTITIES = ("int", "uint", "bool", "string", "large_string")  # dtypes of a label that names the target
@@ -46,15 +49,15 @@ class Contents:
         names = [self.columns.anchor, self.columns.positive, *self.columns.negatives]
         self.table: pa.Table = dataset.with_format("arrow")[:]
         for name in (self.columns.anchor, self.columns.positive):
-            _refuse_none(name, self.table.column(name))
+            refuse_none(name, self.table.column(name))
         rows = len(dataset)
         keys = [key_array(self._keys(name)) for name in names]
         # `queries`, `positives` and `groups` are the numbers, (N,), of each row's query, positive and data set; targets
-        # are positives and explicit negatives.
+        # are positives and explicit negatives; `all_targets` (columns, N) are those of each row, its positive first.
         self.query_keys, self._query_rows, self.queries = np.unique(keys[0], return_index=True, return_inverse=True)
         self.target_keys, first, numbers = np.unique(np.concatenate(keys[1:]), return_index=True, return_inverse=True)
         self.positives = numbers[:rows]
-        self._all_targets = numbers.reshape(len(names) - 1, rows)
+        self.all_targets = numbers.reshape(len(names) - 1, rows)
         self._target_rows = first
         self.groups = self._codes(SUBSET) if by_subset and SUBSET in dataset.column_names else np.zeros(rows, np.int64)
         place = np.searchsorted(self.target_keys, self.query_keys).clip(max=len(self.target_keys) - 1)
@@ -70,7 +73,7 @@ class Contents:
     def digest(self) -> str:
         """The hash of everything that the result of mining depends on."""
         total = hashlib.blake2b(digest_size=16)
-        for array in (self.query_keys, self.queries, self.target_keys, self._all_targets, self.groups):
+        for array in (self.query_keys, self.queries, self.target_keys, self.all_targets, self.groups):
             total.update(np.ascontiguousarray(array).tobytes())
         for answers in self._answers:
             total.update(answers.kinds.tobytes())
@@ -78,7 +81,7 @@ class Contents:
 
     def group_targets(self, group: int) -> np.ndarray:
         """The numbers of the distinct targets of a data set, ascending."""
-        return np.unique(self._all_targets[:, self.groups == group])
+        return np.unique(self.all_targets[:, self.groups == group])
 
     def forbidden(self, rows: np.ndarray) -> Forbidden:
         """Pairs of a place in ``rows`` and a target that is a right answer there, or the query itself."""
@@ -114,6 +117,22 @@ class Contents:
             return self.reader.read(cell)
         return cell if "bytes" in cell else {key: value for key, value in cell.items() if value is not None}
 
+    def read_usable(self, cell: Any) -> Any:
+        """Open an input; None when its image is bad and the set's reader puts up with that."""
+        reader = self.reader
+        try:
+            return self.read(cell)
+        except (FileNotFoundError, ValueError) as error:
+            if (
+                reader is None
+                or reader.bad_images is None
+                or (bad := reader.check(image := cell.get("image", cell), by_opening=True)) is None
+            ):
+                raise
+            reader.report(image, bad)
+            logger.debug("Mining without a cell: %s", error)
+            return None
+
     def _keys(self, name: str) -> Iterator[bytes]:
         column = self.table.column(name)
         with ThreadPoolExecutor() as pool:  # a pool, since reading waits for files
@@ -143,13 +162,14 @@ class Contents:
         return values
 
 
-def _refuse_none(name: str, column: pa.ChunkedArray) -> None:
+def refuse_none(name: str, column: pa.ChunkedArray, first_row: int = 0) -> None:
     """Refuse a column with an empty cell, such as a dict of which every part is None."""
     missing = np.concatenate([_nothing(chunk) for chunk in column.chunks] or [np.zeros(0, bool)])
     if missing.any():
+        row = first_row + int(np.argmax(missing))
         raise ValueError(
-            f"Row {int(np.argmax(missing))} has no {name!r} (None), as have {int(missing.sum()) - 1} more. Mining "
-            "needs a query and a positive in each row: leave those rows out, e.g. with `dataset.filter`."
+            f"Row {row} has no {name!r} (None), as have {int(missing.sum()) - 1} more. Mining "
+            "needs a content in each cell: leave those rows out, e.g. with `dataset.filter`."
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ import numpy as np
 from unime_st.data.mining.contents import Contents
 from unime_st.embedding.missing import embed_missing
 from unime_st.embedding.store import EmbeddingStore
-
-logger = logging.getLogger(__name__)
 
 _IMAGE_SIZE = 2000  # characters that an image counts for when inputs are sorted by size
 
@@ -63,7 +60,7 @@ class MiningEncoder:
 
     def _encode(self, cells: Sequence[Any], prompt: str | None) -> np.ndarray:
         with ThreadPoolExecutor() as pool:
-            inputs = list(pool.map(self._read, cells))
+            inputs = list(pool.map(self.contents.read_usable, cells))
         good = np.array([item is not None for item in inputs])
         if not good.any():
             return np.full((len(cells), int(self.model.get_embedding_dimension())), np.nan, dtype=np.float32)
@@ -85,22 +82,6 @@ class MiningEncoder:
                 "row."
             )
         return embeddings
-
-    def _read(self, cell: Any) -> Any:
-        """Open an input; None when its image is bad and the set's reader puts up with that."""
-        reader = self.contents.reader
-        try:
-            return self.contents.read(cell)
-        except (FileNotFoundError, ValueError) as error:
-            if (
-                reader is None
-                or reader.bad_images is None
-                or (bad := reader.check(image := cell.get("image", cell), by_opening=True)) is None
-            ):
-                raise
-            reader.report(image, bad)
-            logger.debug("Mining without a cell: %s", error)
-            return None
 
 
 def _size(cell: Any) -> int:

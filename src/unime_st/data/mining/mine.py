@@ -163,9 +163,9 @@ def mine_hard_negatives(
     files = MinedFiles(folder, -(-len(contents) // rows_per_file), claimed)
 
     def mine(number: int) -> None:
-        _write(files.paths[number], files.stamped(number, *miner.mine(number)))
+        write_table(files.paths[number], files.stamped(number, *miner.mine(number)))
 
-    _mine_all(files, mine, Waiting("Mining", folder, patience))
+    mine_all(files, mine, Waiting("Mining", folder, patience))
     return _finish(files, contents, claimed)
 
 
@@ -200,14 +200,15 @@ def load_mined_negatives(
     return dataset.with_transform(ItemReader(image_root or result["image_root"], **reader_options))
 
 
-def _write(path: Path, table: pa.Table) -> None:
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a parquet file whole or not at all."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     with explained_full_disk(path.parent):
         write_atomically(path, buffer.getvalue())
 
 
-def _mine_all(files: MinedFiles, mine: Callable[[int], None], waiting: Waiting) -> None:
+def mine_all(files: MinedFiles, mine: Callable[[int], None], waiting: Waiting) -> None:
     """Mine this process's files, wait for those of others, and mine here those that do not come."""
     rank, processes = own_share()
     numbers = range(len(files.paths))

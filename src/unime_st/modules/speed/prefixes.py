@@ -34,8 +34,9 @@ _UNKNOWN_OUTPUTS = ("past_key_values", "output_hidden_states", "output_attention
 
 
 def language_model(model: nn.Module) -> nn.Module | None:
-    """The causal decoder of a multimodal model, or None when it has none of the known names."""
-    found = [getattr(model, name) for name in LANGUAGE_MODEL_NAMES if hasattr(model, name)]
+    """The causal decoder of a multimodal model, with a head or without, or None when it has none of the known names."""
+    parts = (model, getattr(model, "model", None))
+    found = [getattr(part, name) for part in parts for name in LANGUAGE_MODEL_NAMES if hasattr(part, name)]
     return found[0] if found else None
 
 

@@ -1,0 +1,62 @@
+"""What judging asks of a judge, and its scores, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from torch import nn
+
+from unime_st.identity.model import model_fingerprint
+
+
+@runtime_checkable
+class PairScorer(Protocol):
+    """A judge: a reranker of ``build_reranker`` or ``load_reranker``, or any ``CrossEncoder`` of sentence-transformers.
+
+    ``predict`` takes ``N`` pairs (query, candidate), each a text, an image or ``{"image", "text"}``, and gives ``(N,)``
+    scores in 0..1.
+    """
+
+    def predict(self, inputs: list[Any], *, batch_size: int, show_progress_bar: bool) -> Any:
+        """Score pairs."""
+
+
+def scorer_identity(judge: Any, name: str | None) -> str:
+    """What tells one judge from another: the name given, or a hash of the model."""
+    if not isinstance(judge, PairScorer):
+        raise TypeError(f"`judge` is a {type(judge).__name__}, but it needs a method `predict`, as a CrossEncoder has.")
+    if name is not None:
+        return name
+    model: Any = judge
+    if not isinstance(model, nn.Module):
+        raise ValueError(  # noqa: TRY004 (of what is missing)
+            "`judge` is no torch module, so its results cannot be told from another's: give `judge_name`."
+        )
+    return model_fingerprint(model)
+
+
+def scores_of(judge: PairScorer, pairs: list[Any], batch_size: int, told: Callable[[int], str]) -> np.ndarray:
+    """Score pairs, ``(N,)``; ``told`` says where a pair comes from, for errors."""
+    found = np.asarray(judge.predict(pairs, batch_size=batch_size, show_progress_bar=False), dtype=np.float32)
+    if found.shape != (len(pairs),):
+        raise ValueError(
+            f"The judge gave scores of shape {found.shape} for {len(pairs)} pairs, but one each is needed: a reranker "
+            "with one label."
+        )
+    check_range(found, told)
+    return found
+
+
+def check_range(scores: Sequence[float] | np.ndarray, told: Callable[[int], str]) -> None:
+    """Refuse scores that are not in 0..1, NaN among them."""
+    values = np.asarray(scores, dtype=np.float64)
+    wrong = np.flatnonzero(~((values >= 0) & (values <= 1)))
+    if len(wrong):
+        first = int(wrong[0])
+        raise ValueError(
+            f"{told(first)}: the score is {values[first]:g}, and {len(wrong) - 1} more of {len(values)} are out of "
+            "range; a score is p(yes) in 0..1. A CrossEncoder that gives logits needs "
+            "`activation_fn=torch.nn.Sigmoid()`; NaN comes of weights that overflow in float16."
+        )

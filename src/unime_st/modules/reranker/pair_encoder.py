@@ -1,0 +1,144 @@
+"""The multimodal LLM with its head, which reads a query and a candidate together and answers yes or no."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from sentence_transformers.base.modules.transformer import TransformerTask
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import AutoModelForMultimodalLM
+
+from unime_st.identity.content import Content
+from unime_st.modules.cutting import cut_long_rows
+from unime_st.modules.inputs import Message, refuse_placeholders
+from unime_st.modules.multimodal_encoder import MultimodalEncoder
+from unime_st.modules.reranker.pairs import are_pairs, pair_messages
+from unime_st.modules.speed.prefixes import shares_prefixes
+from unime_st.modules.speed.shared_images import each_image_once
+from unime_st.modules.speed.token_tree import PREFIX_KEY
+
+_NO_LIMIT = 10**9
+
+
+class PairEncoder(MultimodalEncoder):
+    """Stock ``Transformer`` with a language-model head, whose inputs are pairs; see :class:`MultimodalEncoder`.
+
+    It saves and loads as a stock module. A pair is rendered by the template as one message of role ``query`` and one of
+    role ``document``. A text too long loses its last tokens, the candidate's first, never the template's words.
+    """
+
+    task: ClassVar[TransformerTask] = "any-to-any"
+    auto_class: ClassVar[Any] = AutoModelForMultimodalLM
+
+    def __init__(self, model_name_or_path: str, **kwargs: Any) -> None:
+        super().__init__(model_name_or_path, **{"transformer_task": self.task, **kwargs})
+
+    def preprocess(
+        self,
+        inputs: Sequence[Any],
+        prompt: str | None = None,
+        processing_kwargs: Any = None,
+        row_numbers: Sequence[int] | None = None,
+        contents: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Turn pairs into features; see :meth:`MultimodalEncoder.preprocess`.
+
+        Args:
+            inputs: B pairs (query, candidate), each a text, an image or ``{"image", "text"}``.
+            prompt: a system message for all pairs.
+            processing_kwargs: as in the stock module.
+            row_numbers: the caller's numbers of the pairs, for errors; None counts from 0.
+            contents: what the halves of each pair say, where that is known; it makes ``prefix_key``.
+            **kwargs: arguments of the stock module; ``max_length`` bounds the tokens of a pair.
+
+        Returns:
+            The stock features, and ``prefix_key`` (B, T) if ``contents`` are given and beginnings can be shared.
+
+        Raises:
+            ValueError: a half holds nothing, its text spells a media token, its media alone are longer than the limit,
+                the template drops an image, or the processor refuses a pair; the pair and the half are named.
+        """
+        if not len(inputs):
+            return {}
+        if not are_pairs(inputs):
+            return super().preprocess(inputs, prompt, processing_kwargs, row_numbers, **kwargs)
+        rows = range(len(inputs)) if row_numbers is None else row_numbers
+        opened: dict[Any, Any] = {}
+        allow = {"allow_remote_images": self.allow_remote_images}
+        messages = [pair_messages(pair, row, opened, **allow) for row, pair in zip(rows, inputs, strict=True)]
+        placeholders = self._placeholders()
+        for row, message in zip(rows, messages, strict=True):
+            refuse_placeholders(message, row, placeholders)
+        limit = min(kwargs.pop("max_length", None) or _NO_LIMIT, self.max_seq_length or _NO_LIMIT)
+        processing: Any = {**(processing_kwargs or {})}
+        processing["text"] = {**processing.get("text", {}), "truncation": False}
+        with each_image_once(self.processor):
+            features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
+            while cut := cut_long_rows(messages, features["attention_mask"], limit, rows, self.tokenizer):
+                self._tell_of_cuts(limit, cut)
+                features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
+        if "num_images_per_sample" in features and "batch_num_images" in self._declared_forward_params:
+            features["batch_num_images"] = features["num_images_per_sample"]
+        self._refuse_lost_images(features["input_ids"], messages, rows)
+        if contents is not None and self.share_prefixes and shares_prefixes(self.model):
+            features[PREFIX_KEY] = self._pair_keys(features["input_ids"], contents)
+        return features
+
+    def _refuse_lost_images(self, ids: Tensor, messages: Sequence[Sequence[Message]], rows: Sequence[int]) -> None:
+        """Refuse a pair with fewer tokens of images than it has images: the template has dropped one."""
+        found = torch.isin(ids, torch.tensor(self._media_token_ids(), dtype=ids.dtype)).sum(dim=1).tolist()
+        for row, message, tokens in zip(rows, messages, found, strict=True):
+            images = sum(part["type"] == "image" for half in message for part in half["content"])
+            if tokens < images:
+                raise ValueError(
+                    f"Pair {row} shows {images} image(s), but the chat template leaves {tokens} token(s) for them: it "
+                    "drops an image. Give a template that renders the images of the roles 'query' and 'document'."
+                )
+
+    def _pair_keys(self, ids: Tensor, contents: Sequence[tuple[Content, Content]]) -> Tensor:
+        """What each token is, (B, T): its number, or for an image's tokens a number drawn from that image.
+
+        Where runs of image tokens are not one an image, all of a row's are drawn from all of its images, so that less
+        is shared. A row's number of images counts, too, for in some families images alone are cut into tiles.
+        """
+        keys = ids.clone()
+        is_medium = torch.isin(ids, torch.tensor(self._media_token_ids(), dtype=ids.dtype)).numpy()
+        for row, halves in enumerate(contents):
+            media = [medium for half in halves for medium in half.media]
+            if not media:
+                continue
+            here = is_medium[row]
+            starts = here & ~np.concatenate([[False], here[:-1]])
+            run = np.where(here, np.cumsum(starts) - 1, -1)
+            said = media if int(starts.sum()) == len(media) else [b"".join(media)] * int(starts.sum())
+            for number, medium in enumerate(said):
+                digest = hashlib.blake2b(medium, digest_size=8, salt=len(media).to_bytes(2)).digest()
+                keys[row, torch.from_numpy(run == number)] = -1 - (int.from_bytes(digest, "big") >> 1)
+        return keys
+
+    @contextmanager
+    def two_tokens_alone(self, true_token_id: int, false_token_id: int) -> Iterator[bool]:
+        """Within this context the head computes two columns of its logits, in this order; yields whether it does."""
+        head: Any = self.model.get_output_embeddings()
+        if not _is_plain(head):  # adapted, or wrapped: all columns then
+            yield False
+            return
+        chosen = torch.tensor([true_token_id, false_token_id], device=head.weight.device)
+        weight = head.weight.index_select(0, chosen)
+        bias = None if head.bias is None else head.bias.index_select(0, chosen)
+        head.forward = lambda states: linear(states, weight, bias)
+        try:
+            yield True
+        finally:
+            del head.forward
+
+
+def _is_plain(head: Any) -> bool:
+    return type(head) is nn.Linear and "forward" not in vars(head)
