@@ -38,7 +38,7 @@ from peers import BATCH, STOCK_BATCHES, Encode, Ours, PublishedStyle, Stock, uni
 from small_models import SQUARE, miniature, small_llava_onevision, small_qwen2_vl
 from tiny import FAMILIES, tiny_backbone
 from unime_st import build_encoder, export_encoder
-from unime_st.modules.speed.batches import CPU_TOKENS
+from unime_st.token_budget import CPU_TOKENS
 
 SECTIONS = ("floors", "workloads", "families", "limit", "bfloat16")
 LAYERS = 12

@@ -25,6 +25,7 @@ LAYERS = {
     "files": 0.5,
     "folders": 1,
     "stock": 0.5,
+    "token_budget": 1,
     "step_encoder": 0.5,  # what losses ask of modules, below both
     "images": 0.5,  # below what knows images by their pixels
     "identity": 1.5,

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unime_st import distributed
 from unime_st.features import select_rows
+from unime_st.losses.again import all_gradients_or_none
 from unime_st.losses.mini_batches import MiniBatchPlan
 from unime_st.step_encoder import is_compiled, step_encoder, unwrapped
 
@@ -213,17 +214,45 @@ def _padded(table: Tensor, rows: int) -> Tensor:
     return torch.cat([table, table.new_zeros(rows - len(table), table.shape[1])])
 
 
-def cached_backward(
-    loss: Tensor, embedder: BatchEmbedder, gradients: Sequence[Tensor], finish: Callable[[], None]
-) -> Tensor:
-    """A loss whose backward pass sends the embeddings' gradients on to the model; ``finish`` is called at its end."""
+class GradientSender:
+    """Sends the embeddings' gradients on to the model; with ``again`` as often as it takes to fit into memory."""
 
-    def send(scale: Tensor) -> None:
+    def __init__(self, embedder: BatchEmbedder, gradients: list[Tensor]) -> None:
+        self.embedder, self.gradients = embedder, gradients
+        self.again: Callable[[MiniBatchPlan], tuple[BatchEmbedder, list[Tensor]]] | None = None
+        self.learn: Callable[[int], None] = lambda _: None  # of the tokens of the largest mini-batch, at the end
+
+    def __call__(self, scale: Tensor) -> None:
+        """Send them, times a scale."""
+        if self.again is None:
+            self.embedder.backward(self.gradients, scale)
+            return
+        model: nn.Module = self.embedder.model
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        while True:
+            plan = self.embedder.plan
+            try:
+                with all_gradients_or_none(trained):
+                    self.embedder.backward(self.gradients, scale)
+                self.learn(plan.tokens)
+            except torch.OutOfMemoryError:
+                if plan.rows <= 1:
+                    raise
+            else:
+                return
+            del self.embedder, self.gradients  # with the activations that it keeps
+            self.embedder, self.gradients = self.again(plan)
+
+
+def cached_backward(loss: Tensor, send: Callable[[Tensor], None], finish: Callable[[], None]) -> Tensor:
+    """A loss whose backward pass calls ``send`` with its gradient, and ``finish`` at its end."""
+
+    def sent(scale: Tensor) -> None:
         try:
-            embedder.backward(gradients, scale)
+            send(scale)
         finally:
             finish()
 
     loss = loss.detach().requires_grad_().clone()  # DeepSpeed takes a leaf for no loss
-    loss.register_hook(send)
+    loss.register_hook(sent)
     return loss

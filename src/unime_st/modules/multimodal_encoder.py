@@ -40,6 +40,7 @@ from unime_st.modules.speed.vision_cache import VisionCache, is_frozen, vision_t
 from unime_st.modules.text_only import NO_IMAGES, absent_parts, load_text_model, whole_model
 from unime_st.modules.told_rows import told_row
 from unime_st.prompts import TURN_FORMATS, chat_template
+from unime_st.token_budget import TokenBudget
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,7 @@ class MultimodalEncoder(Transformer):
         self.share_prefixes = share_prefixes
         self.flat_image_positions = flat_image_positions
         self.prefixes = SharedPrefixes()
+        self._token_budget: TokenBudget | None = None
         self._told_of_cuts = self._told_of_blanks = False
         if self.tokenizer is not None:
             self.tokenizer.padding_side = "left"
@@ -138,6 +140,12 @@ class MultimodalEncoder(Transformer):
     def forget_features(self) -> None:
         """Forget the features of a frozen vision tower that are kept between steps."""
         self.vision_cache.clear()
+
+    def token_budget_on(self, device: torch.device) -> TokenBudget:
+        """The tokens of a pass when told ``"auto"``, as learned from passes on this device so far."""
+        if self._token_budget is None or self._token_budget.device != device:
+            self._token_budget = TokenBudget(device)
+        return self._token_budget
 
     def _set_template(self, template: str) -> None:
         self.processor.chat_template = template if "{" in template else chat_template(template)
@@ -344,8 +352,8 @@ class MultimodalEncoder(Transformer):
         if isinstance(count, Tensor) and int(count.sum()) == 0 and not self._shows_video(features):
             dropped.update(_IMAGE_KEYS)
         inputs = {key: value for key, value in features.items() if key not in dropped}
-        keys = features.get(PREFIX_KEY) if self.share_prefixes else None
-        prefixes = self.prefixes.serving(self.model, keys, features["attention_mask"])
+        keys, mask = features.get(PREFIX_KEY), features["attention_mask"]
+        prefixes = self.prefixes.serving(self.model, keys, mask) if self.share_prefixes else nullcontext()
         images = images_at_once(self.model, features["attention_mask"].device)
         with self.prefixes.turns, images, self.vision_cache.serving(self.model), prefixes:
             outputs = super().forward(inputs, **kwargs)

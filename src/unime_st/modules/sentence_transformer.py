@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from unime_st.modules.card_data import EncoderCardData
 from unime_st.modules.checks import loading_note
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
 from unime_st.modules.saved import folder_of, saved_parts
-from unime_st.modules.speed.batches import CPU_TOKENS, NumberedInputs, encoding_order, passes, prepared
+from unime_st.modules.speed.batches import NumberedInputs, encoding_order, fitted, passes, prepared
 from unime_st.modules.speed.prefixes import shares_prefixes
+from unime_st.token_budget import AUTO, CPU_TOKENS, require_tokens
 
 STOCK_MODULE = f"{Transformer.__module__}.{Transformer.__name__}"
 _BUDGET = "batch_num_tokens"
 _WORKERS = "num_workers"
-_NUMBERS = {"batch_size": False, "truncate_dim": True, _BUDGET: True, _WORKERS: False}  # which of them may be None
+_NUMBERS = {"batch_size": False, "truncate_dim": True, _WORKERS: False}  # which of them may be None
 _OWN_ARGUMENTS = frozenset(
     {"prompt", "batch_size", "show_progress_bar", "output_value", "save_to_cpu", "normalize_embeddings", "truncate_dim"}
     | {"device", _BUDGET, _WORKERS}
@@ -62,7 +64,10 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         at most so many of their tokens at once, images' included, what is shared counting once; a longer input is
         alone, but for those that share half of theirs with it, and a batch with videos is one pass. That bounds memory
         for inputs of whatever length, and lets a batch hold many short ones. By default a batch is one pass on a GPU,
-        and passes of 1,024 tokens on the CPU.
+        and passes of 1,024 tokens on the CPU. ``batch_num_tokens="auto"`` chooses on a CUDA device: the first passes
+        are small and measured, later ones fill four fifths of the free memory, as far as ``batch_size`` goes, and one
+        that runs out of memory is cut and tried again; what was learned serves later calls. On the CPU it is the
+        default.
 
         ``encode(inputs, num_workers=4)`` prepares batches in so many forked processes while the model runs. It pays
         beside a GPU, when there are many batches and images are what takes the time; 0, the default, prepares the next
@@ -76,6 +81,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         for name, optional in _NUMBERS.items():
             if name in kwargs:
                 require_number(name, kwargs[name], least=int(name != _WORKERS), optional=optional)
+        require_tokens(_BUDGET, kwargs.get(_BUDGET))
         if kwargs.get(_WORKERS) and "fork" not in torch.multiprocessing.get_all_start_methods():
             raise ValueError(f"`{_WORKERS}={kwargs[_WORKERS]}`, but processes cannot be forked here. Leave it out.")
         return super().encode(*args, **kwargs)
@@ -104,6 +110,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         device = self._resolve_inference_device(kwargs.get("device"))
         if budget is None and device.type == "cpu":
             budget = CPU_TOKENS
+        learned = encoder.token_budget_on(device) if budget == AUTO else None
         self.eval()
         by_beginning = encoder.share_prefixes and shares_prefixes(encoder.model)
         order = encoding_order(inputs, kwargs["batch_size"], by_beginning=by_beginning)
@@ -116,6 +123,21 @@ class MultimodalSentenceTransformer(SentenceTransformer):
             items = [content.item for content in contents]
             return encoder.preprocess(items, kwargs["prompt"], row_numbers=numbers, contents=contents, **options)
 
+        def embed(features: dict[str, Any]) -> torch.Tensor:
+            embeddings = self(_moved(features, device), **options)["sentence_embedding"]
+            if kwargs["truncate_dim"] is not None:
+                embeddings = truncate_embeddings(embeddings, kwargs["truncate_dim"])
+            if kwargs["normalize_embeddings"]:
+                embeddings = torch.nn.functional.normalize(embeddings, p=2, dim=1)
+            return embeddings.cpu() if kwargs["save_to_cpu"] else embeddings
+
+        def embedded(features: dict[str, Any], *, whole: bool) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+            if learned is not None and not whole:
+                yield from fitted(features, learned, embed, padded=not by_beginning)
+                return
+            for rows, some, _ in passes(features, None if whole else budget, padded=not by_beginning):
+                yield rows, embed(some)
+
         parts: list[torch.Tensor] = []
         encoded_places: list[np.ndarray] = []
         bar = tqdm(total=len(order.distinct), desc="Encoding", unit="input", disable=not kwargs["show_progress_bar"])
@@ -124,15 +146,9 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         with bar, encoder.prefixes.turns, sharing:
             workers = kwargs.get(_WORKERS) or 0
             coming = prepared(order.batches, prepare, ahead=device.type != "cpu", num_workers=workers)
-            for batch, prepared_features in zip(order.batches, coming, strict=True):
-                cut = None if order.contents[batch[0]].shows_video else budget
-                for rows, features in passes(prepared_features, cut, padded=not by_beginning):
-                    embeddings = self(_moved(features, device), **options)["sentence_embedding"]
-                    if kwargs["truncate_dim"] is not None:
-                        embeddings = truncate_embeddings(embeddings, kwargs["truncate_dim"])
-                    if kwargs["normalize_embeddings"]:
-                        embeddings = torch.nn.functional.normalize(embeddings, p=2, dim=1)
-                    parts.append(embeddings.cpu() if kwargs["save_to_cpu"] else embeddings)
+            for batch, features in zip(order.batches, coming, strict=True):
+                for rows, embeddings in embedded(features, whole=order.contents[batch[0]].shows_video):
+                    parts.append(embeddings)
                     encoded_places.append(batch[rows])
                     bar.update(len(rows))
         encoded = torch.cat(parts)
