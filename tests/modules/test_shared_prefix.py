@@ -329,7 +329,7 @@ def test_positions_that_do_not_fit_fall_back_to_padded_rows(backbone, monkeypatc
     model = build_encoder(backbone("qwen2_vl"), device="cpu")
     items = inputs()
     expected = one_by_one(model, items)
-    monkeypatch.setattr(shared_prefix, "_positions", lambda *_: None)
+    monkeypatch.setattr(shared_prefix, "_positions", lambda *_, **__: None)
     with pytest.raises(ValueError, match=r"asks for packed passes.* positions depend on more"):
         model.encode(items)
     model[0].prefixes.attention = "auto"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +11,11 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 
 class Randomness:
-    """The state of the random generators of the CPU and of the devices of tensors, to go back to."""
+    """The state of the random generators of the CPU and of a device, to go back to."""
 
-    def __init__(self, *tensors: Any) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._cpu = torch.get_rng_state()
-        self._devices = get_device_states(*tensors)
+        self._devices = get_device_states(torch.empty(0, device=device))
 
     def restore(self) -> None:
         """Go back to it."""

@@ -22,6 +22,7 @@ from unime_st.losses.checks import check_at_least_one
 from unime_st.losses.finite import refuse_non_finite
 from unime_st.losses.grad_cache import BatchEmbedder, GradientSender, cached_backward, embedded_together
 from unime_st.losses.mini_batches import MiniBatchPlan, plan_mini_batches
+from unime_st.placement import device_of, moved, sent, with_numbers_at_hand
 from unime_st.step_encoder import step_encoder
 from unime_st.token_budget import AUTO, TokenBudget, require_tokens
 
@@ -121,8 +122,9 @@ class InBatchLoss(nn.Module):
 
     def _plain_step(self, columns: list[dict[str, Any]], targets: Any) -> Tensor:
         """Embed each column's distinct inputs at once, and keep all activations."""
-        batch = num_rows(columns[0])
-        keys = input_keys(columns)[:, :batch].flatten().cpu()
+        batch, device = num_rows(columns[0]), device_of(columns)
+        columns = [with_numbers_at_hand(column) for column in columns]
+        keys = input_keys(columns)[:, :batch].flatten()
         tokens = torch.ones_like(keys)
         # A data-parallel wrapper wants as many passes of each process, so as many as there are columns.
         plan = plan_mini_batches(keys.numpy()[None], tokens.numpy()[None], batch, least=len(columns))
@@ -131,8 +133,8 @@ class InBatchLoss(nn.Module):
             columns[column] if len(rows) == batch else select_rows(columns[column], rows.tolist())
             for column, rows in plan.mini_batches
         ]
-        table = torch.cat(embedded_together(self.model, parts))
-        place = torch.from_numpy(plan.place).to(table.device)
+        table = torch.cat(embedded_together(self.model, [moved(part, device) for part in parts]))
+        place = sent(torch.from_numpy(plan.place), table.device)
         embeddings = list(table[place].unbind())
         loss = self.compute_loss(embeddings, targets)
         self._check(loss, columns, embeddings)
@@ -141,19 +143,20 @@ class InBatchLoss(nn.Module):
     def _cached_step(self, columns: list[dict[str, Any]], targets: Any) -> Tensor:
         """Embed in mini-batches without keeping activations, and again in the backward pass."""
         training = torch.is_grad_enabled()
-        tensors = [value for column in columns for value in column.values() if isinstance(value, Tensor)]
-        budget = self._budget = self._budget_of(tensors[0].device)
-        randomness = Randomness(*tensors) if budget is not None else None
+        device = device_of(columns)
+        columns = [with_numbers_at_hand(column) for column in columns]
+        budget = self._budget = self._budget_of(device)
+        randomness = Randomness(device) if budget is not None else None
         with ExitStack() as step:
             step.enter_context(step_encoder(self.model).keeping_features())
-            embedder, embeddings = self._embedded(columns, randomness, training=training)
+            embedder, embeddings = self._embedded(columns, device, randomness, training=training)
             loss = self.calculate_loss([[column] for column in embeddings], targets, with_backward=training)
             if not training:
                 return loss
             self._check(loss, columns, embeddings)
             send = GradientSender(embedder, embedder.gradients(embeddings))
             if budget is not None and randomness is not None:
-                send.again = partial(self._again, columns, targets, randomness)
+                send.again = partial(self._again, columns, device, targets, randomness)
                 send.learn = budget.learn
             return cached_backward(loss, send, step.pop_all().close)
 
@@ -170,15 +173,15 @@ class InBatchLoss(nn.Module):
         return budget if budget is not None and budget.device == device else TokenBudget(device, "a mini-batch")
 
     def _embedded(
-        self, columns: list[dict[str, Any]], randomness: Randomness | None, *, training: bool
+        self, columns: list[dict[str, Any]], device: torch.device, randomness: Randomness | None, *, training: bool
     ) -> tuple[BatchEmbedder, list[Tensor]]:
         """What embeds the columns, and their embeddings; with a budget as often as it takes to fit into memory."""
         while True:
             budget = self._budget
             if budget is not None:
                 budget.start()
-            plan = self.last_plan = self._plan(columns, training=training)
-            embedder = BatchEmbedder(self.model, columns, plan, exchange=self.gather_across_devices)
+            plan = self.last_plan = self._plan(columns, device, training=training)
+            embedder = BatchEmbedder(self.model, columns, plan, device=device, exchange=self.gather_across_devices)
             if budget is None or randomness is None:
                 return embedder, embedder.embed()
             try:
@@ -196,7 +199,12 @@ class InBatchLoss(nn.Module):
         randomness.restore()
 
     def _again(
-        self, columns: list[dict[str, Any]], targets: Any, randomness: Randomness, plan: MiniBatchPlan
+        self,
+        columns: list[dict[str, Any]],
+        device: torch.device,
+        targets: Any,
+        randomness: Randomness,
+        plan: MiniBatchPlan,
     ) -> tuple[BatchEmbedder, list[Tensor]]:
         """Do a step again whose backward pass ran out of memory: what embeds, and gradients of its mini-batches."""
         assert self._budget is not None
@@ -204,13 +212,13 @@ class InBatchLoss(nn.Module):
         self._is_again = True
         try:
             with torch.enable_grad():
-                embedder, embeddings = self._embedded(columns, randomness, training=True)
+                embedder, embeddings = self._embedded(columns, device, randomness, training=True)
                 self.calculate_loss([[column] for column in embeddings], targets, with_backward=True)
             return embedder, embedder.gradients(embeddings)
         finally:
             self._is_again = False
 
-    def _plan(self, columns: Sequence[dict[str, Any]], *, training: bool) -> MiniBatchPlan:
+    def _plan(self, columns: Sequence[dict[str, Any]], device: torch.device, *, training: bool) -> MiniBatchPlan:
         """Decide who embeds what, the same on every process."""
         batch = num_rows(columns[0])
         keys = input_keys(columns).flatten()
@@ -223,7 +231,7 @@ class InBatchLoss(nn.Module):
         tokens = torch.cat([keys.new_ones(batch) if count is None else count.to(keys) for count in counts])
         spans = self.gather_across_devices and distributed.is_distributed()
         told = torch.stack([keys, tokens])[None]
-        table = (distributed.gather(told) if spans else told).cpu().numpy()  # (W, 2, n * B)
+        table = (distributed.gather(told.to(device)) if spans else told).cpu().numpy()  # (W, 2, n * B)
 
         num_tokens: Any = self.mini_batch_num_tokens if self._budget is None else self._budget.tokens
 
@@ -240,7 +248,7 @@ class InBatchLoss(nn.Module):
 
         plan = planned(1)
         if training and not spans:  # sharded weights are gathered by all processes, as often on each
-            least = distributed.max_over_processes(len(plan.mini_batches), keys.device)
+            least = distributed.max_over_processes(len(plan.mini_batches), device)
             plan = plan if least == len(plan.mini_batches) else planned(least)
         return plan
 

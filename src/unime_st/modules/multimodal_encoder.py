@@ -32,6 +32,7 @@ from unime_st.modules.inputs import (
     says_nothing,
     shown_media,
 )
+from unime_st.modules.sharded import saved_whole
 from unime_st.modules.speed.image_attention import images_at_once
 from unime_st.modules.speed.prefixes import SharedPrefixes, shares_prefixes
 from unime_st.modules.speed.shared_images import each_image_once
@@ -39,6 +40,7 @@ from unime_st.modules.speed.token_tree import PREFIX_KEY
 from unime_st.modules.speed.vision_cache import VisionCache, is_frozen, vision_tower
 from unime_st.modules.text_only import NO_IMAGES, absent_parts, load_text_model, whole_model
 from unime_st.modules.told_rows import told_row
+from unime_st.placement import read, with_every_image, with_images_once
 from unime_st.prompts import TURN_FORMATS, chat_template
 from unime_st.token_budget import TokenBudget
 
@@ -186,7 +188,8 @@ class MultimodalEncoder(Transformer):
             backend.no_truncation()
             backend.no_padding()
         adapters_alone = bool(getattr(self.model, "_hf_peft_config_loaded", False))
-        with nullcontext() if adapters_alone else whole_model(self.model, self._source):
+        vision = nullcontext() if adapters_alone else whole_model(self.model, self._source)
+        with vision, saved_whole(self.model):
             super().save(output_path, *args, **kwargs)
         settings = {"format": 1, "vision_cache_bytes": self.vision_cache.max_bytes}
         if self.flat_image_positions:
@@ -241,7 +244,9 @@ class MultimodalEncoder(Transformer):
             **kwargs: arguments of the stock module; ``max_length`` bounds the tokens of a row.
 
         Returns:
-            The stock features, ``content_id`` (B,), and ``prefix_key`` (B, T) where beginnings can be shared.
+            The stock features, ``content_id`` (B,), and ``prefix_key`` (B, T) where beginnings can be shared. When an
+            image is shown more than once, the images' tensors are in ``distinct_images``, once each, and
+            ``image_numbers`` (B, M) tells which of them each row shows, then -1.
 
         Raises:
             ValueError: a row is empty, its text spells a media token, its media and instruction alone are longer than
@@ -286,7 +291,7 @@ class MultimodalEncoder(Transformer):
         limit = min(asked or _NO_LIMIT, self.max_seq_length or _NO_LIMIT)
         processing: Any = {**(processing_kwargs or {})}
         processing["text"] = {**processing.get("text", {}), "truncation": False}
-        with each_image_once(self.processor):
+        with each_image_once(self.processor) as shown:
             features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
             while cut := cut_long_rows(messages, features["attention_mask"], limit, rows, self.tokenizer):
                 self._tell_of_cuts(limit, cut)
@@ -295,6 +300,8 @@ class MultimodalEncoder(Transformer):
             features["mm_token_type_ids"] = torch.zeros_like(features["mm_token_type_ids"])  # all are words
         if "num_images_per_sample" in features and "batch_num_images" in self._declared_forward_params:
             features["batch_num_images"] = features["num_images_per_sample"]
+        if shown.index is not None:
+            features = with_images_once(features, shown.index)
         told = [content or Content(item, named=name) for item, name, content in zip(inputs, named, known, strict=True)]
         features[_CONTENT_KEY] = torch.tensor([content.id for content in told], dtype=torch.long)
         if self.share_prefixes and shares_prefixes(self.model):
@@ -347,13 +354,12 @@ class MultimodalEncoder(Transformer):
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Embed; see the stock module. Image tensors of a batch without images are left out."""
-        count = features.get("num_images_per_sample")
+        count = read(features, "num_images_per_sample")
         dropped = {_CONTENT_KEY, PREFIX_KEY}
-        if isinstance(count, Tensor) and int(count.sum()) == 0 and not self._shows_video(features):
+        if count is not None and int(count.sum()) == 0 and not self._shows_video(features):
             dropped.update(_IMAGE_KEYS)
-        inputs = {key: value for key, value in features.items() if key not in dropped}
-        keys, mask = features.get(PREFIX_KEY), features["attention_mask"]
-        prefixes = self.prefixes.serving(self.model, keys, mask) if self.share_prefixes else nullcontext()
+        inputs = {key: value for key, value in with_every_image(features).items() if key not in dropped}
+        prefixes = self.prefixes.serving(self.model, features) if self.share_prefixes else nullcontext()
         images = images_at_once(self.model, features["attention_mask"].device)
         with self.prefixes.turns, images, self.vision_cache.serving(self.model), prefixes:
             outputs = super().forward(inputs, **kwargs)
@@ -365,8 +371,9 @@ class MultimodalEncoder(Transformer):
 
     def _shows_video(self, features: dict[str, Any]) -> bool:
         """Whether rows without images have tokens of media: frames of videos, which SmolVLM takes for images."""
-        ids = features["input_ids"]
-        return bool(torch.isin(ids, torch.tensor(self._media_token_ids(), dtype=ids.dtype, device=ids.device)).any())
+        ids = read(features, "input_ids")
+        assert ids is not None
+        return bool(torch.isin(ids, torch.tensor(self._media_token_ids(), dtype=ids.dtype)).any())
 
     def _load_model(
         self,

@@ -16,6 +16,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import truncate_embeddings
 from tqdm.auto import tqdm
 
+from unime_st import distributed
 from unime_st.arguments import require_number
 from unime_st.features import check_finite
 from unime_st.files import write_atomically
@@ -24,8 +25,10 @@ from unime_st.modules.card_data import EncoderCardData
 from unime_st.modules.checks import loading_note
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
 from unime_st.modules.saved import folder_of, saved_parts
+from unime_st.modules.sharded import is_sharded, whole_state
 from unime_st.modules.speed.batches import NumberedInputs, encoding_order, fitted, passes, prepared
 from unime_st.modules.speed.prefixes import shares_prefixes
+from unime_st.placement import moved
 from unime_st.token_budget import AUTO, CPU_TOKENS, require_tokens
 
 STOCK_MODULE = f"{Transformer.__module__}.{Transformer.__name__}"
@@ -124,7 +127,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
             return encoder.preprocess(items, kwargs["prompt"], row_numbers=numbers, contents=contents, **options)
 
         def embed(features: dict[str, Any]) -> torch.Tensor:
-            embeddings = self(_moved(features, device), **options)["sentence_embedding"]
+            embeddings = self(moved(features, device), **options)["sentence_embedding"]
             if kwargs["truncate_dim"] is not None:
                 embeddings = truncate_embeddings(embeddings, kwargs["truncate_dim"])
             if kwargs["normalize_embeddings"]:
@@ -161,7 +164,14 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         return super()._multi_process(NumberedInputs(inputs), *args, **kwargs)
 
     def save(self, path: str, *args: Any, **kwargs: Any) -> None:
-        """Save; see :meth:`sentence_transformers.SentenceTransformer.save`."""
+        """Save; see :meth:`sentence_transformers.SentenceTransformer.save`.
+
+        Weights that are split over processes (FSDP2, ZeRO-3) are gathered: every process must call this, one writes.
+        """
+        if is_sharded(self) and distributed.rank() != 0:
+            encoder: Any = self[0]
+            whole_state(encoder.model)
+            return
         super().save(path, *args, **kwargs)
         listing = Path(path) / "modules.json"
         modules = json.loads(listing.read_text(encoding="utf-8"))
@@ -170,14 +180,6 @@ class MultimodalSentenceTransformer(SentenceTransformer):
                 module["type"] = STOCK_MODULE
         write_atomically(listing, json.dumps(modules, indent=2))
         _add_loading_note(Path(path) / "README.md", self)
-
-
-def _moved(features: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Features on a device; what lies in pinned memory is copied while the CPU goes on."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in features.items()
-    }
 
 
 def _add_loading_note(card: Path, model: SentenceTransformer) -> None:
