@@ -38,7 +38,8 @@ from peers import BATCH, STOCK_BATCHES, Encode, Ours, PublishedStyle, Stock, uni
 from small_models import SQUARE, miniature, small_llava_onevision, small_qwen2_vl
 from tiny import FAMILIES, tiny_backbone
 from unime_st import build_encoder, export_encoder
-from unime_st.modules.speed.batches import CPU_TOKENS
+from unime_st.placement import with_every_image
+from unime_st.token_budget import CPU_TOKENS
 
 SECTIONS = ("floors", "workloads", "families", "limit", "bfloat16")
 LAYERS = 12
@@ -245,7 +246,7 @@ def bare_pass(ours: Ours, items: Sequence[Any]) -> Callable[[], None]:
     inner = ours.inner
     distinct = list({json.dumps(item, sort_keys=True): item for item in items}.values())
     with ours.model[0].prefixes.encoding():
-        features = ours.model.preprocess(distinct)
+        features = with_every_image(ours.model.preprocess(distinct))
     mask = features["attention_mask"].bool()
     kept_keys = [tuple(keys[own].tolist()) for keys, own in zip(features["prefix_key"], mask, strict=True)]
     beginnings = {keys[:end] for keys in kept_keys for end in range(1, 1 + len(keys))}

@@ -26,6 +26,8 @@ LAYERS = {
     "files": 0.5,
     "folders": 1,
     "stock": 0.5,
+    "token_budget": 1,
+    "placement": 0.5,
     "step_encoder": 0.5,  # what losses ask of modules, below both
     "images": 0.5,  # below what knows images by their pixels
     "identity": 1.5,

@@ -31,7 +31,12 @@ _SAY_EVERY = 60.0
 
 def is_distributed() -> bool:
     """Whether there is a process group of more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return has_process_group() and dist.get_world_size() > 1
+
+
+def has_process_group() -> bool:
+    """Whether there is a process group, be it of one process."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unime_st.placement import IMAGES, NUMBERS, images_of_rows, ranges
 from unime_st.step_encoder import StepEncoder
 
 _GRIDS = (  # families that put the patches of all media one after the other, with a grid each (Qwen-VL)
@@ -50,6 +51,9 @@ def select_rows(features: Mapping[str, Any], rows: Sequence[int], *, trim_leadin
     entries = _media_entries(features, chosen, total)
     start, end, width = _kept_columns(features, chosen, trim_leading)
     selected: dict[str, Any] = {}
+    if IMAGES in features:
+        selected |= _images_of(features, chosen)
+        features = {key: value for key, value in features.items() if key not in (IMAGES, NUMBERS)}
     for key, value in features.items():
         if not isinstance(value, Tensor):
             selected[key] = value
@@ -62,6 +66,16 @@ def select_rows(features: Mapping[str, Any], rows: Sequence[int], *, trim_leadin
         needed = value[:, start:end] if by_token else value
         selected[key] = needed.index_select(0, index.to(value.device))
     return selected
+
+
+def _images_of(features: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """The distinct images of some rows; on a device all of the batch stay where they are, for counting would wait."""
+    images, numbers = features[IMAGES], features[NUMBERS]
+    kept = numbers.index_select(0, rows.to(numbers.device))
+    if any(value.device.type != "cpu" for value in images.values()):
+        return {IMAGES: images, NUMBERS: kept}
+    images, kept = images_of_rows(images, kept)
+    return {IMAGES: images, NUMBERS: kept} if bool((kept >= 0).any()) else {}
 
 
 def _kept_columns(features: Mapping[str, Any], rows: Tensor, trim_leading: bool) -> tuple[int, int, int]:
@@ -102,17 +116,6 @@ def _media_entries(features: Mapping[str, Any], rows: Tensor, total: int) -> dic
         media = ranges(counts.cpu(), rows)
         entries |= {key: media for key in _BY_IMAGE if key in features and len(features[key]) == images}
     return entries
-
-
-def ranges(sizes: Tensor, chosen: Tensor) -> Tensor:
-    """Entries of the chosen groups, when group ``i`` has ``sizes[i]`` entries and they stand one after the other.
-
-    >>> ranges(torch.tensor([2, 0, 3]), torch.tensor([2, 0]))
-    tensor([2, 3, 4, 0, 1])
-    """
-    ends = sizes.cumsum(0)
-    pieces = [torch.arange(int(ends[group] - sizes[group]), int(ends[group])) for group in chosen.tolist()]
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long)
 
 
 def forget_kept_features(model: Any) -> None:

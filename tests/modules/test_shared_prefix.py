@@ -37,12 +37,13 @@ def inputs():
 
 @pytest.fixture(params=["rows", "mask", "tree"])
 def layout(request, monkeypatch):
-    """`encode` on the CPU, with masks, and as on a GPU."""
+    """`encode` on the CPU, with masks, and as on a GPU; families that cannot pack may not be asked to by name."""
     as_usual = SharedPrefixes.__init__
+    padded = "family" in request.fixturenames and request.getfixturevalue("family") in PADDED
 
     def init(self):
         as_usual(self)
-        self.attention = request.param
+        self.attention = "auto" if padded else request.param
 
     monkeypatch.setattr(SharedPrefixes, "__init__", init)
     return request.param
@@ -177,9 +178,15 @@ def test_what_does_not_fit_stays_with_padded_rows(backbone, refused, layout):
     assert 0 < counted.computed < counted.padded
     before = counted.computed
     features = changed(refused, model, features)
-    with (
-        nullcontext() if refused == "outside of the context" else counted.encoding(last_token_only=True, inference=True)
-    ):
+    within = partial(counted.encoding, last_token_only=True, inference=True)
+    if refused == "outside of the context":
+        within = nullcontext
+    elif refused != "switched off":
+        with within(), pytest.raises(ValueError, match=rf"`attention='{layout}'` asks for packed .* 'auto'"):
+            model(dict(features))
+        assert counted.computed == before
+        counted.attention = "auto"
+    with within():
         output = model(dict(features))
     assert counted.computed == before
     assert output["token_embeddings"].abs().min(dim=2).values.max() > 0
@@ -322,7 +329,10 @@ def test_positions_that_do_not_fit_fall_back_to_padded_rows(backbone, monkeypatc
     model = build_encoder(backbone("qwen2_vl"), device="cpu")
     items = inputs()
     expected = one_by_one(model, items)
-    monkeypatch.setattr(shared_prefix, "_positions", lambda *_: None)
+    monkeypatch.setattr(shared_prefix, "_positions", lambda *_, **__: None)
+    with pytest.raises(ValueError, match=r"asks for packed passes.* positions depend on more"):
+        model.encode(items)
+    model[0].prefixes.attention = "auto"
     np.testing.assert_allclose(model.encode(items), expected, atol=2e-6)
 
 

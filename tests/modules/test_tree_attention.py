@@ -160,17 +160,53 @@ def test_what_compiles(torch_version, spec, can, monkeypatch):
     assert tree_attention._can_compile.__wrapped__() is can
 
 
-def test_a_torch_without_it_packs_with_masks(backbone, monkeypatch):
+def test_a_torch_without_it_packs_with_masks_or_says_that_it_cannot(backbone, monkeypatch):
     model = build_encoder(backbone("qwen2_vl"), device="cpu")
     texts = ["a cat on a mat", "a cat", "a dog"]
+    prefixes, decoder = model[0].prefixes, language_model(model[0].model)
     expected = model.encode(texts)
-    model[0].prefixes.attention = "tree"
+    prefixes.attention = "tree"
     np.testing.assert_allclose(model.encode(texts), expected, atol=2e-6)
-    assert model[0].prefixes.taken == "tree"
+    assert prefixes.taken == "tree"
     monkeypatch.setattr(tree_attention, "flex_attention", None)
-    monkeypatch.setattr(tree_attention, "BlockMask", None)
+    with pytest.raises(ValueError, match=r"`attention='tree'`, but that needs FlexAttention.*'auto'"):
+        model.encode(texts)
+    assert "forward" not in vars(decoder)
+    prefixes.attention = "auto"
     np.testing.assert_allclose(model.encode(texts), expected, atol=2e-6)
-    assert model[0].prefixes.taken == "mask"
+    assert prefixes._kind(decoder, torch.device("cuda")) == "mask"  # where "tree" is what is usual
+    prefixes.attention = "rows"
+    with pytest.raises(ValueError, match="`attention='rows'`, but row by row is for inference on a CPU"):
+        prefixes._kind(decoder, torch.device("cuda"))
+
+
+def test_rows_are_refused_in_training_and_what_is_unknown_at_once(backbone):
+    model = build_encoder(backbone("qwen2_vl"), device="cpu").train()
+    model[0].prefixes.attention = "rows"
+    with (
+        model[0].embeddings_alone(last_token_only=True),
+        pytest.raises(ValueError, match="`attention='rows'`, but row by row is for inference"),
+    ):
+        model(model.preprocess(["a cat", "a dog on a mat"]))
+    with pytest.raises(ValueError, match="`attention='trees'`, but it must be one of 'auto', 'rows', 'tree', 'mask'"):
+        model[0].prefixes.attention = "trees"
+    assert model[0].prefixes.attention == "rows"
+
+
+@pytest.mark.parametrize("family", ["gemma3", "phi3_v"])
+def test_a_family_that_cannot_pack_refuses_to_be_asked_and_says_once_what_it_does(family, backbone, caplog):
+    model = build_encoder(backbone(family), device="cpu")
+    with caplog.at_level("INFO", logger="unime_st.modules.speed.prefixes"):
+        for _ in range(2):
+            expected = model.encode(["a cat", "a dog on a mat"])
+    (told,) = [record.message for record in caplog.records if record.name == "unime_st.modules.speed.prefixes"]
+    assert told.startswith("Passes run in padded rows: equal beginnings have no equal states")
+    for kind in ("tree", "mask", "rows"):
+        model[0].prefixes.attention = kind
+        with pytest.raises(ValueError, match=f"`attention='{kind}'` asks for packed passes.*cannot run them"):
+            model.encode(["a cat", "a dog on a mat"])
+    model[0].share_prefixes = False  # padded rows are asked for, by name
+    np.testing.assert_allclose(model.encode(["a cat", "a dog on a mat"]), expected, atol=2e-6)
 
 
 def test_what_is_taken_is_told_once(backbone, caplog):

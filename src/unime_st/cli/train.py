@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 from unime_st.cli.options import add_data_options, read_pairs, say
 
 HELP = "train an encoder on pairs (UniME's stage 2, LoRA); the same command again goes on after a kill"
 EXAMPLE = "unime train photos.csv --backbone Qwen/Qwen2-VL-2B-Instruct --output photos_encoder"
 
-SETTINGS = {
+
+def _tokens(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+SETTINGS: dict[str, tuple[str, Callable[[str], Any], Any, str]] = {
     "--batch-size": ("per_device_train_batch_size", int, 32, "rows a step and process: take hundreds where you can"),
     "--epochs": ("num_train_epochs", float, 1.0, "times that each row is drawn"),
     "--max-steps": ("max_steps", int, -1, "in place of epochs"),
@@ -18,7 +25,12 @@ SETTINGS = {
     "--temperature": ("temperature", float, 0.02, "of the loss"),
     "--margin": ("margin", float, 0.1, "of the false negatives' filter"),
     "--num-hard-negatives": ("num_hard_negatives", int, None, "hardest negatives kept; None keeps all"),
-    "--mini-batch-num-tokens": ("mini_batch_num_tokens", int, 8192, "embedded at a time: lower it to save memory"),
+    "--mini-batch-num-tokens": (
+        "mini_batch_num_tokens",
+        _tokens,
+        8192,
+        "embedded at a time; auto: as memory has room",
+    ),
     "--held-out": ("held_out", float, 0.1, "share of the rows to evaluate on"),
     "--max-pixels": ("max_pixels", int, None, "of an image, for backbones that keep its resolution"),
     "--max-seq-length": ("max_seq_length", int, None, "tokens of an input at the most"),
@@ -36,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="folder of checkpoints, encoder and report")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
     for option, (setting, kind, default, told) in SETTINGS.items():
-        shown = "N" if kind is int else "X"
+        shown = "X" if kind is float else "N"
         parser.add_argument(
             option, dest=setting, type=kind, default=default, metavar=shown, help=f"{told} (default: {default})"
         )

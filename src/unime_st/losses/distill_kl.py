@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -46,7 +46,8 @@ class DistillKLLoss(InBatchLoss):
             says so.
         gather_across_devices: Compare with the texts of all processes.
         mini_batch_size: Distinct texts embedded at a time (GradCache); None embeds each column at once.
-        mini_batch_num_tokens: Tokens embedded at a time, padding included, in place of a number of texts.
+        mini_batch_num_tokens: Tokens embedded at a time, padding included, in place of a number of texts; ``"auto"``
+            chooses from the memory that is free, see :class:`~unime_st.losses.in_batch.InBatchLoss`.
 
     Attributes:
         last_metrics: Numbers of the last batch, as scalars on the device: ``teacher_self_probability`` and
@@ -98,7 +99,7 @@ class DistillKLLoss(InBatchLoss):
         include_diagonal: bool = True,
         gather_across_devices: bool = False,
         mini_batch_size: int | None = None,
-        mini_batch_num_tokens: int | None = None,
+        mini_batch_num_tokens: int | Literal["auto"] | None = None,
     ) -> None:
         super().__init__(
             model,

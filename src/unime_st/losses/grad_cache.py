@@ -16,7 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unime_st import distributed
 from unime_st.features import select_rows
+from unime_st.losses.again import all_gradients_or_none
 from unime_st.losses.mini_batches import MiniBatchPlan
+from unime_st.placement import moved, read, sent
 from unime_st.step_encoder import is_compiled, step_encoder, unwrapped
 
 
@@ -77,8 +79,8 @@ def _images_last(model: Any, batches: Sequence[dict[str, Any]]) -> list[Tensor]:
 
 
 def _shows_images(features: dict[str, Any]) -> bool:
-    count = features.get("num_images_per_sample")
-    return bool(count.any()) if isinstance(count, Tensor) else "pixel_values" in features
+    count = read(features, "num_images_per_sample")
+    return bool(count.any()) if count is not None else "pixel_values" in features
 
 
 class BatchEmbedder:
@@ -91,11 +93,18 @@ class BatchEmbedder:
     """
 
     def __init__(
-        self, model: Any, columns: Sequence[dict[str, Any]], plan: MiniBatchPlan, *, exchange: bool = False
+        self,
+        model: Any,
+        columns: Sequence[dict[str, Any]],
+        plan: MiniBatchPlan,
+        *,
+        device: torch.device,
+        exchange: bool = False,
     ) -> None:
         self.model = model
-        self.columns = columns
+        self.columns = columns  # whole numbers at hand on the CPU
         self.plan = plan
+        self.device = device
         self.exchange = exchange and distributed.is_distributed()
         self._trims = step_encoder(model).relative_positions
         self._states: list[RandContext | None] = []
@@ -118,7 +127,7 @@ class BatchEmbedder:
         table = torch.cat(parts)
         if self.exchange:
             table = distributed.gather(_padded(table, self.plan.share))
-        place = torch.from_numpy(self.plan.place).to(table.device)
+        place = sent(torch.from_numpy(self.plan.place), table.device)
         return [table[rows].requires_grad_(training) for rows in place]
 
     def gradients(self, embeddings: Sequence[Tensor]) -> list[Tensor]:
@@ -129,7 +138,7 @@ class BatchEmbedder:
         total = torch.zeros(rows, embeddings[0].shape[1], dtype=dtype, device=embeddings[0].device)
         for place, column in zip(self.plan.place, embeddings, strict=True):
             if column.grad is not None:
-                total.index_add_(0, torch.from_numpy(place).to(total.device), column.grad.to(dtype))
+                total.index_add_(0, sent(torch.from_numpy(place), total.device), column.grad.to(dtype))
         if self.exchange:
             total = distributed.sum_over_processes(total, share)
         return list(total[: sum(self._sizes)].split(self._sizes))
@@ -159,7 +168,7 @@ class BatchEmbedder:
 
     def _features(self, number: int) -> dict[str, Any]:
         column, rows = self.plan.mini_batches[number]
-        return select_rows(self.columns[column], rows.tolist(), trim_leading=self._trims)
+        return moved(select_rows(self.columns[column], rows.tolist(), trim_leading=self._trims), self.device)
 
     def _embedded_again(self, number: int) -> Tensor:
         if number == len(self._sizes) - 1 and self._kept is not None:
@@ -213,17 +222,45 @@ def _padded(table: Tensor, rows: int) -> Tensor:
     return torch.cat([table, table.new_zeros(rows - len(table), table.shape[1])])
 
 
-def cached_backward(
-    loss: Tensor, embedder: BatchEmbedder, gradients: Sequence[Tensor], finish: Callable[[], None]
-) -> Tensor:
-    """A loss whose backward pass sends the embeddings' gradients on to the model; ``finish`` is called at its end."""
+class GradientSender:
+    """Sends the embeddings' gradients on to the model; with ``again`` as often as it takes to fit into memory."""
 
-    def send(scale: Tensor) -> None:
+    def __init__(self, embedder: BatchEmbedder, gradients: list[Tensor]) -> None:
+        self.embedder, self.gradients = embedder, gradients
+        self.again: Callable[[MiniBatchPlan], tuple[BatchEmbedder, list[Tensor]]] | None = None
+        self.learn: Callable[[int], None] = lambda _: None  # of the tokens of the largest mini-batch, at the end
+
+    def __call__(self, scale: Tensor) -> None:
+        """Send them, times a scale."""
+        if self.again is None:
+            self.embedder.backward(self.gradients, scale)
+            return
+        model: nn.Module = self.embedder.model
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        while True:
+            plan = self.embedder.plan
+            try:
+                with all_gradients_or_none(trained):
+                    self.embedder.backward(self.gradients, scale)
+                self.learn(plan.tokens)
+            except torch.OutOfMemoryError:
+                if plan.rows <= 1:
+                    raise
+            else:
+                return
+            del self.embedder, self.gradients  # with the activations that it keeps
+            self.embedder, self.gradients = self.again(plan)
+
+
+def cached_backward(loss: Tensor, send: Callable[[Tensor], None], finish: Callable[[], None]) -> Tensor:
+    """A loss whose backward pass calls ``send`` with its gradient, and ``finish`` at its end."""
+
+    def sent(scale: Tensor) -> None:
         try:
-            embedder.backward(gradients, scale)
+            send(scale)
         finally:
             finish()
 
     loss = loss.detach().requires_grad_().clone()  # DeepSpeed takes a leaf for no loss
-    loss.register_hook(send)
+    loss.register_hook(sent)
     return loss

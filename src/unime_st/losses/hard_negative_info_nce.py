@@ -90,7 +90,8 @@ class HardNegativeInfoNCELoss(InBatchLoss):
             temperature, is added to the logit. LLaVE has 9, EmbeddingGemma 5.
         gather_across_devices: Take candidates from all processes.
         mini_batch_size: Distinct inputs embedded at a time (GradCache); None embeds each column at once.
-        mini_batch_num_tokens: Tokens embedded at a time, padding included, in place of a number of inputs.
+        mini_batch_num_tokens: Tokens embedded at a time, padding included, in place of a number of inputs; ``"auto"``
+            chooses from the memory that is free, see :class:`~unime_st.losses.in_batch.InBatchLoss`.
 
     Attributes:
         last_metrics: Numbers of the last batch, as scalars on the device: ``positive_similarity`` and
@@ -164,7 +165,7 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         hardness_strength: float = 0.0,
         gather_across_devices: bool = False,
         mini_batch_size: int | None = None,
-        mini_batch_num_tokens: int | None = None,
+        mini_batch_num_tokens: int | Literal["auto"] | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -274,7 +275,7 @@ class HardNegativeInfoNCELoss(InBatchLoss):
         self.record_metrics(metrics)
         warming_up = k != self.num_hard_negatives
         rising = self.global_step is not None and self.global_step < self.rising_steps  # little is learned until then
-        if self._cone is not None and not (warming_up or rising) and self.training and torch.is_grad_enabled():
+        if self._cone is not None and not (warming_up or rising) and self.counts:
             self._cone.record(metrics["positive_similarity"], metrics["negative_similarity"], self.global_step)
         return loss.mean()
 

@@ -20,6 +20,8 @@ class MiniBatchPlan:
     place: np.ndarray  # (n, B) where in the table the embedding of each of this process's inputs is
     share: int  # entries of the table that each process has
     distinct: int  # inputs that all processes embed
+    tokens: int = 0  # of this process's largest mini-batch, padding included
+    rows: int = 0  # of this process's mini-batch with most of them
 
 
 def plan_mini_batches(
@@ -52,7 +54,8 @@ def plan_mini_batches(
     _, inverse = np.unique(keys, return_inverse=True)
     place = place_of.ravel()[chosen[inverse.reshape(keys.shape)[rank]]]
     own = [(int(part[0]) // batch, part % batch) for part in filled[rank]]
-    return MiniBatchPlan(own, place.reshape(-1, batch), share, len(chosen))
+    largest = len(filled[rank][-1]) * int(tokens[rank][filled[rank][-1]].max())
+    return MiniBatchPlan(own, place.reshape(-1, batch), share, len(chosen), largest, max(map(len, filled[rank])))
 
 
 def _owners(keys: np.ndarray, tokens: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:

@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from unime_st.folders import new_folder
 from unime_st.modules.adapters import merged_adapters
 from unime_st.modules.card_data import EncoderCardData, rows_hidden
+from unime_st.modules.sharded import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,11 @@ def export_encoder(
     """
     if not isinstance(model, SentenceTransformer):
         raise TypeError(f"`model` is a {type(model).__name__}, but an encoder of `build_encoder` is needed.")
+    if is_sharded(model):
+        raise ValueError(
+            "The weights of this model are split over processes. Save it on all of them (`trainer.save_model()`, or a "
+            "checkpoint), load that in one process with `load_encoder`, and export it there."
+        )
     target = Path(path)
     if target.exists() and any(target.iterdir()) and not (target / "modules.json").is_file():
         raise FileExistsError(f"{target} exists and holds something other than a saved encoder. Give another `path`.")

@@ -33,6 +33,7 @@ from unime_st.modules.inputs import (
     says_nothing,
     shown_media,
 )
+from unime_st.modules.sharded import saved_whole
 from unime_st.modules.speed.image_attention import images_at_once
 from unime_st.modules.speed.prefixes import SharedPrefixes, shares_prefixes
 from unime_st.modules.speed.shared_images import each_image_once
@@ -40,7 +41,9 @@ from unime_st.modules.speed.token_tree import PREFIX_KEY
 from unime_st.modules.speed.vision_cache import VisionCache, is_frozen, vision_tower
 from unime_st.modules.text_only import NO_IMAGES, absent_parts, load_text_model, whole_model
 from unime_st.modules.told_rows import told_row
+from unime_st.placement import read, with_every_image, with_images_once
 from unime_st.prompts import TURN_FORMATS, chat_template
+from unime_st.token_budget import TokenBudget
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +122,7 @@ class MultimodalEncoder(Transformer):
         self.share_prefixes = share_prefixes
         self.flat_image_positions = flat_image_positions
         self.prefixes = SharedPrefixes()
+        self._token_budget: TokenBudget | None = None
         self._told_of_cuts = self._told_of_blanks = False
         if self.tokenizer is not None:
             self.tokenizer.padding_side = "left"
@@ -142,6 +146,12 @@ class MultimodalEncoder(Transformer):
     def forget_features(self) -> None:
         """Forget the features of a frozen vision tower that are kept between steps."""
         self.vision_cache.clear()
+
+    def token_budget_on(self, device: torch.device) -> TokenBudget:
+        """The tokens of a pass when told ``"auto"``, as learned from passes on this device so far."""
+        if self._token_budget is None or self._token_budget.device != device:
+            self._token_budget = TokenBudget(device)
+        return self._token_budget
 
     def set_template(self, template: str) -> None:
         """Render messages by a template, or by the one of that name."""
@@ -183,7 +193,8 @@ class MultimodalEncoder(Transformer):
             backend.no_truncation()
             backend.no_padding()
         adapters_alone = bool(getattr(self.model, "_hf_peft_config_loaded", False))
-        with nullcontext() if adapters_alone else whole_model(self.model, self._source):
+        vision = nullcontext() if adapters_alone else whole_model(self.model, self._source)
+        with vision, saved_whole(self.model):
             super().save(output_path, *args, **kwargs)
         settings = {"format": 1, "vision_cache_bytes": self.vision_cache.max_bytes}
         if self.flat_image_positions:
@@ -238,7 +249,9 @@ class MultimodalEncoder(Transformer):
             **kwargs: arguments of the stock module; ``max_length`` bounds the tokens of a row.
 
         Returns:
-            The stock features, ``content_id`` (B,), and ``prefix_key`` (B, T) where beginnings can be shared.
+            The stock features, ``content_id`` (B,), and ``prefix_key`` (B, T) where beginnings can be shared. When an
+            image is shown more than once, the images' tensors are in ``distinct_images``, once each, and
+            ``image_numbers`` (B, M) tells which of them each row shows, then -1.
 
         Raises:
             ValueError: a row is empty, its text spells a media token, its media and instruction alone are longer than
@@ -283,7 +296,7 @@ class MultimodalEncoder(Transformer):
         limit = min(asked or _NO_LIMIT, self.max_seq_length or _NO_LIMIT)
         processing: Any = {**(processing_kwargs or {})}
         processing["text"] = {**processing.get("text", {}), "truncation": False}
-        with each_image_once(self.processor):
+        with each_image_once(self.processor) as shown:
             features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
             while cut := cut_long_rows(messages, features["attention_mask"], limit, rows, self.tokenizer):
                 self._tell_of_cuts(limit, cut)
@@ -292,6 +305,8 @@ class MultimodalEncoder(Transformer):
             features["mm_token_type_ids"] = torch.zeros_like(features["mm_token_type_ids"])  # all are words
         if "num_images_per_sample" in features and "batch_num_images" in self._declared_forward_params:
             features["batch_num_images"] = features["num_images_per_sample"]
+        if shown.index is not None:
+            features = with_images_once(features, shown.index)
         told = [content or Content(item, named=name) for item, name, content in zip(inputs, named, known, strict=True)]
         features[_CONTENT_KEY] = torch.tensor([content.id for content in told], dtype=torch.long)
         if self.share_prefixes and shares_prefixes(self.model):
@@ -344,13 +359,12 @@ class MultimodalEncoder(Transformer):
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Embed; see the stock module. Image tensors of a batch without images are left out."""
-        count = features.get("num_images_per_sample")
+        count = read(features, "num_images_per_sample")
         dropped = {_CONTENT_KEY, PREFIX_KEY}
-        if isinstance(count, Tensor) and int(count.sum()) == 0 and not self._shows_video(features):
+        if count is not None and int(count.sum()) == 0 and not self._shows_video(features):
             dropped.update(_IMAGE_KEYS)
-        inputs = {key: value for key, value in features.items() if key not in dropped}
-        keys = features.get(PREFIX_KEY) if self.share_prefixes else None
-        prefixes = self.prefixes.serving(self.model, keys, features["attention_mask"])
+        inputs = {key: value for key, value in with_every_image(features).items() if key not in dropped}
+        prefixes = self.prefixes.serving(self.model, features) if self.share_prefixes else nullcontext()
         images = images_at_once(self.model, features["attention_mask"].device)
         with self.prefixes.turns, images, self.vision_cache.serving(self.model), prefixes:
             outputs = super().forward(inputs, **kwargs)
@@ -362,8 +376,9 @@ class MultimodalEncoder(Transformer):
 
     def _shows_video(self, features: dict[str, Any]) -> bool:
         """Whether rows without images have tokens of media: frames of videos, which SmolVLM takes for images."""
-        ids = features["input_ids"]
-        return bool(torch.isin(ids, torch.tensor(self._media_token_ids(), dtype=ids.dtype, device=ids.device)).any())
+        ids = read(features, "input_ids")
+        assert ids is not None
+        return bool(torch.isin(ids, torch.tensor(self._media_token_ids(), dtype=ids.dtype)).any())
 
     def _load_model(
         self,

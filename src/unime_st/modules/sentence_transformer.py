@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import truncate_embeddings
 from tqdm.auto import tqdm
 
+from unime_st import distributed
 from unime_st.arguments import require_number
 from unime_st.features import check_finite
 from unime_st.files import write_atomically
@@ -23,13 +25,16 @@ from unime_st.modules.card_data import EncoderCardData
 from unime_st.modules.checks import loading_note
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
 from unime_st.modules.saved import folder_of, saved_parts
-from unime_st.modules.speed.batches import CPU_TOKENS, NumberedInputs, encoding_order, passes, prepared
+from unime_st.modules.sharded import is_sharded, whole_state
+from unime_st.modules.speed.batches import NumberedInputs, encoding_order, fitted, passes, prepared
 from unime_st.modules.speed.prefixes import shares_prefixes
+from unime_st.placement import moved
+from unime_st.token_budget import AUTO, CPU_TOKENS, require_tokens
 
 STOCK_MODULE = f"{Transformer.__module__}.{Transformer.__name__}"
 _BUDGET = "batch_num_tokens"
 _WORKERS = "num_workers"
-_NUMBERS = {"batch_size": False, "truncate_dim": True, _BUDGET: True, _WORKERS: False}  # which of them may be None
+_NUMBERS = {"batch_size": False, "truncate_dim": True, _WORKERS: False}  # which of them may be None
 _OWN_ARGUMENTS = frozenset(
     {"prompt", "batch_size", "show_progress_bar", "output_value", "save_to_cpu", "normalize_embeddings", "truncate_dim"}
     | {"device", _BUDGET, _WORKERS}
@@ -62,7 +67,10 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         at most so many of their tokens at once, images' included, what is shared counting once; a longer input is
         alone, but for those that share half of theirs with it, and a batch with videos is one pass. That bounds memory
         for inputs of whatever length, and lets a batch hold many short ones. By default a batch is one pass on a GPU,
-        and passes of 1,024 tokens on the CPU.
+        and passes of 1,024 tokens on the CPU. ``batch_num_tokens="auto"`` chooses on a CUDA device: the first passes
+        are small and measured, later ones fill four fifths of the free memory, as far as ``batch_size`` goes, and one
+        that runs out of memory is cut and tried again; what was learned serves later calls. On the CPU it is the
+        default.
 
         ``encode(inputs, num_workers=4)`` prepares batches in so many forked processes while the model runs. It pays
         beside a GPU, when there are many batches and images are what takes the time; 0, the default, prepares the next
@@ -76,6 +84,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         for name, optional in _NUMBERS.items():
             if name in kwargs:
                 require_number(name, kwargs[name], least=int(name != _WORKERS), optional=optional)
+        require_tokens(_BUDGET, kwargs.get(_BUDGET))
         if kwargs.get(_WORKERS) and "fork" not in torch.multiprocessing.get_all_start_methods():
             raise ValueError(f"`{_WORKERS}={kwargs[_WORKERS]}`, but processes cannot be forked here. Leave it out.")
         return super().encode(*args, **kwargs)
@@ -104,6 +113,7 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         device = self._resolve_inference_device(kwargs.get("device"))
         if budget is None and device.type == "cpu":
             budget = CPU_TOKENS
+        learned = encoder.token_budget_on(device) if budget == AUTO else None
         self.eval()
         by_beginning = encoder.share_prefixes and shares_prefixes(encoder.model)
         order = encoding_order(inputs, kwargs["batch_size"], by_beginning=by_beginning)
@@ -116,6 +126,21 @@ class MultimodalSentenceTransformer(SentenceTransformer):
             items = [content.item for content in contents]
             return encoder.preprocess(items, kwargs["prompt"], row_numbers=numbers, contents=contents, **options)
 
+        def embed(features: dict[str, Any]) -> torch.Tensor:
+            embeddings = self(moved(features, device), **options)["sentence_embedding"]
+            if kwargs["truncate_dim"] is not None:
+                embeddings = truncate_embeddings(embeddings, kwargs["truncate_dim"])
+            if kwargs["normalize_embeddings"]:
+                embeddings = torch.nn.functional.normalize(embeddings, p=2, dim=1)
+            return embeddings.cpu() if kwargs["save_to_cpu"] else embeddings
+
+        def embedded(features: dict[str, Any], *, whole: bool) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+            if learned is not None and not whole:
+                yield from fitted(features, learned, embed, padded=not by_beginning)
+                return
+            for rows, some, _ in passes(features, None if whole else budget, padded=not by_beginning):
+                yield rows, embed(some)
+
         parts: list[torch.Tensor] = []
         encoded_places: list[np.ndarray] = []
         bar = tqdm(total=len(order.distinct), desc="Encoding", unit="input", disable=not kwargs["show_progress_bar"])
@@ -124,15 +149,9 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         with bar, encoder.prefixes.turns, sharing:
             workers = kwargs.get(_WORKERS) or 0
             coming = prepared(order.batches, prepare, ahead=device.type != "cpu", num_workers=workers)
-            for batch, prepared_features in zip(order.batches, coming, strict=True):
-                cut = None if order.contents[batch[0]].shows_video else budget
-                for rows, features in passes(prepared_features, cut, padded=not by_beginning):
-                    embeddings = self(moved(features, device), **options)["sentence_embedding"]
-                    if kwargs["truncate_dim"] is not None:
-                        embeddings = truncate_embeddings(embeddings, kwargs["truncate_dim"])
-                    if kwargs["normalize_embeddings"]:
-                        embeddings = torch.nn.functional.normalize(embeddings, p=2, dim=1)
-                    parts.append(embeddings.cpu() if kwargs["save_to_cpu"] else embeddings)
+            for batch, features in zip(order.batches, coming, strict=True):
+                for rows, embeddings in embedded(features, whole=order.contents[batch[0]].shows_video):
+                    parts.append(embeddings)
                     encoded_places.append(batch[rows])
                     bar.update(len(rows))
         encoded = torch.cat(parts)
@@ -145,7 +164,14 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         return super()._multi_process(NumberedInputs(inputs), *args, **kwargs)
 
     def save(self, path: str, *args: Any, **kwargs: Any) -> None:
-        """Save; see :meth:`sentence_transformers.SentenceTransformer.save`."""
+        """Save; see :meth:`sentence_transformers.SentenceTransformer.save`.
+
+        Weights that are split over processes (FSDP2, ZeRO-3) are gathered: every process must call this, one writes.
+        """
+        if is_sharded(self) and distributed.rank() != 0:
+            encoder: Any = self[0]
+            whole_state(encoder.model)
+            return
         super().save(path, *args, **kwargs)
         listing = Path(path) / "modules.json"
         modules = json.loads(listing.read_text(encoding="utf-8"))
@@ -154,14 +180,6 @@ class MultimodalSentenceTransformer(SentenceTransformer):
                 module["type"] = STOCK_MODULE
         write_atomically(listing, json.dumps(modules, indent=2))
         _add_loading_note(Path(path) / "README.md", self)
-
-
-def moved(features: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Features on a device; what lies in pinned memory is copied while the CPU goes on."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in features.items()
-    }
 
 
 def _add_loading_note(card: Path, model: SentenceTransformer) -> None:

@@ -6,13 +6,14 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformerTrainingArguments
 
 from unime_st.arguments import require_number
 from unime_st.samplers import FalseNegativeAwareBatchSampler
+from unime_st.token_budget import require_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ class PairsTraining:
         temperature: Of the loss.
         margin: Of its filter of false negatives; None switches it off.
         num_hard_negatives: Hardest negatives kept; None keeps all.
-        mini_batch_num_tokens: Embedded at a time (GradCache): lower it when memory is short, the result is the same.
+        mini_batch_num_tokens: Embedded at a time (GradCache): lower it when memory is short, the result is the same;
+            ``"auto"`` chooses from the memory that is free, on one process.
         held_out: Share of the rows to evaluate on, which are not trained on.
         max_pixels: Bound on an image's pixels, for backbones that keep an image's own resolution.
         max_seq_length: Tokens of an input at the most.
@@ -58,7 +60,7 @@ class PairsTraining:
     temperature: float = 0.02
     margin: float | None = 0.1
     num_hard_negatives: int | None = None
-    mini_batch_num_tokens: int = 8192
+    mini_batch_num_tokens: int | Literal["auto"] = 8192
     held_out: float = 0.1
     max_pixels: int | None = None
     max_seq_length: int | None = None
@@ -75,8 +77,10 @@ class PairsTraining:
                 raise ValueError(f"`{name}=inf`, but it must be finite.")
         if self.max_steps != -1:
             require_number("max_steps", self.max_steps, least=1)
-        for name in ("rank", "mini_batch_num_tokens"):
-            require_number(name, getattr(self, name), least=1)
+        require_number("rank", self.rank, least=1)
+        if self.mini_batch_num_tokens is None:
+            raise TypeError('`mini_batch_num_tokens=None`, but it must be a whole number or "auto".')
+        require_tokens("mini_batch_num_tokens", self.mini_batch_num_tokens)
         for name in ("num_hard_negatives", "max_pixels", "max_seq_length", "save_steps"):
             require_number(name, getattr(self, name), least=1, optional=True)
         for name in ("dataloader_num_workers", "seed"):

@@ -18,9 +18,11 @@ from unime_st.modules.card_data import rows_hidden
 from unime_st.modules.reranker.pair_encoder import PairEncoder
 from unime_st.modules.reranker.pairs import are_pairs, scoring_order
 from unime_st.modules.saved import folder_of, saved_parts
-from unime_st.modules.sentence_transformer import STOCK_MODULE, moved
-from unime_st.modules.speed.batches import CPU_TOKENS, passes
+from unime_st.modules.sentence_transformer import STOCK_MODULE
+from unime_st.modules.speed.batches import passes
 from unime_st.modules.speed.prefixes import shares_prefixes
+from unime_st.placement import moved
+from unime_st.token_budget import CPU_TOKENS
 
 _SETTINGS = ("prompts", "default_prompt_name", "activation_fn")
 _OURS = f"{PairEncoder.__module__}.{PairEncoder.__name__}"
@@ -84,7 +86,7 @@ class MultimodalCrossEncoder(CrossEncoder):
                 numbers = order.first[start : start + len(batch)].tolist()
                 pairs = [(query.named, document.named) for query, document in batch]
                 prepared = encoder.preprocess(pairs, kwargs["prompt"], row_numbers=numbers, contents=batch, **options)
-                for rows, features in passes(prepared, budget, padded=not by_beginning):
+                for rows, features, _ in passes(prepared, budget, padded=not by_beginning):
                     logits = encoder(moved(features, device), **options)[head.module_input_name][:, -1]
                     answers = logits if alone else logits[:, [head.true_token_id, head.false_token_id]]
                     found[start + torch.from_numpy(rows)] = (answers[:, 0] - answers[:, 1]).float().cpu()

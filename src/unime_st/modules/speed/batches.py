@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from unime_st.features import num_rows, select_rows, token_counts
 from unime_st.identity.content import Content
 from unime_st.modules.inputs import contents_of
 from unime_st.modules.speed.token_tree import PREFIX_KEY, common_beginning
-
-CPU_TOKENS = 1024
-"""Tokens per pass on the CPU: its caches do not hold the states of more, which costs up to a tenth of the time."""
+from unime_st.token_budget import TokenBudget
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def encoding_order(inputs: Sequence[Any], batch_size: int, *, by_beginning: bool
 
 def passes(
     features: dict[str, Any], num_tokens: int | None, *, padded: bool
-) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-    """Yield the rows and features of each pass of a prepared batch, under a budget of tokens, similar lengths together.
+) -> Iterator[tuple[np.ndarray, dict[str, Any], int]]:
+    """Yield rows, features and tokens of each pass of a prepared batch, under a budget, similar lengths together.
 
     An input over the budget is alone; one with more than half of ``num_tokens`` also takes those that stay with it and
     add no more than the budget. None makes one pass. With ``padded`` the padding counts, because the model computes it.
@@ -83,7 +83,7 @@ def passes(
     """
     counts = token_counts(features)
     if num_tokens is None or counts is None or len(counts) == 1:
-        yield np.arange(num_rows(features)), features
+        yield np.arange(num_rows(features)), features, 0 if counts is None else int(counts.sum())
         return
     tokens = counts.cpu().numpy()
     shared = np.zeros_like(tokens) if padded else _shared_tokens(features, tokens)
@@ -102,11 +102,33 @@ def passes(
             group = int(np.append(stay, False).argmin()) + 1
             count = max(count, int(np.searchsorted(used[:group] - used[0], num_tokens, side="right")))
         if count == len(tokens):
-            yield np.arange(count), features
+            yield np.arange(count), features, int(used[-1])
             return
         rows = rest[:count]
         start += count
-        yield rows, select_rows(features, rows.tolist(), trim_leading=True)
+        yield rows, select_rows(features, rows.tolist(), trim_leading=True), int(used[count - 1])
+
+
+def fitted(
+    features: dict[str, Any], budget: TokenBudget, run: Callable[[dict[str, Any]], Tensor], *, padded: bool
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Yield the rows and the outcome of each pass of a prepared batch, under a budget that passes may change.
+
+    Rows of a pass that runs out of memory are cut into passes anew, under half of its tokens.
+    """
+    left = np.arange(num_rows(features))
+    while len(left):
+        some = features if len(left) == num_rows(features) else select_rows(features, left.tolist(), trim_leading=True)
+        asked, done = budget.tokens, np.zeros(len(left), dtype=bool)
+        for rows, part, tokens in passes(some, asked, padded=padded):
+            found = budget.tried(partial(run, part), tokens, several=len(rows) > 1)
+            if found is None:
+                break
+            done[rows] = True
+            yield left[rows], found
+            if budget.tokens != asked:
+                break
+        left = left[~done]
 
 
 def _by_length(tokens: np.ndarray, shared: np.ndarray) -> np.ndarray:

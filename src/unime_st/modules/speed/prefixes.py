@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from threading import RLock
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unime_st.modules.speed import row_attention, tree_attention
 from unime_st.modules.speed.row_attention import Branches, attends_by_branch, by_branch
-from unime_st.modules.speed.token_tree import PackedTree, flatten_tree, pack_tree
+from unime_st.modules.speed.token_tree import PREFIX_KEY, PackedTree, flatten_tree, pack_tree
 from unime_st.modules.speed.tree_attention import attends_by_tree, by_tree, computed_dtype, moved, padded_length
+from unime_st.placement import read
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,13 @@ _ATTENTION = ("sdpa", "eager", row_attention.NAME, tree_attention.NAME)  # these
 _ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length of the batch
 _CARRIED = ("inputs_embeds", "attention_mask", "position_ids", "cache_position", "use_cache")
 _DEEPSTACK = ("visual_pos_masks", "deepstack_visual_embeds")
+_PASSES_TO_BE_SURE = 8  # how positions are counted is a model's rule; looking at each pass would wait for the device
+_UNEQUAL = "equal beginnings have no equal states in it, or its attention takes no masks of ours"
+_NEEDS = {
+    "rows": "row by row is for inference on a CPU, under sdpa that reaches all layers",
+    "tree": "that needs FlexAttention, sdpa that reaches all layers, no attention dropout, and on a GPU triton and "
+    "heads of 16, 32, 64, ... dimensions",
+}
 _UNKNOWN_OUTPUTS = ("past_key_values", "output_hidden_states", "output_attentions")
 
 
@@ -88,11 +96,25 @@ class SharedPrefixes:
         self.active = False  # whether only embeddings are asked for
         self.last_token_only = False  # the last layer then feeds forward these states alone; the others mean nothing
         self.inference = False  # whether no pass has a backward pass: a CPU may then attend row by row
-        self.attention: Literal["auto"] | Attention = "auto"  # the wanted kind, if the model and the device can do it
         self.taken: Attention | None = None  # the kind of the last packed pass
         self.tokens = 0  # of the rows seen, without padding
         self.padded = 0  # the same with padding
         self.computed = 0  # places that the language model ran over instead, with the padding of its sequences
+        self._attention: Literal["auto"] | Attention = "auto"
+        self._told: set[str] = set()
+        self._fitting = {True: 0, False: 0}  # passes with media and without whose positions were found to fit
+
+    @property
+    def attention(self) -> Literal["auto"] | Attention:
+        """The wanted kind: one that is asked for by name and cannot be taken is an error, ``"auto"`` takes what can."""
+        return self._attention
+
+    @attention.setter
+    def attention(self, wanted: Literal["auto"] | Attention) -> None:
+        known = ("auto", *get_args(Attention))
+        if wanted not in known:
+            raise ValueError(f"`attention={wanted!r}`, but it must be one of {', '.join(map(repr, known))}.")
+        self._attention = wanted
 
     @contextmanager
     def encoding(self, *, last_token_only: bool = False, inference: bool = False) -> Iterator[None]:
@@ -108,10 +130,16 @@ class SharedPrefixes:
             self.active, self.last_token_only, self.inference = before
 
     @contextmanager
-    def serving(self, model: nn.Module, keys: Tensor | None, mask: Tensor) -> Iterator[None]:
-        """Within this context the language model runs over trees of ``keys`` and ``mask`` (B, T), see ``pack_tree``."""
-        told = _told(model, keys, mask) if self.active and keys is not None else None
+    def serving(self, model: nn.Module, features: Mapping[str, Any]) -> Iterator[None]:
+        """Within this context the language model runs over trees of the features' keys and mask, see ``pack_tree``."""
+        if not self.active:
+            yield
+            return
+        mask: Tensor = features["attention_mask"]
+        why = _why_padded(model) if PREFIX_KEY in features else _UNEQUAL
+        told = None if why else _told(features)
         if told is None:
+            self._pad(why or "its rows are not padded on the left")
             yield
             return
         decoder: Any = language_model(model)
@@ -123,16 +151,26 @@ class SharedPrefixes:
         self.tokens += int(told[1].sum())
         self.padded += mask.numel()
         self.computed += tree.source.size if tree is not None else mask.numel()
+        shows_media = bool((told[0] < 0).any())
         plain = decoder.forward
 
         def packed(*args: Any, **kwargs: Any) -> Any:
             embeddings = kwargs.get("inputs_embeds")
-            if args or not isinstance(embeddings, Tensor) or embeddings.shape[:2] != mask.shape:
+            known = not args and isinstance(embeddings, Tensor) and embeddings.shape[:2] == mask.shape
+            if not known or any(kwargs.get(name) for name in _UNKNOWN_OUTPUTS):
+                self._pad("its language model is called in an unknown way")
                 return plain(*args, **kwargs)
-            if any(kwargs.get(name) for name in _UNKNOWN_OUTPUTS):
-                return plain(**kwargs)
             if tree is not None:
-                return _run(decoder, plain, tree, kind, kwargs, last_token_only=self.last_token_only)
+                sure = self._fitting[shows_media] >= _PASSES_TO_BE_SURE
+                media = told[0] < 0 if shows_media else None
+                output = _run(
+                    decoder, plain, tree, kind, kwargs, last_token_only=self.last_token_only, sure=sure, media=media
+                )
+                if output is not None:
+                    self._fitting[shows_media] += 1
+                    return output
+                self._pad("its positions depend on more than the tokens before")
+                return plain(**kwargs)
             last = np.arange(1, mask.shape[0] + 1) * mask.shape[1] - 1
             with _last_layer_at(decoder, last) if self.last_token_only else nullcontext():
                 return plain(**kwargs)
@@ -145,26 +183,54 @@ class SharedPrefixes:
 
     def _kind(self, decoder: Any, device: torch.device) -> Attention:
         on_cpu = device.type == "cpu"
-        wanted = self.attention if self.attention != "auto" else "rows" if on_cpu else "tree"
-        kind: Attention = "mask"
-        if wanted == "rows" and on_cpu and self.inference and attends_by_branch(decoder):
-            kind = "rows"
-        elif wanted == "tree" and attends_by_tree(decoder, device):
-            kind = "tree"
-        if kind != self.taken:
-            logger.info("Packed passes on %s attend by %s", device.type, kind)
-            self.taken = kind
+        wanted: Attention = self.attention if self.attention != "auto" else "rows" if on_cpu else "tree"
+        can = {
+            "rows": lambda: on_cpu and self.inference and attends_by_branch(decoder),
+            "tree": lambda: attends_by_tree(decoder, device),
+            "mask": lambda: True,
+        }
+        kind: Attention = wanted if can[wanted]() else "mask"
+        if self.attention not in ("auto", kind):
+            raise ValueError(
+                f"`attention={wanted!r}`, but {_NEEDS[wanted]}. Set 'auto', which takes what can be taken."
+            )
+        self._tell(f"Packed passes on {device.type} attend by {kind}")
+        self.taken = kind
         return kind
 
+    def _pad(self, why: str) -> None:
+        """Say once that rows stay padded, and refuse it where packing was asked for by name."""
+        if self.attention != "auto":
+            raise ValueError(
+                f"`attention={self.attention!r}` asks for packed passes, but this model cannot run them: {why}. Set "
+                "'auto', which then runs padded rows."
+            )
+        self._tell(f"Passes run in padded rows: {why}")
 
-def _told(model: nn.Module, keys: Tensor, mask: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
-    """Keys and mask as arrays, or None when rows are to stay as they are."""
+    def _tell(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            logger.info(message)
+
+
+def _why_padded(model: nn.Module) -> str:
+    """Why rows of a model are to stay as they are; an empty text where they need not."""
     decoder: Any = language_model(model)
-    refused = torch.compiler.is_compiling() or not shares_prefixes(model) or keys.shape != mask.shape
-    if refused or "forward" in vars(decoder) or _is_compiled(decoder) or _asks_for_states(model, decoder):
+    if not shares_prefixes(model):
+        return _UNEQUAL
+    if torch.compiler.is_compiling() or _is_compiled(decoder):
+        return "it is compiled"
+    if "forward" in vars(decoder):
+        return "`forward` of its language model is replaced"
+    return "it gives the states of all layers" if _asks_for_states(model, decoder) else ""
+
+
+def _told(features: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Keys and mask as arrays, or None when rows are not padded on the left."""
+    keys, mask = (read(features, name) for name in (PREFIX_KEY, "attention_mask"))
+    if keys is None or mask is None or keys.shape != mask.shape:
         return None
-    told, is_token = torch.stack([keys, mask.to(keys)]).cpu().numpy()  # one copy off the device
-    is_token = is_token.astype(bool)
+    told, is_token = keys.numpy(), mask.numpy().astype(bool)
     on_the_left = is_token[:, -1].all() and (is_token[:, :-1] <= is_token[:, 1:]).all()
     return (told, is_token) if on_the_left else None
 
@@ -214,20 +280,28 @@ def _is_computed_again(layer: nn.Module) -> bool:
 
 
 def _run(
-    decoder: Any, plain: Any, tree: PackedTree, kind: Attention, kwargs: dict[str, Any], *, last_token_only: bool
+    decoder: Any,
+    plain: Any,
+    tree: PackedTree,
+    kind: Attention,
+    kwargs: dict[str, Any],
+    *,
+    last_token_only: bool,
+    sure: bool,
+    media: np.ndarray | None,
 ) -> Any:
-    """The language model's output for the rows, made from its output for the sequences."""
+    """The language model's output for the rows, made from its output for the sequences; None where that is not it."""
     embeddings: Tensor = kwargs["inputs_embeds"]  # (B, T, D)
     device = embeddings.device
     source, place = (moved(array, device) for array in (tree.source, tree.place))
-    positions = _positions(kwargs.get("position_ids"), tree, source)
+    positions = _positions(kwargs.get("position_ids"), tree, source, sure=sure)
     dropped = (*_CARRIED, *_UNKNOWN_OUTPUTS)
     carried = {name: value for name, value in kwargs.items() if value is not None and name not in dropped}
     if positions is None:
-        return plain(**kwargs)
-    carried |= _deepstack(carried, tree, source)
+        return None
+    carried |= _deepstack(carried, tree, media)
     if any(isinstance(value, Tensor) and name not in _DEEPSTACK for name, value in carried.items()):
-        return plain(**kwargs)
+        return None
     carried |= {"use_cache": False, "inputs_embeds": _taken(embeddings, source), "position_ids": positions}  # (P, L, D)
     with (
         _attending(decoder, tree, kind, embeddings) as mask,
@@ -266,8 +340,10 @@ def _attention_mask(allowed: np.ndarray, device: torch.device, dtype: torch.dtyp
     return mask.masked_fill_(asked, 0)
 
 
-def _positions(given: Tensor | None, tree: PackedTree, source: Tensor) -> Tensor | None:
+def _positions(given: Tensor | None, tree: PackedTree, source: Tensor, *, sure: bool = False) -> Tensor | None:
     """Positions counted from each row's first token, or None when they depend on more than the tokens before.
+
+    When that is ``sure`` not to be so, it is not looked at.
 
     Rotary attention sees only differences of positions. Qwen-VL has three or four positions per token, (3, B, T).
     """
@@ -279,20 +355,25 @@ def _positions(given: Tensor | None, tree: PackedTree, source: Tensor) -> Tensor
     first = mask.int().argmax(dim=1)
     counted = given - given.gather(-1, first.expand(*given.shape[:-1])[..., None])
     packed = counted.flatten(-2)[..., source]
+    if sure:
+        return packed
     place = moved(tree.place, source.device)
     same = (packed.flatten(-2)[..., place] == counted) | ~mask
     return packed if bool(same.all()) else None
 
 
-def _deepstack(kwargs: dict[str, Any], tree: PackedTree, source: Tensor) -> dict[str, Any]:
-    """The features that Qwen3-VL's vision tower adds to image tokens in the first layers, for the tokens kept."""
-    is_visual = kwargs.get("visual_pos_masks")
-    if is_visual is None:
+def _deepstack(kwargs: dict[str, Any], tree: PackedTree, media: np.ndarray | None) -> dict[str, Any]:
+    """The features that Qwen3-VL's vision tower adds to image tokens in the first layers, for the tokens kept.
+
+    ``media`` (B, T) are the tokens of images and videos, which ``visual_pos_masks`` tells on the device.
+    """
+    masks = kwargs.get("visual_pos_masks")
+    if masks is None or media is None:
         return {}
-    number = is_visual.flatten().cumsum(0) - 1  # the index of each token's feature
-    kept = is_visual.flatten()[source] & moved(tree.used, source.device)
-    chosen = number[source[kept]]
+    number = np.cumsum(media & tree.mask) - 1  # the index of each token's feature
+    kept = (media & tree.mask).ravel()[tree.source] & tree.used
+    chosen = moved(number[tree.source[kept]], masks.device)
     return {
-        "visual_pos_masks": kept,
+        "visual_pos_masks": moved(kept, masks.device),
         "deepstack_visual_embeds": [features[chosen] for features in kwargs["deepstack_visual_embeds"]],
     }
