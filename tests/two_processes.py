@@ -12,6 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 WORLD = 2
+# The server that forks the ranks imports these once, computes nothing, and is started anew for each test process.
+mp.set_forkserver_preload(["unime_st.modules", "unime_st.losses", "datasets"])
 
 
 def run_two(job, folder, *arguments):
@@ -20,12 +22,13 @@ def run_two(job, folder, *arguments):
 
 
 def run_ranks(world, job, folder, *arguments):
-    """What `job(rank, *arguments)` returns on each rank; all are spawned, for a fork may deadlock after OpenMP ran."""
+    """What `job(rank, *arguments)` returns on each rank; none is a fork of this process, where OpenMP may have run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     try:
-        mp.start_processes(_worker, args=(world, port, str(folder), job, arguments), nprocs=world, start_method="spawn")
+        given = (world, port, str(folder), job, arguments)
+        mp.start_processes(_worker, args=given, nprocs=world, start_method="forkserver")
     except mp.ProcessExitedException:
         pytest.fail("\n".join(path.read_text() for path in sorted(folder.glob("*.txt"))))
     # These hold the tests' own dictionaries of tensors, written a moment ago.
