@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -39,7 +39,8 @@ class CandidateKLLoss(InBatchLoss):
         gather_across_devices: Embed an input that several processes have on one of them (with GradCache); the loss
             is the same.
         mini_batch_size: Distinct inputs embedded at a time (GradCache); None embeds each column at once.
-        mini_batch_num_tokens: Tokens embedded at a time, padding included, in place of a number of inputs.
+        mini_batch_num_tokens: Tokens embedded at a time, padding included, in place of a number of inputs; ``"auto"``
+            chooses from the memory that is free, see :class:`~unime_st.losses.in_batch.InBatchLoss`.
 
     Attributes:
         last_metrics: Numbers of the last batch, as scalars on the device: ``judge_positive_probability`` and
@@ -95,7 +96,7 @@ class CandidateKLLoss(InBatchLoss):
         direction: KLDirection = "symmetric",
         gather_across_devices: bool = False,
         mini_batch_size: int | None = None,
-        mini_batch_num_tokens: int | None = None,
+        mini_batch_num_tokens: int | Literal["auto"] | None = None,
     ) -> None:
         super().__init__(
             model,

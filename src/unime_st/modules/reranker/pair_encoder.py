@@ -22,6 +22,7 @@ from unime_st.modules.reranker.pairs import are_pairs, pair_messages
 from unime_st.modules.speed.prefixes import shares_prefixes
 from unime_st.modules.speed.shared_images import each_image_once
 from unime_st.modules.speed.token_tree import PREFIX_KEY
+from unime_st.placement import with_images_once
 
 _NO_LIMIT = 10**9
 
@@ -79,13 +80,15 @@ class PairEncoder(MultimodalEncoder):
         limit = min(kwargs.pop("max_length", None) or _NO_LIMIT, self.max_seq_length or _NO_LIMIT)
         processing: Any = {**(processing_kwargs or {})}
         processing["text"] = {**processing.get("text", {}), "truncation": False}
-        with each_image_once(self.processor):
+        with each_image_once(self.processor) as shown:
             features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
             while cut := cut_long_rows(messages, features["attention_mask"], limit, rows, self.tokenizer):
                 self._tell_of_cuts(limit, cut)
                 features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
         if "num_images_per_sample" in features and "batch_num_images" in self._declared_forward_params:
             features["batch_num_images"] = features["num_images_per_sample"]
+        if shown.index is not None:
+            features = with_images_once(features, shown.index)
         self._refuse_lost_images(features["input_ids"], messages, rows)
         if contents is not None and self.share_prefixes and shares_prefixes(self.model):
             features[PREFIX_KEY] = self._pair_keys(features["input_ids"], contents)
