@@ -47,6 +47,11 @@ def test_examples_parse():
         ["search", "corpus", "--model", "m"],
         ["search", "corpus", "text", "--top-k", "0", "--model", "m"],
         ["search", "corpus", " ", "--model", "m"],
+        ["distill", "texts.txt", "--backbone", "b", "--output", "o"],
+        ["mine", "x.csv", "--output", "o"],
+        ["mine", "x.csv", "m", "--output", "o", "--judge", "j", "--num-negatives", "51"],
+        ["push", "encoder"],
+        ["push", "encoder", "no name"],
     ],
 )
 def test_a_wrong_command_line_is_exit_code_2(arguments, capsys):

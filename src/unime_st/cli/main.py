@@ -8,18 +8,21 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from unime_st.cli import check, encode, evaluate, export, index, info, search, serve, train
+from unime_st.cli import check, distill, encode, evaluate, export, index, info, mine, push, search, serve, train
 from unime_st.cli.options import UsageError
 
 COMMANDS = {
     "check": check,
+    "distill": distill,
     "train": train,
+    "mine": mine,
     "encode": encode,
     "index": index,
     "search": search,
     "serve": serve,
     "evaluate": evaluate,
     "export": export,
+    "push": push,
     "info": info,
 }
 """Name -> module with ``HELP``, ``EXAMPLE``, ``add_arguments(parser)`` and ``run(given) -> exit code``."""
@@ -79,9 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _named(error: Exception, given: argparse.Namespace) -> str:
     """What an error says; one of the Hub's, which does not say of which model it is, after its name."""
-    names = [name for name in (getattr(given, key, None) for key in ("backbone", "model")) if isinstance(name, str)]
-    of_hub = isinstance(error, OSError) and error.errno is None
-    return f"{names[0]}: {error}" if of_hub and names and names[0] not in str(error) else str(error)
+    keys = ("backbone", "model", "teacher", "judge")  # of the last two errors do tell
+    names = [name for name in (getattr(given, key, None) for key in keys) if isinstance(name, str)]
+    unsaid = isinstance(error, OSError) and error.errno is None and not any(name in str(error) for name in names)
+    return f"{names[0]}: {error}" if names and unsaid else str(error)
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
+
+Settings = dict[str, tuple[str, Callable[[str], Any], Any, str]]
+"""Option -> setting of a run, its type, its default, what it is."""
 
 
 class UsageError(Exception):
@@ -72,6 +76,20 @@ def read_pairs(given: argparse.Namespace) -> Any:
         empty_cells=given.empty_cells,
         **source_options(given),
     )
+
+
+def tokens(text: str) -> int | str:
+    """A number of tokens, or auto."""
+    return text if text == "auto" else int(text)
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: Settings) -> None:
+    """Options of a run's settings."""
+    for option, (setting, kind, default, told) in settings.items():
+        shown = "X" if kind is float else "N"
+        parser.add_argument(
+            option, dest=setting, type=kind, default=default, metavar=shown, help=f"{told} (default: {default})"
+        )
 
 
 def add_input_options(parser: Any) -> None:

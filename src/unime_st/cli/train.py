@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
 
-from unime_st.cli.options import add_data_options, read_pairs, say
+from unime_st.cli.options import Settings, add_data_options, add_settings, read_pairs, say, tokens
 
 HELP = "train an encoder on pairs (UniME's stage 2, LoRA); the same command again goes on after a kill"
 EXAMPLE = "unime train photos.csv --backbone Qwen/Qwen2-VL-2B-Instruct --output photos_encoder"
 
 
-def _tokens(text: str) -> int | str:
-    return text if text == "auto" else int(text)
-
-
-SETTINGS: dict[str, tuple[str, Callable[[str], Any], Any, str]] = {
+SETTINGS: Settings = {
     "--batch-size": ("per_device_train_batch_size", int, 32, "rows a step and process: take hundreds where you can"),
     "--epochs": ("num_train_epochs", float, 1.0, "times that each row is drawn"),
     "--max-steps": ("max_steps", int, -1, "in place of epochs"),
@@ -27,7 +21,7 @@ SETTINGS: dict[str, tuple[str, Callable[[str], Any], Any, str]] = {
     "--num-hard-negatives": ("num_hard_negatives", int, None, "hardest negatives kept; None keeps all"),
     "--mini-batch-num-tokens": (
         "mini_batch_num_tokens",
-        _tokens,
+        tokens,
         8192,
         "embedded at a time; auto: as memory has room",
     ),
@@ -47,11 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", required=True, help="a multimodal LLM or a saved encoder: Hub name or folder")
     parser.add_argument("--output", required=True, help="folder of checkpoints, encoder and report")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
-    for option, (setting, kind, default, told) in SETTINGS.items():
-        shown = "X" if kind is float else "N"
-        parser.add_argument(
-            option, dest=setting, type=kind, default=default, metavar=shown, help=f"{told} (default: {default})"
-        )
+    add_settings(parser, SETTINGS)
 
 
 def run(given: argparse.Namespace) -> int:

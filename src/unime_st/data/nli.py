@@ -31,6 +31,7 @@ TEXT_COLUMNS = (
     ("query", "positive"),
     ("sentence",),
     ("text",),
+    ("caption",),
 )
 """Names of text columns that are known, first match first: all-nli, SNLI and MNLI on the Hub, SimCSE's set, others."""
 

@@ -1,8 +1,18 @@
-"""Stage 2 on pairs of one's own, from the check of the data to the report and the exported encoder."""
+"""Both stages as whole runs: texts and a teacher, or pairs of one's own, to an exported encoder."""
 
+from unime_st.training.distill import DistilledTexts, distill_texts
 from unime_st.training.evaluators import pairs_evaluator
 from unime_st.training.report import evaluation_report
-from unime_st.training.settings import PairsTraining
+from unime_st.training.settings import PairsTraining, TextDistillation
 from unime_st.training.train import TrainedPairs, train_pairs
 
-__all__ = ["PairsTraining", "TrainedPairs", "evaluation_report", "pairs_evaluator", "train_pairs"]
+__all__ = [
+    "DistilledTexts",
+    "PairsTraining",
+    "TextDistillation",
+    "TrainedPairs",
+    "distill_texts",
+    "evaluation_report",
+    "pairs_evaluator",
+    "train_pairs",
+]

@@ -10,32 +10,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
-from transformers import set_seed
 
-from unime_st.checkpoints import CheckpointCallback, checkpoints, explained_write_errors, last_complete_checkpoint
+from unime_st.checkpoints import explained_write_errors
 from unime_st.data import PairsReport, check_pairs, split_pairs
 from unime_st.data.pairs.contents import content_ids
 from unime_st.data.pairs.stored import stored_rows
 from unime_st.distributed import from_rank_zero
-from unime_st.files import FolderLock, checksum, one_at_a_time, write_atomically
-from unime_st.losses import HardNegativeInfoNCELoss, LossMetricsCallback, effective_negatives
-from unime_st.modules import build_encoder, default_lora_config, export_encoder, load_encoder
-from unime_st.published import PUBLISHED
-from unime_st.samplers import SamplerEpochCallback
+from unime_st.files import checksum, write_atomically
+from unime_st.losses import HardNegativeInfoNCELoss, effective_negatives
+from unime_st.modules import export_encoder
 from unime_st.training.evaluators import pairs_evaluator
 from unime_st.training.report import write_report
+from unime_st.training.run import PROVENANCE, claim_folder, run_trainer, start_model
 from unime_st.training.settings import PairsTraining
 
 logger = logging.getLogger(__name__)
 
 _FEW = 50
 
-PROVENANCE = "training.json"
-"""In the exported encoder: what it was trained from, on how many rows, by which settings, and its scores."""
-
-_RUN, _BEFORE, _RESULTS = "run.json", "before.json", "results.json"
+_BEFORE, _RESULTS = "before.json", "results.json"
 
 
 class TrainedPairs(NamedTuple):
@@ -107,19 +102,14 @@ def train_pairs(
         logger.warning("%d rows are fewer than a batch: it is lowered to them.", len(train))
         settings = replace(settings, per_device_train_batch_size=max(2, len(train)))
     told = _told(pairs, backbone, settings, report, {"train": len(train), "held_out": len(held)})
-    arguments = settings.arguments(output / "checkpoints", len(train), use_cpu=device == "cpu")
-    if device not in (None, arguments.device.type):  # the Trainer asks nobody
-        raise ValueError(
-            f"`device={device!r}`, but training is on {arguments.device.type!r} here. Leave it out, or give 'cpu'; "
-            "which GPU it is, CUDA_VISIBLE_DEVICES says."
-        )
+    arguments = settings.arguments(output / "checkpoints", len(train), device=device)
     with ExitStack() as stack:
-        from_rank_zero(lambda: _claim(output, told, stack))
+        from_rank_zero(lambda: claim_folder(output, told, stack, made_before_a_step=_BEFORE))
         if (done := from_rank_zero(lambda: _finished(output, told))) is not None:
             logger.info("%s holds the finished run.", output)
             return done
         evaluator = pairs_evaluator(held)
-        model = _start(backbone, settings, str(arguments.device))
+        model = start_model(backbone, settings, str(arguments.device))
         before = _before(output / _BEFORE, evaluator, model)
         log = _train(model, train, arguments, settings, evaluator)
         after = _metrics(evaluator, model)
@@ -134,28 +124,6 @@ def _told(
     return {"backbone": str(backbone), "data": report.name, "data_checksum": identity, "rows": rows, **settings.told()}
 
 
-def _claim(output: Path, told: dict[str, Any], stack: ExitStack) -> None:
-    """Write down what a run is of, or compare it with what is there; a run that never took a step is no run."""
-    with one_at_a_time(output):
-        if stack.enter_context(FolderLock(output)).others():
-            raise ValueError(f"Another run is at work in {output}. Wait until it has ended, or give another folder.")
-    path = output / _RUN
-    was = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else told
-    if was != json.loads(json.dumps(told)):
-        if checkpoints(output / "checkpoints") or (output / "encoder").exists():
-            differing = "; ".join(
-                f"`{name}` was {was.get(name)!r} and is {told.get(name)!r}"
-                for name in {**was, **told}
-                if was.get(name) != told.get(name)
-            )
-            raise ValueError(
-                f"{output} holds a run with other data or settings: {differing}. Give them as before to go on with it, "
-                "or another output folder."
-            )
-        (output / _BEFORE).unlink(missing_ok=True)
-    write_atomically(path, json.dumps(told, indent=1) + "\n")
-
-
 def _finished(output: Path, told: dict[str, Any]) -> TrainedPairs | None:
     """What a run with these settings has made that got to its end; None for one that did not."""
     results, encoder, page = (output / name for name in (_RESULTS, "encoder", "report.html"))
@@ -164,27 +132,6 @@ def _finished(output: Path, told: dict[str, Any]) -> TrainedPairs | None:
     was = json.loads(results.read_text(encoding="utf-8"))
     same = all(was.get(name) == value for name, value in told.items())
     return TrainedPairs(encoder, page, was["before"], was["after"]) if same else None
-
-
-def _start(backbone: str | Path, settings: PairsTraining, device: str) -> SentenceTransformer:
-    """The backbone or saved encoder with fresh LoRA weights."""
-    set_seed(settings.seed)  # the Trainer's comes too late for them
-    lora = default_lora_config(settings.rank)
-    if str(backbone) not in PUBLISHED and not (Path(backbone) / "modules.json").is_file():
-        return build_encoder(
-            backbone,
-            peft_config=lora,
-            device=device,
-            max_pixels=settings.max_pixels,
-            max_seq_length=settings.max_seq_length,
-        )
-    if settings.max_pixels is not None:
-        raise ValueError(f"{backbone} is a saved encoder, which keeps its `max_pixels`. Leave it out.")
-    model = load_encoder(backbone, device=device)
-    if settings.max_seq_length is not None:
-        model.max_seq_length = settings.max_seq_length
-    model.add_adapter(lora)
-    return model
 
 
 def _before(path: Path, evaluator: SentenceEvaluator, model: SentenceTransformer) -> dict[str, float]:
@@ -208,8 +155,7 @@ def _train(
     settings: PairsTraining,
     evaluator: SentenceEvaluator,
 ) -> list[dict[str, Any]]:
-    """Train, from the last whole checkpoint if there is one; returns the Trainer's log."""
-    folder = Path(str(arguments.output_dir))
+    """Train by stage 2's loss; returns the Trainer's log."""
     loss = HardNegativeInfoNCELoss(
         model,
         temperature=settings.temperature,
@@ -222,21 +168,7 @@ def _train(
     logger.info("Each query is compared with %d others a step.", found.number)
     for warning in found.warnings:
         logger.warning("%s", warning)
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        loss=loss,
-        evaluator=evaluator if arguments.eval_strategy != "no" else None,
-        callbacks=[SamplerEpochCallback(), CheckpointCallback()],
-    )
-    LossMetricsCallback.attach(trainer)
-    checkpoint = from_rank_zero(lambda: last_complete_checkpoint(folder))  # reads it: once is enough
-    if checkpoint is not None:
-        logger.info("Going on from %s", checkpoint)
-    with explained_write_errors(folder):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return trainer.state.log_history
+    return run_trainer(loss, rows, arguments, evaluator if arguments.eval_strategy != "no" else None)
 
 
 def _finish(  # noqa: PLR0917

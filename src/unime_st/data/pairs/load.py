@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, List
 
+from unime_st.columns import LABEL, training_columns
 from unime_st.data.images import ItemReader
-from unime_st.data.pairs.building import build_pairs
+from unime_st.data.mining.files import RESULT
+from unime_st.data.mining.mine import load_mined_negatives
+from unime_st.data.pairs.building import Pairs, build_pairs
 from unime_st.data.pairs.cells import read_cells
 from unime_st.data.pairs.damage import rows_without_content, unreadable_rows
 from unime_st.data.pairs.naming import Names, find_roles
 from unime_st.data.pairs.reader import PairOrigin, PairReader
-from unime_st.data.pairs.sources import open_source
+from unime_st.data.pairs.sources import Source, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +46,9 @@ def load_pairs(
 
     Sources are a .csv, .tsv, .jsonl, .json or .parquet file; a folder of images with a ``metadata.csv`` or ``.jsonl``
     (``file_name``, ``text``), or with a .txt of the same name beside each image; a folder of ``Dataset.save_to_disk``;
-    a ``datasets.Dataset``. A byte order mark is passed over, and semicolons or tabs in a .csv are found.
+    a ``datasets.Dataset``; a folder of :func:`~unime_st.data.mine_hard_negatives` or
+    :func:`~unime_st.data.judge_negatives`, whose columns are known and whose scores are left out. A byte order mark is
+    passed over, and semicolons or tabs in a .csv are found.
 
     Columns are known by their usual names: ``query``, ``anchor`` or ``question`` ask; ``target``, ``positive``,
     ``document`` or ``answer`` reply; ``image``, ``image_path`` or ``file_name`` and ``caption``, ``text`` or ``title``
@@ -81,7 +86,8 @@ def load_pairs(
         FileNotFoundError: When there is no such file or folder.
         TypeError: When ``source`` is something else.
         ValueError: When a column is missing, a file is empty, damaged or of another encoding, a cell holds something
-            else than a text or an image, or a path leaves the folder; names the file, line and column.
+            else than a text or an image, or a path leaves the folder; names the file, line and column. When columns are
+            named of mined negatives.
 
     Example:
         >>> rows = Dataset.from_dict({"question": ["a pet?", "a fruit?"], "answer": [["a cat", "a dog"], ["a fig"]]})
@@ -92,20 +98,36 @@ def load_pairs(
     for name, choice in (("bad_images", bad_images), ("empty_cells", empty_cells)):
         if choice not in ("keep", "drop"):
             raise ValueError(f"`{name}={choice!r}`, but it must be 'keep' or 'drop'.")
-    opened = open_source(source, split=split, separator=separator, encoding=encoding)
-    if image_root is not None:
-        opened = opened.below(Path(image_root))
-    roles = find_roles(
-        opened, query=query, target=target, negatives=negatives, label=label, image_columns=image_columns
-    )
-    query_cells, target_cells, negative_cells = (
-        [read_cells(opened, name, image=name in roles.images, allow_remote_images=allow_remote_images) for name in side]
-        for side in (roles.query, roles.target, roles.negatives)
-    )
-    labels = None if roles.label is None else opened.columns[roles.label]
-    pairs = build_pairs(opened, query_cells, target_cells, negative_cells, labels, num_negatives)
-    sides = f"{opened.name}: {' + '.join(roles.query)} asks for {' + '.join(roles.target)}"
-    opened = replace(opened, notes=(*opened.notes, sides))
+    if isinstance(source, str | Path) and (Path(source) / RESULT).is_file():
+        asked: dict[str, Any] = {
+            "query": query,
+            "target": target,
+            "negatives": negatives,
+            "label": label,
+            "split": split,
+        }
+        asked |= {"image_columns": image_columns, "num_negatives": num_negatives, "separator": separator}
+        if named := [name for name, value in asked.items() if value is not None]:
+            raise ValueError(f"{source} holds mined negatives, whose columns are known. Leave {', '.join(named)} out.")
+        opened, pairs = _mined(Path(source), image_root)
+    else:
+        opened = open_source(source, split=split, separator=separator, encoding=encoding)
+        if image_root is not None:
+            opened = opened.below(Path(image_root))
+        roles = find_roles(
+            opened, query=query, target=target, negatives=negatives, label=label, image_columns=image_columns
+        )
+        query_cells, target_cells, negative_cells = (
+            [
+                read_cells(opened, name, image=name in roles.images, allow_remote_images=allow_remote_images)
+                for name in side
+            ]
+            for side in (roles.query, roles.target, roles.negatives)
+        )
+        labels = None if roles.label is None else opened.columns[roles.label]
+        pairs = build_pairs(opened, query_cells, target_cells, negative_cells, labels, num_negatives)
+        sides = f"{opened.name}: {' + '.join(roles.query)} asks for {' + '.join(roles.target)}"
+        opened = replace(opened, notes=(*opened.notes, sides))
     for note in opened.notes:
         logger.info("%s", note)
     origin = PairOrigin(opened, pairs.rows, pairs.source_rows)
@@ -119,6 +141,19 @@ def load_pairs(
     rows = pairs.rows.select(np.flatnonzero(kept))
     reader.origin = PairOrigin(opened, rows, pairs.source_rows[kept])
     return rows.with_transform(reader)
+
+
+def _mined(folder: Path, image_root: str | Path | None) -> tuple[Source, Pairs]:
+    """Rows with mined negatives, as they are stored; a judge's scores are no identities of targets."""
+    rows = load_mined_negatives(folder, image_root=image_root)
+    transform = rows.format["format_kwargs"].get("transform")
+    rows = rows.with_format(None)
+    if isinstance(rows.features.get(LABEL), List):
+        rows = rows.remove_columns(LABEL)
+    negatives = len(training_columns(rows.column_names).negatives)
+    notes = (f"{folder.name}: {len(rows)} rows, each with {negatives} mined negatives",)
+    root = None if transform is None else transform.image_root
+    return Source(folder.name, {}, len(rows), image_root=root, notes=notes), Pairs(rows, np.arange(len(rows)))
 
 
 def _kept(rows: Dataset, reader: ItemReader, *, empty: bool, bad: bool) -> np.ndarray:
