@@ -163,3 +163,19 @@ def test_a_killed_run_goes_on_to_the_same_weights(command, distilled, tmp_path):
     assert all(np.array_equal(weights[name], others[name]) for name in others)
     first, second = (json.loads((path / "encoder" / "training.json").read_text()) for path in (output, distilled))
     assert (first["first"]["loss"], first["last"]["loss"]) == (second["first"]["loss"], second["last"]["loss"])
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(command, distilled, tmp_path):
+    half = ["4" if word == "8" else word for word in command]  # rows a step and process
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*run, "-m", "unime_st.cli", *half, "--output", str(tmp_path / "run")],
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("wrote ") == 1
+    one, two = (json.loads((path / "encoder" / "training.json").read_text()) for path in (distilled, tmp_path / "run"))
+    for place in ("first", "last"):
+        assert two[place]["loss"] == pytest.approx(one[place]["loss"], rel=1e-2)
+    assert one["first"]["loss"] != pytest.approx(one["last"]["loss"], rel=0.1)
