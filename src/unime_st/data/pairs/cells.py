@@ -108,13 +108,18 @@ def _of_arrow(source: Source, name: str, cells: pa.ChunkedArray) -> Cells:
 
 def _without_blanks(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)
-    return pc.if_else(blank, pa.scalar(None, pa.string()), texts)
+    return _nulled(texts, blank)
 
 
 def _paths_alone(stored: pa.ChunkedArray) -> pa.ChunkedArray:
     """Paths of the stored images that are paths and nothing else; null for the others."""
-    alone = pc.is_null(pc.struct_field(stored, "bytes"))
-    return pc.if_else(alone, pc.struct_field(stored, "path"), pa.scalar(None, pa.string()))
+    return _nulled(pc.struct_field(stored, "path"), pc.is_valid(pc.struct_field(stored, "bytes")))
+
+
+def _nulled(texts: pa.ChunkedArray, where: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Texts with null at some places; before Arrow 24 ``if_else`` makes damaged arrays of slices of strings."""
+    mask = pc.fill_null(where, fill_value=False).combine_chunks()
+    return pc.replace_with_mask(texts, mask, pa.scalar(None, pa.string()))
 
 
 def _check_paths(source: Source, cells: Cells, allow_remote_images: bool) -> None:
