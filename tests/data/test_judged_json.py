@@ -136,3 +136,24 @@ def test_a_bad_row_leaves_the_old_file(tmp_path):
         write_judged_json([ROWS[0], {}], path)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_damage_in_an_early_row_is_told_without_reading_on(tmp_path):
+    path = tmp_path / "list.json"
+    rest = ",\n".join([json.dumps(ROWS[0])] * 3000)
+    path.write_text('[{"query_text": "a" "b", ' + rest + "]")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"list\.json is cut short or damaged in row 0 \(Expecting ','"):
+        list(read_judged_json(path))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < path.stat().st_size
+
+
+def test_a_byte_order_mark_is_taken_and_a_huge_number_named(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps(ROWS), encoding="utf-8-sig")
+    assert list(read_judged_json(path)) == ROWS
+    path.write_text(json.dumps([ROWS[0] | {"query_pos_scores": -(10**400)}]))
+    with pytest.raises(ValueError, match=r"row 0, query_pos_scores: the score is"):
+        list(read_judged_json(path))

@@ -297,3 +297,20 @@ def test_damaged_and_foreign_files_are_named(tmp_path, caplog):
             judge_negatives(pool(), Hashed(), folder, **{**options, **change})
     with pytest.raises(FileNotFoundError):
         load_judged_negatives(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("column", ["anchor", "positive", "negative_1"])
+def test_a_cell_without_content_is_named_by_row_and_column(tmp_path, column):
+    table = {"anchor": ["q0", "q1"], "positive": ["a", "b"], "negative_1": ["c", "d"]}
+    table[column][1] = " "
+    with pytest.raises(ValueError, match=f"Row 1, column '{column}': the cell holds neither text nor an image"):
+        judge_negatives(Dataset.from_dict(table), Hashed(), tmp_path, judge_name="hash", show_progress_bar=False)
+
+
+def test_images_shown_in_another_size_are_another_judgement(tmp_path, work):
+    options = {"judge_name": "hash", "show_progress_bar": False, "num_negatives": 3, "margin": -1.0}
+    rows = pictures(work / "images")
+    judge_negatives(rows, Hashed(), tmp_path, **options)
+    smaller = rows.with_transform(ItemReader(work / "images", max_pixels=100))
+    with pytest.raises(ValueError, match="mined otherwise: images differ"):
+        judge_negatives(smaller, Hashed(), tmp_path, **options)

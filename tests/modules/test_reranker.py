@@ -304,3 +304,17 @@ def test_a_template_that_drops_an_image_of_some_pairs_is_found_at_the_pair(folde
     judge = build_reranker(folders("qwen2_vl"), template=template, device="cpu")
     with pytest.raises(ValueError, match=r"Pair 1 shows 1 image|Row 1 .* cannot be processed"):
         judge[0].preprocess([(QUERY, "a"), ("a", RED)])
+
+
+def test_a_score_that_is_nan_is_named_by_the_callers_pair(folders):
+    judge = build_reranker(folders("qwen2_vl"), device="cpu")
+    plain = judge[0].forward
+
+    def broken(features, **options):
+        output = plain(features, **options)
+        output["causal_logits"] = torch.full_like(output["causal_logits"], torch.nan)
+        return output
+
+    judge[0].forward = broken
+    with pytest.raises(ValueError, match=r"row 0 \(\('z', 'last in order'\)\) and 1 more of 2"):
+        judge.predict([("z", "last in order"), ("a", "first in order")])

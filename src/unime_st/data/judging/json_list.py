@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from datasets import Features, List, Value
 
@@ -26,6 +25,7 @@ from unime_st.files import whole_file
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 18
+_LONGEST_VALUE = 16  # characters of a number, a word or an escape, which the text read so far may cut in two
 _AFTER_BLANKS = re.compile(r"[ \t\r\n]*")
 _TEXTS = ("query_text", "query_image", "pos_text", "pos_image")
 _FIELDS = (*_TEXTS, "query_pos_scores", "hard_negatives", "hard_negatives_scores")
@@ -148,7 +148,7 @@ def _cell(text: str, image: str) -> dict[str, Any] | None:
 
 def _elements(file: Path) -> Iterator[Any]:
     """The elements of a JSON list, one at a time."""
-    with file.open(encoding="utf-8") as source:
+    with file.open(encoding="utf-8-sig") as source:
         text = _Text(source, file)
         if text.next() != "[":
             raise ValueError(f"{file} begins with {text.shown()}, but one JSON list is needed: '[' first.")
@@ -190,7 +190,8 @@ class _Text:
             try:
                 found, self.place = self._decoder.raw_decode(self._text, self.place)
             except json.JSONDecodeError as error:
-                if not self._more():
+                cut = len(self._text) - error.pos <= _LONGEST_VALUE or error.msg.startswith("Unterminated")
+                if not (cut and self._more()):  # of damage before that, the rest of a large file says nothing
                     raise ValueError(
                         f"{self._file} is cut short or damaged in row {number} ({error.msg}): {self.shown()}. Get it "
                         "again."
@@ -232,4 +233,7 @@ def _check(row: Any, file: Path, number: int) -> None:
     for name, value in zip(names, numbers, strict=True):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{where}: {name} is {value!r:.40}, but a number is needed.")  # noqa: TRY004
-    check_range(np.array(numbers, dtype=np.float64), lambda place: f"{where}, {names[place]}")
+    check_range(
+        [float(max(-1, min(value, 2))) if isinstance(value, int) else value for value in numbers],
+        lambda place: f"{where}, {names[place]}",
+    )

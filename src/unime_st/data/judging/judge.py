@@ -107,7 +107,7 @@ def judge_negatives(
     rows = _Rows(dataset, hash_images)
     parts = rows.parts(rows_per_file)
     folder = Path(output_dir)
-    described = {"judge": identity, "data": rows.digest, "hash_images": hash_images}
+    described = {"judge": identity, "data": rows.digest, "hash_images": hash_images, "images": rows.images}
     claimed = claim(folder, asdict(settings) | described)
     files = MinedFiles(folder, len(parts), claimed)
     rank, processes = own_share()
@@ -139,6 +139,9 @@ class _Rows:
                 f"{dataset.column_names} of {len(dataset)} rows. Mine negatives first, by `mine_hard_negatives`."
             )
         self.columns = [self.names.anchor, self.names.positive, *self.names.negatives]
+        reader = dataset.format["format_kwargs"].get("transform")
+        self.images = [getattr(reader, "max_pixels", None), getattr(reader, "image_size", None)]
+        """The size in which the judge is shown images."""
         stored = dataset.with_format("arrow")
         first: dict[str, int] = {}
         groups: list[int] = []
@@ -189,11 +192,27 @@ def _judged(
     target_cells = contents.target_cells(np.arange(len(contents.target_keys))).to_pylist()
     target_inputs = [contents.read_usable(cell) for cell in target_cells]
     inputs = [(query_inputs[query], target_inputs[target]) for query, target in pairs.T.tolist()]
+    for place, halves in enumerate(inputs):
+        for half, name in zip(halves, (rows.names.anchor, None), strict=True):
+            if half is not None and _is_blank(half):
+                column, row = divmod(int(first[place]), len(part))
+                raise ValueError(
+                    f"Row {part[row]}, column {name or rows.columns[1 + column]!r}: the cell holds neither text nor an "
+                    "image. Leave the row out, e.g. with `dataset.filter`, or give it one of them."
+                )
     good = np.flatnonzero([query is not None and target is not None for query, target in inputs])
     scores = np.full(pairs.shape[1], np.nan, dtype=np.float32)
     if len(good):
         scores[good] = scores_of(judge, [inputs[place] for place in good], batch_size, told)
     return _chosen_table(rows, table, targets, scores[index.reshape(targets.shape)], settings, len(good))
+
+
+def _is_blank(half: Any) -> bool:
+    """Whether an input has no medium and no word."""
+    said = {"text": half} if isinstance(half, str) else half
+    if not isinstance(said, dict) or any(value is not None for name, value in said.items() if name != "text"):
+        return False
+    return not (said.get("text") or "").strip()
 
 
 def _chosen_table(  # noqa: PLR0917

@@ -91,7 +91,7 @@ class MultimodalCrossEncoder(CrossEncoder):
                     answers = logits if alone else logits[:, [head.true_token_id, head.false_token_id]]
                     found[start + torch.from_numpy(rows)] = (answers[:, 0] - answers[:, 1]).float().cpu()
                     bar.update(len(rows))
-        scores = check_finite(found[:, None], order.pairs)[torch.from_numpy(order.index)]
+        scores = check_finite(found[torch.from_numpy(order.index), None], inputs)
         activation = kwargs["activation_fn"]
         return (scores if activation is None else activation(scores)).squeeze(1).to(device)
 
