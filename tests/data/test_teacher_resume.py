@@ -1,7 +1,10 @@
 """The teacher's cache when it is killed, and when several processes fill it."""
 
 import errno
+import gc
 import logging
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +178,26 @@ def test_other_errors_of_the_disk_are_left_alone(tmp_path):
     with pytest.raises(OSError) as found, explained_full_disk(tmp_path):
         raise error
     assert found.value is error
+
+
+def test_threads_do_not_parse_headers_at_once(tmp_path):
+    """CPython 3.11 counts the depth of what it parses for all threads together, and fails when they take turns."""
+    cache = EmbeddingStore(tmp_path)
+    for number in range(100):
+        cache.add(key_array([number.to_bytes(16, "big")]), np.ones((1, 3), dtype=np.float32))
+    switch = sys.getswitchinterval()
+    threshold = gc.get_threshold()
+
+    def take_turns(phase, info):
+        time.sleep(0)
+
+    gc.callbacks.append(take_turns)
+    try:
+        sys.setswitchinterval(1e-6)
+        gc.set_threshold(1)
+        for _ in range(5):
+            assert len(EmbeddingStore(tmp_path)) == 100
+    finally:
+        gc.callbacks.remove(take_turns)
+        gc.set_threshold(*threshold)
+        sys.setswitchinterval(switch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ _NUMBER = np.dtype("<f4")
 _FIELDS = ("keys", "embeddings", "checksum")
 _DAMAGE = (ValueError, EOFError, TypeError, SyntaxError, TokenError, OverflowError, MemoryError)  # what numpy says
 _FILE_BYTES = 1 << 30
+_PARSING = threading.Lock()  # numpy parses a header as Python, which CPython 3.11 cannot do in two threads at once
 _OPEN_FILES = 256  # each map holds a file descriptor, and every worker of a data loader has its own
 
 
@@ -141,7 +143,8 @@ class EmbeddingStore:
     def _load(self, name: str) -> np.ndarray:
         path = self.folder / name
         try:
-            record = np.load(path, mmap_mode="r", allow_pickle=False)
+            with _PARSING:
+                record = np.load(path, mmap_mode="r", allow_pickle=False)
             if unlike := _unlike(record):
                 raise ValueError(unlike)
         except _DAMAGE as error:
