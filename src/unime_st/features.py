@@ -60,6 +60,11 @@ def select_rows(features: Mapping[str, Any], rows: Sequence[int], *, trim_leadin
         if not isinstance(value, Tensor):
             selected[key] = value
             continue
+        if key == "pixel_values_videos" and key not in entries and len(value) != total:
+            raise ValueError(
+                f"A batch of {total} rows shows {len(value)} videos, and the features of this family do not tell which "
+                "row shows which. Embed such a batch at once: leave out `mini_batch_size` and `mini_batch_num_tokens`."
+            )
         index = entries.get(key, chosen)
         if len(index) == 0:
             continue  # no media in these rows

@@ -157,6 +157,24 @@ def test_the_backbone_alone_sees_them_all(family, backbone):
         np.testing.assert_allclose(torch.nn.functional.normalize(states, dim=1), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES + PLUGIN_FAMILIES)
+def test_a_compiled_backbone_sees_them_all(family, backbone):
+    model = build_encoder(backbone(family), device="cpu")
+    items = questions(2)
+    expected = model.encode(items)
+    model[0].vision_cache.clear()
+    model[0].model = torch.compile(model[0].model, backend="eager")
+    torch.compiler.reset()
+    np.testing.assert_allclose(model.encode(items), expected, atol=1e-5)
+
+
+def test_a_batch_that_is_cut_by_device_is_refused(backbone):
+    model = build_encoder(backbone("qwen2_vl"), device="cpu")
+    replica = model[0]._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match=r"DataParallel cuts.*accelerate launch"):
+        replica(model.preprocess(questions(2)))
+
+
 def pixels_of_tower(model, monkeypatch):
     """Numbers that the vision tower is given, call by call."""
     tower, given = vision_tower(model[0].model), []

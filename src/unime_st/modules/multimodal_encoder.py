@@ -360,6 +360,11 @@ class MultimodalEncoder(Transformer):
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Embed; see the stock module. Image tensors of a batch without images are left out."""
+        if IMAGES in features and getattr(self, "_is_replica", False):
+            raise ValueError(
+                "DataParallel cuts a batch's images apart from the rows that show them. Start one process a device, "
+                "with `accelerate launch` or `torchrun`."
+            )
         count = read(features, "num_images_per_sample")
         dropped = {_CONTENT_KEY, PREFIX_KEY}
         if count is not None and int(count.sum()) == 0 and not self._shows_video(features):
