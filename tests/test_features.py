@@ -1,5 +1,6 @@
 """Some rows of a batch are what preprocessing gives for those rows alone."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,3 +52,16 @@ def test_packed_features_are_refused_with_advice():
     assert num_rows(packed) == 2
     with pytest.raises(ValueError, match="unpad_inputs=False"):
         select_rows(packed, [0])
+
+
+def test_rows_with_videos_are_taken_where_it_is_told_which_row_shows_which(backbone):
+    video = np.stack([np.asarray(picture("red", (56, 56))), np.asarray(picture("green", (56, 56)))] * 2)
+    rows = ["a", {"video": video, "text": "what is it?"}, {"image": picture("green"), "text": "b"}]
+    model = build_encoder(backbone("qwen2_vl"), device="cpu").double().eval()
+    with torch.no_grad():
+        some = model(select_rows(model.preprocess(rows), [1], trim_leading=True))["sentence_embedding"]
+        alone = model(model.preprocess(rows[1:2]))["sentence_embedding"]
+    torch.testing.assert_close(some, alone, rtol=0, atol=1e-6)
+    features = build_encoder(backbone("llava_onevision"), device="cpu").preprocess(rows)
+    with pytest.raises(ValueError, match=r"3 rows shows 1 videos.*leave out `mini_batch_size`"):
+        select_rows(features, [0, 2])

@@ -1,12 +1,17 @@
 """What goes to a device goes once and without waiting; what decides about passes stays at hand."""
 
 import copy
+import pickle
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
+from tiny import FAMILIES, PLUGIN_FAMILIES, picture
+from unime_st import build_encoder, placement
+from unime_st.features import select_rows
 from unime_st.modules.speed.batches import prepared
 from unime_st.placement import IMAGES, NUMBERS, AtHand, moved, ranges, read, sent, with_numbers_at_hand
 
@@ -43,10 +48,40 @@ def test_features_are_sent_and_numbers_stay_at_hand(gpu):
     assert read(found, "input_ids") is features["input_ids"]
     assert read(found, NUMBERS) is features[NUMBERS]
     assert read(found, "attention_mask") is None
-    assert set(next(value for value in found.values() if isinstance(value, AtHand)).tensors) == {"input_ids", NUMBERS}
+    assert set(next(value for value in found.values() if isinstance(value, AtHand)).pairs) == {"input_ids", NUMBERS}
     assert read({"input_ids": features["input_ids"]}, "input_ids") is features["input_ids"]
-    copied = copy.deepcopy(found)
-    assert torch.equal(read(copied, NUMBERS), features[NUMBERS])
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda found: pickle.loads(pickle.dumps(found))], ids=["copy", "pickle"]
+)
+def test_what_is_at_hand_is_of_the_same_tensor(again, monkeypatch):
+    features = {"input_ids": torch.arange(6).view(2, 3), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
+    monkeypatch.setattr(placement, "sent", lambda value, _: value + 100)  # another tensor, as on a device
+    found = again(moved(features, CUDA))
+    assert torch.equal(read(found, "input_ids"), features["input_ids"])
+    found["input_ids"] = found["input_ids"][[1, 0]]  # as large as before
+    assert torch.equal(read(found, "input_ids"), found["input_ids"])
+    assert torch.equal(read(found, "attention_mask"), features["attention_mask"])
+    assert with_numbers_at_hand(found).keys() == features.keys()
+
+
+@pytest.mark.parametrize("rows", [[1, 0], [2], [3, 0], [0, 1, 2, 3]], ids=str)
+@pytest.mark.parametrize("family", [*FAMILIES, *PLUGIN_FAMILIES])
+def test_rows_of_what_was_moved(family, rows, backbone, monkeypatch):
+    model = build_encoder(backbone(family), device="cpu")
+    red = picture("red")
+    items = [{"image": red, "text": "a"}, {"image": red, "text": "what is it?"}, "no image", picture("green")]
+    monkeypatch.setattr(placement, "sent", lambda value, _: value.clone())
+    features = moved(model.preprocess(items), torch.device("cpu"))
+    some = select_rows(features, rows, trim_leading=True)
+    assert (IMAGES in features) is (family not in ("idefics3", "smolvlm"))
+    assert (IMAGES in some) is (IMAGES in features and rows != [2])
+    for key in ("attention_mask", "input_ids", NUMBERS):
+        assert key not in some or torch.equal(read(some, key), some[key])
+    expected = model.encode([items[row] for row in rows])
+    with torch.no_grad():
+        np.testing.assert_allclose(model(some)["sentence_embedding"], expected, atol=1e-5)
 
 
 def test_numbers_on_a_device_are_read_by_one_copy(monkeypatch):

@@ -1,8 +1,11 @@
 """Budgets told "auto", on a device that is made up: chosen from what passes take, halved where memory runs out."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from tiny import FAMILIES, PLUGIN_FAMILIES, picture
 from unime_st import build_encoder, token_budget
@@ -281,6 +284,29 @@ def test_a_backward_pass_that_fails_half_way_leaves_nothing(backbone, monkeypatc
     assert calls[2]  # others had theirs
     assert found[-1]._budget.halvings == 1
     assert_same(found, step(model, "distil", found[-1]._budget.tokens, 0.5))
+
+
+def test_dimensions_that_are_drawn_are_drawn_again_alike(backbone, monkeypatch):
+    """`MatryoshkaLoss` draws them by Python's generator; a step done again has those of its first try."""
+    model = trained(backbone("qwen2_vl"))
+    loss = DistillKLLoss(model, temperature=0.5, mini_batch_num_tokens="auto").train()
+    drawn, decorated = [], MatryoshkaLoss(model, loss, [32, 16, 8, 4], n_dims_per_step=1)
+    plain = loss.compute_loss
+
+    def noted(embeddings, targets):
+        drawn.append(embeddings[0].shape[1])
+        return plain(embeddings, targets)
+
+    loss.compute_loss = noted
+    for seed in range(4):
+        random.seed(seed)
+        loss._budget = None
+        value = decorated([model.preprocess(TEXTS), model.preprocess(OTHERS)], TEACHER)
+        device = Device(model, monkeypatch, failing=[0])
+        value.backward()
+        device.hook.remove()
+    assert drawn[::2] == drawn[1::2]
+    assert len(set(drawn)) > 1
 
 
 def test_steps_learn(backbone, monkeypatch):

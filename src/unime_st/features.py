@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unime_st.placement import IMAGES, NUMBERS, images_of_rows, ranges
+from unime_st.placement import IMAGES, NUMBERS, AtHand, images_of_rows, ranges, read
 from unime_st.step_encoder import StepEncoder
 
 _GRIDS = (  # families that put the patches of all media one after the other, with a grid each (Qwen-VL)
@@ -55,9 +55,16 @@ def select_rows(features: Mapping[str, Any], rows: Sequence[int], *, trim_leadin
         selected |= _images_of(features, chosen)
         features = {key: value for key, value in features.items() if key not in (IMAGES, NUMBERS)}
     for key, value in features.items():
+        if isinstance(value, AtHand):
+            continue  # it is of all rows
         if not isinstance(value, Tensor):
             selected[key] = value
             continue
+        if key == "pixel_values_videos" and key not in entries and len(value) != total:
+            raise ValueError(
+                f"A batch of {total} rows shows {len(value)} videos, and the features of this family do not tell which "
+                "row shows which. Embed such a batch at once: leave out `mini_batch_size` and `mini_batch_num_tokens`."
+            )
         index = entries.get(key, chosen)
         if len(index) == 0:
             continue  # no media in these rows
@@ -69,13 +76,17 @@ def select_rows(features: Mapping[str, Any], rows: Sequence[int], *, trim_leadin
 
 
 def _images_of(features: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
-    """The distinct images of some rows; on a device all of the batch stay where they are, for counting would wait."""
+    """The distinct images of some rows, none if they show none; on a device all of the batch stay where they are."""
     images, numbers = features[IMAGES], features[NUMBERS]
-    kept = numbers.index_select(0, rows.to(numbers.device))
+    told = read(features, NUMBERS)
+    assert told is not None
+    shown = told.index_select(0, rows)
+    if not bool((shown >= 0).any()):
+        return {}
     if any(value.device.type != "cpu" for value in images.values()):
-        return {IMAGES: images, NUMBERS: kept}
-    images, kept = images_of_rows(images, kept)
-    return {IMAGES: images, NUMBERS: kept} if bool((kept >= 0).any()) else {}
+        return {IMAGES: images, NUMBERS: numbers.index_select(0, rows.to(numbers.device))}
+    images, kept = images_of_rows(images, shown)
+    return {IMAGES: images, NUMBERS: kept.to(numbers.device)}
 
 
 def _kept_columns(features: Mapping[str, Any], rows: Tensor, trim_leading: bool) -> tuple[int, int, int]:

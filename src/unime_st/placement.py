@@ -32,23 +32,29 @@ def device_of(columns: Iterable[Mapping[str, Any]]) -> torch.device:
 
 
 class AtHand:
-    """Features on the CPU, in a class of its own, so that whatever sends tensors to a device leaves them here."""
+    """Features on the CPU, in a class of its own, so that whatever sends tensors to a device leaves them here.
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
+    Args:
+        pairs: By name, a tensor of the features, and the same on the CPU.
+    """
+
+    def __init__(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        self.pairs = pairs
 
 
 def read(features: Mapping[str, Any], key: str) -> Tensor | None:
     """A feature on the CPU, from what is at hand if it is there; None where there is none."""
-    known = features.get(_AT_HAND)
-    if isinstance(known, AtHand) and key in known.tensors:
-        return known.tensors[key]
-    value = features.get(key)
+    known, value = features.get(_AT_HAND), features.get(key)
+    if isinstance(known, AtHand) and key in known.pairs:
+        of, found = known.pairs[key]
+        if of is value:  # else it is another since, of some rows perhaps
+            return found
     return value.cpu() if isinstance(value, Tensor) else None
 
 
 def with_numbers_at_hand(features: Mapping[str, Any]) -> dict[str, Any]:
     """Features whose whole numbers of one or two dimensions lie on the CPU, brought there by one copy."""
+    features = {name: value for name, value in features.items() if name != _AT_HAND}
     images = features.get(IMAGES, {})
     numbers = {
         (inside, name): value
@@ -57,7 +63,7 @@ def with_numbers_at_hand(features: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Tensor) and _is_whole(value) and _is_away(value)
     }
     if not numbers:
-        return dict(features)
+        return features
     flat = torch.cat([value.flatten().long() for value in numbers.values()]).cpu()
     parts = flat.split([value.numel() for value in numbers.values()])
     found: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
@@ -83,12 +89,13 @@ def sent(value: Tensor, device: torch.device) -> Tensor:
 
 def moved(features: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Features on a device, whose whole numbers stay at hand, see :func:`read`."""
-    known = {name: value for name, value in features.items() if isinstance(value, Tensor) and _is_whole(value)}
     found = {name: sent(value, device) if isinstance(value, Tensor) else value for name, value in features.items()}
     if IMAGES in features:
         images = features[IMAGES].items()
         found[IMAGES] = {name: value if _is_whole(value) else sent(value, device) for name, value in images}
-    found[_AT_HAND] = AtHand({name: value for name, value in known.items() if value.device.type == "cpu"})
+    numbers = (name for name, value in features.items() if isinstance(value, Tensor) and _is_whole(value))
+    known = (name for name in numbers if features[name].device.type == "cpu")
+    found[_AT_HAND] = AtHand({name: (found[name], features[name]) for name in known})
     return found
 
 
@@ -130,7 +137,7 @@ def with_every_image(features: Mapping[str, Any]) -> dict[str, Any]:
     assert numbers is not None
     shown = numbers[numbers >= 0]
     at_hand = {**images, **({_GRID: images[_GRID].cpu()} if _GRID in images else {})}
-    device = features["attention_mask"].device
+    device = features[NUMBERS].device
     every = {}
     for name, value in at_hand.items():
         entries = _entries(at_hand, name, shown)

@@ -12,6 +12,7 @@ from tiny import picture
 from two_processes import run_two
 from unime_st import build_encoder
 from unime_st.losses import HardNegativeInfoNCELoss
+from unime_st.placement import IMAGES
 
 # The first process has images in the targets only, the second in the queries too; a text and an image recur in both.
 ANCHORS = ["a bus", "two", "three", picture("white"), "a bus", {"image": picture("black"), "text": "what?"}]
@@ -19,11 +20,16 @@ POSITIVES = [picture("green"), "words", picture("red"), "a train", picture("gree
 NEGATIVES = ["four", "five", picture("purple"), "six", "seven", "words"]
 LOCAL = len(ANCHORS) // 2
 PICTURES = [picture("green"), picture("red"), picture("navy"), picture("teal"), picture("gold"), picture("yellow")]
+SHOWN_OFTEN = picture("red"), picture("green", (30, 60))
+QUESTIONS = [
+    {"image": SHOWN_OFTEN[row // 2 % 2], "text": text} for row, text in enumerate(["a", "b", "c", "d", "e", "f"])
+]
 BATCHES = {
     "mixed": (ANCHORS, POSITIVES, NEGATIVES),
     "images first": (PICTURES, ["green", "red", "navy", "teal", "gold", "yellow"]),
     "images last": (["green", "red", "navy", "teal", "gold", "yellow"], PICTURES),
     "images on one process": (["a", "b", "c", "d", "e", "f"], ["one", "two", "three", *PICTURES[:3]]),
+    "images in many rows": (QUESTIONS, ["one", "two", SHOWN_OFTEN[0], "three", "four", SHOWN_OFTEN[1]]),
     "texts": (["a", "b", "c", "d", "e", "f"], ["one", "two", "three", "four", "five", "six"]),
 }
 MODES = {
@@ -34,6 +40,7 @@ MODES = {
 }
 CASES = [("mixed", mode) for mode in MODES]
 CASES += [(batch, mode) for batch in list(BATCHES)[1:] for mode in ("whole", "nested")]
+CASES += [("images in many rows", "cached")]
 
 
 def step(folder, case, rows, wrap):
@@ -49,6 +56,7 @@ def step(folder, case, rows, wrap):
         model, temperature=1.0, num_hard_negatives=3, gather_across_devices=True, **MODES[mode]
     )
     columns = features(encoder, *(column[rows] for column in BATCHES[batch]))
+    assert (IMAGES in columns[0]) is (batch == "images in many rows")
     whole = MatryoshkaLoss(encoder, loss, [32, 16]) if mode == "nested" else loss
     whole.model = model  # as the Trainer does
     value = whole(

@@ -1,5 +1,6 @@
 """An image that several rows show is opened and processed once, and nothing else changes."""
 
+import copy
 from contextlib import nullcontext
 
 import numpy as np
@@ -139,6 +140,39 @@ def test_pixels_are_there_once_and_embeddings_are_the_same(family, backbone, mon
         assert travelled < everything
     distances = np.abs(found[:, None] - found[None]).max(axis=-1) + np.eye(len(items))
     assert distances.min() > 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES + PLUGIN_FAMILIES)
+def test_the_backbone_alone_sees_them_all(family, backbone):
+    """Whoever calls it with our features, as users do who take the states of all tokens."""
+    model = build_encoder(backbone(family), device="cpu")
+    red = picture("red")
+    items = [{"image": red, "text": "a"}, {"image": red, "text": "what is it?"}, picture("green")]
+    expected = model.encode(items)
+    features = model.preprocess(items)
+    assert (IMAGES in features) is (family not in BY_ROW)
+    for bare in (model[0].model, copy.deepcopy(model[0]).model):
+        with torch.no_grad():
+            states = bare(**features).last_hidden_state[:, -1]
+        np.testing.assert_allclose(torch.nn.functional.normalize(states, dim=1), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES + PLUGIN_FAMILIES)
+def test_a_compiled_backbone_sees_them_all(family, backbone):
+    model = build_encoder(backbone(family), device="cpu")
+    items = questions(2)
+    expected = model.encode(items)
+    model[0].vision_cache.clear()
+    model[0].model = torch.compile(model[0].model, backend="eager")
+    torch.compiler.reset()
+    np.testing.assert_allclose(model.encode(items), expected, atol=1e-5)
+
+
+def test_a_batch_that_is_cut_by_device_is_refused(backbone):
+    model = build_encoder(backbone("qwen2_vl"), device="cpu")
+    replica = model[0]._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match=r"DataParallel cuts.*accelerate launch"):
+        replica(model.preprocess(questions(2)))
 
 
 def pixels_of_tower(model, monkeypatch):

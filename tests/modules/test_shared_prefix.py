@@ -336,6 +336,39 @@ def test_positions_that_do_not_fit_fall_back_to_padded_rows(backbone, monkeypatc
     np.testing.assert_allclose(model.encode(items), expected, atol=2e-6)
 
 
+def test_positions_are_looked_at_until_they_are_known_to_fit(backbone, monkeypatch):
+    """For each rule by which they are counted: those of another model, of media, and passes without any are others."""
+    model = build_encoder(backbone("qwen2_vl"), device="cpu")
+    looked, plain = [], shared_prefix._positions
+
+    def noted(*args, sure):
+        looked.append(not sure)
+        return plain(*args, sure=sure)
+
+    def looks(items):
+        looked.clear()
+        model[0].vision_cache.clear()
+        model.encode(items)
+        (found,) = looked
+        return found
+
+    monkeypatch.setattr(shared_prefix, "_positions", noted)
+    red = picture("red")
+    shown = [{"image": red, "text": "what?"}, {"image": red, "text": "where?"}]
+    for _ in range(shared_prefix._PASSES_TO_BE_SURE + 1):
+        looks(["one", "two"])  # has no positions in this family
+    for _ in range(shared_prefix._PASSES_TO_BE_SURE):
+        assert looks(shown)
+    assert not looks(shown)
+    assert not looks([*shown, "one"])
+
+    class Another(type(model[0].model)):
+        pass
+
+    model[0].model.__class__ = Another
+    assert looks(shown)
+
+
 def test_it_can_be_switched_off(tmp_path):
     model = tiny_encoder("llava_onevision", tmp_path / "tiny")
     expected = model.encode(inputs())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,14 +12,16 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 
 class Randomness:
-    """The state of the random generators of the CPU and of a device, to go back to."""
+    """The state of the random generators of Python (``MatryoshkaLoss``), the CPU and a device, to go back to."""
 
     def __init__(self, device: torch.device) -> None:
+        self._python = random.getstate()
         self._cpu = torch.get_rng_state()
         self._devices = get_device_states(torch.empty(0, device=device))
 
     def restore(self) -> None:
         """Go back to it."""
+        random.setstate(self._python)
         torch.set_rng_state(self._cpu)
         set_device_states(*self._devices)
 

@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.base.modules.transformer import TransformerTask
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from unime_st.files import write_atomically
@@ -41,7 +41,7 @@ from unime_st.modules.speed.token_tree import PREFIX_KEY
 from unime_st.modules.speed.vision_cache import VisionCache, is_frozen, vision_tower
 from unime_st.modules.text_only import NO_IMAGES, absent_parts, load_text_model, whole_model
 from unime_st.modules.told_rows import told_row
-from unime_st.placement import read, with_every_image, with_images_once
+from unime_st.placement import IMAGES, read, with_every_image, with_images_once
 from unime_st.prompts import TURN_FORMATS, chat_template
 from unime_st.token_budget import TokenBudget
 
@@ -117,6 +117,7 @@ class MultimodalEncoder(Transformer):
             kwargs["model_kwargs"] = {**(kwargs.get("model_kwargs") or {}), _TEXT_ONLY: True}
         super().__init__(model_name_or_path, processor_kwargs=processor_kwargs, **kwargs)
         check_processor(self.model, self.processor, model_name_or_path)
+        self.model.register_forward_pre_hook(_every_image, with_kwargs=True)
         self.allow_remote_images = allow_remote_images
         self.vision_cache = VisionCache(vision_cache_bytes)
         self.share_prefixes = share_prefixes
@@ -359,6 +360,11 @@ class MultimodalEncoder(Transformer):
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Embed; see the stock module. Image tensors of a batch without images are left out."""
+        if IMAGES in features and getattr(self, "_is_replica", False):
+            raise ValueError(
+                "DataParallel cuts a batch's images apart from the rows that show them. Start one process a device, "
+                "with `accelerate launch` or `torchrun`."
+            )
         count = read(features, "num_images_per_sample")
         dropped = {_CONTENT_KEY, PREFIX_KEY}
         if count is not None and int(count.sum()) == 0 and not self._shows_video(features):
@@ -411,3 +417,8 @@ class MultimodalEncoder(Transformer):
             attach_adapter(model, adapter)
             check_adapter(model, adapter)
         return model
+
+
+def _every_image(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give a backbone that is called with our features the images that they hold once; it would ignore them."""
+    return args, with_every_image(kwargs) if IMAGES in kwargs else kwargs

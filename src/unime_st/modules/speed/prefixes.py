@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from threading import RLock
@@ -102,7 +103,7 @@ class SharedPrefixes:
         self.computed = 0  # places that the language model ran over instead, with the padding of its sequences
         self._attention: Literal["auto"] | Attention = "auto"
         self._told: set[str] = set()
-        self._fitting = {True: 0, False: 0}  # passes with media and without whose positions were found to fit
+        self._fitting: Counter[tuple[Any, ...]] = Counter()  # passes whose positions were found to fit, by rule
 
     @property
     def attention(self) -> Literal["auto"] | Attention:
@@ -152,6 +153,7 @@ class SharedPrefixes:
         self.padded += mask.numel()
         self.computed += tree.source.size if tree is not None else mask.numel()
         shows_media = bool((told[0] < 0).any())
+        shows_video = features.get("pixel_values_videos") is not None
         plain = decoder.forward
 
         def packed(*args: Any, **kwargs: Any) -> Any:
@@ -161,13 +163,15 @@ class SharedPrefixes:
                 self._pad("its language model is called in an unknown way")
                 return plain(*args, **kwargs)
             if tree is not None:
-                sure = self._fitting[shows_media] >= _PASSES_TO_BE_SURE
+                positions = kwargs.get("position_ids")
+                rule = (type(model), shows_media, shows_video, 0 if positions is None else positions.ndim)
+                sure = self._fitting[rule] >= _PASSES_TO_BE_SURE
                 media = told[0] < 0 if shows_media else None
                 output = _run(
                     decoder, plain, tree, kind, kwargs, last_token_only=self.last_token_only, sure=sure, media=media
                 )
                 if output is not None:
-                    self._fitting[shows_media] += 1
+                    self._fitting[rule] += 1
                     return output
                 self._pad("its positions depend on more than the tokens before")
                 return plain(**kwargs)

@@ -222,6 +222,7 @@ class _Images:
         common = (repr((self.others, shapes, autocast, self.pixels.device)), weights)
         return [(*row, size, *common) for row, size in zip(hashes, self.sizes, strict=True)]
 
+    @torch.compiler.disable  # of a compiled model: its guards fail on arrays in inference mode
     def some(self, numbers: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
         ends = np.cumsum(self.sizes)
         rows = np.concatenate([np.arange(ends[number] - self.sizes[number], ends[number]) for number in numbers])
