@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 import torch
 from datasets import Dataset
-from recipe import Recipe, Stage2Recipe
+from recipe import Recipe, SoftLabelsRecipe, Stage2Recipe
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from stage import count_negatives, load_start
 from torch import nn
@@ -137,7 +137,7 @@ def dry_run(recipe: Recipe, processes: int | None = None) -> None:
     batch = per_device * world * arguments.gradient_accumulation_steps
     print(f"global batch: {batch} rows = {per_device} x {world} process(es) x {arguments.gradient_accumulation_steps}")
     names = [] if rows is None else [name for name in rows.column_names if name != SUBSET]
-    if isinstance(recipe, Stage2Recipe):
+    if isinstance(recipe, Stage2Recipe | SoftLabelsRecipe):
         candidates = 1 + (len(training_columns(names).negatives) if names else recipe.data.get("num_negatives") or 0)
     else:
         candidates = len(names or recipe.data.get("columns") or [""])
@@ -185,13 +185,15 @@ def _plan_rows(recipe: Recipe) -> Dataset:
     options = dict(recipe.data)
     if isinstance(recipe, Stage2Recipe):  # the names of the sets; and a plan logs no images
         options |= {"subset_column": True, "max_bad_images": 0, "bad_images_log": None}
+    if isinstance(recipe, SoftLabelsRecipe):
+        options |= {"max_bad_images": 0, "bad_images_log": None}
     return recipe.sections["data"](**options)
 
 
 def _rows_by_set(recipe: Recipe, rows: Dataset) -> Counter[str]:
     if SUBSET in rows.column_names:
         return Counter(rows.with_format(None)[SUBSET][:])
-    return Counter({str(recipe.data["source"]): len(rows)})
+    return Counter({str(recipe.data.get("source") or recipe.data["folder"]): len(rows)})
 
 
 def _print_steps(

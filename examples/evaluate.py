@@ -2,6 +2,7 @@
 
     python examples/evaluate.py encoder --mmeb MMEB-eval --retrieval flickr30k urban1k --output results
     python examples/evaluate.py encoder --sugarcrepe sugar-crepe/data --sugarcrepe-images val2017 --output results
+    python examples/evaluate.py encoder --mmeb MMEB-eval --reranker reranker --rerank-depth 10 --output results
 
 Layouts: MMEB `<Task>/test-*.parquet` with images in `images/`; retrieval, images and a `metadata.jsonl`
 (`{"file_name": "a.jpg", "text": ["a caption", ...]}` a line); SugarCrepe, one `<set>.json` a set.
@@ -13,9 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from unime_st import load_encoder
+from unime_st import load_encoder, load_reranker
 from unime_st.evaluation import ImageTextRetrievalEvaluator, MMEBEvaluator, Report, SugarCrepeEvaluator, compare
 from unime_st.evaluation.report.summary import add_mmeb, add_retrieval, add_sugarcrepe
+
+
+def say(evaluator: Any, scores: dict[str, float]) -> None:
+    metric = evaluator.primary_metric
+    print(f"{metric}: {scores[metric]:.4f}")
+    if evaluator.reranker is not None:
+        prefix = evaluator.name and f"{evaluator.name}_"
+        after = scores[f"{prefix}reranked_{metric.removeprefix(prefix)}"]
+        print(f"reranked: {after:.4f}, in {scores[f'{prefix}rerank_seconds']:.1f} s")
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -33,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--retrieval", type=Path, nargs="+", default=[], help="folders with a metadata.jsonl")
     parser.add_argument("--sugarcrepe", type=Path, help="folder of <set>.json")
     parser.add_argument("--sugarcrepe-images", type=Path, help="COCO's val2017")
+    parser.add_argument("--reranker", help="a saved CrossEncoder: scores are shown before and after it reranks")
+    parser.add_argument("--rerank-depth", type=int, default=10, help="candidates of a query (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=".embedding_cache", help="embeddings (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -42,8 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     if given.sugarcrepe and not given.sugarcrepe_images:
         parser.error("--sugarcrepe needs --sugarcrepe-images, the folder its file names lead to")
 
-    # 1. The evaluators: ready before the model is loaded, so that a wrong folder is known at once.
+    # 1. The evaluators: ready before the encoder is loaded, so that a wrong folder is known at once.
     options: dict[str, Any] = {"batch_size": given.batch_size, "cache_dir": given.cache, "show_progress_bar": True}
+    if given.reranker:
+        options |= {"reranker": load_reranker(given.reranker), "rerank_depth": given.rerank_depth}
     evaluators: list[tuple[Any, Any]] = []
     if given.mmeb:
         choice = {"limit": given.limit, "image_size": given.image_size, "max_pixels": given.max_pixels, **options}
@@ -67,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         add(report, evaluator, scores, model=Path(given.model).name)
         if lost := sum(len(messages) for messages in getattr(evaluator, "errors", {}).values()):
             print(f"WARNING: {lost} rows or tasks counted as wrong or left out; the report says why")
-        print(f"{evaluator.primary_metric}: {scores[evaluator.primary_metric]:.4f}")
+        say(evaluator, scores)
     if given.compare:
         compare(given.compare, given.output).add_to(report)
     report.add_settings({key: value for key, value in vars(given).items() if value})

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 from sentence_transformers import SentenceTransformerTrainingArguments
-from stage import teacher_labels
+from stage import judged_rows, teacher_labels
 
 from unime_st import build_encoder
 from unime_st.data import load_mmeb_train, load_nli
-from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss
+from unime_st.losses import CandidateKLLoss, DistillKLLoss, HardNegativeInfoNCELoss
 from unime_st.modules import default_lora_config
 from unime_st.samplers import FalseNegativeAwareBatchSampler
 
@@ -72,6 +72,13 @@ class Stage2Recipe(Recipe):
         "loss": HardNegativeInfoNCELoss,
         "sampler": FalseNegativeAwareBatchSampler,
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftLabelsRecipe(Recipe):
+    """Rows with a judge's scores of their candidates (UniME-V2)."""
+
+    sections: ClassVar = {**Recipe.sections, "data": judged_rows, "loss": CandidateKLLoss}
 
 
 Kind = TypeVar("Kind", bound=Recipe)

@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from unime_st import build_encoder, export_encoder, load_encoder
 from unime_st.checkpoints import CheckpointCallback, checkpoints, explained_write_errors, last_complete_checkpoint
-from unime_st.data import with_teacher_labels
+from unime_st.data import load_judged_negatives, with_teacher_labels
 from unime_st.distributed import from_rank_zero
 from unime_st.losses import LossMetricsCallback, effective_negatives
 from unime_st.modules import default_lora_config
@@ -51,6 +51,28 @@ def teacher_labels(
     if Path(model).is_dir():
         return with_teacher_labels(texts, SentenceTransformer(model), cache_dir, **options)
     return with_teacher_labels(texts, HubTeacher(model), cache_dir, teacher_name=model, **options)
+
+
+def judged_rows(
+    folder: str,
+    *,
+    num_negatives: int = 8,
+    image_root: str | None = None,
+    image_size: int | None = None,
+    max_pixels: int | None = None,
+    max_bad_images: int = 0,
+    bad_images_log: str | None = None,
+) -> Dataset:
+    """Judged negatives, of `examples/judge.py` or a released list; the paper trains with 8 of 10."""
+    return load_judged_negatives(
+        folder,
+        num_negatives=num_negatives,
+        image_root=image_root,
+        image_size=image_size,
+        max_pixels=max_pixels,
+        max_bad_images=max_bad_images,
+        bad_images_log=bad_images_log,
+    )
 
 
 def training_arguments(recipe: "Recipe", **defaults: Any) -> SentenceTransformerTrainingArguments:

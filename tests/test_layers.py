@@ -105,6 +105,8 @@ INTERNALS = {
     "unime_st.evaluation.mmeb.tasks.image_task",
     "unime_st.evaluation.mteb_models.eval_results",
     "unime_st.evaluation.mteb_models.mteb_model_meta",
+    "unime_st.evaluation.mteb_models.mteb_reranker",
+    "unime_st.evaluation.mteb_models.rerank_with_mteb",
     "unime_st.evaluation.report.summary.add_mmeb",
     "unime_st.evaluation.report.summary.add_retrieval",
     "unime_st.evaluation.report.summary.add_sugarcrepe",

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from unime_st import load_encoder
+from tiny import tiny_backbone
+from unime_st import build_reranker, export_reranker, load_encoder
 from unime_st.cli import main
 from unime_st.cli.info import describe
 from unime_st.data import load_corpus
@@ -85,6 +86,21 @@ def test_evaluate_gives_the_evaluators_numbers(trained, pairs, tmp_path, capsys)
         assert metrics[f"pairs_text_to_image_recall@{k}"] == pytest.approx((ranks < k).mean(), abs=0.05)
     assert json.loads((tmp_path / "results" / "pairs_results.json").read_text()) == metrics
     assert (tmp_path / "results" / "report.html").is_file()
+
+
+def test_evaluate_reranks(trained, pairs, tmp_path, capsys):
+    judge = build_reranker(tiny_backbone("qwen2_vl", tmp_path / "backbone", words=["Yes", "No"]), device="cpu")
+    reranker = str(export_reranker(judge, tmp_path / "reranker"))
+    arguments = ["evaluate", str(trained / "encoder"), str(pairs), "--device", "cpu", "--json"]
+    assert main([*arguments, "--reranker", reranker, "--rerank-depth", "3"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["pairs_reranked_text_to_image_recall@5"] == metrics["pairs_text_to_image_recall@5"]
+    assert metrics["pairs_rerank_pairs"] == 2 * 3 * 24
+    assert metrics["pairs_reranked_text_to_image_ties"] >= 0
+    texts = tmp_path / "texts.csv"
+    texts.write_text("query,positive\na,b\nc,d\n")
+    assert main(["evaluate", str(trained / "encoder"), str(texts), "--device", "cpu", "--reranker", reranker]) == 1
+    assert "Reranking needs pairs with an image on one side" in capsys.readouterr().err
 
 
 def test_info_reads_no_weights(trained, tmp_path, capsys):

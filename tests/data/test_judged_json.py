@@ -157,3 +157,10 @@ def test_a_byte_order_mark_is_taken_and_a_huge_number_named(tmp_path):
     path.write_text(json.dumps([ROWS[0] | {"query_pos_scores": -(10**400)}]))
     with pytest.raises(ValueError, match=r"row 0, query_pos_scores: the score is"):
         list(read_judged_json(path))
+
+
+def test_lists_in_lists_without_end_are_damage(tmp_path):
+    path = tmp_path / "deep.json"
+    path.write_text("[" + "[" * 100_000)
+    with pytest.raises(ValueError, match=r"deep\.json is damaged in row 0: it nests lists or objects too deeply"):
+        list(read_judged_json(path))

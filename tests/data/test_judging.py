@@ -3,6 +3,7 @@
 import hashlib
 import random
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -314,3 +315,21 @@ def test_images_shown_in_another_size_are_another_judgement(tmp_path, work):
     smaller = rows.with_transform(ItemReader(work / "images", max_pixels=100))
     with pytest.raises(ValueError, match="mined otherwise: images differ"):
         judge_negatives(smaller, Hashed(), tmp_path, **options)
+
+
+def test_rows_of_a_query_with_many_are_in_several_files(tmp_path):
+    rows = {"anchor": ["q"] * 11 + ["r"], "positive": [f"p{n}" for n in range(12)]}
+    rows |= {"negative_1": [f"n{n}" for n in range(12)], "negative_2": [f"m{n}" for n in range(12)]}
+
+    class Asked:
+        sizes: ClassVar = []
+
+        def predict(self, pairs, **_):
+            self.sizes.append(len(pairs))
+            return np.array([0.9 if pair[1][0] == "p" else 0.1 for pair in pairs])
+
+    options = {"num_negatives": 2, "rows_per_file": 3, "judge_name": "asked", "show_progress_bar": False}
+    judged = judge_negatives(Dataset.from_dict(rows), Asked(), tmp_path / "judged", **options)
+    found = load_judged_negatives(judged)
+    assert sorted(found["positive"]) == sorted(rows["positive"])
+    assert Asked.sizes == [9, 9, 15, 3]  # pairs of 3, 3 and 5 rows of the one query, and of the other's row

@@ -11,11 +11,17 @@ from mteb.mocks import mock_tasks
 from mteb.models import SentenceTransformerEncoderWrapper
 from mteb.models.model_implementations.unime_v2_models import UniMEV2Wrapper
 from mteb.types import PromptType
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 
-from tiny import picture
-from unime_st import build_encoder, export_encoder, load_encoder
-from unime_st.evaluation.mteb_models import MTEBEncoder, eval_results, mteb_model_meta
+from tiny import picture, tiny_backbone
+from unime_st import build_encoder, build_reranker, export_encoder, export_reranker, load_encoder, load_reranker
+from unime_st.evaluation.mteb_models import (
+    MTEBEncoder,
+    eval_results,
+    mteb_model_meta,
+    mteb_reranker,
+    rerank_with_mteb,
+)
 from unime_st.published import PUBLISHED
 
 TASKS = (
@@ -248,3 +254,66 @@ TEMPLATE = (
     "{{ '\\n' + part['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}{{ '<|im_start|>assistant\\n' }}"
 )
 """Stands for the published chat template, which a tiny processor has not; used by the wrapper."""
+
+
+@pytest.fixture(scope="module")
+def reranker_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mteb_reranker")
+    judge = build_reranker(tiny_backbone("qwen2_vl", folder / "backbone", words=["Yes", "No"]), device="cpu")
+    return export_reranker(judge, folder / "reranker")
+
+
+class Seen(CrossEncoder):
+    """A stock reranker that remembers the pairs it is shown."""
+
+    def predict(self, inputs, **options):
+        self.pairs = [*getattr(self, "pairs", []), *inputs]
+        return super().predict(inputs, **options)
+
+
+@pytest.mark.parametrize("name", ["MockRetrievalTask", "MockAny2AnyRetrievalT2ITask"])
+def test_mteb_reranks_by_its_two_stages(name, checkpoint, reranker_folder, tmp_path):
+    encoder = MTEBEncoder(load_encoder(str(checkpoint), device="cpu"))
+    mteb.evaluate(encoder, task(name), cache=None, prediction_folder=tmp_path)
+    scores = []
+    for model in (load_reranker(reranker_folder, device="cpu"), Seen(str(reranker_folder), device="cpu")):
+        wrapper = mteb_reranker(model, "someone/reranker")
+        (found,) = rerank_with_mteb(wrapper, [task(name), task("MockSTSTask")], tmp_path, depth=2)
+        scores.append(found.get_score())
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+    (file,) = tmp_path.glob("*predictions.json")
+    splits = json.loads(file.read_text())["default"].values()
+    assert len(model.pairs) == sum(min(2, len(found)) for split in splits for found in split.values())
+    if "T2I" in name:
+        assert all("image" in document for _, document in model.pairs), "mteb left the images out"
+    with pytest.raises(FileNotFoundError, match="Can't find previous results"):
+        rerank_with_mteb(wrapper, [task(name)], tmp_path / "none")
+
+
+def test_mtebs_hook_on_a_head_of_low_precision_is_left_alone(reranker_folder):
+    """It computes the two answers' columns anew, in the whole head's output; ours would have computed these alone."""
+    model = load_reranker(reranker_folder, device="cpu", torch_dtype="bfloat16")
+    plain = model.predict([("a", "b"), ("a", "c")])
+    mteb_reranker(model, "someone/reranker")
+    assert model[0].model.get_output_embeddings()._forward_hooks
+    assert model.predict([("a", "b"), ("a", "c")]) == pytest.approx(plain, abs=0.02)
+
+
+def test_the_example_reranks(checkpoint, reranker_folder, tmp_path, monkeypatch):
+    import importlib
+    import sys
+    from pathlib import Path
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    sys.modules.pop("evaluate_mteb", None)
+    main = importlib.import_module("evaluate_mteb").main
+    arguments = [str(checkpoint), "--name", NAME, "--output", str(tmp_path / "out")]
+    main(arguments, [task("MockAny2AnyRetrievalT2ITask")])  # results without predictions, which mteb keeps
+    tasks = [task("MockSTSTask"), task("MockAny2AnyRetrievalT2ITask")]
+    main([*arguments, "--reranker", str(reranker_folder), "--rerank-depth", "2"], tasks)
+    sections = json.loads((tmp_path / "out" / "report.json").read_text())["sections"]
+    shown = next(section for section in sections if section["title"] == "Retrieval, reranked")
+    ((name, before, after, change, seconds),) = shown["rows"]
+    assert name == "MockAny2AnyRetrievalT2I"
+    assert change == pytest.approx(after - before)
+    assert seconds is not None

@@ -24,6 +24,8 @@ training: {learning_rate: 5e-4}
 
 
 def kind_of(recipe, path):
+    if path.stem.startswith("soft_labels"):
+        return recipe.SoftLabelsRecipe
     return recipe.Stage1Recipe if "stage1" in path.stem else recipe.Stage2Recipe
 
 
@@ -51,6 +53,10 @@ def test_every_section_suits_its_function(path, script, tmp_path):
         assert sampler.homogeneous == recipe.sampler.get("homogeneous", False)
     if path.stem.startswith("miniature"):
         return
+    if path.stem.startswith("soft_labels"):
+        assert recipe.output == f"outputs/{path.stem}"
+        assert recipe.data["bad_images_log"] == f"{recipe.output}/bad_images.jsonl"
+        return
     assert recipe.output == f"outputs/{path.stem.removeprefix('stage1_').removeprefix('stage2_')}_{path.stem[:6]}"
     if "stage1" in path.stem:
         assert recipe.encoder["text_only"]
@@ -76,6 +82,21 @@ def test_the_paper_s_numbers(family, rate, script):
     assert (two.training["learning_rate"], two.lora["rank"], two.data["image_size"]) == (rate, 16, 336)
     loss = two.sections["loss"](None, **two.loss)
     assert (loss.temperature, loss.margin, loss.num_hard_negatives) == (0.02, 0.1, 8)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_vl_7b", "qwen3_vl"])
+def test_unime_v2_s_numbers(name, script, tmp_path):
+    """Its authors' script for Qwen2-VL, with 8 processes."""
+    module = script("recipe")
+    recipe = module.read_recipe(module.SoftLabelsRecipe, EXAMPLES / f"recipes/soft_labels_{name}.yaml")
+    training = recipe.training
+    assert (training["per_device_train_batch_size"] * 8, training["max_steps"]) == (512, 2000)
+    assert (training["learning_rate"], training["warmup_steps"]) == (1e-4, 200)
+    assert (recipe.data["num_negatives"], recipe.data["image_size"]) == (8, 672)
+    lora = recipe.sections["lora"](**recipe.lora)
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (16, 64, 0.1)
+    loss = recipe.sections["loss"](None, **recipe.loss)
+    assert (loss.temperature, loss.direction, loss.mini_batch_size) == (0.02, "symmetric", 2)
 
 
 def test_the_backbones(script):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from tiny import tiny_backbone
 from tiny_data import COLOURS
-from unime_st import load_encoder
+from unime_st import build_reranker, export_reranker, load_encoder
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -97,6 +98,29 @@ def test_evaluate_writes_json_and_a_report(script, world, encoder, tmp_path, cap
     printed = capsys.readouterr().out
     assert f"wrote {output / 'report.html'}" in printed
     assert f"MMEB_mean_precision@1: {mmeb['MMEB_mean_precision@1']:.4f}" in printed
+
+
+def test_evaluate_tells_scores_before_and_after_reranking(script, world, encoder, tmp_path, capsys):
+    judge = build_reranker(tiny_backbone("qwen2_vl", tmp_path / "backbone", words=["Yes", "No"]), device="cpu")
+    reranker = export_reranker(judge, tmp_path / "reranker")
+    output = script("evaluate").main(
+        [
+            str(encoder), "--mmeb", str(world / "eval"), "--mmeb-images", str(world / "images"),
+            "--retrieval", str(world / "captions"), "--reranker", str(reranker), "--rerank-depth", "3",
+            "--output", str(tmp_path / "results"), "--cache", str(tmp_path / "cache"),
+        ]
+    )  # fmt: skip
+    mmeb = json.loads((output / "MMEB_results.json").read_text())
+    assert "MMEB_reranked_meta_Retrieval_precision@1" in mmeb
+    assert mmeb["MMEB_rerank_pairs"] > 0
+    printed = capsys.readouterr().out
+    assert f"reranked: {mmeb['MMEB_reranked_mean_precision@1']:.4f}, in {mmeb['MMEB_rerank_seconds']:.1f} s" in printed
+    sections = json.loads((output / "report.json").read_text())["sections"]
+    titles = [section["title"] for section in sections]
+    assert {"MMEB, reranked", "Retrieval: captions, reranked"} <= set(titles)
+    shown = next(section for section in sections if section["title"] == "MMEB, reranked")["rows"]
+    row = next(row for row in shown if row[0] == "meta Retrieval precision@1")
+    assert row[2] == mmeb["MMEB_reranked_meta_Retrieval_precision@1"]
 
 
 def test_evaluate_says_what_is_wrong(script, world, encoder, tmp_path, capsys):

@@ -286,6 +286,8 @@ TEMPLATES = {
     r"drops an image \(1 '<\|image_pad\|>' of two\)": "{% for m in messages %}{{ m.content[1].text }}{% endfor %}"
     "<|image_pad|>",
     "drops the text of the query and the text of the document and an image": "{# of #}nothing",
+    "renders the document before the query": "{% for m in messages | reverse %}{% for part in m.content %}{% if "
+    "part.type == 'text' %}{{ part.text }}{% else %}<|image_pad|>{% endif %}{% endfor %}{% endfor %}",
     "cannot render a pair": "{{ raise_exception('roles must alternate') }}",
 }
 
@@ -296,14 +298,13 @@ def test_templates_that_drop_something_are_refused(folders, message):
         build_reranker(folders("qwen2_vl"), template=TEMPLATES[message], device="cpu")
 
 
-def test_a_template_that_drops_an_image_of_some_pairs_is_found_at_the_pair(folders):
+def test_a_template_that_drops_an_image_of_some_pairs_is_refused(folders):
     template = (
         "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% elif "
         "m.content | length > 1 %}<|image_pad|>{% endif %}{% endfor %}{% endfor %}"
     )
-    judge = build_reranker(folders("qwen2_vl"), template=template, device="cpu")
-    with pytest.raises(ValueError, match=r"Pair 1 shows 1 image|Row 1 .* cannot be processed"):
-        judge[0].preprocess([(QUERY, "a"), ("a", RED)])
+    with pytest.raises(ValueError, match=r"drops an image \(1 '<\|image_pad\|>' of two\)"):
+        build_reranker(folders("qwen2_vl"), template=template, device="cpu")
 
 
 def test_a_score_that_is_nan_is_named_by_the_callers_pair(folders):

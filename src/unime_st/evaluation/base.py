@@ -14,10 +14,12 @@ import numpy as np
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 
 from unime_st.arguments import require_number
+from unime_st.data.judging.scorer import PairScorer
 from unime_st.distributed import rank
 from unime_st.embedding.cache import EmbeddingCache
 from unime_st.embedding.distinct import BrokenItemError, Section, encode_indexed, open_section
 from unime_st.evaluation.outcomes import TaskOutcomes, told_of_ties, write_outcomes
+from unime_st.evaluation.reranking import Reranking, check_reranker, reranker_name
 from unime_st.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,13 @@ class EmbeddingEvaluator(SentenceEvaluator):
         cache_dir: Folder of an :class:`~unime_st.evaluation.EmbeddingCache`, or such a cache; None encodes afresh.
         show_progress_bar: Whether to show progress.
         write_csv: Whether to write results when called with an ``output_path``: a row of ``<name>_results.csv`` for
-            each call, and the last call's ``<name>_results.json`` and ``<name>_results_rows.parquet``.
+            each call, and the last call's ``<name>_results.json`` and ``<name>_results_rows.parquet`` (with a reranker
+            ``<name>_reranked_results_rows.parquet`` too).
+        reranker: Puts each query's best candidates in a new order: a ``CrossEncoder``, of
+            :func:`unime_st.load_reranker` or another. All scores are then told before and after, as ``<metric>`` and
+            ``reranked_<metric>``, with ``rerank_pairs`` (distinct pairs) and ``rerank_seconds``. The primary metric
+            stays the encoder's.
+        rerank_depth: Candidates of a query that are reranked, at least 2; those behind them stay where they are.
     """
 
     def __init__(
@@ -47,9 +55,14 @@ class EmbeddingEvaluator(SentenceEvaluator):
         cache_dir: EmbeddingCache | str | Path | None = None,
         show_progress_bar: bool = False,
         write_csv: bool = True,
+        reranker: PairScorer | None = None,
+        rerank_depth: int = 10,
     ) -> None:
         super().__init__()
         require_number("batch_size", batch_size, least=1)
+        require_number("rerank_depth", rerank_depth, least=2)
+        if reranker is not None:
+            check_reranker(reranker)
         self.name = name
         self.batch_size = batch_size
         self.prompt = prompt
@@ -57,11 +70,34 @@ class EmbeddingEvaluator(SentenceEvaluator):
         self.cache_dir = cache_dir
         self.show_progress_bar = show_progress_bar
         self.write_csv = write_csv
+        self.reranker = reranker
+        self.rerank_depth = rerank_depth
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings that decide the numbers, for the model card."""
         settings = {"batch_size": self.batch_size, "prompt": self.prompt, "prompt_name": self.prompt_name}
+        if self.reranker is not None:
+            settings |= {"reranker": reranker_name(self.reranker), "rerank_depth": self.rerank_depth}
         return {key: value for key, value in settings.items() if value is not None}
+
+    def open_reranking(self, prepare: Callable[[Any], Any] | None = None) -> Reranking | None:
+        """Make ready to rerank what a call finds; None without a reranker."""
+        if self.reranker is None:
+            return None
+        return Reranking(
+            self.reranker,
+            batch_size=self.batch_size,
+            cache=self.cache_dir,
+            settings=self.encoding_settings(),
+            prepare=prepare,
+            show_progress_bar=self.show_progress_bar,
+        )
+
+    @staticmethod
+    def reranked_metrics(metrics: Mapping[str, float], reranking: Reranking) -> dict[str, float]:
+        """The metrics after reranking under their names, with what it took."""
+        named = {f"reranked_{name}": value for name, value in metrics.items()}
+        return {**named, "rerank_pairs": reranking.pairs, "rerank_seconds": round(reranking.seconds, 3)}
 
     def open_cache(self, model: Any) -> Section:
         """Open what is kept of this model's embeddings, in memory without a cache: once for a call's many tasks."""
@@ -96,6 +132,10 @@ class EmbeddingEvaluator(SentenceEvaluator):
         """What each row contributed to the last call's metrics, by task; written beside them, to be compared."""
         raise NotImplementedError
 
+    def reranked_outcomes(self) -> dict[str, TaskOutcomes]:
+        """The same after reranking; nothing without a reranker."""
+        return {}
+
     def measure(self, model: Any) -> dict[str, float]:
         """Evaluate a model; the metrics, without the evaluator's name."""
         raise NotImplementedError
@@ -121,6 +161,8 @@ class EmbeddingEvaluator(SentenceEvaluator):
             folder = Path(output_path)
             write_atomically(folder / f"{stem}.json", json.dumps(named, indent=2))
             write_outcomes(folder / f"{stem}_rows.parquet", outcomes)
+            if reranked := self.reranked_outcomes():
+                write_outcomes(folder / f"{stem.removesuffix('_results')}_reranked_results_rows.parquet", reranked)
             append_row(folder / f"{stem}.csv", {"epoch": epoch, "steps": steps, **metrics})
         return named
 

@@ -18,6 +18,9 @@ import numpy as np
 from huggingface_hub import EvalResult
 
 try:
+    import mteb
+    from mteb.abstasks import AbsTaskRetrieval
+    from mteb.models import CrossEncoderWrapper
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_implementations import MODEL_REGISTRY
     from mteb.models.model_meta import ModelMeta, ScoringFunction
@@ -26,7 +29,7 @@ except ImportError as missing:
     raise ImportError("This needs mteb, which is not installed: `pip install 'unime_st[eval]'`.") from missing
 
 from PIL import Image
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from unime_st.data.stored_images import sides_of
 from unime_st.identity.model import model_fingerprint
@@ -191,6 +194,58 @@ def mteb_model_meta(
     if register:
         MODEL_REGISTRY[name] = meta
     return meta
+
+
+def mteb_reranker(reranker: CrossEncoder, name: str) -> CrossEncoderWrapper:
+    """A reranker as mteb's own wrapper, filed under its name, that is shown images too if it takes them.
+
+    mteb takes a ``CrossEncoder`` in memory for one of texts, and would leave images out without a word.
+    """
+    wrapper = CrossEncoderWrapper(reranker)
+    modalities = [kind for kind in _MODALITIES if kind in (reranker.modalities or _MODALITIES)]
+    wrapper.mteb_model_meta = ModelMeta.create_empty(
+        {
+            "name": name,
+            "revision": model_fingerprint(reranker)[:40],
+            "loader": CrossEncoderWrapper,
+            "modalities": modalities,
+            "model_type": ["cross-encoder"],
+        }
+    )
+    return wrapper
+
+
+def rerank_with_mteb(
+    reranker: CrossEncoderWrapper,
+    tasks: Iterable[Any],
+    predictions: str | Path,
+    *,
+    depth: int = 10,
+    batch_size: int = 32,
+) -> list[Any]:
+    """Rerank what an encoder found, by mteb's two stages: its retrieval tasks anew, of the first candidates alone.
+
+    Args:
+        reranker: Of :func:`mteb_reranker`, or any that mteb has.
+        tasks: The encoder's tasks; those that are no retrieval are left out. They become reranking tasks: mteb changes
+            them in place.
+        predictions: The ``prediction_folder`` that ``mteb.evaluate`` was given for the encoder.
+        depth: Candidates of a query that are reranked; mteb drops the rest, so that recall past it falls.
+        batch_size: Pairs a forward pass.
+
+    Returns:
+        mteb's results, one a task, in whose ``evaluation_time`` is how long it took.
+
+    Raises:
+        FileNotFoundError: There are no predictions of a task.
+    """
+    results = []
+    for task in tasks:
+        if isinstance(task, AbsTaskRetrieval):
+            reranking = task.convert_to_reranking(predictions, top_k=depth)
+            found = mteb.evaluate(reranker, reranking, encode_kwargs={"batch_size": batch_size}, cache=None)
+            results += found.task_results
+    return results
 
 
 def _loader(model: SentenceTransformer) -> Any:

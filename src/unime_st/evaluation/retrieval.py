@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,6 +17,7 @@ from unime_st.data.caption_sets import read_caption_dataset, read_karpathy_split
 from unime_st.data.images import resolve_image
 from unime_st.evaluation.base import EmbeddingEvaluator, check_shown, image_item
 from unime_st.evaluation.outcomes import TIE_IS_WRONG, TaskOutcomes
+from unime_st.evaluation.reranking import Reranking
 from unime_st.evaluation.scoring import Ranking, rank_pool
 from unime_st.paths import resolve_below
 
@@ -44,12 +45,13 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         shuffle_images_seed: Shuffles the images among the captions. This is a check and not a result: recall must fall
             to :meth:`chance`; if it does not, an answer leaks into the query.
         chunk_size: Number of queries per matrix product.
-        **arguments: ``batch_size``, ``prompt``, ``prompt_name``, ``cache_dir``, ``show_progress_bar`` and ``write_csv``
-            of :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
+        **arguments: ``batch_size``, ``prompt``, ``prompt_name``, ``cache_dir``, ``show_progress_bar``, ``write_csv``,
+            ``reranker`` and ``rerank_depth`` of :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
 
     Attributes:
         rankings: The ranks and the ten best candidates of each query in each direction, from the last call. An image is
             its number in ``images``, a caption its number in ``texts``; equal ones have the number of the first.
+        reranked_rankings: The same after reranking, in both directions; empty without a reranker.
         texts: All captions, one after the other.
         image_of: The number of the image of each of ``texts``, shape (captions,).
         primary_metric: ``mean_recall@k`` over both directions, at the smallest k.
@@ -60,7 +62,8 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
     Metrics:
         ``text_to_image_recall@k``, ``image_to_text_recall@k`` and ``mean_recall@k`` for each k, all in [0, 1];
         ``text_to_image_ties`` and ``image_to_text_ties``, the number of queries that another order of equal scores
-        would make right at one of the k. A warning is logged when there are many.
+        would make right at one of the k. A warning is logged when there are many. With a reranker all of them again as
+        ``reranked_...``, ``rerank_pairs`` and ``rerank_seconds``.
 
     Example:
         >>> class Brightness:  # stands for a model
@@ -111,6 +114,7 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
         self.image_of = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
         self.primary_metric = f"mean_recall@{self.ks[0]}"
         self.rankings: dict[Direction, Ranking] = {}
+        self.reranked_rankings: dict[Direction, Ranking] = {}
         self._right: dict[Direction, list[list[int]]] = {}
 
     @classmethod
@@ -199,7 +203,8 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
             of_distinct[image_place[image]][int(text_place[text])] = None
         captions_of = [list(of_distinct[place]) for place in image_place]
         image_vectors, text_vectors = embeddings[index[images]], embeddings[index[len(self.images) + texts]]
-        options: dict[str, Any] = {"k": _KEPT, "chunk_size": self.chunk_size, "device": getattr(model, "device", "cpu")}
+        kept = _KEPT if self.reranker is None else max(_KEPT, self.rerank_depth)
+        options: dict[str, Any] = {"k": kept, "chunk_size": self.chunk_size, "device": getattr(model, "device", "cpu")}
         by_text = rank_pool(
             text_vectors[text_place], image_vectors, image_place[self.image_of].reshape(-1, 1).tolist(), **options
         )
@@ -212,7 +217,27 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
             "text_to_image": [[int(place)] for place in images[image_place[self.image_of]]],
             "image_to_text": [texts[own].tolist() for own in captions_of],
         }
-        return self._metrics()
+        self.reranked_rankings = {}
+        metrics = self._metrics(self.rankings)
+        reranking = self.open_reranking()
+        if reranking is None:
+            return metrics
+        self._rerank(items, reranking)
+        return metrics | self.reranked_metrics(self._metrics(self.reranked_rankings), reranking)
+
+    def _rerank(self, items: Sequence[Any], reranking: Reranking) -> None:
+        count = len(self.images)
+        for direction, ranking in self.rankings.items():
+            by_text = direction == "text_to_image"
+            queries = np.arange(len(ranking.top)) + (count if by_text else 0)
+            top = ranking.top[:, : self.rerank_depth]
+            shown = top if by_text else np.where(top >= 0, top + count, -1)
+
+            def where(row: int, place: int, queries: np.ndarray = queries, shown: np.ndarray = shown) -> str:
+                return f"{self._where(int(queries[row]))}, against {self._where(int(shown[row, place]))}"
+
+            scores = reranking.scores(items, queries, shown, where)
+            self.reranked_rankings[direction] = ranking.reranked(self._right[direction], scores)
 
     def _where(self, item: int) -> str:
         number = item - len(self.images)
@@ -281,6 +306,13 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
 
     def outcomes(self) -> dict[str, TaskOutcomes]:
         """The recall of each query of the last call at the smallest k, by direction."""
+        return self._outcomes(self.rankings)
+
+    def reranked_outcomes(self) -> dict[str, TaskOutcomes]:
+        """The same after reranking."""
+        return self._outcomes(self.reranked_rankings)
+
+    def _outcomes(self, rankings: Mapping[Direction, Ranking]) -> dict[str, TaskOutcomes]:
         return {
             direction: TaskOutcomes(
                 np.arange(len(ranking.ranks)),
@@ -288,16 +320,16 @@ class ImageTextRetrievalEvaluator(EmbeddingEvaluator):
                 ranking.tied_at(self.ks[0]),
                 rule=TIE_IS_WRONG,
             )
-            for direction, ranking in self.rankings.items()
+            for direction, ranking in rankings.items()
         }
 
-    def _metrics(self) -> dict[str, float]:
+    def _metrics(self, rankings: Mapping[Direction, Ranking]) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        for direction, ranking in self.rankings.items():
+        for direction, ranking in rankings.items():
             metrics |= {f"{direction}_recall@{k}": ranking.recall(k) for k in self.ks}
         for k in self.ks:
             metrics[f"mean_recall@{k}"] = sum(metrics[f"{direction}_recall@{k}"] for direction in DIRECTIONS) / 2
-        for direction, ranking in self.rankings.items():
+        for direction, ranking in rankings.items():
             metrics[f"{direction}_ties"] = int(np.any([ranking.tied_at(k) for k in self.ks], axis=0).sum())
         return metrics
 

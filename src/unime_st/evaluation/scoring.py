@@ -51,6 +51,32 @@ class CandidateScores:
     ndcg_tied: np.ndarray  # (Q,) whether the order of equal scores decides that
     top: np.ndarray  # (Q, k) places of the best candidates, equal ones in their order, -1 past the last
     scores: np.ndarray  # (Q, k) their cosines, -inf past the last
+    gains: np.ndarray  # (Q, k) their relevance
+    ideal: np.ndarray  # (Q,) DCG@5 of the best order
+
+    def reranked(self, scores: np.ndarray) -> CandidateScores:
+        """The outcome after the first candidates got new scores ``(Q, n)``, n <= k, see ``reranking``.
+
+        Equal scores keep the order of cosines, and candidates past the first ``n`` stay where they are.
+        """
+        n = scores.shape[1]
+        numbers = pair_order(scores, self.scores[:, :n])
+        order = np.arange(self.top.shape[1])[None].repeat(len(scores), axis=0)
+        order[:, :n] = best_order(numbers)
+        # what stays behind is ordered by cosine, below all that was scored
+        behind = pair_order(self.scores[:, n:], self.scores[:, n:]) - self.top.shape[1]
+        numbers = np.concatenate([numbers, behind], axis=1)
+        top, cosines, gains, sorted_numbers = (
+            np.take_along_axis(own, order, axis=1) for own in (self.top, self.scores, self.gains, numbers)
+        )
+        is_right = gains[:, :n] > 0
+        there, first = is_right.any(axis=1), is_right.argmax(axis=1)
+        rank = np.where(there, first + 1, self.rank)
+        best = np.where(there, np.take_along_axis(top, first[:, None], axis=1)[:, 0], self.best)
+        tied = _order_decides(numbers, self.gains > 0, sorted_numbers[:, :1], gains[:, :1] > 0)
+        ndcg_tied = _order_decides(numbers, self.gains, sorted_numbers[:, :_CUTOFF], gains[:, :_CUTOFF])
+        ndcg = _dcg(gains) / self.ideal
+        return CandidateScores(rank == 1, tied, best, rank, ndcg, ndcg_tied, top, cosines, gains, self.ideal)
 
 
 def score_candidates(
@@ -106,7 +132,9 @@ def _ranked(cosine: np.ndarray, gain: np.ndarray, k: int) -> tuple[np.ndarray, .
     found = np.where(top >= 0, np.take_along_axis(gain, np.maximum(top, 0), axis=1), 0.0)
     tied = _order_decides(cosine, gain > 0, scores[:, :1], found[:, :1] > 0)
     ndcg_tied = _order_decides(cosine, gain, scores[:, :_CUTOFF], found[:, :_CUTOFF])
-    return rank == 1, tied, first[:, 0], rank, _ndcg(found, gain), ndcg_tied, top[:, :k], scores[:, :k]
+    ideal = _dcg(np.maximum(best_first(gain, _CUTOFF)[1], 0.0))
+    told = rank == 1, tied, first[:, 0], rank, _dcg(found) / ideal, ndcg_tied
+    return *told, top[:, :k], scores[:, :k], found[:, :k], ideal
 
 
 def _order_decides(cosine: np.ndarray, gain: np.ndarray, scores: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -160,18 +188,37 @@ def best_first(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return top, kept
 
 
+def pair_order(scores: np.ndarray, cosines: np.ndarray) -> np.ndarray:
+    """Dense numbers (Q, k) that order by score, equal ones by cosine; equal where both are.
+
+    >>> pair_order(np.array([[0.5, 0.9, 0.5, 0.5]]), np.array([[0.3, 0.1, 0.3, 0.2]])).tolist()
+    [[1, 2, 1, 0]]
+    """
+    order = np.lexsort((cosines, scores), axis=-1)
+    ranked = [np.take_along_axis(values, order, axis=1) for values in (scores, cosines)]
+    steps = np.zeros(scores.shape, dtype=np.int64)
+    for values in ranked:
+        steps[:, 1:] |= values[:, 1:] != values[:, :-1]
+    numbers = np.empty_like(steps)
+    np.put_along_axis(numbers, order, steps.cumsum(axis=1), axis=1)
+    return numbers
+
+
+def best_order(numbers: np.ndarray) -> np.ndarray:
+    """Places (Q, k) of what :func:`pair_order` numbers, the highest first, equal ones as they stand."""
+    return np.argsort(-numbers, axis=1, kind="stable")
+
+
 def _check(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"`{name}={number}`, but there must be at least one.")
 
 
-def _ndcg(found: np.ndarray, gains: np.ndarray) -> np.ndarray:
-    """nDCG@5 of gains in the order found (Q, k), relative to the best order of all gains (Q, C)."""
-    discounts = 1 / np.log2(np.arange(2, _CUTOFF + 2))
-    ideal = best_first(gains, _CUTOFF)[1]
-    ideal[np.isneginf(ideal)] = 0.0
-    return (found[:, :_CUTOFF] * discounts).sum(axis=1) / (ideal * discounts).sum(axis=1)
+def _dcg(found: np.ndarray) -> np.ndarray:
+    """DCG@5 of gains in the order found (Q, k), (Q,)."""
+    first = found[:, :_CUTOFF]
+    return (first / np.log2(np.arange(2, first.shape[1] + 2))).sum(axis=1)
 
 
 @dataclass(frozen=True)
@@ -188,6 +235,25 @@ class Ranking:
     def tied(self) -> np.ndarray:
         """Whether a wrong candidate scores exactly as well as the best right one, (Q,)."""
         return self.ranks > self.better
+
+    def reranked(self, right: Sequence[Sequence[int]], scores: np.ndarray) -> Ranking:
+        """The outcome after the first candidates got new scores ``(Q, n)``, n <= k, see ``reranking``.
+
+        Equal scores keep the order of cosines; a wrong candidate with equal score and cosine goes first. ``right``
+        lists the right candidates of each query, as ``top`` numbers them.
+        """
+        n = scores.shape[1]
+        numbers = pair_order(scores, self.scores[:, :n])
+        is_right = np.array([np.isin(row[:n], own) for row, own in zip(self.top, right, strict=True)]).reshape(-1, n)
+        best = np.where(is_right, numbers, -1)
+        place, best = best.argmax(axis=1), best.max(axis=1, keepdims=True)
+        found = self.ranks < n  # whether a right candidate is among them in any order of equal cosines
+        ranks = np.where(found, ((numbers >= best) & ~is_right).sum(axis=1), self.ranks)
+        better = np.where(found, ((numbers > best) & ~is_right).sum(axis=1), self.better)
+        order = np.arange(self.top.shape[1])[None].repeat(len(scores), axis=0)
+        order[:, :n] = best_order(numbers)
+        top, cosines = (np.take_along_axis(own, order, axis=1) for own in (self.top, self.scores))
+        return Ranking(ranks, better, np.where(found, self.top[np.arange(len(top)), place], self.best), top, cosines)
 
     def tied_at(self, k: int) -> np.ndarray:
         """Whether another order of equal scores would make a query right at k that is wrong, (Q,)."""

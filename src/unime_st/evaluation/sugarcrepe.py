@@ -15,7 +15,8 @@ from unime_st.data.caption_sets import image_below, require_columns, rows_and_fo
 from unime_st.data.images import resolve_image
 from unime_st.evaluation.base import EmbeddingEvaluator, image_item
 from unime_st.evaluation.outcomes import TIE_IS_WRONG, TaskOutcomes
-from unime_st.evaluation.scoring import unit_rows
+from unime_st.evaluation.reranking import Reranking
+from unime_st.evaluation.scoring import pair_order, unit_rows
 from unime_st.paths import resolve_below
 
 SUGARCREPE_GROUPS: dict[str, tuple[str, ...]] = {
@@ -32,8 +33,8 @@ Triplet = tuple[Any, str, str]
 class PreferenceScores:
     """The outcome of one set."""
 
-    positive: np.ndarray  # (rows,) cosine of image and right caption
-    negative: np.ndarray  # (rows,) cosine of image and wrong caption
+    positive: np.ndarray  # (rows,) cosine of image and right caption; after reranking, its place in the order
+    negative: np.ndarray  # (rows,) the same of the wrong caption
 
     @property
     def right(self) -> np.ndarray:
@@ -58,11 +59,14 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
         groups: Group name -> names of its sets. None means the published Replace, Swap and Add if every set is one of
             theirs (a group is scored over the sets given), else no groups.
         name: Prefix of the metrics' names.
-        **arguments: ``batch_size``, ``prompt``, ``prompt_name``, ``cache_dir``, ``show_progress_bar`` and ``write_csv``
-            of :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
+        **arguments: ``batch_size``, ``prompt``, ``prompt_name``, ``cache_dir``, ``show_progress_bar``, ``write_csv``,
+            ``reranker`` and ``rerank_depth`` of :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
+            A reranker scores both captions of every image, so its depth changes nothing here.
 
     Attributes:
         scores: Set name -> :class:`PreferenceScores` of each row, from the last call.
+        reranked_scores: The same after reranking, equal scores of the reranker in the order of cosines; empty without
+            a reranker.
         primary_metric: ``mean_of_groups_accuracy``, or ``mean_of_sets_accuracy`` without groups.
 
     Raises:
@@ -71,7 +75,8 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
 
     Metrics:
         ``<set>_accuracy``, ``<group>_accuracy``, ``mean_of_sets_accuracy``, ``mean_of_groups_accuracy`` and ``ties``,
-        the number of tied rows. A warning is logged when there are many.
+        the number of tied rows. A warning is logged when there are many. With a reranker all of them again as
+        ``reranked_...``, ``rerank_pairs`` and ``rerank_seconds``.
 
     Example:
         >>> class Lengths:  # stands for a model
@@ -110,6 +115,7 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
         self.groups = self._groups(groups)
         self.primary_metric = "mean_of_groups_accuracy" if self.groups else "mean_of_sets_accuracy"
         self.scores: dict[str, PreferenceScores] = {}
+        self.reranked_scores: dict[str, PreferenceScores] = {}
 
     def _groups(self, groups: Mapping[str, Sequence[str]] | None) -> dict[str, list[str]]:
         if groups is None:
@@ -211,7 +217,27 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
             positive, negative = ((unit[image] * unit[caption]).sum(axis=1) for caption in (right, wrong))
             self.scores[set_name] = PreferenceScores(positive, negative)
             start += len(rows)
-        return self._metrics()
+        self.reranked_scores = {}
+        metrics = self._metrics(self.scores)
+        reranking = self.open_reranking()
+        if reranking is None:
+            return metrics
+        self._rerank(cells, reranking)
+        return metrics | self.reranked_metrics(self._metrics(self.reranked_scores), reranking)
+
+    def _rerank(self, cells: Sequence[Any], reranking: Reranking) -> None:
+        places = np.arange(len(cells)).reshape(-1, 3)
+        start = 0
+        for name, cosines in self.scores.items():
+            own = places[start : start + len(cosines.positive)]
+
+            def where(row: int, place: int, own: np.ndarray = own) -> str:
+                return self._where(int(own[row, 1 + place]))
+
+            scores = reranking.scores(cells, own[:, 0], own[:, 1:], where)
+            order = pair_order(scores, np.stack([cosines.positive, cosines.negative], axis=1))
+            self.reranked_scores[name] = PreferenceScores(order[:, 0], order[:, 1])
+            start += len(own)
 
     def _where(self, item: int) -> str:
         row, cell = divmod(item, 3)
@@ -223,20 +249,28 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
 
     def outcomes(self) -> dict[str, TaskOutcomes]:
         """Whether each row of the last call is right, by set."""
-        return {
-            name: TaskOutcomes(np.arange(len(scores.right)), scores.right, scores.tied, rule=TIE_IS_WRONG)
-            for name, scores in self.scores.items()
-        }
+        return _outcomes(self.scores)
 
-    def _metrics(self) -> dict[str, float]:
-        by_set = {name: float(scores.right.mean()) for name, scores in self.scores.items()}
+    def reranked_outcomes(self) -> dict[str, TaskOutcomes]:
+        """The same after reranking."""
+        return _outcomes(self.reranked_scores)
+
+    def _metrics(self, scored: Mapping[str, PreferenceScores]) -> dict[str, float]:
+        by_set = {name: float(scores.right.mean()) for name, scores in scored.items()}
         by_group = {group: float(np.mean([by_set[name] for name in own])) for group, own in self.groups.items()}
         metrics = {f"{name}_accuracy": value for name, value in {**by_set, **by_group}.items()}
         metrics["mean_of_sets_accuracy"] = float(np.mean(list(by_set.values())))
         if by_group:
             metrics["mean_of_groups_accuracy"] = float(np.mean(list(by_group.values())))
-        metrics["ties"] = int(sum(scores.tied.sum() for scores in self.scores.values()))
+        metrics["ties"] = int(sum(scores.tied.sum() for scores in scored.values()))
         return metrics
+
+
+def _outcomes(scored: Mapping[str, PreferenceScores]) -> dict[str, TaskOutcomes]:
+    return {
+        name: TaskOutcomes(np.arange(len(scores.right)), scores.right, scores.tied, rule=TIE_IS_WRONG)
+        for name, scores in scored.items()
+    }
 
 
 def _read_set(path: Path, image_root: Path) -> list[Triplet]:

@@ -10,6 +10,7 @@ from datasets import Dataset
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, SentenceEvaluator
 
 from unime_st.columns import training_columns
+from unime_st.data import PairScorer
 from unime_st.data.pairs.contents import row_contents
 from unime_st.data.pairs.stored import closed_inputs, stored_rows
 from unime_st.data.pairs.tokens import kind_of
@@ -19,7 +20,14 @@ from unime_st.evaluation import ImageTextRetrievalEvaluator
 KS = (1, 5, 10)
 
 
-def pairs_evaluator(dataset: Dataset, *, name: str = "held_out", batch_size: int = 16) -> SentenceEvaluator:
+def pairs_evaluator(
+    dataset: Dataset,
+    *,
+    name: str = "held_out",
+    batch_size: int = 16,
+    reranker: PairScorer | None = None,
+    rerank_depth: int = 10,
+) -> SentenceEvaluator:
     """Make the evaluator that fits a set of pairs.
 
     Where one side has an image in every row and the other is text throughout, it is
@@ -31,6 +39,11 @@ def pairs_evaluator(dataset: Dataset, *, name: str = "held_out", batch_size: int
         dataset: Pairs of :func:`~unime_st.data.load_pairs`, whose images all open.
         name: Put before the metrics' names.
         batch_size: Items a forward pass.
+        reranker: Reranks what is found, see :class:`~unime_st.evaluation.ImageTextRetrievalEvaluator`.
+        rerank_depth: Candidates of a query that are reranked.
+
+    Raises:
+        ValueError: There is a reranker, but the pairs are not of images and texts.
 
     Example:
         >>> pairs = Dataset.from_dict({"query": ["a", "b"], "target": ["x", "y"]})
@@ -45,7 +58,14 @@ def pairs_evaluator(dataset: Dataset, *, name: str = "held_out", batch_size: int
     kinds = [{kind_of(cell) for cell in each_cell(stored, side)} for side in sides]
     pictured = [side for side in (0, 1) if kinds[side] <= {"image", "image+text"} and kinds[1 - side] == {"text"}]
     if pictured and not any(isinstance(item.get("image"), list) for item in inputs[pictured[0]]):
-        return _captions(inputs, contents, pictured[0], name=name, batch_size=batch_size)
+        options = {"reranker": reranker, "rerank_depth": rerank_depth, "name": name, "batch_size": batch_size}
+        return _captions(inputs, contents, pictured[0], **options)
+    if reranker is not None:
+        raise ValueError(
+            "Reranking needs pairs with an image on one side and a text on the other; these are evaluated by the stock "
+            "InformationRetrievalEvaluator, which does not rerank. Leave the reranker out, or make the pairs an "
+            "`MMEBTask` for `MMEBEvaluator`."
+        )
     corpus = {str(content): item for content, item in zip(contents[:, 1].tolist(), inputs[1], strict=True)}
     queries: dict[str, Any] = {}
     right: dict[str, set[str]] = {}

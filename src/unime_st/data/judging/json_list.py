@@ -196,6 +196,10 @@ class _Text:
                         f"{self._file} is cut short or damaged in row {number} ({error.msg}): {self.shown()}. Get it "
                         "again."
                     ) from error
+            except RecursionError as error:
+                raise ValueError(
+                    f"{self._file} is damaged in row {number}: it nests lists or objects too deeply, {self.shown()}."
+                ) from error
             else:
                 return found
 

@@ -65,9 +65,9 @@ def judge_negatives(
     number is told; one with none is left out. Equal candidates count once, the positive is none.
 
     Equal pairs are judged once: rows of one query are judged together, so the result has them side by side. A run that
-    was killed continues where it was: rows are written in files of about ``rows_per_file`` (one query's are in one
-    file), whole and with checksums; a damaged one is judged again. Several processes share the files. Memory is that of
-    one file's rows, beside a number for each row of the set.
+    was killed continues where it was: rows are written in files of ``rows_per_file`` to twice that (one query's in one,
+    unless they fill two), whole and with checksums; a damaged one is judged again. Several processes share the files.
+    Memory is that of one file's rows, beside a number for each row of the set.
 
     Args:
         dataset: Rows (anchor, positive, negative_1, ...), as :func:`~unime_st.data.load_mined_negatives` gives them, or
@@ -79,7 +79,8 @@ def judge_negatives(
         stride: Every how many-th candidate is kept, 5 in the paper.
         too_few: "keep" keeps rows of fewer than ``n`` negatives, "drop" leaves them out.
         judge_name: What tells the judge from others; None takes a hash of the model.
-        hash_images: Identify images by the content of their files; False by their paths.
+        hash_images: Identify images by the content of their files; False by their paths. What tells one data set from
+            another in ``output_dir`` is their paths in any case: a folder is for images that stay as they are.
         batch_size: Pairs that the judge takes at a time.
         rows_per_file: Rows judged between two files, which is what a kill can cost.
         show_progress_bar: Show how many rows are judged, and the time left.
@@ -160,11 +161,14 @@ class _Rows:
         self.group = np.array(groups)
 
     def parts(self, rows_per_file: int) -> list[np.ndarray]:
-        """Rows of each file, all of one query's in one."""
+        """Rows of each file, those of one query side by side, and in one file unless they alone fill two."""
         order = np.argsort(self.group, kind="stable")
         ends = np.flatnonzero(np.append(np.diff(self.group[order]), 1)) + 1  # of groups
         cuts, start = [], 0
         for end in ends.tolist():
+            while end - start >= 2 * rows_per_file:
+                start += rows_per_file
+                cuts.append(start)
             if end - start >= rows_per_file:
                 cuts.append(end)
                 start = end

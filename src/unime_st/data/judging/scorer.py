@@ -38,14 +38,32 @@ def scorer_identity(judge: Any, name: str | None) -> str:
 
 
 def scores_of(judge: PairScorer, pairs: list[Any], batch_size: int, told: Callable[[int], str]) -> np.ndarray:
-    """Score pairs, ``(N,)``; ``told`` says where a pair comes from, for errors."""
-    found = np.asarray(judge.predict(pairs, batch_size=batch_size, show_progress_bar=False), dtype=np.float32)
+    """Score pairs in 0..1, ``(N,)``; ``told`` says where a pair comes from, for errors."""
+    found = _predicted(judge, pairs, batch_size)
+    check_range(found, told)
+    return found
+
+
+def pair_scores(reranker: PairScorer, pairs: list[Any], batch_size: int, told: Callable[[int], str]) -> np.ndarray:
+    """Score pairs by any finite numbers, ``(N,)``, for their order alone; ``told`` as above."""
+    found = _predicted(reranker, pairs, batch_size)
+    wrong = np.flatnonzero(~np.isfinite(found))
+    if len(wrong):
+        first = int(wrong[0])
+        raise ValueError(
+            f"{told(first)}: the reranker's score is {found[first]:g}, as are {len(wrong) - 1} more of {len(found)} "
+            "not finite, so they have no order. Load it in float32 or bfloat16 if it overflows in float16."
+        )
+    return found
+
+
+def _predicted(scorer: PairScorer, pairs: list[Any], batch_size: int) -> np.ndarray:
+    found = np.asarray(scorer.predict(pairs, batch_size=batch_size, show_progress_bar=False), dtype=np.float32)
     if found.shape != (len(pairs),):
         raise ValueError(
             f"The judge gave scores of shape {found.shape} for {len(pairs)} pairs, but one each is needed: a reranker "
             "with one label."
         )
-    check_range(found, told)
     return found
 
 

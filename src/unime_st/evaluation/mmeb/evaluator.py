@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from unime_st.evaluation.base import EmbeddingEvaluator, check_shown
 from unime_st.evaluation.mmeb.inputs import as_tasks, distinct_inputs
 from unime_st.evaluation.mmeb.tasks import IN_DISTRIBUTION, META_TASKS, Metric, MMEBTask, Parser, tasks_from_yaml
 from unime_st.evaluation.outcomes import TaskOutcomes
-from unime_st.evaluation.scoring import score_candidates
+from unime_st.evaluation.reranking import Reranking
+from unime_st.evaluation.scoring import CandidateScores, score_candidates
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +80,12 @@ class MMEBEvaluator(EmbeddingEvaluator):
             takes all.
         seed: Seed of that draw.
         name: Prefix of the metrics' names.
-        **arguments: ``batch_size``, ``prompt``, ``prompt_name``, ``cache_dir``, ``show_progress_bar`` and ``write_csv``
-            of :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
+        **arguments: ``batch_size``, ``prompt``, ``prompt_name``, ``cache_dir``, ``show_progress_bar``, ``write_csv``,
+            ``reranker`` and ``rerank_depth`` of :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
 
     Attributes:
         results: Task -> :class:`TaskResult`, from the last call.
+        reranked_results: The same after reranking; empty without a reranker.
         errors: Task -> messages on what could not be read in the last call.
         primary_metric: ``mean_precision@1``, over the tasks.
 
@@ -100,7 +102,8 @@ class MMEBEvaluator(EmbeddingEvaluator):
         ``in_distribution_precision@1`` and ``out_of_distribution_precision@1`` over the published tasks with and
         without a training set; ``tasks``, the number of tasks; with more than one metric or modality among the tasks,
         ``mean_ndcg@5``, ``<modality>_mean`` over each task's metric, and ``overall_mean``, as MMEB V2 prints them; with
-        "report", ``unreadable_rows``.
+        "report", ``unreadable_rows``. With a reranker all of them again as ``reranked_...``, ``rerank_pairs`` and
+        ``rerank_seconds``.
     """
 
     def __init__(
@@ -140,6 +143,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
         if all(task.metric != "hit@1" for task in self._tasks):
             self.primary_metric = "mean_ndcg@5"
         self.results: dict[str, TaskResult] = {}
+        self.reranked_results: dict[str, TaskResult] = {}
         self.errors: dict[str, list[str]] = {}
 
     @classmethod
@@ -179,7 +183,8 @@ class MMEBEvaluator(EmbeddingEvaluator):
 
     def measure(self, model: Any) -> dict[str, float]:
         """Evaluate a model; the metrics, without the evaluator's name."""
-        self.results, self.errors = {}, {}
+        self.results, self.reranked_results, self.errors = {}, {}, {}
+        reranking = self.open_reranking(self._reader.read_absolute if self.encoding_settings() else None)
         read = self._read()
         items, owner, places = distinct_inputs(read)
         if items:
@@ -189,16 +194,22 @@ class MMEBEvaluator(EmbeddingEvaluator):
         for task in self._tasks:
             if task.name in read:
                 own, rows = read[task.name]
-                result = self._score(model, task, own, rows, embeddings, index[places[task.name]])
+                result, after = self._score(model, task, own, rows, embeddings, index[places[task.name]], reranking)
                 _explain(result, own, rows, places[task.name], errors)
                 self.results[task.name] = result
+                if after is not None:
+                    self.reranked_results[task.name] = replace(after, errors=result.errors)
+                    logger.info("%s: %s %.4f after reranking", task.name, task.metric, after.score)
                 if result.errors:
                     self.errors[task.name] = [f"row {row}: {why}" for row, why in sorted(result.errors.items())]
                 told = task.name, task.metric, result.score, len(result.rows), result.tied.sum()
                 logger.info("%s: %s %.4f, %d rows, %d of them decided by ties", *told)
         if not self.results:
             raise ValueError(f"None of the tasks could be evaluated; the first: {next(iter(self.errors.values()))[0]}")
-        return self._metrics()
+        metrics = self._metrics(self.results)
+        if reranking is None:
+            return metrics
+        return metrics | self.reranked_metrics(self._metrics(self.reranked_results), reranking)
 
     def _read(self) -> dict[str, tuple[EvalTask, np.ndarray]]:
         """Read each task, and draw the rows that are evaluated."""
@@ -233,40 +244,54 @@ class MMEBEvaluator(EmbeddingEvaluator):
             prepare=self._reader.read_absolute if self.encoding_settings() else None,
         )
 
-    @staticmethod
     def _score(  # noqa: PLR0917
-        model: Any, task: MMEBTask, own: EvalTask, rows: np.ndarray, embeddings: np.ndarray, index: np.ndarray
-    ) -> TaskResult:
-        """Score the drawn rows; ``index`` is the embedding of each item of the task, -1 for an unreadable one."""
-        count = len(rows)
+        self,
+        model: Any,
+        task: MMEBTask,
+        own: EvalTask,
+        rows: np.ndarray,
+        embeddings: np.ndarray,
+        index: np.ndarray,
+        reranking: Reranking | None = None,
+    ) -> tuple[TaskResult, TaskResult | None]:
+        """Score the drawn rows; ``index`` is the embedding of each item of the task, -1 for an unreadable one.
+
+        Also what they are after reranking, if there is any.
+        """
         place_of_row = {int(row): place for place, row in enumerate(own.rows)}
-        pool = None if own.corpus is None else index[own.corpus]
         readable, at = [], []
         for number, row in enumerate(rows):
             place = place_of_row.get(int(row))
             if place is not None and index[own.queries[place]] >= 0 and (index[own.own(place)] >= 0).all():
                 readable.append(number)
                 at.append(place)
-        right, tied = np.zeros(count, bool), np.zeros(count, bool)
-        rank, best = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        top, scores = np.full((count, _SHOWN), -1, dtype=np.int64), np.zeros(count)
+        pool = None if own.corpus is None else own.corpus[index[own.corpus] >= 0]
+        found = reranked = None
         if at:
             found = score_candidates(
                 embeddings,
                 index[own.queries[at]],
                 [index[own.own(place)] for place in at],
                 gains=None if own.gains is None else [own.gains_of(place) for place in at],
-                pool=None if pool is None else pool[pool >= 0],
-                k=_SHOWN,
+                pool=None if pool is None else index[pool],
+                k=_SHOWN if reranking is None else max(_SHOWN, self.rerank_depth),
                 device=getattr(model, "device", "cpu"),
             )
-            right[readable], rank[readable] = found.right, found.rank
-            top[readable], best[readable] = found.top, found.best
-            if pool is not None:
-                top, best = (_places(places, np.flatnonzero(pool >= 0)) for places in (top, best))
-            by_hit = task.metric == "hit@1"
-            scores[readable], tied[readable] = (found.right, found.tied) if by_hit else (found.ndcg, found.ndcg_tied)
-        return TaskResult(rows, right, tied, rank, best, top, {}, task.metric, scores)
+        if reranking is not None:  # every process comes here, with rows or without
+            first = np.full((0, 1), -1) if found is None else found.top[:, : self.rerank_depth]
+            shown = [own.own(place) if pool is None else pool for place in at]
+            items = [_places(row, of) for row, of in zip(first, shown, strict=True)]
+
+            def where(row: int, place: int) -> str:
+                return f"{task.name}, row {rows[readable[row]]}, candidate {first[row, place]}"
+
+            scores = reranking.scores(own.items, own.queries[at], np.array(items, np.int64).reshape(first.shape), where)
+            reranked = None if found is None else found.reranked(scores)
+
+        def result(of: CandidateScores | None) -> TaskResult:
+            return _result(task, rows, readable, of, None if pool is None else np.flatnonzero(index[own.corpus] >= 0))
+
+        return result(found), None if reranking is None else result(reranked)
 
     def top(
         self, task: str, k: int = _SHOWN, places: Sequence[int] | None = None, *, with_right: bool = False
@@ -307,14 +332,18 @@ class MMEBEvaluator(EmbeddingEvaluator):
 
     def outcomes(self) -> dict[str, TaskOutcomes]:
         """The share of each row of the last call in its task's metric."""
-        return {task: TaskOutcomes(result.rows, result.scores, result.tied) for task, result in self.results.items()}
+        return _outcomes(self.results)
 
-    def _metrics(self) -> dict[str, float]:
+    def reranked_outcomes(self) -> dict[str, TaskOutcomes]:
+        """The same after reranking."""
+        return _outcomes(self.reranked_results)
+
+    def _metrics(self, results: Mapping[str, TaskResult]) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        for task, result in self.results.items():
+        for task, result in results.items():
             metrics[f"{task}_{_METRIC_NAMES[result.metric]}"] = result.score
             metrics[f"{task}_ties"] = int(result.tied.sum())
-        precision = {task: result.score for task, result in self.results.items() if result.metric == "hit@1"}
+        precision = {task: result.score for task, result in results.items() if result.metric == "hit@1"}
         metas = dict.fromkeys(self.meta_tasks[task] for task in precision if task in self.meta_tasks)
         by_meta = [
             _mean(precision, (task for task in precision if self.meta_tasks.get(task) == meta)) for meta in metas
@@ -330,24 +359,28 @@ class MMEBEvaluator(EmbeddingEvaluator):
                 metrics[f"{key}_precision@1"] = _mean(precision, tasks)
         if precision:
             metrics["mean_precision@1"] = _mean(precision, precision)
-        metrics |= self._mixed_metrics()
-        metrics["ties"] = sum(int(result.tied.sum()) for result in self.results.values())
-        metrics["tasks"] = len(self.results)
+        metrics |= self._mixed_metrics(results)
+        metrics["ties"] = sum(int(result.tied.sum()) for result in results.values())
+        metrics["tasks"] = len(results)
         if self.on_error == "report":
-            metrics["unreadable_rows"] = sum(len(result.errors) for result in self.results.values())
+            metrics["unreadable_rows"] = sum(len(result.errors) for result in results.values())
         return metrics
 
-    def _mixed_metrics(self) -> dict[str, float]:
+    def _mixed_metrics(self, results: Mapping[str, TaskResult]) -> dict[str, float]:
         """MMEB V2's averages, where there are other tasks than Precision@1 on images."""
-        scores = {task: result.score for task, result in self.results.items()}
+        scores = {task: result.score for task, result in results.items()}
         modality = {task.name: task.modality for task in self._tasks if task.name in scores}
-        graded = [task for task, result in self.results.items() if result.metric == "ndcg@5"]
+        graded = [task for task, result in results.items() if result.metric == "ndcg@5"]
         if not graded and set(modality.values()) <= {"image"}:
             return {}
         metrics = {"mean_ndcg@5": _mean(scores, graded)} if graded else {}
         for kind in dict.fromkeys(modality.values()):
             metrics[f"{kind}_mean"] = _mean(scores, [task for task in scores if modality[task] == kind])
         return {**metrics, "overall_mean": _mean(scores, scores)}
+
+
+def _outcomes(results: Mapping[str, TaskResult]) -> dict[str, TaskOutcomes]:
+    return {task: TaskOutcomes(result.rows, result.scores, result.tied) for task, result in results.items()}
 
 
 def _check_tasks(tasks: Sequence[MMEBTask]) -> None:
@@ -358,6 +391,24 @@ def _check_tasks(tasks: Sequence[MMEBTask]) -> None:
             )
         if task.name in {other.name for other in tasks[:number]}:
             raise ValueError(f"Two tasks are called {task.name!r}. Give each once, under a name of its own.")
+
+
+def _result(
+    task: MMEBTask, rows: np.ndarray, readable: list[int], found: CandidateScores | None, pool: np.ndarray | None
+) -> TaskResult:
+    """A task's outcome of the rows that were ``readable``; ``pool`` has the place of each candidate that was, too."""
+    count = len(rows)
+    right, tied = np.zeros(count, bool), np.zeros(count, bool)
+    rank, best = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    top, scores = np.full((count, _SHOWN), -1, dtype=np.int64), np.zeros(count)
+    if found is not None:
+        right[readable], rank[readable] = found.right, found.rank
+        top[readable], best[readable] = found.top[:, :_SHOWN], found.best
+        if pool is not None:
+            top, best = (_places(places, pool) for places in (top, best))
+        by_hit = task.metric == "hit@1"
+        scores[readable], tied[readable] = (found.right, found.tied) if by_hit else (found.ndcg, found.ndcg_tied)
+    return TaskResult(rows, right, tied, rank, best, top, {}, task.metric, scores)
 
 
 def _explain(result: TaskResult, own: EvalTask, rows: np.ndarray, place: np.ndarray, errors: Mapping[int, str]) -> None:
@@ -371,7 +422,7 @@ def _explain(result: TaskResult, own: EvalTask, rows: np.ndarray, place: np.ndar
 
 
 def _places(top: np.ndarray, readable: np.ndarray) -> np.ndarray:
-    """Turn places among the readable candidates of a pool into places in the pool."""
+    """What stands at places of a list, -1 where there is none."""
     return np.where(top >= 0, readable[np.maximum(top, 0)], -1)
 
 

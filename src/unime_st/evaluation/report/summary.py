@@ -12,6 +12,7 @@ from unime_st.evaluation.mmeb.evaluator import MMEBEvaluator
 from unime_st.evaluation.outcomes import told_of_ties
 from unime_st.evaluation.published import published_results, published_task_scores
 from unime_st.evaluation.report.report import Report
+from unime_st.evaluation.reranking import reranker_name
 from unime_st.evaluation.retrieval import ImageTextRetrievalEvaluator
 from unime_st.evaluation.sugarcrepe import SugarCrepeEvaluator
 
@@ -65,6 +66,7 @@ def add_mmeb(
         series[published] = [100 * theirs.get(task, float("nan")) for task in results]
     report.add_bar_plot("MMEB: by task, drawn", list(results), series, "percent")
     _add_averages(report, evaluator, own, model)
+    _add_reranked(report, "MMEB", evaluator, own)
     if evaluator.errors:
         lost = [[task, message] for task, messages in evaluator.errors.items() for message in messages]
         report.add_table("MMEB: counted as wrong or left out", ["task", "why"], lost)
@@ -139,6 +141,7 @@ def add_retrieval(
     )
     _add_ties(report, title, evaluator)
     report.add_table(title, columns, rows, digits=1, note=note)
+    _add_reranked(report, title, evaluator, {name.removeprefix(prefix): value for name, value in metrics.items()})
     ranks = evaluator.rankings["text_to_image"].ranks
     worst = np.argsort(-ranks, kind="stable")[: min(_MISTAKES, int((ranks > 0).sum()))]
     if len(worst):
@@ -159,6 +162,27 @@ def add_sugarcrepe(
     note = f"Rows that are wrong only because both captions are equally near: {int(metrics[f'{prefix}ties'])}."
     _add_ties(report, "SugarCrepe", evaluator)
     report.add_table("SugarCrepe: accuracy (chance is 50)", ["model", *names], rows, digits=1, note=note)
+    _add_reranked(
+        report, "SugarCrepe", evaluator, {name.removeprefix(prefix): value for name, value in metrics.items()}
+    )
+
+
+def _add_reranked(report: Report, title: str, evaluator: EmbeddingEvaluator, own: Mapping[str, float]) -> None:
+    """Add every score before and after reranking, if there was any, and what it took."""
+    if evaluator.reranker is None:
+        return
+    rows = []
+    for name, before in own.items():
+        after = own.get(f"reranked_{name}")
+        if after is not None and isinstance(before, float):  # counts of rows are no scores
+            rows.append([name.replace("_", " "), before, after, after - before])
+    note = (
+        f"{reranker_name(evaluator.reranker)} put the first {evaluator.rerank_depth} candidates of each query in a "
+        f"new order: {int(own['rerank_pairs']):,} distinct pairs, {own['rerank_seconds']:.1f} seconds (pairs that the "
+        "cache has take none). A right answer behind them cannot be brought forward."
+    )
+    columns = ["metric", "encoder", "reranked", "change"]
+    report.add_table(f"{title}, reranked", columns, rows, percent=True, note=note)
 
 
 def _add_ties(report: Report, title: str, evaluator: EmbeddingEvaluator) -> None:

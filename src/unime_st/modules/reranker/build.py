@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from unime_st.modules.saved import folder_of
 from unime_st.rerank_prompts import PAIR_PROMPTS, PairPrompt, pair_template
 
 _PROBES = "unime probe alpha", "unime probe bravo"
+_COUNTED = ("none", "one", "two")
 
 
 def build_reranker(
@@ -179,22 +181,34 @@ def _token(tokenizer: Any, kind: str, word: str) -> int:
 
 
 def _check_rendered(encoder: PairEncoder) -> None:
-    """Refuse a template that drops the text or the image of a half, or cannot render pairs."""
+    """Refuse a template that drops the text or the image of a half, turns the halves round, or cannot render pairs."""
     token = getattr(encoder.processor, "image_token", None)
-    shown = [
-        {"role": role, "content": [{"type": "image"}, {"type": "text", "text": text}]}
-        for role, text in zip(("query", "document"), _PROBES, strict=True)
-    ]
-    try:
-        rendered = str(encoder.processor.apply_chat_template(shown, tokenize=False))
-    except Exception as error:  # templates raise what they like
-        raise ValueError(f"The chat template cannot render a pair of the roles query and document: {error}") from error
-    lost = [f"the text of the {role}" for role, text in zip(("query", "document"), _PROBES, strict=True)
-            if text not in rendered]  # fmt: skip
-    if isinstance(token, str) and rendered.count(token) < 2:
-        lost.append(f"an image ({rendered.count(token)} {token!r} of two)")
+    image, texts = {"type": "image"}, [{"type": "text", "text": text} for text in _PROBES]
+    for shown in product(((1, 1), (1, 0), (0, 1)), repeat=2):  # images and texts of query and document
+        parts = [[image] * images + [said] * words for (images, words), said in zip(shown, texts, strict=True)]
+        messages = [{"role": role, "content": own} for role, own in zip(("query", "document"), parts, strict=True)]
+        try:
+            rendered = str(encoder.processor.apply_chat_template(messages, tokenize=False))
+        except Exception as error:  # templates raise what they like
+            raise ValueError(
+                f"The chat template cannot render a pair of the roles query and document: {error}"
+            ) from error
+        _check_parts(rendered, shown, token)
+
+
+def _check_parts(rendered: str, shown: tuple[tuple[int, int], ...], token: Any) -> None:
+    halves = zip(("query", "document"), shown, _PROBES, strict=True)
+    lost = [f"the text of the {role}" for role, (_, words), text in halves if words and text not in rendered]
+    images = sum(count for count, _ in shown)
+    if isinstance(token, str) and rendered.count(token) < images:
+        lost.append(f"an image ({rendered.count(token)} {token!r} of {_COUNTED[images]})")
     if lost:
         raise ValueError(
             f"The chat template drops {' and '.join(lost)}, so scores would not depend on it. Give a `template` that "
             "renders the messages of the roles 'query' and 'document', or none, for the backbone's own."
+        )
+    if all(words for _, words in shown) and rendered.index(_PROBES[1]) < rendered.index(_PROBES[0]):
+        raise ValueError(
+            "The chat template renders the document before the query, but images are given to the model the query's "
+            "first, so it would take one for the other. Give a `template` that renders the query first."
         )

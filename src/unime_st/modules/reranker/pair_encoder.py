@@ -144,4 +144,5 @@ class PairEncoder(MultimodalEncoder):
 
 
 def _is_plain(head: Any) -> bool:
-    return type(head) is nn.Linear and "forward" not in vars(head)
+    hooked = bool(head._forward_hooks or head._forward_pre_hooks)  # mteb's wrapper reads columns of the whole
+    return type(head) is nn.Linear and "forward" not in vars(head) and not hooked
