@@ -106,7 +106,7 @@ def test_evaluate_says_what_is_wrong(script, world, encoder, tmp_path, capsys):
     assert "red.png" in (output / "report.json").read_text()
     with pytest.raises(SystemExit):
         main([str(encoder)])
-    assert "give --mmeb, --retrieval or --sugarcrepe" in capsys.readouterr().err
+    assert "give --mmeb, --mmeb-v2, --retrieval or --sugarcrepe" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([str(encoder), "--sugarcrepe", str(world)])
     assert "needs --sugarcrepe-images" in capsys.readouterr().err

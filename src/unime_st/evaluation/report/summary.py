@@ -48,12 +48,16 @@ def add_mmeb(
     theirs = published_task_scores(published)[published]
     results = evaluator.results
     known = any(task in theirs for task in results)
+    frames, pixels = evaluator.frames, _pixels(evaluator)
+    shown = ["frames", "pixels"] if any(frames.values()) else []
     rows = [
-        [task, evaluator.meta_tasks.get(task, "–"), len(result.rows), result.metric, result.score,
+        [task, evaluator.meta_tasks.get(task, "–"), len(result.rows), result.metric,
+         *([frames[task] or "–", pixels] if shown else []), result.score,
          *([theirs.get(task)] if known else []), int(result.tied.sum()), len(result.errors)]
         for task, result in results.items()
     ]  # fmt: skip
-    columns = ["task", "meta-task", "rows", "metric", model, *([published] if known else []), "ties", "unreadable"]
+    columns = ["task", "meta-task", "rows", "metric", *shown, model, *([published] if known else []), "ties",
+               "unreadable"]  # fmt: skip
     note = (
         "Ties: rows whose score only the order of equal candidates decides. As published the first of them wins, so "
         "among a row's own candidates, the right one first, a tie is right."
@@ -75,6 +79,14 @@ def add_mmeb(
             mistakes,
             note=f"Those whose right answer ranks lowest, by task. {_AFTER_THEM}",
         )
+
+
+def _pixels(evaluator: MMEBEvaluator) -> str:
+    """What an evaluation makes of the size of images, pages and frames."""
+    if evaluator.image_size is not None:
+        sides = evaluator.image_size if isinstance(evaluator.image_size, tuple) else (evaluator.image_size,) * 2
+        return "{} x {}".format(*sides)
+    return "as stored" if evaluator.max_pixels is None else f"<= {evaluator.max_pixels}"
 
 
 def _add_averages(report: Report, evaluator: MMEBEvaluator, own: Mapping[str, float], model: str) -> None:
