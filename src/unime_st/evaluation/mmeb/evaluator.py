@@ -431,7 +431,11 @@ def _places(top: np.ndarray, readable: np.ndarray) -> np.ndarray:
 
 
 def _shown(item: Any) -> dict[str, Any]:
-    return item if isinstance(item, dict) else {"text": item}
+    """An input as a gallery shows it; of a video, the frame in its middle."""
+    if not isinstance(item, dict):
+        return {"text": item}
+    frames = item.get("video")
+    return {**item, "image": frames[len(frames) // 2]} if frames else item
 
 
 def _mean(values: Mapping[str, float], keys: Iterable[str]) -> float:

@@ -11,6 +11,7 @@ from unime_st.evaluation.base import EmbeddingEvaluator
 from unime_st.evaluation.mmeb.evaluator import MMEBEvaluator
 from unime_st.evaluation.outcomes import told_of_ties
 from unime_st.evaluation.published import published_results, published_task_scores
+from unime_st.evaluation.report.mmeb_v2 import add_v2_averages, pixels_of
 from unime_st.evaluation.report.report import Report
 from unime_st.evaluation.retrieval import ImageTextRetrievalEvaluator
 from unime_st.evaluation.sugarcrepe import SugarCrepeEvaluator
@@ -48,7 +49,7 @@ def add_mmeb(
     theirs = published_task_scores(published)[published]
     results = evaluator.results
     known = any(task in theirs for task in results)
-    frames, pixels = evaluator.frames, _pixels(evaluator)
+    frames, pixels = evaluator.frames, pixels_of(evaluator)
     shown = ["frames", "pixels"] if any(frames.values()) else []
     rows = [
         [task, evaluator.meta_tasks.get(task, "–"), len(result.rows), result.metric,
@@ -68,7 +69,7 @@ def add_mmeb(
     if known:
         series[published] = [100 * theirs.get(task, float("nan")) for task in results]
     report.add_bar_plot("MMEB: by task, drawn", list(results), series, "percent")
-    _add_averages(report, evaluator, own, model)
+    (add_v2_averages if "overall_mean" in own else _add_averages)(report, evaluator, own, model)
     if evaluator.errors:
         lost = [[task, message] for task, messages in evaluator.errors.items() for message in messages]
         report.add_table("MMEB: counted as wrong or left out", ["task", "why"], lost)
@@ -79,14 +80,6 @@ def add_mmeb(
             mistakes,
             note=f"Those whose right answer ranks lowest, by task. {_AFTER_THEM}",
         )
-
-
-def _pixels(evaluator: MMEBEvaluator) -> str:
-    """What an evaluation makes of the size of images, pages and frames."""
-    if evaluator.image_size is not None:
-        sides = evaluator.image_size if isinstance(evaluator.image_size, tuple) else (evaluator.image_size,) * 2
-        return "{} x {}".format(*sides)
-    return "as stored" if evaluator.max_pixels is None else f"<= {evaluator.max_pixels}"
 
 
 def _add_averages(report: Report, evaluator: MMEBEvaluator, own: Mapping[str, float], model: str) -> None:
