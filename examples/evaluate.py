@@ -1,11 +1,12 @@
-"""Evaluate an encoder on MMEB, on image-text retrieval and on SugarCrepe, whichever folders are given.
+"""Evaluate an encoder on MMEB, on MMEB V2, on image-text retrieval and on SugarCrepe, whichever folders are given.
 
     python examples/evaluate.py encoder --mmeb MMEB-eval --retrieval flickr30k urban1k --output results
+    python examples/evaluate.py encoder --mmeb-v2 MMEB-V2 --num-frames 8 --output results
     python examples/evaluate.py encoder --sugarcrepe sugar-crepe/data --sugarcrepe-images val2017 --output results
     python examples/evaluate.py encoder --mmeb MMEB-eval --reranker reranker --rerank-depth 10 --output results
 
-Layouts: MMEB `<Task>/test-*.parquet` with images in `images/`; retrieval, images and a `metadata.jsonl`
-(`{"file_name": "a.jpg", "text": ["a caption", ...]}` a line); SugarCrepe, one `<set>.json` a set.
+Layouts: MMEB `<Task>/test-*.parquet` with images in `images/`; MMEB V2, see docs/evaluate.md; retrieval, images and a
+`metadata.jsonl` (`{"file_name": "a.jpg", "text": ["a caption", ...]}` a line); SugarCrepe, one `<set>.json` a set.
 """
 
 import argparse
@@ -33,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("model", help="a saved encoder: a folder or a Hub name")
     parser.add_argument("--mmeb", help="folder in MMEB-eval's layout, or its name on the Hub")
     parser.add_argument("--mmeb-images", type=Path, help="its images; `images` in that folder by default")
-    parser.add_argument("--tasks", nargs="+", help="of MMEB; all that are there by default")
+    parser.add_argument("--mmeb-v2", type=Path, help="folder of MMEB V2's 78 tasks: images, videos, visual documents")
+    parser.add_argument("--num-frames", type=int, default=8, help="frames of a video of MMEB V2 (default: %(default)s)")
+    parser.add_argument("--tasks", nargs="+", help="of MMEB or MMEB V2; all that are there by default")
     parser.add_argument("--task-list", type=Path, help="YAML file of MMEB V2's image tasks, in place of --tasks")
     parser.add_argument("--image-size", type=int, help="bring every MMEB image to this side by force, as published")
     parser.add_argument("--max-pixels", type=int, help="make larger MMEB images smaller, keeping their shape")
@@ -49,29 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--cache", type=Path, default=".embedding_cache", help="embeddings (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16)
     given = parser.parse_args(arguments)
-    if not (given.mmeb or given.retrieval or given.sugarcrepe):
-        parser.error("nothing to evaluate on: give --mmeb, --retrieval or --sugarcrepe")
+    if not (given.mmeb or given.mmeb_v2 or given.retrieval or given.sugarcrepe):
+        parser.error("nothing to evaluate on: give --mmeb, --mmeb-v2, --retrieval or --sugarcrepe")
+    if given.mmeb and given.mmeb_v2 and given.tasks:
+        parser.error("--tasks is for one of --mmeb and --mmeb-v2")
     if given.sugarcrepe and not given.sugarcrepe_images:
         parser.error("--sugarcrepe needs --sugarcrepe-images, the folder its file names lead to")
 
     # 1. The evaluators: ready before the encoder is loaded, so that a wrong folder is known at once.
-    options: dict[str, Any] = {"batch_size": given.batch_size, "cache_dir": given.cache, "show_progress_bar": True}
-    if given.reranker:
-        options |= {"reranker": load_reranker(given.reranker), "rerank_depth": given.rerank_depth}
-    evaluators: list[tuple[Any, Any]] = []
-    if given.mmeb:
-        choice = {"limit": given.limit, "image_size": given.image_size, "max_pixels": given.max_pixels, **options}
-        if given.task_list:
-            mmeb = MMEBEvaluator.from_yaml(given.task_list, given.mmeb, on_error="report", **choice)
-        else:
-            mmeb = MMEBEvaluator(given.mmeb, given.tasks, image_root=given.mmeb_images, on_error="report", **choice)
-        evaluators.append((mmeb, partial(add_mmeb, published=given.published)))
-    evaluators += [
-        (ImageTextRetrievalEvaluator.from_folder(path, **options), add_retrieval) for path in given.retrieval
-    ]
-    if given.sugarcrepe:
-        pairs = SugarCrepeEvaluator.from_folder(given.sugarcrepe, given.sugarcrepe_images, **options)
-        evaluators.append((pairs, add_sugarcrepe))
+    evaluators = chosen(given)
 
     # 2. Each writes its JSON and CSV, and a part of the report.
     model = load_encoder(given.model)
@@ -87,6 +76,32 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     report.add_settings({key: value for key, value in vars(given).items() if value})
     print(f"wrote {report.write(given.output)}")
     return given.output
+
+
+def chosen(given: argparse.Namespace) -> list[tuple[Any, Any]]:
+    """The evaluators, each with what adds it to a report."""
+    options: dict[str, Any] = {"batch_size": given.batch_size, "cache_dir": given.cache, "show_progress_bar": True}
+    if given.reranker:
+        options |= {"reranker": load_reranker(given.reranker), "rerank_depth": given.rerank_depth}
+    evaluators: list[tuple[Any, Any]] = []
+    choice = {"limit": given.limit, "image_size": given.image_size, "max_pixels": given.max_pixels, **options}
+    show_mmeb = partial(add_mmeb, published=given.published)
+    if given.mmeb:
+        if given.task_list:
+            mmeb = MMEBEvaluator.from_yaml(given.task_list, given.mmeb, on_error="report", **choice)
+        else:
+            mmeb = MMEBEvaluator(given.mmeb, given.tasks, image_root=given.mmeb_images, on_error="report", **choice)
+        evaluators.append((mmeb, show_mmeb))
+    if given.mmeb_v2:
+        mmeb = MMEBEvaluator.v2(given.mmeb_v2, given.tasks, num_frames=given.num_frames, on_error="report", **choice)
+        evaluators.append((mmeb, show_mmeb))
+    evaluators += [
+        (ImageTextRetrievalEvaluator.from_folder(path, **options), add_retrieval) for path in given.retrieval
+    ]
+    if given.sugarcrepe:
+        pairs = SugarCrepeEvaluator.from_folder(given.sugarcrepe, given.sugarcrepe_images, **options)
+        evaluators.append((pairs, add_sugarcrepe))
+    return evaluators
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ LAYERS = {
     "token_budget": 1,
     "placement": 0.5,
     "step_encoder": 0.5,  # what losses ask of modules, below both
+    "videos": 0.6,  # opens frames as images
     "images": 0.5,  # below what knows images by their pixels
     "identity": 1.5,
     "embedding": 1.8,

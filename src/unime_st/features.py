@@ -120,6 +120,9 @@ def _media_entries(features: Mapping[str, Any], rows: Tensor, total: int) -> dic
         if grid_key == "video_grid_thw" and isinstance(features.get("second_per_grid_ts"), Tensor):
             entries["second_per_grid_ts"] = media
         entries[pixel_key] = ranges(grid.cpu().prod(dim=1), media)
+    counts = features.get("num_videos_per_sample")
+    if isinstance(counts, Tensor) and "pixel_values_videos" in features and "pixel_values_videos" not in entries:
+        entries["pixel_values_videos"] = ranges(counts.cpu(), rows)  # frames of a video stand in it (LLaVA-OneVision)
     counts, pixels = features.get("num_images_per_sample"), features.get("pixel_values")
     by_row = any(key in features for key in _BY_ROW_OF_IMAGES)
     if isinstance(counts, Tensor) and isinstance(pixels, Tensor) and "pixel_values" not in entries and not by_row:

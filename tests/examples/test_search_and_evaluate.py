@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from mmeb_v2_data import write_v2
 from tiny import tiny_backbone
 from tiny_data import COLOURS
 from unime_st import build_reranker, export_reranker, load_encoder
@@ -123,6 +124,40 @@ def test_evaluate_tells_scores_before_and_after_reranking(script, world, encoder
     assert row[2] == mmeb["MMEB_reranked_meta_Retrieval_precision@1"]
 
 
+def test_evaluate_takes_all_of_mmeb_v2_in_one_command(script, encoder, tmp_path, capsys):
+    """78 tasks, images, videos and documents, through a model, the averages, the report."""
+    root = write_v2(tmp_path / "v2")
+    output = script("evaluate").main(
+        [
+            str(encoder), "--mmeb-v2", str(root), "--num-frames", "4", "--max-pixels", "800",
+            "--output", str(tmp_path / "results"), "--cache", str(tmp_path / "cache"),
+        ]
+    )  # fmt: skip
+    metrics = json.loads((output / "MMEB-V2_results.json").read_text())
+    assert metrics["MMEB-V2_tasks"] == 78
+    assert metrics["MMEB-V2_unreadable_rows"] == 0
+    assert f"MMEB-V2_overall_mean: {metrics['MMEB-V2_overall_mean']:.4f}" in capsys.readouterr().out
+    report = json.loads((output / "report.json").read_text())
+    sections = {section["title"]: section for section in report["sections"]}
+    by_task = {row[0]: row for row in sections["MMEB: by task"]["rows"]}
+    assert len(by_task) == 78
+    assert [by_task[task][4:6] for task in ("VOC2007", "K700", "QVHighlight", "MomentSeeker", "ViDoRe_tatdqa")] == [
+        ["–", "<= 800"], ["4", "<= 800"], ["4, clips 8", "<= 800"], ["all stored", "<= 800"], ["–", "<= 800"]
+    ]  # fmt: skip
+    averages = sections["MMEB: averages"]
+    assert averages["columns"][:3] == ["model", "frames", "pixels"]
+    assert averages["columns"][3:] == [
+        "Classification", "VQA", "Retrieval", "Grounding", "V-CLS", "V-QA", "V-RET", "V-MRET", "ViDoRe V1", "ViDoRe V2",
+        "VisRAG", "VisDoc OOD", "image", "video", "visdoc", "overall",
+    ]  # fmt: skip
+    assert averages["rows"][0][-1] == pytest.approx(100 * metrics["MMEB-V2_overall_mean"])
+    told = {row[0]: row for row in averages["rows"]}
+    assert told["Qwen3-VL-Embedding-8B"][1:3] == ["64", "–"]
+    assert told["Qwen3-VL-Embedding-8B"][-1] == 77.8
+    assert "MMEB: counted as wrong or left out" not in sections
+    assert sum(entry["query"]["image"] is not None for entry in sections["MMEB: the worst mistakes"]["entries"]) >= 1
+
+
 def test_evaluate_says_what_is_wrong(script, world, encoder, tmp_path, capsys):
     main = script("evaluate").main
     output = main([str(encoder), "--mmeb", str(world / "eval"), "--output", str(tmp_path), "--cache", str(tmp_path)])
@@ -130,7 +165,7 @@ def test_evaluate_says_what_is_wrong(script, world, encoder, tmp_path, capsys):
     assert "red.png" in (output / "report.json").read_text()
     with pytest.raises(SystemExit):
         main([str(encoder)])
-    assert "give --mmeb, --retrieval or --sugarcrepe" in capsys.readouterr().err
+    assert "give --mmeb, --mmeb-v2, --retrieval or --sugarcrepe" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([str(encoder), "--sugarcrepe", str(world)])
     assert "needs --sugarcrepe-images" in capsys.readouterr().err

@@ -183,10 +183,15 @@ class ItemReader:
         return self._value(cell, self._image)
 
     def read_absolute(self, item: Any) -> Any:
-        """Open and resize the images of an input given by absolute paths, which were checked before."""
-        if not isinstance(item, Mapping) or not isinstance(item.get("image"), str):
+        """Open and resize the image or frames of an input given by absolute paths, which were checked before."""
+        if not isinstance(item, Mapping):
             return item
-        return {**item, "image": self._decoded(item["image"], item["image"])}
+        opened: dict[str, Any] = {}
+        if isinstance(item.get("image"), str):
+            opened["image"] = self._decoded(item["image"], item["image"])
+        if isinstance(item.get("video"), list):
+            opened["video"] = [self._decoded(frame, frame) for frame in item["video"]]
+        return {**item, **opened}
 
     def _value(self, value: Any, open_: Callable[[Stored], Any]) -> Any:
         if isinstance(value, Mapping):

@@ -1,7 +1,8 @@
 """What an input says, found out once: its texts and media, in their order, and the numbers that stand for them.
 
 An input is flattened into its parts and the parts are hashed, so that ``"a cat"``, ``{"text": "a cat"}`` and a chat
-message that says so are one content. Two identities of images exist:
+message that says so are one content. A video is its frames: a folder of them and the list of its files are one. Two
+identities of images exist:
 
 * *encoded* images (a path, bytes, a ``datasets`` cell that is not decoded) are known by the bytes of the file, so a
   path, a copy of the file and the file's bytes are one content, and nothing is decoded;
@@ -15,12 +16,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from unime_st.identity.digests import medium_digest
 from unime_st.images import is_encoded, stands_for_image
+from unime_st.videos import frame_files, stands_for_video, videos_of
 
 _DIGEST_BYTES = 16
 _ID_MASK = 2**63 - 1
@@ -33,6 +36,7 @@ class Part(NamedTuple):
     kind: str  # "text", "image", "video", "audio", or "role" where another than the user speaks
     said: str | bytes  # the text; the digest of a medium
     pixels: int = 0  # of a PIL image; 1 for any other medium, and 0 for a text
+    frames: int | None = None  # of a video, where that is known without opening it
     instructs: bool = False  # whether it is an instruction (the text of a system message), which is no content
 
 
@@ -57,7 +61,7 @@ class Content:
 
     def __init__(self, item: Any, *, read_files: bool = True, named: Any = None) -> None:
         if named is None:  # a bare string may yet be a mistyped path: the door says so
-            named = {"image": item} if isinstance(item, str) and stands_for_image(item) else item
+            named = _named(item) if isinstance(item, str) else item
         self.item, self.named = item, named
         if isinstance(item, str) and (named is item or "text" in named):  # most inputs are one text
             self._parts: tuple[Part, ...] = (Part("text", item),) if item else ()
@@ -109,9 +113,21 @@ class Content:
         return sum(part.pixels for part in self._parts)
 
     @property
+    def frames(self) -> tuple[int | None, ...]:
+        """The frames of each video; None of one that must be opened to know."""
+        return tuple(part.frames for part in self._parts if part.kind == "video")
+
+    @property
     def shows_video(self) -> bool:
         """Whether there is a video: in some families nobody can tell whose its frames are in a batch."""
         return any(part.kind == "video" for part in self._parts)
+
+
+def _named(text: str) -> Any:
+    """The image or video that a bare string names, else the string."""
+    if stands_for_image(text):
+        return {"image": text}
+    return {"video": text} if stands_for_video(text) else text
 
 
 def takes_contents(model: Any) -> bool:
@@ -205,7 +221,8 @@ def _dict_parts(item: Mapping[str, Any], read_files: bool) -> Iterator[Part]:
         )
     for kind in _MEDIA:
         value = item.get(kind)
-        for medium in value if isinstance(value, (list, tuple)) else [value]:
+        several = value if isinstance(value, (list, tuple)) else [value]
+        for medium in videos_of(value) if kind == "video" else several:
             if medium is not None:
                 yield _medium(kind, medium, read_files)
     text = item.get("text")
@@ -218,5 +235,16 @@ def _dict_parts(item: Mapping[str, Any], read_files: bool) -> Iterator[Part]:
 
 
 def _medium(kind: str, value: Any, read_files: bool) -> Part:
-    pixels = value.width * value.height if isinstance(value, Image.Image) else 1
-    return Part(kind, medium_digest(value, read_files), pixels)
+    if kind != "video":
+        return Part(kind, medium_digest(value, read_files), _pixels(value))
+    frames = value
+    if isinstance(value, (str, Path)) and Path(value).is_dir():
+        frames = frame_files(value)
+    if isinstance(frames, (str, Path, Mapping)) or not hasattr(frames, "__len__"):
+        return Part(kind, medium_digest(value, read_files), 1)
+    pixels = sum(map(_pixels, frames)) if isinstance(frames, (list, tuple)) else len(frames)
+    return Part(kind, medium_digest(value, read_files), pixels, len(frames))
+
+
+def _pixels(value: Any) -> int:
+    return value.width * value.height if isinstance(value, Image.Image) else 1

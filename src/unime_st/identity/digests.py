@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from unime_st.images import ADDRESSES, as_rgb, bytes_or_path, is_encoded
+from unime_st.videos import frame_files
 
 _DIGEST_BYTES = 16
 _SETTLED_NS = 2 * 10**9
@@ -36,6 +37,8 @@ def medium_digest(value: Any, read_files: bool) -> bytes:
 def _named_medium(name: str, read_files: bool) -> bytes:
     if name.startswith(ADDRESSES):
         return hash_of(b"address", name.encode())
+    if read_files and Path(name).is_dir():  # a video kept as its frames is the list of them
+        return hash_of(b"list", *(_file_digest(frame) for frame in frame_files(name)))
     return _file_digest(name) if read_files else hash_of(b"path", name.encode("utf-8", "surrogatepass"))
 
 

@@ -22,6 +22,7 @@ _TOLD_BY_CONTENT = {  # tensors that follow from the tokens and the content
     *("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "content_id", "prefix_key"),
     *("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "image_position_ids"),
     *("num_images_per_sample", "batch_num_images", "aspect_ratio_ids", NUMBERS),
+    *("pixel_values_videos", "video_grid_thw", "num_videos_per_sample", "second_per_grid_ts"),
     *("token_embeddings", "sentence_embedding"),  # which a forward pass has put there: MatryoshkaLoss asks twice
 }
 

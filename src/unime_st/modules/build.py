@@ -20,6 +20,7 @@ from unime_st.modules.multimodal_encoder import MultimodalEncoder
 from unime_st.modules.options import check_device, check_dtype, check_sizes, weight_options
 from unime_st.modules.sentence_transformer import MultimodalSentenceTransformer
 from unime_st.prompts import lacks_generation_prompt, with_generation_prompt
+from unime_st.videos import VideoSettings
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def build_encoder(
     truncate_dim: int | None = None,
     prompts: Mapping[str, str] | None = None,
     allow_remote_images: bool = False,
+    videos: VideoSettings | None = None,
     vision_cache_bytes: int = 2**28,
     text_only: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -65,6 +67,8 @@ def build_encoder(
             after normalisation: give ``encode`` ``normalize_embeddings=True`` for dot products.
         prompts: named instructions, for ``encode(prompt_name=...)``.
         allow_remote_images: open images at ``http(s)`` addresses.
+        videos: which frames of a video are shown and how large, a :class:`~unime_st.videos.VideoSettings`; None takes
+            its defaults. It is not saved.
         vision_cache_bytes: memory, where the model is, for features of a frozen vision tower; enough for the images of
             one step saves GradCache's second pass. 0 keeps none.
         text_only: leave the vision tower and projector out of memory, for training on texts alone; what is exported is
@@ -92,6 +96,7 @@ def build_encoder(
         name,
         prompt_template=_opened(prompt_template or MultimodalEncoder.template_for(config), add_generation_prompt),
         allow_remote_images=allow_remote_images,
+        videos=videos,
         vision_cache_bytes=vision_cache_bytes,
         text_only=text_only,
         model_kwargs=weight_options(torch_dtype, attn_implementation, model_kwargs),

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unime_st import images
+from unime_st import images, videos
 from unime_st.identity.content import Content
 from unime_st.images import (
     DATA_PREFIX,
@@ -24,9 +24,12 @@ from unime_st.images import (
     is_remote,
     stands_for_image,
 )
+from unime_st.videos import VideoSettings, stands_for_video, videos_of
 
 _LONGEST_PATH = 4096
 _REMOTE = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # of whatever protocol: players know many
+
+_SOURCES = ("video", "audio", "url", "path")  # where a part of a message says what it shows
 
 Message = dict[str, Any]
 Open = Callable[[Any], Image.Image]
@@ -40,11 +43,13 @@ def as_messages(
     allow_remote_images: bool = False,
     allow_blank: bool = False,
     opened: dict[Any, Any] | None = None,
+    video_settings: VideoSettings | None = None,
 ) -> list[Message]:
     """Turn one input into chat messages ``{"role", "content": [{"type", ...}]}`` whose images are opened.
 
     ``row`` is its number among the caller's inputs, for errors. ``opened`` holds the images of a batch by their path,
-    address or bytes, or as objects, and images opened here are added. A text without a word is taken, as stock code
+    address or bytes, or as objects, and images opened here are added. Videos are opened as ``video_settings`` say, and
+    stay as they are without. A text without a word is taken, as stock code
     does, only with ``allow_blank`` and if it is all that the input has.
     """
 
@@ -59,7 +64,10 @@ def as_messages(
         return image
 
     def local(medium: Any, kind: str) -> Any:
-        return _local(medium, row, kind, allow_remote_images)
+        medium = _local(medium, row, kind, allow_remote_images)
+        if kind != "video" or video_settings is None or isinstance(medium, Mapping) or _is_address(medium):
+            return medium  # as transformers takes it
+        return _open_video(medium, row, video_settings, open_once)
 
     if isinstance(item, Mapping) and "role" in item and "content" in item:
         item = [item]
@@ -146,6 +154,19 @@ def _local(medium: Any, row: int, kind: str, allow_remote: bool) -> Any:
     return medium
 
 
+def _is_address(medium: Any) -> bool:
+    return isinstance(medium, str) and bool(_REMOTE.match(medium))
+
+
+def _open_video(medium: Any, row: int, settings: VideoSettings, open_once: Open) -> videos.Video:
+    """Open a video; errors name the row."""
+    try:
+        return videos.open_video(medium, settings, open_once)
+    except (FileNotFoundError, videos.UnreadableVideoError, TypeError) as error:
+        told = str(error) if str(error).startswith("Row") or f"row {row}" in str(error) else f"Row {row}: {error}"
+        raise type(error)(told) from error
+
+
 def checked_text(text: Any, name: str) -> str:
     """Pass a text on that tokenizers take, and refuse anything else under the name that errors call it.
 
@@ -219,8 +240,7 @@ def _dict_parts(item: Mapping[str, Any], row: int, open_once: Open, local: Local
         for image in (several if isinstance(several, (list, tuple)) else [several])
         if image is not None
     ]
-    if item.get("video") is not None:
-        parts.append({"type": "video", "video": local(item["video"], "video")})
+    parts += [{"type": "video", "video": local(video, "video")} for video in videos_of(item.get("video"))]
     if item.get("text") is not None:
         text = checked_text(item["text"], f"Row {row}: the text")
         if text or not parts:
@@ -254,7 +274,12 @@ def _chat_part(part: Any, row: int, open_once: Open, local: Local) -> dict[str, 
         return {"type": "image", "image": open_once(value)}
     if kind not in ("video", "audio"):
         raise ValueError(f"Row {row}: a part of a message is of type {kind!r}. Known are text, image, video and audio.")
-    return {key: value if key == "type" else local(value, kind) for key, value in part.items()}
+    return {
+        kind if key in _SOURCES else key: value
+        if key == "type"
+        else local(value, kind if key in _SOURCES else "medium")
+        for key, value in part.items()
+    }
 
 
 def names_an_image(text: str, row: int) -> bool:
@@ -287,7 +312,9 @@ def named_input(item: Any, row: int) -> Any:
     """What the model is given: of a bare string, the image that it names or the text that it is."""
     if isinstance(item, Content):
         return item.named
-    return {"image" if names_an_image(item, row) else "text": item} if isinstance(item, str) else item
+    if not isinstance(item, str):
+        return item
+    return {"video" if stands_for_video(item) else "image" if names_an_image(item, row) else "text": item}
 
 
 def named_and_known(

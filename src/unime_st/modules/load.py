@@ -15,6 +15,7 @@ from unime_st.modules.options import check_device, check_dtype, check_sizes, wei
 from unime_st.modules.saved import folder_of, holds_saved_encoder, saved_parts
 from unime_st.modules.sentence_transformer import MultimodalSentenceTransformer
 from unime_st.published import PUBLISHED, PublishedCheckpoint, published_checkpoint
+from unime_st.videos import VideoSettings
 
 
 def load_encoder(
@@ -26,6 +27,7 @@ def load_encoder(
     device: str | None = None,
     truncate_dim: int | None = None,
     allow_remote_images: bool = False,
+    videos: VideoSettings | None = None,
     text_only: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
     processor_kwargs: Mapping[str, Any] | None = None,
@@ -41,6 +43,8 @@ def load_encoder(
         device: where to put the model; None chooses.
         truncate_dim: as in :func:`build_encoder`; it is not saved, as in stock code.
         allow_remote_images: open images at ``http(s)`` addresses; a checkpoint's own settings never allow it.
+        videos: which frames of a video are shown and how large, a :class:`~unime_st.videos.VideoSettings`; None takes
+            its defaults. It is not saved.
         text_only: as in :func:`build_encoder`.
         model_kwargs: more arguments of ``from_pretrained``.
         processor_kwargs: more arguments of the processor.
@@ -58,6 +62,7 @@ def load_encoder(
     options: dict[str, Any] = {
         "processor_kwargs": processor_kwargs,
         "allow_remote_images": allow_remote_images,
+        "videos": videos,
         "text_only": text_only,
     }
     if not holds_saved_encoder(folder) and (published is not None or str(path) in PUBLISHED):

@@ -41,9 +41,11 @@ from unime_st.modules.speed.token_tree import PREFIX_KEY
 from unime_st.modules.speed.vision_cache import VisionCache, is_frozen, vision_tower
 from unime_st.modules.text_only import NO_IMAGES, absent_parts, load_text_model, whole_model
 from unime_st.modules.told_rows import told_row
+from unime_st.modules.videos import as_chosen, check_videos, frames_must_agree, videos_in
 from unime_st.placement import IMAGES, read, with_every_image, with_images_once
 from unime_st.prompts import TURN_FORMATS, chat_template
 from unime_st.token_budget import TokenBudget
+from unime_st.videos import VideoSettings, even_places
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ _CONTENT_KEY = "content_id"
 _IMAGE_KEYS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images", "image_grid_thw")
 _TEXT_ONLY = "text_only"
 _SAVED = frozenset({"vision_cache_bytes", "flat_image_positions"})
-_THE_CALLERS = _SAVED | {"allow_remote_images", "prompt_template", "share_prefixes", "text_only"}
+_THE_CALLERS = _SAVED | {"allow_remote_images", "prompt_template", "share_prefixes", "text_only", "videos"}
 _NO_LIMIT = 10**9  # tokenizers say 10^30 when they have none
 
 
@@ -87,6 +89,8 @@ class MultimodalEncoder(Transformer):
         share_prefixes: let rows of a batch that begin alike (one image, one instruction) compute their beginning once,
             and run without padding, in families where that is exact. Stock losses and direct calls get padded rows.
             With dropout, rows drop out the same of a beginning they share.
+        videos: which frames of a video are shown and how large; None takes the defaults of
+            :class:`~unime_st.videos.VideoSettings`. It is not saved.
         flat_image_positions: count an image's tokens like words where transformers counts them by rows and columns
             (Qwen-VL), as models do that were trained on a lone placeholder, see :mod:`unime_st.published`. It is saved,
             but stock code does not know it.
@@ -105,6 +109,7 @@ class MultimodalEncoder(Transformer):
         vision_cache_bytes: int = 2**28,
         share_prefixes: bool = True,
         text_only: bool = False,
+        videos: VideoSettings | None = None,
         flat_image_positions: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -119,6 +124,7 @@ class MultimodalEncoder(Transformer):
         check_processor(self.model, self.processor, model_name_or_path)
         self.model.register_forward_pre_hook(_every_image, with_kwargs=True)
         self.allow_remote_images = allow_remote_images
+        self.videos = videos or VideoSettings()
         self.vision_cache = VisionCache(vision_cache_bytes)
         self.share_prefixes = share_prefixes
         self.flat_image_positions = flat_image_positions
@@ -209,7 +215,9 @@ class MultimodalEncoder(Transformer):
 
     def extra_repr(self) -> str:
         """Name the setting that changes embeddings in the printed form, by which fingerprints tell encoders apart."""
-        return ", ".join(filter(None, [super().extra_repr(), "flat_image_positions" * self.flat_image_positions]))
+        own = ["flat_image_positions" * self.flat_image_positions]
+        own += [repr(self.videos)] if self.videos != VideoSettings() else []
+        return ", ".join(filter(None, [super().extra_repr(), *own]))
 
     def __getstate__(self) -> dict[str, Any]:
         """State to pickle, as a pool of processes needs it; stock LLaVA does not pickle once it has seen an image."""
@@ -281,7 +289,11 @@ class MultimodalEncoder(Transformer):
         allow = self.allow_remote_images
         opened: dict[Any, Any] = {}
         rows = range(len(inputs)) if row_numbers is None else row_numbers
-        asked_for = {"allow_remote_images": allow, "allow_blank": row_numbers is not None}
+        asked_for: dict[str, Any] = {
+            "allow_remote_images": allow,
+            "allow_blank": row_numbers is not None,
+            "video_settings": self.videos,
+        }
         named, known = named_and_known(inputs, rows, contents)
         messages = [as_messages(item, row, opened=opened, **asked_for) for row, item in zip(rows, named, strict=True)]
         blank = [row for row, message in zip(rows, messages, strict=True) if says_nothing(message)]
@@ -293,6 +305,7 @@ class MultimodalEncoder(Transformer):
             refuse_placeholders(message, row, placeholders)
             if absent_parts(self.model) and any(part["type"] != "text" for turn in message for part in turn["content"]):
                 raise ValueError(f"Row {row} has an image or video. {NO_IMAGES}")
+        check_videos(messages, rows, self.processor, self.model.config.model_type)
         asked = kwargs.pop("max_length", None)
         limit = min(asked or _NO_LIMIT, self.max_seq_length or _NO_LIMIT)
         processing: Any = {**(processing_kwargs or {})}
@@ -304,6 +317,8 @@ class MultimodalEncoder(Transformer):
                 features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
         if self.flat_image_positions and "mm_token_type_ids" in features:
             features["mm_token_type_ids"] = torch.zeros_like(features["mm_token_type_ids"])  # all are words
+        if "pixel_values_videos" in features and "num_videos_per_sample" not in features:
+            features["num_videos_per_sample"] = torch.tensor([len(videos_in(message)) for message in messages])
         if "num_images_per_sample" in features and "batch_num_images" in self._declared_forward_params:
             features["batch_num_images"] = features["num_images_per_sample"]
         if shown.index is not None:
@@ -319,14 +334,26 @@ class MultimodalEncoder(Transformer):
     ) -> dict[str, Any]:
         """Features of messages; what the processor refuses, such as an image too narrow for it, is named by its row."""
         try:
-            return super().preprocess(messages, prompt=prompt, **options)
+            return super().preprocess(messages, prompt=prompt, **as_chosen(messages, options))
         except Exception:
             for row, message in zip(rows, messages, strict=True):
                 try:
-                    super().preprocess([message], prompt=prompt, **options)
+                    super().preprocess([message], prompt=prompt, **as_chosen([message], options))
                 except Exception as error:  # processors raise whatever they come upon
                     raise ValueError(f"Row {row}{shown_media(message)} cannot be processed: {error}") from error
             raise
+
+    @property
+    def frames_must_agree(self) -> bool:
+        """Whether the videos of a batch must have as many frames each, for the processor stacks or pads them."""
+        return frames_must_agree(self.processor)
+
+    def frame_counts(self, content: Content) -> Any:
+        """The frames that are shown of each of an input's videos; where a file hides it, what no other input equals."""
+        counts = content.frames
+        if None in counts:
+            return content.fingerprint
+        return tuple(len(even_places(count or 0, self.videos.num_frames)) for count in counts)
 
     def _prefix_keys(self, ids: Tensor, media_of_rows: Sequence[tuple[bytes, ...]]) -> Tensor:
         """What each token is, (B, T): its number, or for a medium's tokens a number drawn from the row's media."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from unime_st.folders import recover
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
+from unime_st.videos import VideoSettings
 
 _LISTING = "modules.json"
 _MODEL_CONFIG = "config_sentence_transformers.json"
@@ -55,6 +56,7 @@ def saved_parts(
     kind: type[MultimodalEncoder] = MultimodalEncoder,
     processor_kwargs: Mapping[str, Any] | None = None,
     allow_remote_images: bool = False,
+    videos: VideoSettings | None = None,
     text_only: bool = False,
     names: Sequence[str] = _SETTINGS,
 ) -> dict[str, Any]:
@@ -67,7 +69,11 @@ def saved_parts(
                     source,
                     model_kwargs=dict(model_kwargs),
                     processor_kwargs=dict(processor_kwargs or {}),
-                    init_defaults={"allow_remote_images": allow_remote_images, "text_only": text_only},
+                    init_defaults={
+                        "allow_remote_images": allow_remote_images,
+                        "videos": videos,
+                        "text_only": text_only,
+                    },
                 )
             modules.append(encoder)
         else:

@@ -116,7 +116,8 @@ class MultimodalSentenceTransformer(SentenceTransformer):
         learned = encoder.token_budget_on(device) if budget == AUTO else None
         self.eval()
         by_beginning = encoder.share_prefixes and shares_prefixes(encoder.model)
-        order = encoding_order(inputs, kwargs["batch_size"], by_beginning=by_beginning)
+        order = encoding_order(inputs, kwargs["batch_size"], by_beginning=by_beginning,
+                               videos_of=encoder.frame_counts if encoder.frames_must_agree else None)  # fmt: skip
         first_row = getattr(inputs, "first_row", 0)
 
         def prepare(batch: np.ndarray) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from unime_st.embedding.distinct import OnError
 from unime_st.evaluation.base import EmbeddingEvaluator, check_shown
 from unime_st.evaluation.mmeb.inputs import as_tasks, distinct_inputs
 from unime_st.evaluation.mmeb.tasks import IN_DISTRIBUTION, META_TASKS, Metric, MMEBTask, Parser, tasks_from_yaml
+from unime_st.evaluation.mmeb.v2 import FRAMES, V2_META_TASKS, v2_tasks
 from unime_st.evaluation.outcomes import TaskOutcomes
 from unime_st.evaluation.reranking import Reranking
 from unime_st.evaluation.scoring import CandidateScores, score_candidates
@@ -84,6 +85,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
             ``reranker`` and ``rerank_depth`` of :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
 
     Attributes:
+        frames: Task -> what is shown of a video, such as "8" or "all stored"; "" without videos.
         results: Task -> :class:`TaskResult`, from the last call.
         reranked_results: The same after reranking; empty without a reranker.
         errors: Task -> messages on what could not be read in the last call.
@@ -97,7 +99,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
     Metrics:
         ``<task>_precision@1`` (``<task>_ndcg@5`` for tasks with that metric) and ``<task>_ties`` (rows whose score only
         the order of equal candidates decides) for each task, ``ties`` over all;
-        ``meta_<meta-task>_precision@1``, the mean of its tasks; ``mean_precision@1`` over tasks;
+        ``meta_<meta-task>_precision@1`` (``_ndcg@5``), the mean of its tasks; ``mean_precision@1`` over tasks;
         ``meta_mean_precision@1``, the mean of the meta-tasks (the UniME paper's "Overall");
         ``in_distribution_precision@1`` and ``out_of_distribution_precision@1`` over the published tasks with and
         without a training set; ``tasks``, the number of tasks; with more than one metric or modality among the tasks,
@@ -133,6 +135,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
         self._tasks = as_tasks(root, tasks, image_root, target_instructions)
         _check_tasks(self._tasks)
         self.tasks = [task.name for task in self._tasks]
+        self.frames = {task.name: task.frames for task in self._tasks}
         self.meta_tasks = dict(META_TASKS if meta_tasks is None else meta_tasks)
         self.max_pixels, self.image_size = max_pixels, image_size
         self._reader = ItemReader("/", max_pixels=max_pixels, image_size=image_size, max_aspect_ratio=None)
@@ -170,10 +173,43 @@ class MMEBEvaluator(EmbeddingEvaluator):
         """
         return cls(None, tasks_from_yaml(path, root, parsers), **arguments)
 
+    @classmethod
+    def v2(
+        cls,
+        root: str | Path,
+        tasks: Sequence[str] | None = None,
+        *,
+        num_frames: int | None = FRAMES,
+        name: str = "MMEB-V2",
+        **arguments: Any,
+    ) -> MMEBEvaluator:
+        """Evaluate MMEB V2: 36 tasks of images, 18 of videos, 24 of visual documents.
+
+        Args:
+            root: Folder of the unpacked benchmark, see :func:`~unime_st.evaluation.mmeb.v2.v2_tasks`.
+            tasks: Names of tasks; None takes all 78.
+            num_frames: Frames of a video: 8 as VLM2Vec, 64 as Qwen3-VL-Embedding.
+            name: Prefix of the metrics' names.
+            **arguments: Arguments of the class.
+
+        Returns:
+            The evaluator; its primary metric is ``overall_mean``, that over all tasks.
+
+        Raises:
+            FileNotFoundError: If ``root`` is no folder.
+            ValueError: If there is no such task, or a number is out of range.
+        """
+        made = v2_tasks(root, tasks, num_frames=num_frames)
+        evaluator = cls(None, made, name=name, **{"meta_tasks": V2_META_TASKS, **arguments})
+        if len({task.modality for task in made}) > 1:
+            evaluator.primary_metric = "overall_mean"
+        return evaluator
+
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings that decide the numbers, for the model card."""
-        own = {"tasks": self.tasks, "limit": self.limit, "seed": self.seed if self.limit else None}
+        own: dict[str, Any] = {"tasks": self.tasks, "limit": self.limit, "seed": self.seed if self.limit else None}
         own |= self.encoding_settings()
+        own["frames"] = {task: shown for task, shown in self.frames.items() if shown} or None
         return {**super().get_config_dict(), **{key: value for key, value in own.items() if value is not None}}
 
     def encoding_settings(self) -> dict[str, Any]:
@@ -190,7 +226,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
         if items:
             embeddings, index, errors = self._encode(model, items, owner)
         else:
-            embeddings, index, errors = np.zeros((0, 0), np.float32), np.zeros(0, np.int64), {}
+            embeddings, index, errors = np.zeros((0, 0), np.float32), np.full(1, -1), {}  # all places are 0
         for task in self._tasks:
             if task.name in read:
                 own, rows = read[task.name]
@@ -200,10 +236,11 @@ class MMEBEvaluator(EmbeddingEvaluator):
                 if after is not None:
                     self.reranked_results[task.name] = replace(after, errors=result.errors)
                     logger.info("%s: %s %.4f after reranking", task.name, task.metric, after.score)
-                if result.errors:
-                    self.errors[task.name] = [f"row {row}: {why}" for row, why in sorted(result.errors.items())]
-                told = task.name, task.metric, result.score, len(result.rows), result.tied.sum()
-                logger.info("%s: %s %.4f, %d rows, %d of them decided by ties", *told)
+                told = [f"row {row}: {why}" for row, why in sorted(result.errors.items())]
+                if told := told + _lost_of_pool(own, rows, places[task.name], errors):
+                    self.errors[task.name] = told
+                outcome = task.name, task.metric, result.score, len(result.rows), result.tied.sum()
+                logger.info("%s: %s %.4f, %d rows, %d of them decided by ties", *outcome)
         if not self.results:
             raise ValueError(f"None of the tasks could be evaluated; the first: {next(iter(self.errors.values()))[0]}")
         metrics = self._metrics(self.results)
@@ -349,6 +386,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
             _mean(precision, (task for task in precision if self.meta_tasks.get(task) == meta)) for meta in metas
         ]
         metrics |= {f"meta_{meta}_precision@1": value for meta, value in zip(metas, by_meta, strict=True)}
+        metrics |= self._graded_groups(results)
         if by_meta:
             metrics["meta_mean_precision@1"] = float(np.mean(by_meta))
         published = [task for task in precision if task in META_TASKS]
@@ -365,6 +403,15 @@ class MMEBEvaluator(EmbeddingEvaluator):
         if self.on_error == "report":
             metrics["unreadable_rows"] = sum(len(result.errors) for result in results.values())
         return metrics
+
+    def _graded_groups(self, results: Mapping[str, TaskResult]) -> dict[str, float]:
+        """The means of the groups of tasks whose metric is nDCG@5."""
+        graded = {task: result.score for task, result in results.items() if result.metric == "ndcg@5"}
+        groups = dict.fromkeys(self.meta_tasks[task] for task in graded if task in self.meta_tasks)
+        return {
+            f"meta_{group}_ndcg@5": _mean(graded, [task for task in graded if self.meta_tasks.get(task) == group])
+            for group in groups
+        }
 
     def _mixed_metrics(self, results: Mapping[str, TaskResult]) -> dict[str, float]:
         """MMEB V2's averages, where there are other tasks than Precision@1 on images."""
@@ -421,13 +468,25 @@ def _explain(result: TaskResult, own: EvalTask, rows: np.ndarray, place: np.ndar
         result.errors[row] = next(errors[int(place[item])] for item in needed if int(place[item]) in errors)
 
 
+def _lost_of_pool(own: EvalTask, rows: np.ndarray, place: np.ndarray, errors: Mapping[int, str]) -> list[str]:
+    """Say which candidates of a shared pool could not be read: all queries choose without them."""
+    if own.corpus is None or not np.isin(own.rows, rows).any():
+        return []
+    lost = [at for at in place[own.corpus].tolist() if at in errors]
+    return [f"left out of the pool: {errors[at]}" for at in lost]
+
+
 def _places(top: np.ndarray, readable: np.ndarray) -> np.ndarray:
     """What stands at places of a list, -1 where there is none."""
     return np.where(top >= 0, readable[np.maximum(top, 0)], -1)
 
 
 def _shown(item: Any) -> dict[str, Any]:
-    return item if isinstance(item, dict) else {"text": item}
+    """An input as a gallery shows it; of a video, the frame in its middle."""
+    if not isinstance(item, dict):
+        return {"text": item}
+    frames = item.get("video")
+    return {**item, "image": frames[len(frames) // 2]} if frames else item
 
 
 def _mean(values: Mapping[str, float], keys: Iterable[str]) -> float:

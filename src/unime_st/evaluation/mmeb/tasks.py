@@ -50,6 +50,7 @@ class MMEBTask:
     load: TaskLoader
     metric: Metric = "hit@1"  # Precision@1, or nDCG@5 with linear gains, as visual documents are scored
     modality: str = "image"  # "image", "video" or "visdoc"; tasks of one modality are averaged
+    frames: str = ""  # what is shown of a video, for those who read the number: "8", or "all stored"
 
 
 Parser = Callable[[str, Mapping[str, Any], Path], MMEBTask]

@@ -11,6 +11,7 @@ from unime_st.evaluation.base import EmbeddingEvaluator
 from unime_st.evaluation.mmeb.evaluator import MMEBEvaluator
 from unime_st.evaluation.outcomes import told_of_ties
 from unime_st.evaluation.published import published_results, published_task_scores
+from unime_st.evaluation.report.mmeb_v2 import add_v2_averages, pixels_of
 from unime_st.evaluation.report.report import Report
 from unime_st.evaluation.reranking import reranker_name
 from unime_st.evaluation.retrieval import ImageTextRetrievalEvaluator
@@ -49,12 +50,16 @@ def add_mmeb(
     theirs = published_task_scores(published)[published]
     results = evaluator.results
     known = any(task in theirs for task in results)
+    frames, pixels = evaluator.frames, pixels_of(evaluator)
+    shown = ["frames", "pixels"] if any(frames.values()) else []
     rows = [
-        [task, evaluator.meta_tasks.get(task, "–"), len(result.rows), result.metric, result.score,
+        [task, evaluator.meta_tasks.get(task, "–"), len(result.rows), result.metric,
+         *([frames[task] or "–", pixels] if shown else []), result.score,
          *([theirs.get(task)] if known else []), int(result.tied.sum()), len(result.errors)]
         for task, result in results.items()
     ]  # fmt: skip
-    columns = ["task", "meta-task", "rows", "metric", model, *([published] if known else []), "ties", "unreadable"]
+    columns = ["task", "meta-task", "rows", "metric", *shown, model, *([published] if known else []), "ties",
+               "unreadable"]  # fmt: skip
     note = (
         "Ties: rows whose score only the order of equal candidates decides. As published the first of them wins, so "
         "among a row's own candidates, the right one first, a tie is right."
@@ -65,7 +70,7 @@ def add_mmeb(
     if known:
         series[published] = [100 * theirs.get(task, float("nan")) for task in results]
     report.add_bar_plot("MMEB: by task, drawn", list(results), series, "percent")
-    _add_averages(report, evaluator, own, model)
+    (add_v2_averages if "overall_mean" in own else _add_averages)(report, evaluator, own, model)
     _add_reranked(report, "MMEB", evaluator, own)
     if evaluator.errors:
         lost = [[task, message] for task, messages in evaluator.errors.items() for message in messages]

@@ -49,8 +49,12 @@ class NumberedInputs(list[Any]):
         )
 
 
-def encoding_order(inputs: Sequence[Any], batch_size: int, *, by_beginning: bool) -> EncodingOrder:
+def encoding_order(
+    inputs: Sequence[Any], batch_size: int, *, by_beginning: bool, videos_of: Callable[[Content], Any] | None = None
+) -> EncodingOrder:
     """Plan batches of distinct inputs; inputs with videos get batches of their own.
+
+    ``videos_of`` tells what the videos of a batch must have in common, such as their number of frames.
 
     ``by_beginning`` puts inputs with the same media or the same first words side by side; otherwise like lengths are.
     """
@@ -63,10 +67,13 @@ def encoding_order(inputs: Sequence[Any], batch_size: int, *, by_beginning: bool
     sizes = [(content.pixels, len(content.text)) for content in kept]
     beginnings = [(bool(content.media), content.media, content.text) for content in kept]
     order = sorted(range(len(kept)), key=(beginnings if by_beginning else sizes).__getitem__)
-    shown = [content.shows_video for content in kept]
-    # Videos apart: not every family can tell whose the frames are.
-    parts = ([place for place in order if shown[place] is kind] for kind in (False, True))
-    batches = [np.array(part[at : at + batch_size]) for part in parts for at in range(0, len(part), batch_size)]
+    parts: dict[Any, list[int]] = {}
+    for place in order:  # videos apart: not every family can tell whose the frames are
+        shown = kept[place].shows_video
+        parts.setdefault((shown, videos_of(kept[place]) if shown and videos_of else None), []).append(place)
+    batches = [
+        np.array(part[at : at + batch_size]) for part in parts.values() for at in range(0, len(part), batch_size)
+    ]
     batches.sort(key=lambda batch: tuple(np.sum([sizes[place] for place in batch], axis=0)), reverse=True)
     return EncodingOrder(distinct, index, batches, kept)
 
