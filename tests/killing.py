@@ -17,10 +17,13 @@ KILL = "KILL_AFTER_NOTES"
 """Variable of a job's process: how many notes there are when it is killed, and into which share of the next piece of
 work, taken to last as long as the one before."""
 _calls = []
+_due = []
 
 
 def note(folder, lines):
     """Called by a job before each piece of work: what it is about to do."""
+    if _due:
+        os.kill(os.getpid(), signal.SIGKILL)  # the piece was shorter than the one before
     with (Path(folder) / LOG).open("a") as log:
         log.write("".join(f"{line}\n" for line in lines))
     if KILL in os.environ:
@@ -28,6 +31,7 @@ def note(folder, lines):
         _calls.append(time.monotonic())
         if len(notes(folder)) >= enough:
             del os.environ[KILL]
+            _due.append(True)
             delay = share * (_calls[-1] - _calls[-2]) if len(_calls) > 1 else 0
             threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
