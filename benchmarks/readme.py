@@ -100,6 +100,30 @@ def ablation_table(summary: dict[str, Any]) -> str:
     return "\n".join(table(["", *metrics.values(), "seeds", *told.values()], rows))
 
 
+def heads_table(results: dict[str, Any]) -> str:
+    """What settings of the loss gain over the stock loss, on heads."""
+    sets = results["sets"]
+    asked = [
+        *((f"text, batch of {batch}", "term -> gloss", f"term → gloss, {batch}") for batch in (128, 512, 1024)),
+        *((f"image, batch of {batch}", "label -> drawing", f"label → drawing, {batch}") for batch in (256, 512)),
+        *((f"image, batch of {batch}", "attribute swaps", f"swaps, {batch}") for batch in (256, 512)),
+        ("crowded, batch of 256", "drawing -> label", "crowded, drawing → label, 256"),
+    ]
+
+    def cell(name: str, kind: str, what: str) -> str:
+        if (row := sets[kind]["rows"].get(name)) is None:
+            return "–"
+        if name == "stock":
+            return percent(row["scores"][what])
+        found = {key: 100 * value for key, value in row["against_stock"][what].items()}
+        shown = f"{found['mean']:+.1f} ({found['low']:+.1f}, {found['high']:+.1f})"
+        return f"**{shown}**" if found["low"] > 0 or found["high"] < 0 else shown
+
+    names = dict.fromkeys(name for found in sets.values() for name in found["rows"])
+    rows = [[name, *(cell(name, kind, what) for kind, what, _ in asked)] for name in names]
+    return "\n".join(table(["", *(title for _, _, title in asked)], rows))
+
+
 def cards() -> dict[str, str]:
     """File name -> card of each published model."""
     return {f"{name.rpartition('/')[2]}.md": published_card(known) for name, known in PUBLISHED.items()}
@@ -330,7 +354,8 @@ def filled(texts: dict[str, str]) -> dict[str, str]:
     """
     made = {
         "demo": (demo_tables, "demo/results", "demo/seconds"),
-        "ablation": (ablation_table, "ablation"), "evaluate": (evaluate_table, "evaluate"),
+        "ablation": (ablation_table, "ablation"), "heads": (heads_table, "heads"),
+        "evaluate": (evaluate_table, "evaluate"),
         "families": (families_table, "families"), "stage1_sweep": (stage1_sweep_table, "stage1_sweep"),
         "train_step": (train_step_table, "train_step"), "stage1_step": (stage1_step_table, "stage1_step"),
         "scale": (scale_table, "scale"), "speed": (speed_tables.floors_table, "encode", "train_step", "stage1_step"),

@@ -125,3 +125,18 @@ def test_the_log_level_of_the_caller_stays(capsys):
     before = package.level
     assert main(["info", "no/such/folder"]) == 1
     assert package.level == before
+
+
+@pytest.mark.parametrize("command", ["distill", "mine", "train"])
+def test_an_output_that_is_a_file_is_named(command, tmp_path, monkeypatch, capsys):
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+
+    def make_folder(given):
+        (tmp_path / "taken").mkdir()
+
+    monkeypatch.setattr(f"unime_st.cli.{command}.run", make_folder)
+    given = {"distill": ["--teacher", "t", "--backbone", "b"], "mine": ["model"], "train": ["--backbone", "b"]}
+    assert main([command, "data.csv", *given[command], "--output", str(taken)]) == 1
+    assert capsys.readouterr().err == f"unime {command}: error: --output {taken} is a file. Give a folder.\n"
+    assert taken.read_text() == "mine"

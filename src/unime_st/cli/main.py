@@ -7,6 +7,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from unime_st.cli import check, distill, encode, evaluate, export, index, info, mine, push, search, serve, train
 from unime_st.cli.options import UsageError
@@ -82,6 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _named(error: Exception, given: argparse.Namespace) -> str:
     """What an error says; one of the Hub's, which does not say of which model it is, after its name."""
+    output = getattr(given, "output", None)
+    if isinstance(error, (FileExistsError, NotADirectoryError)) and output is not None and Path(output).is_file():
+        return f"--output {output} is a file. Give a folder."
     keys = ("backbone", "model", "teacher", "judge")  # of the last two errors do tell
     names = [name for name in (getattr(given, key, None) for key in keys) if isinstance(name, str)]
     unsaid = isinstance(error, OSError) and error.errno is None and not any(name in str(error) for name in names)
