@@ -41,7 +41,7 @@ test-fast: $(STAMP) ## tests without the slow ones
 test-lowest: $(STAMP) ## the fast tests on the lowest versions that pyproject.toml allows, in an environment of its own
 	$(BIN)/python -m uv venv --quiet --clear --python $(BIN)/python $(VENV)-lowest
 	$(BIN)/python -m uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct \
-		--editable '.[eval,train,ann,b3,qdrant,lancedb,serve,smolvlm,demo]'
+		--editable '.[eval,train,ann,b3,qdrant,lancedb,serve,smolvlm,video,pdf,demo]'
 	$(BIN)/python -m uv pip install --quiet --python $(VENV)-lowest/bin/python pytest pytest-xdist httpx playwright deepspeed
 	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" --ignore=tests/docs
 

@@ -1,7 +1,8 @@
-"""Encode texts or a folder of images of any number into files; started again after a stop, it goes on.
+"""Encode texts, a folder of images or PDF files of any number into files; started again after a stop, it goes on.
 
 python examples/encode_corpus.py encoder --texts corpus.jsonl --column text --output corpus_embeddings
 python examples/encode_corpus.py encoder --images photos --output photo_embeddings --format npy
+python examples/encode_corpus.py encoder --pdfs papers --output page_embeddings
 torchrun --nproc-per-node 8 examples/encode_corpus.py encoder --texts corpus.parquet --output corpus_embeddings
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 from datasets import load_dataset
 
 from unime_st import load_encoder
-from unime_st.data import EncodedCorpus, encode_corpus
+from unime_st.data import EncodedCorpus, PdfPages, encode_corpus
 from unime_st.images import IMAGE_FILES
 
 TEXTS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> EncodedCorpus:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--texts", type=Path, help=f"a file of texts ({', '.join(TEXTS)})")
     what.add_argument("--images", type=Path, help="a folder of images")
+    what.add_argument("--pdfs", type=Path, help="a PDF file, or a folder of them; each page is a row")
     parser.add_argument("--column", default="text", help="of the texts (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder of the embeddings")
     parser.add_argument("--format", choices=["parquet", "npy"], default="parquet", help="(default: %(default)s)")
@@ -58,7 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> EncodedCorpus:
     logging.getLogger("unime_st").setLevel(logging.INFO)  # what is passed over, where the result is, a progress bar
 
     # 1. Inputs with their ids. Texts are read as they are needed, images opened when they are encoded.
-    inputs: Any = texts(given.texts, given.column) if given.texts else images(given.images)
+    inputs: Any
+    if given.pdfs:
+        try:
+            inputs = PdfPages(given.pdfs)
+        except (FileNotFoundError, ValueError) as error:
+            raise SystemExit(str(error)) from error
+    else:
+        inputs = texts(given.texts, given.column) if given.texts else images(given.images)
     if given.images and not inputs:
         parser.error(f"{given.images} holds no image ({', '.join(sorted(IMAGE_FILES))})")
 

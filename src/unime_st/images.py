@@ -17,7 +17,9 @@ import errno
 import io
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -44,6 +46,22 @@ _RUN_BY_A_PROGRAM = frozenset({"EPS"})  # Pillow hands these to Ghostscript
 
 class UnreadableImageError(ValueError):
     """Something is there, but it is no image, or a damaged one."""
+
+
+@dataclass(frozen=True)
+class PartOfFile(ABC):
+    """An image that is made from part of a file when it is opened, such as a page; it is known by the file's bytes."""
+
+    file: str
+
+    @property
+    @abstractmethod
+    def part(self) -> str:
+        """Which part of the file it is, and how it is made."""
+
+    @abstractmethod
+    def open(self) -> Image.Image:
+        """Make the image, in RGB; one that cannot be made is an :class:`UnreadableImageError`."""
 
 
 def is_encoded(item: Mapping[str, Any]) -> bool:

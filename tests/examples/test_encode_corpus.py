@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
+from tiny import picture
 from tiny_data import COLOURS
 from unime_st.data import load_corpus
 
@@ -45,6 +46,19 @@ def test_texts_of_each_kind_of_file(script, world, encoder, tmp_path, capsys):
     assert pq.read_table(tmp_path / "txt")["id"].to_pylist() == kept
 
 
+def test_pages_of_pdf_files(script, encoder, tmp_path):
+    first, *others = [picture(colour, (144, 72)) for colour in COLOURS[:3]]
+    (tmp_path / "papers").mkdir()
+    first.save(tmp_path / "papers/a.pdf", save_all=True, append_images=others)
+    (tmp_path / "papers/torn.pdf").write_text("no PDF")
+    main = script("encode_corpus").main
+    corpus = main([str(encoder), "--pdfs", str(tmp_path / "papers"), "--output", str(tmp_path / "out")])
+    assert list(corpus.ids()) == [f"a.pdf#page={number}" for number in (1, 2, 3)]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(SystemExit, match="holds no page that can be read"):
+        main([str(encoder), "--pdfs", str(tmp_path / "none"), "--output", str(tmp_path / "out")])
+
+
 def test_images_and_a_second_run(script, world, encoder, tmp_path, caplog):
     main = script("encode_corpus").main
     options = [str(encoder), "--images", str(world / "images"), "--output", str(tmp_path / "out"), "--window-size", "5"]
@@ -66,7 +80,7 @@ def test_it_says_what_is_wrong(script, world, encoder, tmp_path, capsys):
     output = ["--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit):
         main([str(encoder), *output])
-    assert "--texts --images is required" in capsys.readouterr().err
+    assert "--texts --images --pdfs is required" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([str(encoder), "--texts", "nowhere.txt", *output])
     assert "nowhere.txt is no file of texts (.jsonl, .parquet, .txt)" in capsys.readouterr().err

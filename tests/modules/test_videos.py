@@ -3,15 +3,22 @@
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 
 from losses.helpers import assert_same_step, run
 from tiny import FAMILIES, PLUGIN_FAMILIES, picture
 from unime_st import build_encoder, load_encoder
 from unime_st.evaluation import model_fingerprint
 from unime_st.identity.content import Content, content_id
+from unime_st.identity.rows import row_identities
 from unime_st.losses import HardNegativeInfoNCELoss
+from unime_st.samplers import FalseNegativeAwareBatchSampler
 from unime_st.videos import UnreadableVideoError, VideoSettings, even_places, open_video
 
 VIDEO_FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "llava_onevision"]
@@ -189,6 +196,30 @@ def test_equal_videos_are_encoded_once(encoders, tmp_path):
     hook.remove()
     assert seen == [1]
     assert np.array_equal(found[0], found[1])
+
+
+def test_the_trainer_takes_a_column_of_videos(backbone, tmp_path):
+    """Folders of frames in a data set, with the sampler, which lets equal videos never meet, and GradCache."""
+    folders = [str(stored(tmp_path / f"video{seed}", noise(4, seed))) for seed in range(4)]
+    rows = [{"video": folders[row % 4], "text": None} for row in range(8)]
+    train = Dataset.from_dict({"caption": [f"caption {row}" for row in range(8)], "video": rows})
+    queries, targets = row_identities(train)
+    assert (len(set(queries.tolist())), len(set(targets.tolist()))) == (8, 4)
+    sampler = FalseNegativeAwareBatchSampler(train, 4, False)
+    batches = list(sampler)
+    assert sum(map(len, batches)) == 8
+    assert all(len({row % 4 for row in batch}) == len(batch) for batch in batches)
+    model = build_encoder(backbone("qwen2_vl"), device="cpu")
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    settings = SentenceTransformerTrainingArguments(
+        str(tmp_path / "out"), per_device_train_batch_size=4, max_steps=2, learning_rate=1e-3, report_to="none",
+        batch_sampler=FalseNegativeAwareBatchSampler, save_strategy="no",
+    )  # fmt: skip
+    loss = HardNegativeInfoNCELoss(model, mini_batch_size=2)
+    trained = SentenceTransformerTrainer(model, settings, train_dataset=train, loss=loss).train()
+    assert np.isfinite(trained.training_loss)
+    changed = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
+    assert any("visual" in name for name in changed)
 
 
 def test_files(encoders, tmp_path):

@@ -17,6 +17,7 @@ from unime_st.data.pairs.inputs import load_inputs
 from unime_st.data.pairs.load import load_pairs
 from unime_st.data.pairs.report import PairsReport
 from unime_st.data.pairs.split import split_pairs
+from unime_st.data.pdf_pages import PdfPages
 from unime_st.data.teacher.embed import teacher_embeddings, with_teacher_labels
 from unime_st.data.with_images import with_images
 from unime_st.embedding.broken import BrokenInputError
@@ -27,6 +28,7 @@ __all__ = [
     "ItemReader",
     "PairScorer",
     "PairsReport",
+    "PdfPages",
     "bad_image_report",
     "check_pairs",
     "encode_corpus",

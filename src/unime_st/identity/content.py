@@ -238,7 +238,7 @@ def _medium(kind: str, value: Any, read_files: bool) -> Part:
     if kind != "video":
         return Part(kind, medium_digest(value, read_files), _pixels(value))
     frames = value
-    if isinstance(value, (str, Path)) and Path(value).is_dir():
+    if read_files and isinstance(value, (str, Path)) and Path(value).is_dir():
         frames = frame_files(value)
     if isinstance(frames, (str, Path, Mapping)) or not hasattr(frames, "__len__"):
         return Part(kind, medium_digest(value, read_files), 1)

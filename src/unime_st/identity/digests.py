@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unime_st.images import ADDRESSES, as_rgb, bytes_or_path, is_encoded
+from unime_st.images import ADDRESSES, PartOfFile, as_rgb, bytes_or_path, is_encoded
 from unime_st.videos import frame_files
 
 _DIGEST_BYTES = 16
@@ -27,6 +27,8 @@ def medium_digest(value: Any, read_files: bool) -> bytes:
         value = bytes_or_path(value)
     if isinstance(value, (str, Path)):
         return _named_medium(str(value), read_files)
+    if isinstance(value, PartOfFile):
+        return hash_of(b"part", _file_digest(value.file), value.part.encode())
     if isinstance(value, (bytes, bytearray, memoryview)):
         return hash_of(b"file", bytes(value))
     if isinstance(value, Sequence):

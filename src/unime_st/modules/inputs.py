@@ -96,7 +96,7 @@ def _is_blank_text(item: Any) -> bool:
 
 def open_image(value: Any, row: int, *, allow_remote_images: bool = False) -> Image.Image:
     """Open one image in any of the accepted forms, by the one rule of :mod:`unime_st.images`; errors name the row."""
-    if isinstance(value, Image.Image):
+    if isinstance(value, Image.Image | images.PartOfFile):
         return _seen(value, row)
     if isinstance(value, Mapping) and is_encoded(value):
         value = bytes_or_path(value)
@@ -127,8 +127,13 @@ def open_image(value: Any, row: int, *, allow_remote_images: bool = False) -> Im
     )
 
 
-def _seen(image: Image.Image, row: int) -> Image.Image:
-    """A PIL image in RGB; what its file lacks is found here, and not by the processor."""
+def _seen(image: Image.Image | images.PartOfFile, row: int) -> Image.Image:
+    """An image in RGB; what its file lacks is found here, and not by the processor."""
+    if isinstance(image, images.PartOfFile):
+        try:
+            return image.open()
+        except images.UnreadableImageError as error:
+            raise images.UnreadableImageError(f"Row {row}: {error}") from error
     try:
         image.load()
     except Exception as error:  # decoders of damaged files raise whatever they come upon
@@ -215,7 +220,7 @@ def _name_of(value: Any) -> str | bytes | int | None:
         value = bytes_or_path(value)
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, Image.Image | np.ndarray | torch.Tensor):
+    if isinstance(value, Image.Image | np.ndarray | torch.Tensor | images.PartOfFile):
         return id(value)
     return value if isinstance(value, str | bytes) else None
 

@@ -11,6 +11,7 @@ import numpy as np
 from unime_st.embedding.broken import ITEM_ERRORS, BrokenInputError, shown
 from unime_st.features import forget_kept_features
 from unime_st.identity.content import Content, takes_contents
+from unime_st.images import PartOfFile
 
 _ENTRY_BYTES = 256  # of a remembered embedding, besides its numbers: key, bytes objects, place in the dictionary
 
@@ -68,6 +69,13 @@ class RecentEmbeddings:
         return self.max_bytes // (embeddings.shape[1] * embeddings.itemsize + _ENTRY_BYTES)
 
 
+def _opened(item: Any) -> Any:
+    """An input as any model takes it: a page of a file as an image."""
+    if isinstance(item, Mapping) and isinstance(item.get("image"), PartOfFile):
+        return {**item, "image": item["image"].open()}
+    return item
+
+
 class WindowEncoder:
     """Encodes windows, each distinct input once as long as it is remembered."""
 
@@ -90,7 +98,7 @@ class WindowEncoder:
         return embeddings
 
     def _encode(self, contents: list[Content], rows: list[int]) -> np.ndarray:
-        items: list[Any] = contents if takes_contents(self.model) else [content.item for content in contents]
+        items: list[Any] = contents if takes_contents(self.model) else [_opened(content.item) for content in contents]
         try:
             found = self.model.encode(items, show_progress_bar=False, **self.options)
         except ITEM_ERRORS:
