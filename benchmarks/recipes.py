@@ -3,7 +3,7 @@
     python benchmarks/recipes.py
 
 No weights and no network: the shapes of the published configurations are below, models are made on the meta device, and
-the estimate is that of `--dry-run` (`examples/dry_run.memory` says what it leaves out). Writes
+the estimate is that of `--dry-run` (`unime_st.training.planning.memory` says what it leaves out). Writes
 `benchmarks/results/recipes.json`, from which `benchmarks/readme.py` makes the table in `docs/recipes.md`.
 """
 
@@ -17,11 +17,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dry_run import GIB, memory, parameters_by_part, planned_model
+from dry_run import planned_model
 from recipe import Stage1Recipe, Stage2Recipe, read_recipe
 from transformers import models as hf
 
 from unime_st.models.phi3_v import Phi3VConfig
+from unime_st.training.planning import GIB, memory, parameters_by_part
 
 PROCESSES = 8
 TOKENS_A_TEXT = 64  # of stage 1, whose mini-batches are counted in texts

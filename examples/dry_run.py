@@ -1,11 +1,8 @@
 """The plan of a run, printed without loading weights: rows, steps, tokens, parameters and an estimate of memory."""
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -14,34 +11,15 @@ from recipe import Recipe, SoftLabelsRecipe, Stage2Recipe
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from stage import count_negatives, load_start
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel
 
 from unime_st.columns import SUBSET, training_columns
 from unime_st.modules import default_lora_config
 from unime_st.modules.text_only import VISION_PARTS
+from unime_st.training.planning import GIB, memory, parameters_by_part, without_weights
 
 SAMPLE_ROWS = 16
-GIB = 2**30
 NOT_AT_HAND = (OSError, ValueError)  # what loaders raise when files are missing or there is no network
-_PROJECTORS = ("multi_modal_projector", "connector", "merger", "deepstack_merger_list", "img_projection")
-_PROJECTORS += ("glb_GN", "sub_GN", "image_newline")
-_TOWERS = (*VISION_PARTS, "img_processor")
-
-
-@contextmanager
-def without_weights() -> Iterator[None]:
-    """Within this context transformers' models are made from their configs on the meta device; no weights are read."""
-
-    def made(cls: Any, *_: Any, config: Any, dtype: Any = "auto", output_loading_info: bool = False, **__: Any) -> Any:
-        if isinstance(dtype, str):
-            dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
-        with torch.device("meta"):
-            model = cls._from_config(config, dtype=dtype or torch.float32)
-        nothing: dict[str, set[str]] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
-        return (model, nothing) if output_loading_info else model
-
-    with mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(made)):
-        yield
 
 
 def planned_model(recipe: Recipe) -> tuple[nn.Module, SentenceTransformer | None]:
@@ -59,49 +37,6 @@ def planned_model(recipe: Recipe) -> tuple[nn.Module, SentenceTransformer | None
         model.add_adapter(default_lora_config(**recipe.lora))
         return model, None
     return encoder[0].model, encoder  # type: ignore[return-value]
-
-
-def parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Count (trainable, frozen) parameters of the vision tower, projector, language model and LoRA."""
-    counts = {part: [0, 0] for part in ("vision", "projector", "language model", "LoRA")}
-    for name, weight in model.named_parameters():
-        names = set(name.split("."))
-        if "lora_" in name:
-            part = "LoRA"
-        elif names & set(_PROJECTORS):
-            part = "projector"
-        else:
-            part = "vision" if names & set(_TOWERS) else "language model"
-        counts[part][not weight.requires_grad] += weight.numel()
-    return {part: (trainable, frozen) for part, (trainable, frozen) in counts.items()}
-
-
-def memory(model: nn.Module, tokens: float, *, checkpointing: bool = False) -> dict[str, float]:
-    """Estimate bytes a GPU, when each holds the whole model (DDP).
-
-    * weights: numbers times bytes each, as they are loaded;
-    * gradients: as much as the trainable weights; AdamW: twice as much;
-    * activations of the language model that a mini-batch of ``tokens`` tokens keeps for its backward pass: with hidden
-      size h, intermediate size i and L layers, about ``tokens * L * (10 h + 4 i)`` numbers, counted on small models;
-      with gradient checkpointing one layer's and ``tokens * L * h``; of 2 bytes, 4 for a model in float32.
-
-    Left out: the frozen vision tower's, which keeps none, features of images (`encoder.vision_cache_bytes`), attention
-    scores where attention is "eager", the loss's similarities, and what the allocator wastes. ZeRO-2 divides gradients
-    and AdamW by the number of GPUs, FSDP2 the language model's weights too.
-    """
-    sizes = [(weight.numel() * weight.element_size(), weight.requires_grad) for weight in model.parameters()]
-    trained = sum(size for size, requires_grad in sizes if requires_grad)
-    text = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    layer = tokens * (10 * text.hidden_size + 4 * text.intermediate_size)
-    layers = text.num_hidden_layers
-    numbers = layer + tokens * layers * text.hidden_size if checkpointing else layer * layers
-    width = 4 if next(iter(model.parameters())).dtype == torch.float32 else 2
-    return {
-        "weights": sum(size for size, _ in sizes),
-        "gradients": trained,
-        "AdamW": 2 * trained,
-        "activations": numbers * width,
-    }
 
 
 def steps_an_epoch(sets: Counter[str], batch: int, *, homogeneous: bool, drop_last: bool) -> int:

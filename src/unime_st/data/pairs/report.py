@@ -48,6 +48,7 @@ class PairsReport:
         tokens: Column -> ``p50``, ``p95``, ``max``, ``over`` (rows above ``max_seq_length``), if a model was given.
         max_seq_length: Of the model; None for no limit.
         plan: Batch size, epochs, steps and tokens a step, roughly.
+        resources: What training asks of a GPU, a :class:`~unime_st.training.TrainingPlan`, where it was asked for.
         notes: What was found out when the data were read.
     """
 
@@ -64,6 +65,7 @@ class PairsReport:
     tokens: dict[str, dict[str, float]] = field(default_factory=dict)
     max_seq_length: int | None = None
     plan: dict[str, float] = field(default_factory=dict)
+    resources: Any = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -128,6 +130,8 @@ class PairsReport:
             lines.append(f"  tokens of {column}: {numbers}; {counts['over']:.0f} over max_seq_length ({limit})")
         if self.plan:
             lines.append("  plan: " + ", ".join(f"{name.replace('_', ' ')} {_n(v)}" for name, v in self.plan.items()))
+        if self.resources is not None:
+            lines.append(str(self.resources))
         lines += [f"PROBLEM: {one}" for one in self.problems] or ["No problem found."]
         return "\n".join(lines)
 
