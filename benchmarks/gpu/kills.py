@@ -28,8 +28,7 @@ PROCESSES.set_forkserver_preload(["trained"])
 
 def run(folder: Path, output: Path, device: str, tiny: bool) -> None:
     given = argparse.Namespace(device=device, tiny=tiny)
-    model = encoder(folder, given, torch_dtype="bfloat16")  # the Trainer loads checkpoints in the type of the backbone
-    own = trainer(model, output, given, save_steps=1, steps=STEPS, save_total_limit=2)
+    own = trainer(encoder(folder, given), output, given, save_steps=1, steps=STEPS, save_total_limit=2)
     checkpoint = last_complete_checkpoint(output)
     own.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 

@@ -24,7 +24,7 @@ from unime_st.identity.content import Content
 from unime_st.modules.card_data import EncoderCardData
 from unime_st.modules.checks import loading_note
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
-from unime_st.modules.saved import folder_of, saved_parts
+from unime_st.modules.saved import folder_of, saved_parts, trained_in
 from unime_st.modules.sharded import is_sharded, whole_state
 from unime_st.modules.speed.batches import NumberedInputs, encoding_order, fitted, passes, prepared
 from unime_st.modules.speed.prefixes import language_model, shares_prefixes
@@ -59,7 +59,8 @@ class MultimodalSentenceTransformer(SentenceTransformer):
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, *_: Any, **__: Any) -> Any:
         """Load a checkpoint for the Trainer with our module, for stock code drops the magnitudes of DoRA."""
-        parts = saved_parts(folder_of(model_name_or_path), model_kwargs={"dtype": "auto"})
+        folder = folder_of(model_name_or_path)
+        parts = saved_parts(folder, model_kwargs=trained_in(folder))
         return MultimodalSentenceTransformer(device="cpu", **parts)
 
     @property
