@@ -46,6 +46,11 @@ def machine(device: str) -> dict[str, Any]:
     return found
 
 
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """In memory where it can be."""
+    return tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+
+
 class Results:
     """What a part has found, written after each measurement."""
 
@@ -78,7 +83,7 @@ class Results:
             found.append(make(Path(scratch)))
             return getattr(found[0], "about", "yes")
 
-        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
+        with scratch_folder() as scratch:
             self.measure(name, work)
         return found[0] if found else None
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PARTS = ("families", "encode", "steps", "loss")
+PARTS = ("families", "encode", "steps", "loss", "fsdp", "kills")
 
 
 def shown(value: Any) -> str:

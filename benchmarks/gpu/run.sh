@@ -2,7 +2,7 @@
 # The GPU path, measured in one command: bash benchmarks/gpu/run.sh OUT [part ...]
 #
 # Needs torch, transformers, sentence-transformers, accelerate, peft and datasets; makes random weights itself, so no
-# network. Parts, in order of worth: families encode steps loss. Each has a time limit and writes what it has found after
+# network. Parts, in order of worth: families encode steps loss fsdp kills. Each has a time limit and writes what it has found after
 # each measurement; one that fails does not stop the next. SECONDS_IN_ALL bounds the whole (480), DEVICE and TINY=1 run
 # the same code small on a CPU: DEVICE=cpu TINY=1 bash benchmarks/gpu/run.sh OUT. ONLY=qwen2_vl measures one shape.
 set -u
@@ -12,7 +12,7 @@ export PYTHONPATH="$here/../../src:$here/../../tests:$here${PYTHONPATH:+:$PYTHON
 python=${PYTHON:-python3}
 mkdir -p "$out"
 end=$(( $(date +%s) + ${SECONDS_IN_ALL:-480} ))
-[ $# -gt 0 ] || set -- families encode steps loss
+[ $# -gt 0 ] || set -- families encode steps loss fsdp kills
 for part in "$@"; do
   left=$(( end - $(date +%s) ))
   if [ $left -lt 20 ]; then echo "$part: not run, no time is left"; continue; fi

@@ -50,6 +50,7 @@ SEAMS = (
     Seam(*_ST, (_MODULE, "Transformer.infer_modalities"), "which inputs a backbone takes"),
     Seam(*_ST, (_CARD, "SentenceTransformerModelCardData.set_widget_examples"), "no row is shown in a card"),
     Seam(*_ST, (_CARD, "SentenceTransformerModelCardData.extract_dataset_metadata"), "streams of images are seen"),
+    Seam(*_ST, (_CARD, "SentenceTransformerModelCardData.run_usage_snippet"), "split weights are saved by the Trainer"),
     Seam(*_ST, (_CARD, "SentenceTransformerModelCardData.to_dict"), "no row is shown in a card"),
     Seam(*_TF, ("transformers.utils.output_capturing", "_CAN_RECORD_REGISTRY"), "pools of processes with LLaVA"),
     Seam(*_TF, ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"), "packed passes"),

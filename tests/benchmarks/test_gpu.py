@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["families", "encode", "steps", "loss"])
+@pytest.mark.parametrize("part", ["families", "encode", "steps", "loss", "fsdp", "kills"])
 def test_a_part_runs_small_on_a_cpu(part, tmp_path):
     asked = {"DEVICE": "cpu", "TINY": "1", "PYTHON": sys.executable, "SECONDS_IN_ALL": "400"}
     command = ["bash", str(ROOT / "benchmarks" / "gpu" / "run.sh"), str(tmp_path), part]
@@ -24,6 +24,15 @@ def test_a_part_runs_small_on_a_cpu(part, tmp_path):
     page = (tmp_path / "gpu.md").read_text()
     assert f"## {part}" in page
     assert all(name in page for name in found["measured"])
+    if part == "fsdp":
+        assert found["measured"]["five steps"]["split"] > 20
+        assert found["measured"]["going on from the third"]["largest difference of weights"] == 0
+        assert min(found["measured"]["saved whole"].values()) > 1 - 1e-5
+    if part == "kills":
+        assert found["measured"]["killed"]["killed"]
+        differences = found["measured"]["largest difference of weights"]
+        assert differences.pop("largest weight that began at 0") > 1e-3
+        assert set(differences.values()) == {0.0}
     if part == "families":
         for name, row in found["measured"].items():
             exact = [value for check, value in row.items() if check.startswith(("float32", "saved"))]

@@ -85,3 +85,21 @@ def test_quantisation_without_its_library_is_an_error(backbone, monkeypatch):
     kwargs = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
     with pytest.raises((ImportError, RuntimeError), match=r"bitsandbytes|CUDA|GPU"):
         build_encoder(backbone("llava_next"), device="cpu", peft_config=True, model_kwargs=kwargs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_trainer_loads_adapters_in_the_type_they_were_trained_in(dtype, backbone, tmp_path):
+    """Which need not be that of the backbone's files."""
+    narrow = build_encoder(backbone("qwen2_vl"), device="cpu", torch_dtype="bfloat16")
+    narrow[0].model.save_pretrained(tmp_path / "backbone")
+    narrow[0].processor.save_pretrained(tmp_path / "backbone")
+    model = build_encoder(tmp_path / "backbone", device="cpu", torch_dtype=dtype, peft_config=True)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(str(tmp_path / "saved"))
+    found = type(model)._load_with_module_classes(str(tmp_path / "saved")).state_dict()
+    assert found.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(found[name], value), name
+        assert found[name].dtype == value.dtype, name

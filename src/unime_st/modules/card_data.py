@@ -9,7 +9,9 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from sentence_transformers.base.model_card import BaseModelCardData
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
+from torch import nn
 
+from unime_st.modules.sharded import is_sharded
 from unime_st.modules.streams import refuse_dispatched_media, streams_media
 
 _OF_ROWS: dict[str, Any] = {
@@ -58,6 +60,15 @@ class EncoderCardData(SentenceTransformerModelCardData):
         stored = {name: rows for name, rows in named.items() if _is_stored(rows)}
         if stored:
             super().set_widget_examples(DatasetDict(stored))
+
+    def run_usage_snippet(self) -> None:
+        """Compute the card's example; not by weights that are split, for one process alone writes the card."""
+        asked = self.generate_widget_examples
+        self.generate_widget_examples = asked and not (isinstance(self.model, nn.Module) and is_sharded(self.model))
+        try:
+            super().run_usage_snippet()
+        finally:
+            self.generate_widget_examples = asked
 
     def to_dict(self) -> dict[str, Any]:
         """Everything the card's template is given, images being written beside it."""

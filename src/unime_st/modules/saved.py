@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from sentence_transformers.base.modules import Transformer
 from torch import nn
 
@@ -24,6 +24,15 @@ _LISTING = "modules.json"
 _MODEL_CONFIG = "config_sentence_transformers.json"
 _SETTINGS = ("prompts", "default_prompt_name", "similarity_fn_name")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def trained_in(folder: Path) -> dict[str, Any]:
+    """Arguments that load a checkpoint in the type that it was trained in, that of its adapters if it has any."""
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return {"dtype": "auto"}
+    with safe_open(file, framework="pt") as tensors:
+        return {"dtype": tensors.get_tensor(next(iter(tensors.keys()))).dtype}
 
 
 def folder_of(path: str | Path) -> Path:

@@ -24,10 +24,10 @@ from unime_st.identity.content import Content
 from unime_st.modules.card_data import EncoderCardData
 from unime_st.modules.checks import loading_note
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
-from unime_st.modules.saved import folder_of, saved_parts
+from unime_st.modules.saved import folder_of, saved_parts, trained_in
 from unime_st.modules.sharded import is_sharded, whole_state
 from unime_st.modules.speed.batches import NumberedInputs, encoding_order, fitted, passes, prepared
-from unime_st.modules.speed.prefixes import shares_prefixes
+from unime_st.modules.speed.prefixes import language_model, shares_prefixes
 from unime_st.placement import moved
 from unime_st.token_budget import AUTO, CPU_TOKENS, require_tokens
 
@@ -51,14 +51,22 @@ class MultimodalSentenceTransformer(SentenceTransformer):
     """
 
     model_card_data_class = EncoderCardData
+    base_model_prefix = "decoder"
+    """Where accelerate looks for the last norm that has weights, to split it under FSDP2: not among our modules."""
     numbers_rows = True
     """``preprocess`` takes ``row_numbers``, the caller's, for its errors."""
 
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, *_: Any, **__: Any) -> Any:
         """Load a checkpoint for the Trainer with our module, for stock code drops the magnitudes of DoRA."""
-        parts = saved_parts(folder_of(model_name_or_path), model_kwargs={"dtype": "auto"})
+        folder = folder_of(model_name_or_path)
+        parts = saved_parts(folder, model_kwargs=trained_in(folder))
         return MultimodalSentenceTransformer(device="cpu", **parts)
+
+    @property
+    def decoder(self) -> Any:
+        """The language model of the encoder; None where the first module is no multimodal one."""
+        return language_model(self[0].model) if isinstance(self[0], MultimodalEncoder) else None
 
     def get_model_kwargs(self) -> list[str]:
         """Names of what ``encode`` takes beyond the stock arguments: two of ours, see below, and those of the modules.

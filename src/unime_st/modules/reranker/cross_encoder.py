@@ -17,7 +17,7 @@ from unime_st.files import write_atomically
 from unime_st.modules.card_data import rows_hidden
 from unime_st.modules.reranker.pair_encoder import PairEncoder
 from unime_st.modules.reranker.pairs import are_pairs, scoring_order
-from unime_st.modules.saved import folder_of, saved_parts
+from unime_st.modules.saved import folder_of, saved_parts, trained_in
 from unime_st.modules.sentence_transformer import STOCK_MODULE
 from unime_st.modules.speed.batches import passes
 from unime_st.modules.speed.prefixes import shares_prefixes
@@ -50,7 +50,8 @@ class MultimodalCrossEncoder(CrossEncoder):
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, *_: Any, **__: Any) -> Any:
         """Load a checkpoint for the Trainer with our module."""
-        return cls.of_folder(folder_of(model_name_or_path), device="cpu", model_kwargs={"dtype": "auto"})
+        folder = folder_of(model_name_or_path)
+        return cls.of_folder(folder, device="cpu", model_kwargs=trained_in(folder))
 
     @classmethod
     def of_folder(cls, folder: Path, *, device: str | None, **options: Any) -> MultimodalCrossEncoder:
