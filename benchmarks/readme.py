@@ -22,6 +22,7 @@ import speed_tables
 from basics import RESULTS, ROOT, parser, percent, read, table
 from emoji.reporting import NAMES, SEEN, SWAPS, between, shown, verdict
 from emoji.settings import DemoSettings
+from reranking import score_table
 from stage1_sweep import grid_table
 from unime_st.published import PUBLISHED
 from unime_st.published_card import published_card
@@ -357,6 +358,7 @@ def filled(texts: dict[str, str]) -> dict[str, str]:
         "ablation": (ablation_table, "ablation"), "heads": (heads_table, "heads"),
         "evaluate": (evaluate_table, "evaluate"),
         "families": (families_table, "families"), "stage1_sweep": (stage1_sweep_table, "stage1_sweep"),
+        "reranking": (score_table, "reranking"),
         "train_step": (train_step_table, "train_step"), "stage1_step": (stage1_step_table, "stage1_step"),
         "scale": (scale_table, "scale"), "speed": (speed_tables.floors_table, "encode", "train_step", "stage1_step"),
         "structure": (structure_table, "structure/before", "structure/after"),

@@ -47,6 +47,14 @@ def test_trained_adapters_are_kept_alone_and_merged(family, use_dora, backbone, 
     np.testing.assert_allclose(second.encode(ITEMS), expected, atol=1e-5)
 
 
+def test_a_stock_model_loaded_with_adapters_is_not_exported_as_what_would_not_load(backbone, tmp_path):
+    model = build_encoder(backbone("qwen2_vl"), device="cpu", peft_config=True)
+    stock = SentenceTransformer(str(export_encoder(model, tmp_path / "alone", merge_adapters=False)), device="cpu")
+    with pytest.raises(ValueError, match="was loaded with adapters by a stock class"):
+        export_encoder(stock, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_the_trainer_resumes_adapters_of_every_kind(backbone, tmp_path):
     for use_dora in (False, True):
         config = default_lora_config(rank=4, use_dora=use_dora)

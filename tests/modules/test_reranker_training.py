@@ -104,3 +104,32 @@ def test_export_refuses_what_it_would_overwrite(tmp_path):
         export_reranker(model, tmp_path / "photos")
     with pytest.raises(TypeError, match="is a str"):
         export_reranker("model", tmp_path / "out")
+
+
+def test_adapters_alone_load_in_both_classes_and_a_pool_gives_the_same(tmp_path):
+    model = build_reranker(
+        tiny_backbone("qwen2_vl", tmp_path / "b", words=["Yes", "No"]), device="cpu", peft_config=True
+    )
+    plain = model.predict([("a", "b"), ({"image": picture("red")}, "c")])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    given = [("a", "b"), ({"image": picture("red")}, "c"), ("a", picture("green")), ("a", "b")]
+    scores = model.predict(given)
+    assert np.abs(scores[:2] - plain).max() > 1e-3
+    folder = export_reranker(model, tmp_path / "adapters", merge_adapters=False)
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert not (folder / "model.safetensors").exists()
+    ours, stock = load_reranker(folder, device="cpu"), CrossEncoder(str(folder), device="cpu")
+    for reloaded in (ours, stock):
+        np.testing.assert_allclose(reloaded.predict(given), scores, rtol=0, atol=1e-5)
+    merged = CrossEncoder(str(export_reranker(ours, tmp_path / "merged")), device="cpu")
+    np.testing.assert_allclose(merged.predict(given), scores, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="was loaded with adapters by a stock class"):
+        export_reranker(stock, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    try:
+        np.testing.assert_allclose(model.predict(given, pool=pool, chunk_size=2), scores, rtol=0, atol=1e-5)
+    finally:
+        model.stop_multi_process_pool(pool)

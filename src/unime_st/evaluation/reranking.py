@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from tqdm.auto import tqdm
 from unime_st.data.judging.scorer import PairScorer, pair_scores
 from unime_st.distributed import gather_objects, rank, world_size
 from unime_st.embedding.broken import shown
-from unime_st.embedding.distinct import Cache, open_section
-from unime_st.embedding.sections import MemorySection, Section
+from unime_st.embedding.cache import EmbeddingCache
+from unime_st.embedding.distinct import open_section
+from unime_st.embedding.sections import Section
 from unime_st.identity.content import Content
 
 _BATCHES_A_CHUNK = 32
@@ -49,7 +51,7 @@ class Reranking:
         reranker: PairScorer,
         *,
         batch_size: int = 32,
-        cache: Cache | None = None,
+        cache: EmbeddingCache | str | Path | None = None,
         settings: dict[str, Any] | None = None,
         prepare: Callable[[Any], Any] | None = None,
         show_progress_bar: bool = False,
@@ -60,13 +62,10 @@ class Reranking:
         self.pairs, self.seconds = 0, 0.0
         modalities = getattr(reranker, "modalities", None)
         self._texts_alone = modalities is not None and "image" not in modalities
-        activation = {"reranker": str(getattr(reranker, "activation_fn", ""))}
+        settings = {**(settings or {}), "reranker": str(getattr(reranker, "activation_fn", ""))}
         # what is no module has no weights to be known by, so its scores are not kept on disk
-        self._section: Section = (
-            open_section(reranker, cache, settings={**(settings or {}), **activation})  # type: ignore[arg-type]
-            if isinstance(reranker, nn.Module) and not isinstance(cache, MemorySection)
-            else MemorySection()
-        )
+        kept = cache if isinstance(reranker, nn.Module) else None
+        self._section: Section = open_section(reranker, kept, settings=settings)
         self._known: set[str] = set()
 
     def scores(self, items: Sequence[Any], queries: np.ndarray, top: np.ndarray, where: Where) -> np.ndarray:

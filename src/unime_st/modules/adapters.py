@@ -13,6 +13,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper, get_pattern_key
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -257,3 +258,14 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
             module.__dict__[_LOADED] = True
             if config is not None:
                 module.peft_config = config
+
+
+def check_merged(folder: Path) -> None:
+    """Refuse weights under an adapter's names, as stock classes save what they loaded with one: none would load."""
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            if any(name.startswith("base_model.") for name in opened.keys()):  # noqa: SIM118 (no mapping)
+                raise ValueError(
+                    "The model was loaded with adapters by a stock class, which saves merged weights under names that "
+                    "do not load. Load its folder by `load_encoder`, or `load_reranker`, and export that."
+                )

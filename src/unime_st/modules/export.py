@@ -11,7 +11,7 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 
 from unime_st.folders import new_folder
-from unime_st.modules.adapters import merged_adapters
+from unime_st.modules.adapters import check_merged, merged_adapters
 from unime_st.modules.card_data import EncoderCardData, rows_hidden
 from unime_st.modules.sharded import is_sharded
 
@@ -38,6 +38,7 @@ def export_encoder(
 
     Raises:
         FileExistsError: the folder exists and is no saved encoder.
+        ValueError: the weights are split over processes, or a stock model loaded with adapters was to be merged.
     """
     if not isinstance(model, SentenceTransformer):
         raise TypeError(f"`model` is a {type(model).__name__}, but an encoder of `build_encoder` is needed.")
@@ -52,6 +53,8 @@ def export_encoder(
     shown = _card_shows_rows(model, widget_images)
     with shown, new_folder(target) as scratch, merged_adapters(model) if merge_adapters else nullcontext():
         model.save_pretrained(str(scratch))
+        if merge_adapters:
+            check_merged(scratch)
     logger.info("Saved the encoder in %s", target)
     return target
 

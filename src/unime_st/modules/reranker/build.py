@@ -14,7 +14,7 @@ from sentence_transformers import CrossEncoder
 from sentence_transformers.cross_encoder.modules.logit_score import LogitScore
 
 from unime_st.folders import new_folder
-from unime_st.modules.adapters import default_lora_config, merged_adapters
+from unime_st.modules.adapters import check_merged, default_lora_config, merged_adapters
 from unime_st.modules.build import add_adapters, bound_pixels, check_adapters
 from unime_st.modules.options import check_device, check_dtype, check_sizes, weight_options
 from unime_st.modules.reranker.cross_encoder import MultimodalCrossEncoder
@@ -150,6 +150,7 @@ def export_reranker(model: CrossEncoder, path: str | Path, *, merge_adapters: bo
     Raises:
         FileExistsError: the folder exists and is no saved model.
         TypeError: ``model`` is no ``CrossEncoder``.
+        ValueError: a stock ``CrossEncoder`` that was loaded with adapters was to be merged.
     """
     if not isinstance(model, CrossEncoder):
         raise TypeError(f"`model` is a {type(model).__name__}, but a reranker of `build_reranker` is needed.")
@@ -158,6 +159,8 @@ def export_reranker(model: CrossEncoder, path: str | Path, *, merge_adapters: bo
         raise FileExistsError(f"{target} exists and holds something other than a saved model. Give another `path`.")
     with new_folder(target) as scratch, merged_adapters(model) if merge_adapters else nullcontext():
         model.save_pretrained(str(scratch))
+        if merge_adapters:
+            check_merged(scratch)
     return target
 
 
