@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModel
 from unime_st.columns import SUBSET, training_columns
 from unime_st.modules import default_lora_config
 from unime_st.modules.text_only import VISION_PARTS
-from unime_st.training.planning import GIB, memory, parameters_by_part, without_weights
+from unime_st.training import without_weights
+from unime_st.training.planning import GIB, memory, parameters_by_part
 
 SAMPLE_ROWS = 16
 NOT_AT_HAND = (OSError, ValueError)  # what loaders raise when files are missing or there is no network

@@ -62,6 +62,12 @@ def test_rows_with_videos_are_taken_where_it_is_told_which_row_shows_which(backb
         some = model(select_rows(model.preprocess(rows), [1], trim_leading=True))["sentence_embedding"]
         alone = model(model.preprocess(rows[1:2]))["sentence_embedding"]
     torch.testing.assert_close(some, alone, rtol=0, atol=1e-6)
-    features = build_encoder(backbone("llava_onevision"), device="cpu").preprocess(rows)
+    model = build_encoder(backbone("llava_onevision"), device="cpu").double().eval()
+    features = model.preprocess(rows)
+    with torch.no_grad():
+        some = model(select_rows(features, [2, 1], trim_leading=True))["sentence_embedding"]
+        alone = torch.cat([model(model.preprocess([rows[row]]))["sentence_embedding"] for row in (2, 1)])
+    torch.testing.assert_close(some, alone, rtol=0, atol=1e-6)
+    untold = {key: value for key, value in features.items() if key != "num_videos_per_sample"}  # a stock module's
     with pytest.raises(ValueError, match=r"3 rows shows 1 videos.*leave out `mini_batch_size`"):
-        select_rows(features, [0, 2])
+        select_rows(untold, [0, 2])

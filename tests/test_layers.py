@@ -96,7 +96,7 @@ def test_imports_go_down(path):
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PUBLIC_PACKAGES = (
     "unime_st",
-    *(f"unime_st.{name}" for name in ("data", "evaluation", "losses", "modules", "samplers", "search")),
+    *(f"unime_st.{name}" for name in ("data", "evaluation", "losses", "modules", "samplers", "search", "training")),
 )
 """Each says in `__all__` what of it is public."""
 PUBLIC_MODULES = {f"unime_st.{name}" for name in ("checkpoints", "columns", "files", "functional", "images", "prompts")}
@@ -113,6 +113,7 @@ INTERNALS = {
     "unime_st.evaluation.report.summary.add_sugarcrepe",
     "unime_st.hub.encoder_card",
     "unime_st.modules.text_only.VISION_PARTS",
+    *(f"unime_st.training.planning.{name}" for name in ("GIB", "memory", "parameters_by_part")),
 }
 """What the examples use beyond that."""
 
