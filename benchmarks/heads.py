@@ -496,6 +496,8 @@ def main() -> None:
     work = given.cache / "heads" / "runs"
     work.mkdir(parents=True, exist_ok=True)
     results = kept(RESULTS / "heads.json") or {"sets": {}}
+    titles = [f"{kind}, batch of {batch}" for kind, batches in BATCHES.items() for batch in batches]
+    results["sets"] = {title: results["sets"][title] for title in titles if title in results["sets"]}
     for kind in given.sets:
         for batch in BATCHES[kind]:
             results["sets"][f"{kind}, batch of {batch}"] = measure(data, kind, batch, work)

@@ -105,7 +105,7 @@ def heads_table(results: dict[str, Any]) -> str:
     """What settings of the loss gain over the stock loss, on heads."""
     sets = results["sets"]
     asked = [
-        *((f"text, batch of {batch}", "term -> gloss", f"term → gloss, {batch}") for batch in (128, 512, 1024)),
+        *((f"text, batch of {batch}", "term -> gloss", f"term → gloss, {batch}") for batch in (128, 512)),
         *((f"image, batch of {batch}", "label -> drawing", f"label → drawing, {batch}") for batch in (256, 512)),
         *((f"image, batch of {batch}", "attribute swaps", f"swaps, {batch}") for batch in (256, 512)),
         ("crowded, batch of 256", "drawing -> label", "crowded, drawing → label, 256"),
@@ -288,6 +288,18 @@ def recipes_table(results: dict[str, Any]) -> str:
     return "\n".join(table(head, rows))
 
 
+def sides_table(results: dict[str, Any]) -> str:
+    """What a pair with an image of so many pixels a side asks of a backbone that keeps its resolution."""
+    rows = [
+        (RECIPES[name.partition("_")[2]], f"{side} x {side}", f"{of['tokens']:,}", f"{of['patches']:,}", f"{of['tflop']:.2f}",
+         f"{of['tflop'] * 1024 / 100:,.0f}")
+        for name, row in results.items()
+        for side, of in row["by_side"].items()
+    ]  # fmt: skip
+    head = ("", "image", "tokens of a pair", "patches", "TFLOP a pair", "seconds for 1,024 pairs at 100 TFLOP/s")
+    return "\n".join(table(head, rows))
+
+
 def newcomer_transcript(results: dict[str, Any]) -> str:
     """Three commands with what they said, and what the page finds."""
     lines = []
@@ -362,7 +374,8 @@ def filled(texts: dict[str, str]) -> dict[str, str]:
         "train_step": (train_step_table, "train_step"), "stage1_step": (stage1_step_table, "stage1_step"),
         "scale": (scale_table, "scale"), "speed": (speed_tables.floors_table, "encode", "train_step", "stage1_step"),
         "structure": (structure_table, "structure/before", "structure/after"),
-        "recipes": (recipes_table, "recipes"), "newcomer": (newcomer_transcript, "newcomer"),
+        "recipes": (recipes_table, "recipes"), "sides": (sides_table, "recipes"),
+        "newcomer": (newcomer_transcript, "newcomer"),
         "gpu": (gpu_table, "gpu/encode", "gpu/steps"), "parts": (speed_tables.parts_table, "where_time_goes"),
     }  # fmt: skip
     parts = {name: make(*(read(RESULTS / f"{file}.json") for file in files)) for name, (make, *files) in made.items()}

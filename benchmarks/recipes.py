@@ -22,9 +22,12 @@ from recipe import Stage1Recipe, Stage2Recipe, read_recipe
 from transformers import models as hf
 
 from unime_st.models.phi3_v import Phi3VConfig
-from unime_st.training.planning import GIB, memory, parameters_by_part
+from unime_st.training.planning import GIB, flops_of_a_row, memory, parameters_by_part
 
 PROCESSES = 8
+QWEN = {"qwen2_vl": 14, "qwen3_vl": 16}  # backbones that keep an image's resolution -> pixels a side of a patch
+SIDES = (224, 448, 896, 1344)
+PAIR_TOKENS = 80  # prompts, templates, a question and a caption
 TOKENS_A_TEXT = 64  # of stage 1, whose mini-batches are counted in texts
 
 CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -76,7 +79,12 @@ def plan(stage: int, backbone: str) -> dict[str, Any]:
     tokens = loss.get("mini_batch_num_tokens") or loss["mini_batch_size"] * TOKENS_A_TEXT
     parts = parameters_by_part(model)
     sizes = memory(model, tokens, checkpointing=bool(training.get("gradient_checkpointing")))
+    if stage == 2 and backbone in QWEN:
+        by_side = {str(side): _of_a_pair(model, backbone, side) for side in SIDES}
+    else:
+        by_side = {}
     return {
+        "by_side": by_side,
         "rank": recipe.lora["rank"],
         "learning_rate": training["learning_rate"],
         "global_batch": training["per_device_train_batch_size"] * PROCESSES,
@@ -88,6 +96,13 @@ def plan(stage: int, backbone: str) -> dict[str, Any]:
         "tokens_a_pass": tokens,
         "gib": {name: round(size / GIB, 2) for name, size in sizes.items()},
     }
+
+
+def _of_a_pair(model: Any, backbone: str, side: int) -> dict[str, float]:
+    """Tokens, patches and arithmetic of a pair: an image of so many pixels a side, with `PAIR_TOKENS` around it."""
+    patches = 4 * (side // (2 * QWEN[backbone])) ** 2  # four are merged into a token
+    tokens = patches // 4 + PAIR_TOKENS
+    return {"tokens": tokens, "patches": patches, "tflop": round(flops_of_a_row(model, tokens, patches) / 1e12, 3)}
 
 
 def main() -> None:

@@ -152,11 +152,17 @@ def plan_training(
     backbone: Any = model[0].model
     tokens, patches = _of_a_row(model, pairs, backbone.config)
     parts = parameters_by_part(backbone)
-    embedding = backbone.get_input_embeddings().weight.numel()
-    language = sum(sum(parts[part]) for part in ("language model", "LoRA")) - embedding
-    flops = batch_size * (2 * _PASSES * language * tokens + 2 * sum(parts["vision"]) * patches)
+    flops = batch_size * flops_of_a_row(backbone, tokens, patches)
     used = memory(backbone, mini_batch_num_tokens, checkpointing=checkpointing)
     return TrainingPlan(parts, tokens, patches, used, flops, steps)
+
+
+def flops_of_a_row(backbone: Any, tokens: float, patches: float) -> float:
+    """The arithmetic of a row of these tokens and patches in training, see :func:`plan_training`."""
+    parts = parameters_by_part(backbone)
+    embedding = backbone.get_input_embeddings().weight.numel()
+    language = sum(sum(parts[part]) for part in ("language model", "LoRA")) - embedding
+    return 2 * _PASSES * language * tokens + 2 * sum(parts["vision"]) * patches
 
 
 def _of_a_row(model: SentenceTransformer, pairs: Dataset, config: Any) -> tuple[float, float]:
