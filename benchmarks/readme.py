@@ -291,8 +291,8 @@ def recipes_table(results: dict[str, Any]) -> str:
 def sides_table(results: dict[str, Any]) -> str:
     """What a pair with an image of so many pixels a side asks of a backbone that keeps its resolution."""
     rows = [
-        (RECIPES[name.partition("_")[2]], f"{side} x {side}", f"{of['tokens']:,}", f"{of['patches']:,}", f"{of['tflop']:.2f}",
-         f"{of['tflop'] * 1024 / 100:,.0f}")
+        (RECIPES[name.partition("_")[2]], f"{side} x {side}", f"{of['tokens']:,}", f"{of['patches']:,}",
+         f"{of['tflop']:.2f}", f"{of['tflop'] * 1024 / 100:,.0f}")
         for name, row in results.items()
         for side, of in row["by_side"].items()
     ]  # fmt: skip

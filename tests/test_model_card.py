@@ -91,7 +91,8 @@ def test_cards_cite_the_models_own_paper(published, backbone, tmp_path):
     model = load_encoder(backbone(known.family), published=published, device="cpu")
     again = load_encoder(export_encoder(model, tmp_path / "encoder"), device="cpu")
     for one in (model, again):
-        assert ("eprint={2510.13515}" in encoder_card(one)) is (known.paper == "2510.13515")
+        for paper in ("2510.13515", "2601.04720"):
+            assert (f"eprint={{{paper}}}" in encoder_card(one)) is (known.paper == paper)
         assert "arXiv:2504.17432" in encoder_card(one)  # the recipe's
 
 

@@ -12,10 +12,11 @@ from sentence_transformers import SentenceTransformer
 from unime_st.losses.in_batch import UNIME_CITATION
 from unime_st.modules import export_encoder
 from unime_st.modules.checks import loading_note
-from unime_st.prompts import PUBLISHED_FORMATS, chat_template
-from unime_st.published import UNIME_V2_CITATION
+from unime_st.prompts import chat_template
+from unime_st.published import PUBLISHED, QWEN3_VL_EMBEDDING_CITATION, UNIME_V2_CITATION
 
 _POOLED = {"lasttoken": "hidden state of the last token", "mean": "mean of all tokens' hidden states"}
+_PEERS = {"2510.13515": UNIME_V2_CITATION, "2601.04720": QWEN3_VL_EMBEDDING_CITATION}
 _TEMPLATE = Path(__file__).parent / "model_card_template.md"
 _SENTENCE = "<your text>"
 KINDS: dict[str, list[dict[str, str]]] = {
@@ -117,10 +118,13 @@ def encoder_card(model: SentenceTransformer, *, repo_id: str = "path/to/this/fol
 
 
 def _citations(processor: Any) -> list[str]:
-    """Of the recipe, and of UniME-V2 where the prompts are its."""
-    names = [name for name in PUBLISHED_FORMATS if name.startswith("unime_v2")]
-    is_v2 = str(processor.chat_template).strip() in {chat_template(name).strip() for name in names}
-    return [citation.strip() for citation in (UNIME_CITATION, *([UNIME_V2_CITATION] if is_v2 else []))]
+    """Of the recipe, and of UniME-V2 or Qwen3-VL-Embedding where the prompts are theirs."""
+    own = str(processor.chat_template).strip()
+    papers = {row.paper for row in PUBLISHED.values() if row.template and chat_template(row.template).strip() == own}
+    return [
+        UNIME_CITATION.strip(),
+        *(citation.strip() for paper, citation in _PEERS.items() if paper in papers),
+    ]
 
 
 def _rendered(processor: Any, parts: list[dict[str, str]]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 INSTRUCTIONS = {
     "image": "Summary above image in one word: ",
@@ -94,18 +94,49 @@ class BareFormat:
     strips: bool  # whether white space around the words goes, around a prompt's and the text's own
 
 
+@dataclass(frozen=True)
+class SystemFormat:
+    """How Qwen3-VL-Embedding writes an input: the instruction in the system turn, the content in the user's.
+
+    White space around an instruction goes, and one that does not end in punctuation gets a full stop. Videos come
+    first, then images, then the text.
+    """
+
+    start: str  # before the instruction
+    between: str  # between instruction and content
+    end: str
+    image: str
+    video: str
+    instruction: str  # where none is given
+    nothing: str  # in the place of content that is empty
+
+
+PUNCTUATION = (
+    "!\"#%&'()*,-./:;?@[\\]_{}¡§«¶·»¿؟،؛۔।॥‐‑‒–—―‖‘’‚‛“”„‟†‡•…‰′″‹›‼⁇⁈⁉、。〈〉《》「」『』【】！（），．：；？"
+)
+"""What an instruction may end in: ASCII's punctuation (Unicode's category P), and what other scripts commonly use."""
+
 _ONEVISION = ("<|im_start|>user ", "<|im_end|><|im_start|>assistant\n", "<image>", "<video>")
 
-PUBLISHED_FORMATS: dict[str, TurnFormat | BareFormat] = {
+PUBLISHED_FORMATS: dict[str, TurnFormat | BareFormat | SystemFormat] = {
     "unime_llava_onevision": TurnFormat(*_ONEVISION, before_text="\n", instruction_end="\n"),
     "unime_v2_qwen2_vl": BareFormat("", "", "<|image_pad|>", "<|video_pad|>", "\n", " ", "", strips=False),
     "unime_v2_llava_onevision": BareFormat(*_ONEVISION, "\n", "\n", "\n", strips=True),
+    "qwen3_vl_embedding": SystemFormat(
+        "<|im_start|>system\n",
+        "<|im_end|>\n<|im_start|>user\n",
+        _CHATML,
+        _QWEN_IMAGE,
+        _QWEN_VIDEO,
+        instruction="Represent the user's input.",
+        nothing="NULL",
+    ),
 }
 """Name of a template -> what published models read that do not read as their family does here.
 
 LLaVA-OneVision's own chat template begins every text on a new line, and the instructions of UniME's end in a line break
 (so its authors say in their issue #4). UniME-V2 is by Embedding/src/model_utils.py of its authors: Qwen2-VL reads no
-turn markers at all, and a lone placeholder.
+turn markers at all, and a lone placeholder. Qwen3-VL-Embedding is by src/models/qwen3_vl_embedding.py of its authors.
 """
 
 _READ = """\
@@ -143,6 +174,15 @@ _BARE = (
 {{- (START + ns.media + between + words + END) or NEWLINE -}}
 """
 )
+_SYSTEM = (
+    _READ
+    + """\
+{%- set told = (ns.instruction or '') | trim -%}
+{%- if told and told[-1] not in PUNCTUATION -%}{%- set told = told + '.' -%}{%- endif -%}
+{%- set media = (ns.media | replace(IMAGE, '')) + IMAGE * ns.images -%}
+{{- START + (told or INSTRUCTION) + BETWEEN + ((media + ns.text) or NOTHING) + END -}}
+"""
+)
 _TEMPLATE = (
     _READ
     + """\
@@ -175,6 +215,9 @@ def chat_template(name: str) -> str:
             "of your own."
         )
     turn = formats[name]
+    if isinstance(turn, SystemFormat):
+        words = {key.upper(): quoted(text) for key, text in asdict(turn).items()}
+        return filled(_SYSTEM, words | {"PUNCTUATION": quoted(PUNCTUATION)})
     before, _, after = turn.image.partition("{n}")
     image = f"{quoted(before)} + (ns.images | string) + {quoted(after)}" if "{n}" in turn.image else quoted(before)
     values = {

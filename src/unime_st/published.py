@@ -1,7 +1,7 @@
-"""What must be known of the UniME models on the Hub to make encoders of them: they are plain transformers repositories.
+"""What must be known of models on the Hub to make encoders of their transformers repositories: UniME's and a peer's.
 
-Sources: their repositories, model cards and authors' scripts; UniME (arXiv 2504.17432) and UniME-V2 (arXiv 2510.13515).
-Where those differ:
+Sources: their repositories, model cards and authors' scripts; UniME (arXiv 2504.17432), UniME-V2 (arXiv 2510.13515) and
+Qwen3-VL-Embedding (arXiv 2601.04720). Where those differ, or an encoder here does:
 
 * UniME's Phi-3.5-V has the prompts of its card; its authors' retrieval script leaves out the space before ``<|end|>``.
 * Their results on MMEB come from the benchmark's own script, which gives the benchmark's texts bare, without a turn or
@@ -10,28 +10,34 @@ Where those differ:
 * UniME-V2's Qwen2-VL was trained and run with code that knows an image by the ``<|vision_start|>`` before it; its
   prompt has none, so an image's tokens are counted like words. transformers 5 counts them by rows and columns, and so
   does an encoder here, as stock sentence-transformers. ``model[0].flat_image_positions = True`` counts as they do.
+* Qwen3-VL-Embedding pads on the right, which changes nothing. Its script resizes images with Pillow, an encoder here
+  as the repository's processor does, within the same bounds: an image that must be resized differs a little. It cuts
+  inputs at 8,192 tokens, "assistant" among them; ``max_seq_length`` cuts the text alone, and is not set.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class PublishedCheckpoint:
     """A published model. All pool the last token, pad on the left, and normalise.
 
-    Encoding leaves the size of images to the repository's processor; to repeat the authors' evaluation, resize them
-    before (``MMEBEvaluator`` and ``MTEBEncoder`` have ``image_size``).
+    Encoding leaves the size of images to the repository's processor, within ``pixels`` where those are known; to repeat
+    the authors' evaluation, resize them before (``MMEBEvaluator`` and ``MTEBEncoder`` have ``image_size``).
     """
 
     repo_id: str
     family: str  # its `config.model_type`
-    trained_at: int  # side of the square that training images were resized to, in pixels
+    trained_at: int | None  # side of the square that training images were resized to, in pixels; None for none
     paper: str  # arXiv identifier
     results: str  # its name in `unime_st.evaluation.published_results`
     template: str | None = None  # name of its prompts in `unime_st.prompts`; None is the family
     evaluated_at: int | None = None  # side that its authors' evaluation forces images to; None for none
+    benchmark: Literal["mmeb", "mmeb_v2"] = "mmeb"  # of its results
+    pixels: tuple[int, int] | None = None  # least and most of an image, as its authors' script has them
 
     @property
     def prompts(self) -> str:
@@ -52,8 +58,22 @@ UNIME_V2_CITATION = """
 }
 """
 
+QWEN3_VL_EMBEDDING_CITATION = """
+@misc{li2026qwen3vlembedding,
+    title={Qwen3-VL-Embedding and Qwen3-VL-Reranker: A Unified Framework for State-of-the-Art Multimodal Retrieval
+        and Ranking},
+    author={Mingxin Li and Yanzhao Zhang and Dingkun Long and Keqin Chen and Sibo Song and Shuai Bai and Zhibo Yang
+        and Pengjun Xie and An Yang and Dayiheng Liu and Jingren Zhou and Junyang Lin},
+    year={2026},
+    eprint={2601.04720},
+    archivePrefix={arXiv},
+    url={https://arxiv.org/abs/2601.04720}
+}
+"""
+
 _UNIME = "2504.17432"
 _UNIME_V2 = "2510.13515"
+_QWEN3 = "2601.04720"
 _V2_QWEN = "unime_v2_qwen2_vl"
 
 PUBLISHED: dict[str, PublishedCheckpoint] = {
@@ -83,6 +103,19 @@ PUBLISHED: dict[str, PublishedCheckpoint] = {
             "UniME-V2 LLaVA-OV-7B",
             "unime_v2_llava_onevision",
             1344,
+        ),
+        *(
+            PublishedCheckpoint(
+                f"Qwen/{name}",
+                "qwen3_vl",
+                None,
+                _QWEN3,
+                name,
+                "qwen3_vl_embedding",
+                benchmark="mmeb_v2",
+                pixels=(4 * 32**2, 1800 * 32**2),
+            )
+            for name in ("Qwen3-VL-Embedding-2B", "Qwen3-VL-Embedding-8B")
         ),
     )
 }

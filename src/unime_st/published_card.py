@@ -1,8 +1,10 @@
-"""Cards of the published UniME models."""
+"""Cards of the published models."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 from jinja2 import Environment
@@ -11,10 +13,10 @@ from unime_st.evaluation import published_results
 from unime_st.hub import KINDS, on_one_line
 from unime_st.losses.in_batch import UNIME_CITATION
 from unime_st.prompts import chat_template
-from unime_st.published import UNIME_V2_CITATION, PublishedCheckpoint
+from unime_st.published import QWEN3_VL_EMBEDDING_CITATION, UNIME_V2_CITATION, PublishedCheckpoint
 
 _TEMPLATE = Path(__file__).parent / "published_card_template.md"
-_CITATIONS = {"2504.17432": UNIME_CITATION, "2510.13515": UNIME_V2_CITATION}
+_CITATIONS = {"2504.17432": UNIME_CITATION, "2510.13515": UNIME_V2_CITATION, "2601.04720": QWEN3_VL_EMBEDDING_CITATION}
 
 
 def published_card(known: PublishedCheckpoint) -> str:
@@ -28,9 +30,9 @@ def published_card(known: PublishedCheckpoint) -> str:
         library_name="sentence-transformers",
         pipeline_tag="feature-extraction",
         base_model=known.repo_id,
-        tags=["sentence-transformers", "multimodal", "unime"],
+        tags=["sentence-transformers", "multimodal", *(["unime"] if known.benchmark == "mmeb" else [])],
     )
-    scores = next(row for row in published_results("mmeb") if row["model"] == known.results)
+    scores = next(row for row in published_results(known.benchmark) if row["model"] == known.results)
     rendered = {kind: chat.render(messages=[{"role": "user", "content": parts}]) for kind, parts in KINDS.items()}
     return markdown.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         known=known,
@@ -39,6 +41,13 @@ def published_card(known: PublishedCheckpoint) -> str:
         prompts={kind: on_one_line(prompt) for kind, prompt in rendered.items()},
         numbers={name: value for name, value in scores.items() if isinstance(value, (int, float))},
         source=scores["source"],
-        average=str(scores["average"]).replace("_", " "),
+        told=_told(scores),
         citation=_CITATIONS[known.paper].strip(),
     )
+
+
+def _told(scores: Mapping[str, Any]) -> str:
+    """What numbers cannot be compared without: which mean is the overall one, and the frames of a video."""
+    if "frames" in scores:
+        return f"{scores['frames']} frames of a video"
+    return str(scores["average"]).replace("_", " ")

@@ -47,9 +47,12 @@ def test_the_cards_of_published_models_are_those_generated_and_parse(readme):
         data = ModelCard(card).data
         assert data.library_name == "sentence-transformers"
         assert f'load_encoder("{data.base_model}")' in card
-        of_v2 = "UniME-V2" in name
-        assert ("Summary above image in one word:" in card) is not of_v2
-        assert ("Find an image caption describing the given image." in card) is of_v2
+        said = {  # by each group of models, and by no other
+            "Summary above image in one word:": name.startswith("UniME-") and "V2" not in name,
+            "Find an image caption describing the given image.": "UniME-V2" in name,
+            "<\\|im_start\\|>system\\nRepresent the user's input.": name.startswith("Qwen3-VL-Embedding"),
+        }
+        assert {words: words in card for words in said} == said
     assert len(readme.cards()) == len(PUBLISHED)
 
 

@@ -1,9 +1,11 @@
+import logging
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from unime_st.evaluation import Report, compare
+from unime_st.evaluation import Report, compare, read_settings
 from unime_st.evaluation.__main__ import main
 from unime_st.evaluation.outcomes import TaskOutcomes, read_outcomes, write_outcomes
 
@@ -15,9 +17,9 @@ def outcomes(**scores):
     }
 
 
-def written(folder, **scores):
+def written(folder, settings=None, **scores):
     folder.mkdir()
-    write_outcomes(folder / "MMEB_results_rows.parquet", outcomes(**scores))
+    write_outcomes(folder / "MMEB_results_rows.parquet", outcomes(**scores), settings or {})
     return folder
 
 
@@ -39,7 +41,7 @@ def test_outcomes_come_back(tmp_path):
 def test_no_flipped_or_missing_byte_of_outcomes_is_read(tmp_path):
     path = tmp_path / "rows.parquet"
     made = outcomes(a=[0.0, 1.0, 0.5], b=[1.0])
-    write_outcomes(path, made)
+    write_outcomes(path, made, {"prompt": "Find it: "})
     good, refused = path.read_bytes(), 0
     harmed = [good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :] for place in range(len(good))]
     for content in [*harmed, *(good[:length] for length in range(0, len(good), 50))]:
@@ -50,6 +52,7 @@ def test_no_flipped_or_missing_byte_of_outcomes_is_read(tmp_path):
             refused += str(path) in str(error) and "Evaluate again" in str(error)
         else:
             assert list(found) == list(made)
+            assert read_settings(path) in ({"prompt": "Find it: "}, None)  # None: its key is another
             for task, own in made.items():
                 for name in ("rows", "scores", "tied"):
                     np.testing.assert_array_equal(getattr(found[task], name), getattr(own, name))
@@ -63,6 +66,44 @@ def test_outcomes_of_before_there_were_checksums_are_read(tmp_path):
     pq.write_table(table.replace_schema_metadata({"unime_st_checksun": "0"}), tmp_path / "rows.parquet")
     with pytest.raises(ValueError, match="its checksum is another"):
         read_outcomes(tmp_path / "rows.parquet")
+
+
+def test_settings_that_differ_are_told(tmp_path, caplog):
+    first = {"prompt": "a", "weights": "1", "versions": {"torch": "2.13", "peft": "0.19"}, "frames": {"t": 8}}
+    second = {**first, "prompt": "b", "weights": "2", "versions": {"torch": "2.14", "peft": "0.19"}, "limit": 3}
+    a, b = written(tmp_path / "a", first, t=[1, 0]), written(tmp_path / "b", second, t=[1, 1])
+    assert read_settings(a / "MMEB_results_rows.parquet") == first
+    with caplog.at_level(logging.WARNING):
+        found = compare(a, b, resamples=10)
+    assert found.other_settings == {
+        "MMEB: prompt": ('"a"', '"b"'),
+        "MMEB: weights": ('"1"', '"2"'),
+        "MMEB: versions torch": ('"2.13"', '"2.14"'),
+        "MMEB: limit": ("-", "3"),
+    }
+    assert 'MMEB: prompt "a" (before), "b" (after); MMEB: versions torch' in caplog.text
+    assert "weights" not in caplog.text
+    report = Report("x")
+    found.add_to(report)
+    rows = next(own.data["rows"] for own in report.sections if own.title == "Settings that differ or are not told")
+    assert rows[0] == ["MMEB: prompt", '"a"', '"b"']
+    assert len(rows) == 4
+
+
+def test_equal_settings_and_other_weights_warn_of_nothing(tmp_path, caplog):
+    a, b = (written(tmp_path / name, {"weights": name, "batch_size": 4}, t=[1, 0]) for name in "ab")
+    assert compare(a, a, resamples=10).other_settings == {}
+    assert list(compare(a, b, resamples=10).other_settings) == ["MMEB: weights"]
+    assert not caplog.records
+
+
+def test_files_without_settings_are_said_not_to_tell(tmp_path, caplog):
+    a = written(tmp_path / "a", t=[1, 0])
+    (tmp_path / "old").mkdir()
+    write_outcomes(tmp_path / "old" / "MMEB_results_rows.parquet", outcomes(t=[1, 0]))
+    assert read_settings(tmp_path / "old" / "MMEB_results_rows.parquet") is None
+    assert compare(tmp_path / "old", a, resamples=10).other_settings == {"MMEB": ("not told", "told")}
+    assert "MMEB not told (before), told (after)" in caplog.text
 
 
 def test_the_interval_against_a_plain_loop(tmp_path):

@@ -22,6 +22,7 @@ REPOSITORIES = {  # one a family
     "llava_onevision": "TianchengGu/UniME-V2-LLaVA-OneVision-8B",
     "qwen2_vl": "TianchengGu/UniME-V2-Qwen2VL-7B",
     "phi3_v": "DeepGlint-AI/UniME-Phi3.5-V-4.2B",
+    "qwen3_vl": "Qwen/Qwen3-VL-Embedding-2B",
 }
 RENAMED = ("llava_next", "llava_onevision")
 """Those whose files transformers reads under the names of both its older and its newer versions."""
@@ -31,6 +32,8 @@ ITEMS = {"image": picture("red"), "text": "<sent>", "both": {"image": picture("r
 def by_hand(model, processor, family):
     """Embeddings from the published prompts, the model with its head, and nothing of this package."""
     rows = []
+    if pixels := PUBLISHED[REPOSITORIES[family]].pixels:
+        processor.image_processor.size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
     for kind in ITEMS:
         prompt = GOLDEN[REPOSITORIES[family]][kind]["prompt"]
         images = {} if kind == "text" else {"images": [picture("red")]}
@@ -112,8 +115,13 @@ def test_every_layout_gives_the_embeddings_made_by_hand(family, layout, backbone
 
 
 @pytest.mark.parametrize(
-    ("family", "old"),  # the tensors of phi3_v never had other names
-    [(family, old) for family in REPOSITORIES for old in (False, True) if not (old and family == "phi3_v")],
+    ("family", "old"),  # the tensors of phi3_v and qwen3_vl never had other names
+    [
+        (family, old)
+        for family in REPOSITORIES
+        for old in (False, True)
+        if not old or family not in ("phi3_v", "qwen3_vl")
+    ],
 )
 def test_an_adapter_alone_finds_its_base_and_its_modules(family, old, backbone, tmp_path):
     with_head = AutoModelForImageTextToText.from_pretrained(backbone(family), dtype=torch.float32)
@@ -223,5 +231,8 @@ def test_a_folder_of_another_family_and_a_name_that_is_not_published(backbone):
 
 
 def test_their_results_are_in_the_published_table():
-    rows = {row["model"] for row in published_results("mmeb")}
-    assert {known.results for known in PUBLISHED.values()} <= rows
+    for benchmark in ("mmeb", "mmeb_v2"):
+        rows = {row["model"] for row in published_results(benchmark)}
+        named = {known.results for known in PUBLISHED.values() if known.benchmark == benchmark}
+        assert named
+        assert named <= rows

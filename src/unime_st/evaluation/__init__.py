@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from unime_st.embedding.cache import EmbeddingCache
     from unime_st.embedding.distinct import BrokenItemError, encode_distinct
     from unime_st.evaluation.mmeb.evaluator import MMEBEvaluator
+    from unime_st.evaluation.outcomes import read_settings
     from unime_st.evaluation.published import published_results, published_task_scores
     from unime_st.evaluation.report.compare import compare
     from unime_st.evaluation.report.report import Report
@@ -28,6 +29,7 @@ _EXPORTS = {
     "compare": "unime_st.evaluation.report.compare",
     "published_results": "unime_st.evaluation.published",
     "published_task_scores": "unime_st.evaluation.published",
+    "read_settings": "unime_st.evaluation.outcomes",
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "model_fingerprint",
     "published_results",
     "published_task_scores",
+    "read_settings",
 ]
 
 

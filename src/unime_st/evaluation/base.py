@@ -18,8 +18,10 @@ from unime_st.data.judging.scorer import PairScorer
 from unime_st.distributed import rank
 from unime_st.embedding.cache import EmbeddingCache
 from unime_st.embedding.distinct import BrokenItemError, Section, encode_indexed, open_section
+from unime_st.embedding.prompts import prompt_options
 from unime_st.evaluation.outcomes import TaskOutcomes, told_of_ties, write_outcomes
 from unime_st.evaluation.reranking import Reranking, check_reranker, reranker_name
+from unime_st.evaluation.settings import model_settings, versions, weights_of
 from unime_st.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,8 @@ class EmbeddingEvaluator(SentenceEvaluator):
         show_progress_bar: Whether to show progress.
         write_csv: Whether to write results when called with an ``output_path``: a row of ``<name>_results.csv`` for
             each call, and the last call's ``<name>_results.json`` and ``<name>_results_rows.parquet`` (with a reranker
-            ``<name>_reranked_results_rows.parquet`` too).
+            ``<name>_reranked_results_rows.parquet`` too), which hold the settings, see
+            :func:`~unime_st.evaluation.read_settings`: their fingerprint is one pass over the weights.
         reranker: Puts each query's best candidates in a new order: a ``CrossEncoder``, of
             :func:`unime_st.load_reranker` or another. All scores are then told before and after, as ``<metric>`` and
             ``reranked_<metric>``, with ``rerank_pairs`` (distinct pairs) and ``rerank_seconds``. The primary metric
@@ -79,6 +82,15 @@ class EmbeddingEvaluator(SentenceEvaluator):
         if self.reranker is not None:
             settings |= {"reranker": reranker_name(self.reranker), "rerank_depth": self.rerank_depth}
         return {key: value for key, value in settings.items() if value is not None}
+
+    def settings_of(self, model: Any) -> dict[str, Any]:
+        """Return all that decides the numbers of a model, as it is kept beside them."""
+        told = {"evaluator": type(self).__name__, **self.get_config_dict()}
+        told |= prompt_options(model, prompt_name=self.prompt_name) if self.prompt is None else {}
+        told |= model_settings(model)
+        if self.reranker is not None:
+            told["reranker_weights"] = weights_of(self.reranker)
+        return {**told, "versions": versions()}
 
     def open_reranking(self, prepare: Callable[[Any], Any] | None = None) -> Reranking | None:
         """Make ready to rerank what a call finds; None without a reranker."""
@@ -160,9 +172,11 @@ class EmbeddingEvaluator(SentenceEvaluator):
             stem = f"{self.name or type(self).__name__}_results".replace("/", "-")
             folder = Path(output_path)
             write_atomically(folder / f"{stem}.json", json.dumps(named, indent=2))
-            write_outcomes(folder / f"{stem}_rows.parquet", outcomes)
+            settings = self.settings_of(model)
+            write_outcomes(folder / f"{stem}_rows.parquet", outcomes, settings)
             if reranked := self.reranked_outcomes():
-                write_outcomes(folder / f"{stem.removesuffix('_results')}_reranked_results_rows.parquet", reranked)
+                path = folder / f"{stem.removesuffix('_results')}_reranked_results_rows.parquet"
+                write_outcomes(path, reranked, settings)
             append_row(folder / f"{stem}.csv", {"epoch": epoch, "steps": steps, **metrics})
         return named
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from unime_st.files import checksum, write_atomically
 _COLUMNS = ("task", "row", "score", "tied")
 _CHECKSUM = b"unime_st_checksum"
 _RULES = b"unime_st_ties"
+_SETTINGS = b"unime_st_settings"
 _UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError)
 _MOST_TIED = 0.01
 _TASKS_NAMED = 5
@@ -57,8 +59,13 @@ def told_of_ties(outcomes: Mapping[str, TaskOutcomes]) -> str:
     )
 
 
-def write_outcomes(path: str | Path, outcomes: Mapping[str, TaskOutcomes]) -> None:
-    """Write results by row as one parquet file with the columns task, row, score, tied, and the rules for ties."""
+def write_outcomes(
+    path: str | Path, outcomes: Mapping[str, TaskOutcomes], settings: Mapping[str, Any] | None = None
+) -> None:
+    """Write results by row as one parquet file with the columns task, row, score, tied.
+
+    In its metadata are the rules for ties and, where given, the settings of the evaluation.
+    """
     sizes = [len(own.rows) for own in outcomes.values()]
     tasks = pa.array(np.repeat(np.array(list(outcomes), dtype=object), sizes), pa.string())
 
@@ -70,7 +77,9 @@ def write_outcomes(path: str | Path, outcomes: Mapping[str, TaskOutcomes]) -> No
     file = io.BytesIO()
     table = pa.table(columns, names=list(_COLUMNS))
     rules = json.dumps({task: own.rule for task, own in outcomes.items()})
-    pq.write_table(table.replace_schema_metadata({_CHECKSUM: _checksum(table), _RULES: rules}), file)
+    told = {} if settings is None else {_SETTINGS: json.dumps(settings, default=str).encode()}
+    own = {_CHECKSUM: _checksum(table, told.get(_SETTINGS)), _RULES: rules, **told}
+    pq.write_table(table.replace_schema_metadata(own), file)
     write_atomically(Path(path), file.getvalue())
 
 
@@ -80,7 +89,8 @@ def read_outcomes(path: str | Path) -> dict[str, TaskOutcomes]:
         table = pq.read_table(path, columns=list(_COLUMNS))
         told = (table.schema.metadata or {}).get(_CHECKSUM)
         rules = json.loads((table.schema.metadata or {}).get(_RULES, "{}"))
-        damaged = told is not None and told.decode("ascii", "replace") != _checksum(table)
+        settings = (table.schema.metadata or {}).get(_SETTINGS)
+        damaged = told is not None and told.decode("ascii", "replace") != _checksum(table, settings)
         if told is None and table.schema.metadata:
             damaged = True  # files of versions without checksums have no metadata at all
     except FileNotFoundError:
@@ -98,6 +108,28 @@ def read_outcomes(path: str | Path) -> dict[str, TaskOutcomes]:
     return found
 
 
-def _checksum(table: pa.Table) -> str:
+def read_settings(path: str | Path) -> dict[str, Any] | None:
+    """Read the settings of the evaluation that wrote a file of results by row.
+
+    They are those of the evaluator (prompt, resolution, frames by task, reranker and depth, ...), the fingerprints of
+    the encoder and the reranker, the sizes of the processor's images and the versions of the packages.
+
+    Args:
+        path: A ``*_rows.parquet``.
+
+    Returns:
+        Name -> value; None where the file was written before they were recorded.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged.
+    """
+    read_outcomes(path)
+    told = (pq.read_schema(path).metadata or {}).get(_SETTINGS)
+    return None if told is None else json.loads(told)
+
+
+def _checksum(table: pa.Table, settings: bytes | None = None) -> str:
     tasks = "\0".join(table["task"].to_pylist())
-    return checksum(tasks, *(np.asarray(table[name].to_numpy()) for name in _COLUMNS[1:]))
+    told = [] if settings is None else [settings]
+    return checksum(tasks, *(np.asarray(table[name].to_numpy()) for name in _COLUMNS[1:]), *told)

@@ -32,7 +32,7 @@ def load_encoder(
     model_kwargs: Mapping[str, Any] | None = None,
     processor_kwargs: Mapping[str, Any] | None = None,
 ) -> SentenceTransformer:
-    """Load a saved encoder with our module in place of the stock one, or a published UniME model.
+    """Load a saved encoder with our module in place of the stock one, or a published model.
 
     Args:
         path: a folder, or a Hub name, of a saved encoder; or of a model of :data:`unime_st.published.PUBLISHED`, which
@@ -87,4 +87,7 @@ def _load_published(folder: Path, known: PublishedCheckpoint, **options: Any) ->
     model = build_encoder(folder, prompt_template=known.prompts, **options)
     backbone: Any = model[0].model
     check_family(backbone, known)
+    if known.pixels is not None:
+        encoder: Any = model[0]
+        encoder.processor.image_processor.size = dict(zip(("shortest_edge", "longest_edge"), known.pixels, strict=True))
     return model

@@ -107,7 +107,7 @@ def _listed_modules(folder: Path) -> list[tuple[str, str]]:
     if not file.is_file():
         raise FileNotFoundError(
             f"{folder} has no modules.json, so it is no saved encoder. Make one of a backbone with "
-            "`build_encoder`, or, if it is a copy of a published UniME model, say of which with `published`."
+            "`build_encoder`, or, if it is a copy of a published model, say of which with `published`."
         )
     listed = _read_json(file, list)
     for entry in listed:

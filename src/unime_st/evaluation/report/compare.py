@@ -7,12 +7,14 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from unime_st.arguments import require_path
-from unime_st.evaluation.outcomes import TaskOutcomes, read_outcomes
+from unime_st.evaluation.outcomes import TaskOutcomes, read_outcomes, read_settings
 from unime_st.evaluation.report.report import Report
+from unime_st.evaluation.settings import WEIGHTS, differing, shown
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ class Comparison:
     means: dict[str, Difference]  # evaluator -> difference of the mean over its tasks
     confidence: float
     other_rules: dict[str, str] = field(default_factory=dict)  # task -> a text on rules for ties that differ
+    other_settings: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """``<evaluator>: <setting>`` -> both values; ``<evaluator>`` alone where a side does not tell its own."""
 
     def add_to(self, report: Report) -> None:
         """Add tables and a plot to a report."""
@@ -62,6 +66,9 @@ class Comparison:
                 tasks_of.setdefault(why, []).append(task)
             told = "\n\n".join(f"{', '.join(tasks)}: {why}" for why, tasks in tasks_of.items())
             report.add_text(told, title="Ties were treated differently")
+        if self.other_settings:
+            unlike = [[name, *map(shown, values)] for name, values in self.other_settings.items()]
+            report.add_table("Settings that differ or are not told", ["setting", "before", "after"], unlike)
         means = {f"{name}: {MEAN}": difference for name, difference in self.means.items()}
         named = {**self.tasks, **means}
         level = f"{100 * self.confidence:.0f} %"
@@ -120,7 +127,7 @@ def compare(
         intersection: Compare the tasks and rows that both have, when they are not the same.
 
     Returns:
-        The comparison.
+        The comparison; a warning names settings that differ, other than the weights, or are not told.
 
     Raises:
         FileNotFoundError: If a folder holds no results by row.
@@ -151,7 +158,24 @@ def compare(
     other_rules = {": ".join(key): told for key in pairs if (told := _other_rule(*(side[key] for side in sides)))}
     if other_rules:
         logger.warning("Ties were treated differently. %s", "; ".join(map(": ".join, other_rules.items())))
-    return Comparison(tasks, means, confidence, other_rules)
+    other_settings = _other_settings(*(_settings(Path(side)) for side in (before, after)))
+    unlike = {name: both for name, both in other_settings.items() if name.rpartition(": ")[2] not in WEIGHTS}
+    if unlike:
+        told = "; ".join(f"{name} {shown(a)} (before), {shown(b)} (after)" for name, (a, b) in unlike.items())
+        logger.warning("Settings differ or are not told. %s", told)
+    return Comparison(tasks, means, confidence, other_rules, other_settings)
+
+
+def _other_settings(
+    before: Mapping[str, dict[str, Any] | None], after: Mapping[str, dict[str, Any] | None]
+) -> dict[str, tuple[str, str]]:
+    """Settings that differ, by evaluator and name."""
+    return {
+        f"{evaluator}: {name}" if name else evaluator: both
+        for evaluator in before
+        if evaluator in after
+        for name, both in differing(before[evaluator], after[evaluator]).items()
+    }
 
 
 def _other_rule(before: TaskOutcomes, after: TaskOutcomes) -> str:
@@ -178,17 +202,22 @@ def _resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generato
     return np.concatenate(parts)
 
 
-def _outcomes(path: Path) -> dict[Key, TaskOutcomes]:
+def _files(path: Path) -> dict[str, Path]:
+    """Evaluator -> its file of results by row."""
     files = [path] if path.is_file() else sorted(path.glob("*_rows.parquet"))
     if not files:
         raise FileNotFoundError(
             f"{path} holds no *_rows.parquet. Give a folder that an evaluator wrote its results to."
         )
-    found: dict[Key, TaskOutcomes] = {}
-    for file in files:
-        stem = file.name.removesuffix("_rows.parquet").removesuffix("_results")
-        found |= {(stem, task): own for task, own in read_outcomes(file).items()}
-    return found
+    return {file.name.removesuffix("_rows.parquet").removesuffix("_results"): file for file in files}
+
+
+def _outcomes(path: Path) -> dict[Key, TaskOutcomes]:
+    return {(name, task): own for name, file in _files(path).items() for task, own in read_outcomes(file).items()}
+
+
+def _settings(path: Path) -> dict[str, dict[str, Any] | None]:
+    return {name: read_settings(file) for name, file in _files(path).items()}
 
 
 def _paired(

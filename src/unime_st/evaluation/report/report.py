@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import math
-import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from unime_st.evaluation.report.html import to_html
 from unime_st.evaluation.report.markdown import FILES, to_markdown
 from unime_st.evaluation.report.plots import Series, bar_plot, heat_map, line_plot, require_matplotlib
 from unime_st.evaluation.report.section import Section
+from unime_st.evaluation.settings import versions
 from unime_st.files import write_atomically
 from unime_st.images import IMAGE_FILES
 
@@ -93,7 +91,7 @@ class Report:
             settings: Name -> value.
             title: Heading of the table.
         """
-        rows = [[name, str(value)] for name, value in {**settings, **_versions()}.items()]
+        rows = [[name, str(value)] for name, value in {**settings, **versions()}.items()]
         self.add_table(title, ["setting", "value"], rows)
 
     def add_line_plot(
@@ -261,14 +259,6 @@ def _is_highest(table: Sequence[Sequence[Any]], row: Sequence[Any], at: int) -> 
         other[at] for other in table if _is_number(other[at]) and other[at] is not None and other[at] == other[at]
     ]
     return bool(numbers) and row[at] == max(numbers)
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("unime_st", "sentence-transformers", "transformers", "torch", "peft"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
 
 
 def _is_number(cell: Any) -> bool:
