@@ -292,6 +292,16 @@ def test_settings_are_told_apart(backbone, tmp_path):
     assert len(few.preprocess([{"video": noise(8)}])["pixel_values_videos"]) < len(
         plain.preprocess([{"video": noise(8)}])["pixel_values_videos"]
     )
+    few.save_pretrained(str(tmp_path / "few"))
+    again = load_encoder(tmp_path / "few")
+    assert again[0].videos == VideoSettings(num_frames=2)
+    assert model_fingerprint(again) == model_fingerprint(few)
+    other = VideoSettings(num_frames=3)
+    assert load_encoder(tmp_path / "few", videos=other)[0].videos == other
+    file = tmp_path / "few" / "unime_st_config.json"
+    file.write_text(file.read_text().replace("num_frames", "frames"))
+    with pytest.raises(ValueError, match=r"unime_st_config\.json is damaged: its `videos` are .*frames"):
+        load_encoder(tmp_path / "few")
     for wrong in ({"num_frames": 0}, {"fps": 0}, {"fps": float("inf")}, {"max_pixels": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             VideoSettings(**wrong)
