@@ -166,6 +166,16 @@ def from_array(array: np.ndarray | torch.Tensor, name: str = "the image") -> Ima
     return as_rgb(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), name)
 
 
+def check_pixels(width: int, height: int) -> None:
+    """Refuse the size of a decompression bomb, as Pillow does: above twice ``PIL.Image.MAX_IMAGE_PIXELS``."""
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and width * height > 2 * most:
+        raise UnreadableImageError(
+            f"{width} x {height} pixels are more than {2 * most}, so it may be a decompression bomb; if it is "
+            "none, raise `PIL.Image.MAX_IMAGE_PIXELS`"
+        )
+
+
 def is_file(path: str | Path) -> bool:
     """Whether there is a regular file; a name too long, or with a null byte, has none."""
     try:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from unime_st.arguments import require_number
-from unime_st.images import IMAGE_FILES, is_encoded, is_file
+from unime_st.images import IMAGE_FILES, UnreadableImageError, check_pixels, is_encoded, is_file
 
 VIDEO_FILES = (".mp4", ".avi", ".mov", ".wmv", ".flv", ".mkv", ".webm", ".m4v")
 """Ends of the names of video files."""
@@ -55,8 +55,8 @@ class VideoSettings:
         require_number("num_frames", self.num_frames, least=1, optional=True)
         require_number("max_pixels", self.max_pixels, least=1, optional=True)
         require_number("fps", self.fps, whole=False, optional=True)
-        if self.fps is not None and not self.fps > 0:
-            raise ValueError(f"`fps={self.fps}`, but it must be above 0; None takes `num_frames`.")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ValueError(f"`fps={self.fps}`, but it must be above 0 and finite; None takes `num_frames`.")
 
 
 class Video(list[Image.Image]):
@@ -103,7 +103,7 @@ def frame_files(folder: str | Path, suffixes: Sequence[str] = tuple(IMAGE_FILES)
     found = [path for path in Path(folder).iterdir() if path.suffix.lower() in suffixes]
     if not found:
         raise UnreadableVideoError(f"The folder {str(folder)!r} holds no frame, which are image files. Fill it.")
-    return sorted(found, key=lambda path: natural_order(path.name))
+    return sorted(found, key=lambda path: (natural_order(path.name), path.name))  # frame_1 and frame_01 are two
 
 
 def stands_for_video(text: str) -> bool:
@@ -160,6 +160,8 @@ def open_video(value: Any, settings: VideoSettings, open_frame: Callable[[Any], 
             f"A {type(value).__name__}{shape} is no video. Give a file, a folder of frames, a list of images, or an "
             "array (T, H, W, 3) or (T, 3, H, W)."
         )
+    if not len(value):
+        raise UnreadableVideoError("A video has no frames. Give some, or leave it out.")
     places = even_places(len(value), settings.num_frames)
     return Video([fitted(open_frame(value[at]), settings.max_pixels) for at in places], places, len(value))
 
@@ -188,21 +190,23 @@ def _decoded(path: Path, settings: VideoSettings) -> Video:
             if not container.streams.video:
                 raise UnreadableVideoError(f"The file {str(path)!r} holds no video. Replace or remove it.")
             rate = container.streams.video[0].average_rate
-            total = sum(packet.size > 0 for packet in container.demux(video=0))
+            # of a film cut without being encoded again, what lies before the cut is stored but never shown
+            total = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(video=0))
         fps = float(rate) if rate else None
         most = settings.num_frames
         if settings.fps is not None and fps is not None:
             wanted = max(1, round(total / fps * settings.fps))
             most = wanted if most is None else min(most, wanted)
         places = even_places(total, most)
-        found = {}
+        wanted_places, found = set(places), {}
         with av.open(str(path)) as container:
             for number, frame in enumerate(container.decode(video=0)):
-                if number in places:
+                check_pixels(frame.width, frame.height)
+                if number in wanted_places:
                     found[number] = fitted(frame.to_image().convert("RGB"), settings.max_pixels)
                 if len(found) == len(places):
                     break
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, UnreadableImageError) as error:
         raise UnreadableVideoError(f"Cannot read the video {str(path)!r}: {error}. Replace or remove it.") from error
     if len(found) < len(places) or not found:
         raise UnreadableVideoError(

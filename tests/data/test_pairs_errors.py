@@ -263,3 +263,13 @@ def test_two_tables_of_one_folder(folder):
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
 def test_json_that_python_does_not_read(content, name, folder):
     refused(written(folder, content, name), rf"{name}.* is no JSON")
+
+
+def test_columns_of_video_files_are_no_texts(folder):
+    path = written(folder, "caption,video\na dog,a.mp4\na cat,sub/b.MKV\n")
+    message = r"column 'video' holds 'a\.mp4': the column names video files, but tables hold texts and images"
+    refused(path, message, query="caption", target="video")
+    with pytest.raises(ValueError, match=message):
+        load_inputs(path, columns="video")
+    rows = load_pairs(path, query="caption", target="video", image_columns=[])
+    assert rows[0]["positive"] == {"text": "a.mp4"}

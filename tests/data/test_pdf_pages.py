@@ -158,3 +158,44 @@ def test_a_page_that_is_gone_is_named(folder, tmp_path, backbone):
 
 def test_pages_are_pil_images(folder):
     assert isinstance(PdfPages(folder)[0][1]["image"].open(), Image.Image)
+
+
+def drawn_pdf(path, boxes, trailer=""):
+    """A file of empty pages of these sides in points."""
+    kids = " ".join(f"{number + 3} 0 R" for number in range(len(boxes)))
+    objects = ["<< /Type /Catalog /Pages 2 0 R >>", f"<< /Type /Pages /Kids [{kids}] /Count {len(boxes)} >>"]
+    objects += [f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {width} {height}] >>" for width, height in boxes]
+    objects.append(f"<< /Filter /Standard /V 1 /R 2 /O <{'41' * 32}> /U <{'42' * 32}> /P -4 >>")
+    text, places = "%PDF-1.4\n", []
+    for number, written in enumerate(objects, 1):
+        places.append(len(text))
+        text += f"{number} 0 obj\n{written}\nendobj\n"
+    start = len(text)
+    text += f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n" + "".join(f"{at:010} 00000 n \n" for at in places)
+    text += f"trailer << /Size {len(objects) + 1} /Root 1 0 R {trailer} >>\nstartxref\n{start}\n%%EOF"
+    path.write_text(text)
+    return path
+
+
+def test_pages_that_cannot_be_rendered_are_passed_over_and_told(tmp_path):
+    """They load, but as a line of a million pixels, or as more than memory holds."""
+    file = drawn_pdf(tmp_path / "a.pdf", [(72, 72), (1_000_000_000, 1), (14_400, 14_400)])
+    pages = PdfPages(tmp_path)
+    assert [name for name, _ in pages] == ["a.pdf#page=1", "a.pdf#page=3"]
+    assert "a side is longer than 65535" in pages.damaged["a.pdf#page=2"]
+    sizes = [item["image"].open().size for _, item in pages]
+    assert sizes == [(144, 144), (1415, 1415)]
+    whole = PdfPages(tmp_path, max_pixels=None)
+    assert [name for name, _ in whole] == ["a.pdf#page=1"]
+    assert "decompression bomb" in whole.damaged["a.pdf#page=3"]
+    with pytest.raises(UnreadableImageError, match=r"Cannot render page 3 of .*a\.pdf: .*decompression bomb"):
+        PdfPage(str(file), 3, 144, None).open()
+
+
+def test_encrypted_files_and_folders_named_like_files(tmp_path):
+    drawn_pdf(tmp_path / "a.pdf", [(72, 72)])
+    drawn_pdf(tmp_path / "b.pdf", [(72, 72)], "/Encrypt 4 0 R /ID [<41> <41>]")
+    (tmp_path / "c.pdf").mkdir()
+    pages = PdfPages(tmp_path)
+    assert ([name for name, _ in pages], list(pages.damaged)) == (["a.pdf#page=1"], ["b.pdf"])
+    assert "password" in pages.damaged["b.pdf"]

@@ -14,10 +14,12 @@ from evaluation_fakes import HashModel
 from test_mmeb_oracle import TABLE, ExactModel, cosine
 
 from mmeb_v2_data import frames, rows, write_v2
+from tiny import tiny_backbone
 from unime_st.data.mmeb.named_rows import NamedRow, task_of
 from unime_st.evaluation import MMEBEvaluator
 from unime_st.evaluation.mmeb.tasks import MMEBTask
 from unime_st.evaluation.mmeb.v2 import DOCUMENT_TASKS, V2_META_TASKS, VIDEO_TASKS, v2_tasks
+from unime_st.modules import build_reranker
 
 QUESTION = (
     "Given a video and a question, select the most accurate answer from the provided candidates. Return only the exact "
@@ -352,6 +354,9 @@ def test_rows_that_say_nothing_sensible_are_named(broken):
         ("VLM2Vec/EgoSchema", {"answer": "7"}, "EgoSchema, row 0: The answer is 7, but there are 4"),
         ("VLM2Vec/SmthSmthV2", {"pos_text": "Nothing"}, "SmthSmthV2, row 0: The right answer 'Nothing'"),
         ("VLM2Vec/HMDB51", {"video_id": "../../x"}, "HMDB51, row 0: .*leaves the data folder"),
+        ("VLM2Vec/Video-MME", {"answer": ""}, "Video-MME, row 0: '' is not in list"),
+        ("VLM2Vec/Video-MME", {"options": ["A. One."], "answer": "D"}, "Video-MME, row 0: list index out of range"),
+        ("VLM2Vec/MSVD", {"caption": []}, "MSVD, row 0: list index out of range"),
     ):
         folder = broken / "annotation" / name
         table = Dataset.load_from_disk(str(folder)).to_list()
@@ -359,6 +364,21 @@ def test_rows_that_say_nothing_sensible_are_named(broken):
         rows(broken, name, [{**table[0], **change}, *table[1:]])
         with pytest.raises(ValueError, match=message):
             MMEBEvaluator.v2(broken, [name.split("/")[1]])(SeesPaths())
+
+
+def test_frames_that_lead_out_of_the_folder_and_names_too_long_are_told_by_row(broken, tmp_path):
+    stored = broken / "video-tasks/frames/video_cls/UCF101"
+    drawn = tmp_path / "secret.jpg"
+    (stored / "UCF101_0/frame_0.jpg").rename(drawn)
+    (stored / "UCF101_0/frame_0.jpg").symlink_to(drawn)
+    with pytest.raises(ValueError, match=r"UCF101, row 0: .*leaves the data folder"):
+        MMEBEvaluator.v2(broken, ["UCF101"])(SeesPaths())
+    shutil.rmtree(broken / "annotation/VLM2Vec/UCF101")
+    table = [{"video_id": "x" * 300, "pos_text": "Diving"}, {"video_id": "UCF101_1", "pos_text": "Kayaking"}]
+    rows(broken, "VLM2Vec/UCF101", table)
+    metrics, (told,) = broken_task(broken, "UCF101")
+    assert "UCF101, row 0: There is no folder of frames" in told
+    assert metrics["unreadable_rows"] == 1
 
 
 def test_refusals(world, tmp_path):
@@ -398,3 +418,28 @@ def test_only_the_first_thousand_of_something_something_count(tmp_path):
 def test_settings_tell_frames(world):
     told = json.loads(json.dumps(MMEBEvaluator.v2(world, ["K700", "VOC2007"]).get_config_dict()))
     assert told["frames"] == {"K700": "8"}
+
+
+@pytest.mark.parametrize("name", ["ViDoRe_docvqa", "K700", "MSR-VTT", "QVHighlight", "MomentSeeker"])
+def test_reranking_by_a_judge_of_pages_and_videos(world, tmp_path, name):
+    """Its scores, asked pair by pair, decide the order among the first candidates; grades and several right answers."""
+    judge = build_reranker(tiny_backbone("qwen2_vl", tmp_path / "backbone", words=["Yes", "No"]), device="cpu")
+    evaluator = MMEBEvaluator.v2(world, [name], name="", reranker=judge, rerank_depth=3)
+    metrics = evaluator(SeesPaths())
+    task, found, after = loaded(world, name), evaluator.results[name], evaluator.reranked_results[name]
+    shares = []
+    for place, query in enumerate(task.queries):
+        shown = task.own(place) if task.corpus is None else task.corpus
+        first = [int(number) for number in found.top[place][:3] if number >= 0]
+        score = {at: judge.predict([(task.items[query], task.items[shown[at]])])[0] for at in first}
+        ranked = sorted(first, key=lambda at: -score[at])
+        assert after.top[place][: len(ranked)].tolist() == ranked
+        gain = dict(zip(task.own(place).tolist(), task.gains_of(place).tolist(), strict=True))
+        if found.metric == "hit@1":
+            shares.append(float(gain.get(int(shown[ranked[0]]), 0) > 0))
+        else:  # three pages, all of them reranked
+            dcg = sum(gain.get(int(shown[at]), 0) / math.log2(at_place + 2) for at_place, at in enumerate(ranked))
+            ideal = sorted(gain.values(), reverse=True)
+            shares.append(dcg / sum(value / math.log2(at_place + 2) for at_place, value in enumerate(ideal)))
+    np.testing.assert_allclose(after.scores, shares, atol=1e-9)
+    assert metrics[f"reranked_{name}_{'ndcg@5' if found.metric == 'ndcg@5' else 'precision@1'}"] == np.mean(shares)

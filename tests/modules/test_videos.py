@@ -12,14 +12,15 @@ from sentence_transformers import (
 )
 
 from losses.helpers import assert_same_step, run
-from tiny import FAMILIES, PLUGIN_FAMILIES, picture
+from tiny import FAMILIES, PLUGIN_FAMILIES, picture, tiny_backbone
 from unime_st import build_encoder, load_encoder
 from unime_st.evaluation import model_fingerprint
 from unime_st.identity.content import Content, content_id
 from unime_st.identity.rows import row_identities
 from unime_st.losses import HardNegativeInfoNCELoss
+from unime_st.modules import build_reranker
 from unime_st.samplers import FalseNegativeAwareBatchSampler
-from unime_st.videos import UnreadableVideoError, VideoSettings, even_places, open_video
+from unime_st.videos import UnreadableVideoError, VideoSettings, even_places, frame_files, open_video
 
 VIDEO_FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "llava_onevision"]
 STACKING = ["smolvlm", "llava_onevision"]
@@ -291,6 +292,97 @@ def test_settings_are_told_apart(backbone, tmp_path):
     assert len(few.preprocess([{"video": noise(8)}])["pixel_values_videos"]) < len(
         plain.preprocess([{"video": noise(8)}])["pixel_values_videos"]
     )
-    for wrong in ({"num_frames": 0}, {"fps": 0}, {"max_pixels": -1}):
+    few.save_pretrained(str(tmp_path / "few"))
+    again = load_encoder(tmp_path / "few")
+    assert again[0].videos == VideoSettings(num_frames=2)
+    assert model_fingerprint(again) == model_fingerprint(few)
+    other = VideoSettings(num_frames=3)
+    assert load_encoder(tmp_path / "few", videos=other)[0].videos == other
+    file = tmp_path / "few" / "unime_st_config.json"
+    file.write_text(file.read_text().replace("num_frames", "frames"))
+    with pytest.raises(ValueError, match=r"unime_st_config\.json is damaged: its `videos` are .*frames"):
+        load_encoder(tmp_path / "few")
+    for wrong in ({"num_frames": 0}, {"fps": 0}, {"fps": float("inf")}, {"max_pixels": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             VideoSettings(**wrong)
+
+
+@pytest.mark.parametrize("family", VIDEO_FAMILIES)
+def test_rerankers_see_the_chosen_frames(family, tmp_path):
+    """Pairs with videos, in batches with others and at a small budget, are scored as alone, from all chosen frames."""
+    folder = tiny_backbone(family, tmp_path / "backbone", words=["Yes", "No"])
+    judge = build_reranker(folder, device="cpu")
+    frames = noise(5, 9)
+    own = stored(tmp_path / "video", frames)
+    pairs = [
+        ("what?", {"video": noise(4), "text": "a"}), ({"video": noise(2, 1), "text": "q"}, "words"), ("a", "b"),
+        ({"video": noise(4, 2)}, {"video": noise(4, 3)}), ("q", {"image": picture("red")}), ("q", {"video": str(own)}),
+        ("q", {"video": frames}), ("q", {"video": frames[::-1]}), ("q", {"video": noise(20, 5)}),
+        ("q", {"video": noise(20, 5)[:10]}),
+    ]  # fmt: skip
+    alone = np.array([judge.predict([pair])[0] for pair in pairs])
+    for size in (32, 3):
+        np.testing.assert_allclose(judge.predict(pairs, batch_size=size), alone, atol=1e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unime_st.modules.reranker.cross_encoder.CPU_TOKENS", 16)
+        np.testing.assert_allclose(judge.predict(pairs), alone, atol=1e-5)
+    assert alone[5] == alone[6]
+    assert min(abs(alone[6] - alone[7]), abs(alone[8] - alone[9])) > 1e-6
+    uneven = [("q", "words"), ({"video": noise(4)}, {"video": noise(2)})]
+    if family in STACKING:
+        with pytest.raises(ValueError, match="Row 1 has a video of 4 frames and row 1 one of 2"):
+            judge.predict(uneven)
+    else:
+        assert np.isfinite(judge.predict(uneven)).all()
+
+
+def test_a_reranker_that_takes_no_videos_says_so(tmp_path):
+    judge = build_reranker(tiny_backbone("llava_next", tmp_path / "backbone", words=["Yes", "No"]), device="cpu")
+    with pytest.raises(ValueError, match="Row 1 has a video, but the family llava_next takes none"):
+        judge.predict([("a", "b"), ("q", {"video": noise(2)})])
+
+
+def test_a_film_that_was_cut_without_being_encoded_again(tmp_path):
+    """Its file holds frames before the cut, back to a whole one, that no player shows."""
+    av = pytest.importorskip("av")
+    frames = noise(30, size=(64, 48))
+    with av.open(str(tmp_path / "film.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10, options={"sc_threshold": "1000000000"})
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", 12
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+    with av.open(str(tmp_path / "film.mp4")) as film, av.open(str(tmp_path / "cut.mp4"), "w") as container:
+        source = film.streams.video[0]
+        stream = container.add_stream_from_template(source)
+        start = int(2 / source.time_base)
+        film.seek(start, stream=source)
+        for packet in film.demux(source):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - start, packet.dts - start, stream
+                container.mux(packet)
+    with av.open(str(tmp_path / "cut.mp4")) as container:
+        assert any(packet.is_discard for packet in container.demux(video=0))
+    whole, cut = (open_video(tmp_path / name, VideoSettings(), None) for name in ("film.mp4", "cut.mp4"))
+    assert (len(cut), cut.total) == (10, 10)
+    assert all(np.array_equal(one, other) for one, other in zip(cut, whole[20:], strict=True))
+
+
+def test_files_of_huge_frames_are_refused(tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    path = write_file(tmp_path / "film.mkv", noise(3))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(UnreadableVideoError, match=r"film\.mkv.* 40 x 30 pixels are more than 1000"):
+        open_video(path, VideoSettings(max_pixels=100), None)
+
+
+def test_frames_whose_names_have_one_number_stand_in_one_order(tmp_path):
+    for name in ("f1.png", "f10.png", "f01.png", "f2.png", "F1.PNG"):
+        (tmp_path / name).touch()
+    assert [path.name for path in frame_files(tmp_path)] == ["F1.PNG", "f01.png", "f1.png", "f2.png", "f10.png"]
+
+
+@pytest.mark.parametrize("video", [np.zeros((0, 4, 4, 3), np.uint8), torch.zeros(0, 3, 4, 4)])
+def test_a_video_without_frames_is_refused(encoders, video):
+    with pytest.raises(UnreadableVideoError, match="Row 1: A video has no frames"):
+        encoders("qwen2_vl").encode(["a", {"video": video}])

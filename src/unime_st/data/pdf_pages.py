@@ -13,11 +13,12 @@ from typing import Any
 from PIL import Image
 
 from unime_st.arguments import require_number
-from unime_st.images import PartOfFile, UnreadableImageError
+from unime_st.images import PartOfFile, UnreadableImageError, check_pixels
 
 logger = logging.getLogger(__name__)
 
 _POINTS = 72  # of a PDF to the inch
+_LONGEST_SIDE = 65_535  # pixels; pdfium fails at much longer ones (the standard allows 28,800 at 144 dpi)
 _ONE_AT_A_TIME = threading.Lock()  # pdfium is not made for threads
 
 
@@ -52,12 +53,9 @@ class PdfPage(PartOfFile):
             try:
                 with pdfium.PdfDocument(self.file) as document:
                     page = document[self.number - 1]
-                    width, height = page.get_size()
-                    scale = self.dpi / _POINTS
-                    if self.max_pixels is not None:
-                        scale = min(scale, math.sqrt(self.max_pixels / (width * height)))
+                    scale = _scale(page, self.dpi, self.max_pixels)
                     return page.render(scale=scale).to_pil().convert("RGB")
-            except pdfium.PdfiumError as error:
+            except (pdfium.PdfiumError, UnreadableImageError) as error:
                 raise UnreadableImageError(
                     f"Cannot render page {self.number} of {self.file}: {error}. Replace the file, or leave it out."
                 ) from error
@@ -66,7 +64,8 @@ class PdfPage(PartOfFile):
 class PdfPages(Sequence[tuple[str, dict[str, Any]]]):
     """The pages of PDF files as pairs (id, input), for ``encode_corpus(model, PdfPages(folder), ..., with_ids=True)``.
 
-    A file is opened once to count its pages; those that cannot be read are passed over, with a warning, and listed. A
+    A file is opened once to count its pages; those that cannot be read, or
+    would be too large to render, are passed over, with a warning, and listed. A
     page is rendered when it is encoded, and known by the bytes of its file, so that a run that goes on after a kill
     renders only what is missing. Its id is the path of its file and its number, ``papers/a.pdf#page=3``, which browsers
     open at that page.
@@ -74,7 +73,8 @@ class PdfPages(Sequence[tuple[str, dict[str, Any]]]):
     Args:
         source: A folder, which is looked through with those below, a PDF file, or a list of files.
         dpi: Dots an inch at which pages are rendered.
-        max_pixels: Pages that would be larger are rendered smaller, keeping their shape; None takes all.
+        max_pixels: Pages that would be larger are rendered smaller, keeping their shape; None takes those that
+            Pillow would take of a file.
 
     Attributes:
         damaged: File, or file and page as an id has them -> why it was passed over.
@@ -93,7 +93,7 @@ class PdfPages(Sequence[tuple[str, dict[str, Any]]]):
         self.damaged: dict[str, str] = {}
         self._pages: list[tuple[str, PdfPage]] = []
         for name, file in _files(source):
-            for number in self._readable(name, file):
+            for number in self._readable(name, file, dpi, max_pixels):
                 self._pages.append((f"{name}#page={number}", PdfPage(str(file), number, dpi, max_pixels)))
         for name, why in self.damaged.items():
             logger.warning("%s passed over: %s", name, why)
@@ -101,8 +101,8 @@ class PdfPages(Sequence[tuple[str, dict[str, Any]]]):
             told = "; ".join(f"{name}: {why}" for name, why in self.damaged.items()) or "there is no .pdf file"
             raise ValueError(f"{source} holds no page that can be read ({told}).")
 
-    def _readable(self, name: str, file: Path) -> list[int]:
-        """The numbers of a file's pages that can be loaded; others are noted."""
+    def _readable(self, name: str, file: Path, dpi: int, max_pixels: int | None) -> list[int]:
+        """The numbers of a file's pages that can be loaded and have a size to render; others are noted."""
         pdfium = _pdfium()
         found = []
         with _ONE_AT_A_TIME:
@@ -110,9 +110,9 @@ class PdfPages(Sequence[tuple[str, dict[str, Any]]]):
                 with pdfium.PdfDocument(file) as document:
                     for number in range(1, len(document) + 1):
                         try:
-                            document[number - 1].close()
+                            _scale(document[number - 1], dpi, max_pixels)
                             found.append(number)
-                        except pdfium.PdfiumError as error:
+                        except (pdfium.PdfiumError, UnreadableImageError) as error:
                             self.damaged[f"{name}#page={number}"] = str(error)
             except (pdfium.PdfiumError, OSError) as error:
                 self.damaged[name] = str(error)
@@ -130,10 +130,24 @@ class PdfPages(Sequence[tuple[str, dict[str, Any]]]):
         return found[0], {"image": found[1]}
 
 
+def _scale(page: Any, dpi: int, max_pixels: int | None) -> float:
+    """Pixels to the point at which a page is rendered; a page that would be too long or too large is refused."""
+    width, height = page.get_size()
+    scale = dpi / _POINTS
+    if max_pixels is not None:
+        scale = min(scale, math.sqrt(max_pixels / (width * height)))
+    size = math.ceil(width * scale), math.ceil(height * scale)
+    if max(size) > _LONGEST_SIDE:
+        raise UnreadableImageError(f"at {size[0]} x {size[1]} pixels a side is longer than {_LONGEST_SIDE}")
+    if max_pixels is None:
+        check_pixels(*size)
+    return scale
+
+
 def _files(source: str | Path | Iterable[str | Path]) -> list[tuple[str, Path]]:
     """Names and paths of the files: names are relative to a folder, else as given."""
     if isinstance(source, str | Path) and Path(source).is_dir():
-        found = sorted(path for path in Path(source).rglob("*") if path.suffix.lower() == ".pdf")
+        found = sorted(path for path in Path(source).rglob("*") if path.suffix.lower() == ".pdf" and path.is_file())
         return [(path.relative_to(source).as_posix(), path.absolute()) for path in found]
     given = [source] if isinstance(source, str | Path) else list(source)
     if missing := [str(path) for path in given if not Path(path).is_file()]:

@@ -68,7 +68,7 @@ def build_encoder(
         prompts: named instructions, for ``encode(prompt_name=...)``.
         allow_remote_images: open images at ``http(s)`` addresses.
         videos: which frames of a video are shown and how large, a :class:`~unime_st.videos.VideoSettings`; None takes
-            its defaults. It is not saved.
+            its defaults. It is saved.
         vision_cache_bytes: memory, where the model is, for features of a frozen vision tower; enough for the images of
             one step saves GradCache's second pass. 0 keeps none.
         text_only: leave the vision tower and projector out of memory, for training on texts alone; what is exported is

@@ -44,7 +44,7 @@ def load_encoder(
         truncate_dim: as in :func:`build_encoder`; it is not saved, as in stock code.
         allow_remote_images: open images at ``http(s)`` addresses; a checkpoint's own settings never allow it.
         videos: which frames of a video are shown and how large, a :class:`~unime_st.videos.VideoSettings`; None takes
-            its defaults. It is not saved.
+            what was saved, else its defaults.
         text_only: as in :func:`build_encoder`.
         model_kwargs: more arguments of ``from_pretrained``.
         processor_kwargs: more arguments of the processor.

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -55,8 +56,8 @@ SETTINGS_FILE = "unime_st_config.json"
 _CONTENT_KEY = "content_id"
 _IMAGE_KEYS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images", "image_grid_thw")
 _TEXT_ONLY = "text_only"
-_SAVED = frozenset({"vision_cache_bytes", "flat_image_positions"})
-_THE_CALLERS = _SAVED | {"allow_remote_images", "prompt_template", "share_prefixes", "text_only", "videos"}
+_SAVED = frozenset({"vision_cache_bytes", "flat_image_positions", "videos"})
+_THE_CALLERS = _SAVED | {"allow_remote_images", "prompt_template", "share_prefixes", "text_only"}
 _NO_LIMIT = 10**9  # tokenizers say 10^30 when they have none
 
 
@@ -90,7 +91,7 @@ class MultimodalEncoder(Transformer):
             and run without padding, in families where that is exact. Stock losses and direct calls get padded rows.
             With dropout, rows drop out the same of a beginning they share.
         videos: which frames of a video are shown and how large; None takes the defaults of
-            :class:`~unime_st.videos.VideoSettings`. It is not saved.
+            :class:`~unime_st.videos.VideoSettings`.
         flat_image_positions: count an image's tokens like words where transformers counts them by rows and columns
             (Qwen-VL), as models do that were trained on a lone placeholder, see :mod:`unime_st.published`. It is saved,
             but stock code does not know it.
@@ -184,8 +185,11 @@ class MultimodalEncoder(Transformer):
         settings = Path(model_name_or_path) / SETTINGS_FILE
         found = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
         kept = {key: value for key, value in found.items() if key in _SAVED}
-        return super().load(model_name_or_path, init_defaults={**kept, **(kwargs.pop("init_defaults", None) or {})},
-                            **kwargs)  # fmt: skip
+        if "videos" in kept:
+            kept["videos"] = _saved_videos(kept["videos"], settings)
+        given = kwargs.pop("init_defaults", None) or {}
+        asked = {key: value for key, value in given.items() if value is not None}
+        return super().load(model_name_or_path, init_defaults={**kept, **asked}, **kwargs)
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -203,7 +207,9 @@ class MultimodalEncoder(Transformer):
         vision = nullcontext() if adapters_alone else whole_model(self.model, self._source)
         with vision, saved_whole(self.model):
             super().save(output_path, *args, **kwargs)
-        settings = {"format": 1, "vision_cache_bytes": self.vision_cache.max_bytes}
+        settings: dict[str, Any] = {"format": 1, "vision_cache_bytes": self.vision_cache.max_bytes}
+        if self.videos != VideoSettings():
+            settings["videos"] = asdict(self.videos)
         if self.flat_image_positions:
             settings["flat_image_positions"] = True
             logger.warning(
@@ -449,3 +455,10 @@ class MultimodalEncoder(Transformer):
 def _every_image(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Give a backbone that is called with our features the images that they hold once; it would ignore them."""
     return args, with_every_image(kwargs) if IMAGES in kwargs else kwargs
+
+
+def _saved_videos(found: Any, file: Path) -> VideoSettings:
+    try:
+        return VideoSettings(**found)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: its `videos` are {found!r} ({error}). Restore it.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from unime_st.paths import resolve_below
@@ -19,7 +20,7 @@ def stored_frames(root: str | Path, name: str, num_frames: int | None = None) ->
         ValueError: It holds no frame, or it or a frame lies outside the root.
     """
     folder = resolve_below(root, name, what="data", must_exist=False)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112 (Path.is_dir raises for a name too long)
         raise FileNotFoundError(f"There is no folder of frames {name!r} below {str(root)!r}. Unpack the task's frames.")
     found = frame_files(folder, FRAME_SUFFIXES)
     return [

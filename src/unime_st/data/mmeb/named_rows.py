@@ -76,8 +76,9 @@ def task_of(
         try:
             row = read(record)
             _check(row)
-        except (FileNotFoundError, TypeError, ValueError) as error:
-            located = type(error)(f"{name}, row {number}: {error}")
+        except (FileNotFoundError, LookupError, TypeError, ValueError) as error:
+            kind = ValueError if isinstance(error, LookupError) else type(error)  # of an empty list of captions, say
+            located = kind(f"{name}, row {number}: {error}")
             if on_error == "raise":
                 raise located from error
             broken[number] = str(located)

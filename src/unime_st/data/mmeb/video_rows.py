@@ -96,7 +96,7 @@ def listed_options(row: Record, prompts: Prompts, frames: Frames) -> NamedRow:
     """Video-MME: the options follow the question, each in a line; candidates lose their letters."""
     options = row["options"]
     query = "\n".join([f"{prompts.query} {row['question']}", *options])
-    right = options["ABCD".index(row["answer"])]
+    right = options[list("ABCD").index(row["answer"])]
     return NamedRow(frames.video(row["videoID"], query), _without_letters(options), {right: 1})
 
 

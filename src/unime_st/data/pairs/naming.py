@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from unime_st.data.pairs.sources import Source
 from unime_st.images import IMAGE_FILES
+from unime_st.videos import VIDEO_FILES
 
 QUERIES = ("anchor", "query", "question")
 TARGETS = ("positive", "positives", "target", "document", "answer", "passage")
@@ -161,6 +162,12 @@ def _holds_images(source: Source, name: str) -> bool:
         cells = cells.slice(0, _LOOKED_AT).to_pylist()
     rows = enumerate(cells[:_LOOKED_AT])
     flat = [(row, one) for row, cell in rows for one in (cell if isinstance(cell, list) else [cell]) if one]
+    if flat and all(isinstance(one, str) and one.strip().lower().endswith(VIDEO_FILES) for _, one in flat):
+        raise ValueError(
+            f"{source.place(flat[0][0], name)} holds {str(flat[0][1])[:80]!r}: the column names video files, but "
+            'tables hold texts and images alone. Give rows `{"video": path}` to `encode`, `encode_corpus` or the '
+            "Trainer; if all are texts, say `image_columns=[]` to `load_pairs`."
+        )
     others = [(row, one) for row, one in flat if not (isinstance(one, str) and _ends_as_image(one))]
     if others and 2 * len(others) < len(flat):
         row, one = others[0]

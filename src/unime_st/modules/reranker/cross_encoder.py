@@ -16,7 +16,7 @@ from unime_st.features import check_finite
 from unime_st.files import write_atomically
 from unime_st.modules.card_data import rows_hidden
 from unime_st.modules.reranker.pair_encoder import PairEncoder
-from unime_st.modules.reranker.pairs import are_pairs, scoring_order
+from unime_st.modules.reranker.pairs import are_pairs, pair_batches, scoring_order
 from unime_st.modules.saved import folder_of, saved_parts, trained_in
 from unime_st.modules.sentence_transformer import STOCK_MODULE
 from unime_st.modules.speed.batches import passes
@@ -82,15 +82,17 @@ class MultimodalCrossEncoder(CrossEncoder):
         two = encoder.two_tokens_alone(head.true_token_id, head.false_token_id)
         sharing = encoder.prefixes.encoding(last_token_only=True, inference=True)
         with bar, encoder.prefixes.turns, sharing, two as alone:
-            for start in range(0, len(order.pairs), kwargs["batch_size"]):
-                batch = order.pairs[start : start + kwargs["batch_size"]]
-                numbers = order.first[start : start + len(batch)].tolist()
+            frames_of = encoder.frame_counts if encoder.frames_must_agree else None
+            for places in pair_batches(order.pairs, kwargs["batch_size"], frames_of):
+                batch = [order.pairs[place] for place in places]
+                numbers = order.first[places].tolist()
                 pairs = [(query.named, document.named) for query, document in batch]
+                whole = any(half.shows_video for half in batch[0])  # nobody can tell whose the frames are
                 prepared = encoder.preprocess(pairs, kwargs["prompt"], row_numbers=numbers, contents=batch, **options)
-                for rows, features, _ in passes(prepared, budget, padded=not by_beginning):
+                for rows, features, _ in passes(prepared, None if whole else budget, padded=not by_beginning):
                     logits = encoder(moved(features, device), **options)[head.module_input_name][:, -1]
                     answers = logits if alone else logits[:, [head.true_token_id, head.false_token_id]]
-                    found[start + torch.from_numpy(rows)] = (answers[:, 0] - answers[:, 1]).float().cpu()
+                    found[torch.tensor(places)[torch.from_numpy(rows)]] = (answers[:, 0] - answers[:, 1]).float().cpu()
                     bar.update(len(rows))
         scores = check_finite(found[torch.from_numpy(order.index), None], inputs)
         activation = kwargs["activation_fn"]

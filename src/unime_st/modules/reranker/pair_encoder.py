@@ -22,6 +22,7 @@ from unime_st.modules.reranker.pairs import are_pairs, pair_messages
 from unime_st.modules.speed.prefixes import shares_prefixes
 from unime_st.modules.speed.shared_images import each_image_once
 from unime_st.modules.speed.token_tree import PREFIX_KEY
+from unime_st.modules.videos import check_videos
 from unime_st.placement import with_images_once
 
 _NO_LIMIT = 10**9
@@ -52,7 +53,7 @@ class PairEncoder(MultimodalEncoder):
         """Turn pairs into features; see :meth:`MultimodalEncoder.preprocess`.
 
         Args:
-            inputs: B pairs (query, candidate), each a text, an image or ``{"image", "text"}``.
+            inputs: B pairs (query, candidate), each a text, an image, a video or ``{"image", "video", "text"}``.
             prompt: a system message for all pairs.
             processing_kwargs: as in the stock module.
             row_numbers: the caller's numbers of the pairs, for errors; None counts from 0.
@@ -72,11 +73,12 @@ class PairEncoder(MultimodalEncoder):
             return super().preprocess(inputs, prompt, processing_kwargs, row_numbers, **kwargs)
         rows = range(len(inputs)) if row_numbers is None else row_numbers
         opened: dict[Any, Any] = {}
-        allow = {"allow_remote_images": self.allow_remote_images}
-        messages = [pair_messages(pair, row, opened, **allow) for row, pair in zip(rows, inputs, strict=True)]
+        asked_for = {"allow_remote_images": self.allow_remote_images, "video_settings": self.videos}
+        messages = [pair_messages(pair, row, opened, **asked_for) for row, pair in zip(rows, inputs, strict=True)]
         placeholders = self._placeholders()
         for row, message in zip(rows, messages, strict=True):
             refuse_placeholders(message, row, placeholders)
+        check_videos(messages, rows, self.processor, self.model.config.model_type)
         limit = min(kwargs.pop("max_length", None) or _NO_LIMIT, self.max_seq_length or _NO_LIMIT)
         processing: Any = {**(processing_kwargs or {})}
         processing["text"] = {**processing.get("text", {}), "truncation": False}

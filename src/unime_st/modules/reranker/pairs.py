@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import numpy as np
 
 from unime_st.identity.content import Content
 from unime_st.modules.inputs import Message, as_messages, contents_of
+
+FramesOf = Callable[[Content], Any]
 
 HALVES = {"query": "query", "document": "candidate"}
 """The role of each half in a chat template, and the word that errors have for it."""
@@ -70,6 +72,19 @@ def scoring_order(inputs: Sequence[Any]) -> ScoringOrder:
     pairs = [(halves[0][number], halves[1][number]) for number in ordered]
     index = np.array([place_of[key] for key in keys], dtype=np.int64)
     return ScoringOrder(pairs, index, np.array(ordered, dtype=np.int64))
+
+
+def pair_batches(pairs: Sequence[tuple[Content, Content]], size: int, frames_of: FramesOf | None) -> list[list[int]]:
+    """The places of pairs in batches of at most ``size``, in order; pairs with videos get batches of their own.
+
+    ``frames_of`` tells what the videos of a batch must have in common, None if nothing.
+    """
+    groups: dict[Any, list[int]] = {}
+    for place, pair in enumerate(pairs):
+        shows_video = any(half.shows_video for half in pair)
+        alike = tuple(map(frames_of, pair)) if shows_video and frames_of is not None else None
+        groups.setdefault((shows_video, alike), []).append(place)
+    return [own[start : start + size] for own in groups.values() for start in range(0, len(own), size)]
 
 
 def _content(item: Any, row: int, word: str) -> Content:
