@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -173,6 +175,13 @@ def test_prompts_and_token_ids_are_those_of_the_golden_file(repository, backbone
 
 def test_names_that_transformers_does_not_read_are_refused(backbone, tmp_path):
     names_in_memory(backbone("qwen2_vl"), tmp_path / "repository")  # it takes `model.visual` for the language model's
+    if Version(transformers.__version__) < Version("5.10"):  # which read them
+        loaded = load_encoder(tmp_path / "repository", published=REPOSITORIES["qwen2_vl"], device="cpu")
+        right = build_encoder(backbone("qwen2_vl"), device="cpu")
+        assert torch.equal(
+            loaded[0].model.visual.patch_embed.proj.weight, right[0].model.visual.patch_embed.proj.weight
+        )
+        return
     with pytest.raises(ValueError, match=r"missing \(visual.blocks.0.attn.proj.bias"):
         load_encoder(tmp_path / "repository", published=REPOSITORIES["qwen2_vl"], device="cpu")
 

@@ -118,6 +118,8 @@ class BatchEmbedder:
         parts = []
         for number in range(last + 1):
             keep = training and number == last
+            if keep:
+                torch.clear_autocast_cache()  # in older torch weights that were cast without gradients stay so
             with nullcontext() if keep else torch.no_grad(), self._unsynchronised(keep and last > 0):
                 features = self._features(number)
                 self._states.append(RandContext(*features.values()) if training and not keep else None)
@@ -145,6 +147,7 @@ class BatchEmbedder:
 
     def backward(self, gradients: Sequence[Tensor], scale: Tensor) -> None:
         """Embed each mini-batch again with gradients, and send its gradient times ``scale`` back, in one sync."""
+        torch.clear_autocast_cache()
         collected = _Collected(self.model) if _reduces_every_backward(self.model) else None
         last = len(gradients) - 1
         again: int | None = None
