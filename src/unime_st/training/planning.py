@@ -47,13 +47,13 @@ def without_weights() -> Iterator[None]:
         return (model, nothing) if output_loading_info else model
 
     before = PreTrainedModel.__dict__["from_pretrained"]
-    download = saved.snapshot_download
+    download = saved.__dict__["snapshot_download"]
     setattr(PreTrainedModel, "from_pretrained", classmethod(made))  # noqa: B010
-    saved.snapshot_download = partial(download, ignore_patterns=_BACKBONE_WEIGHTS)
+    setattr(saved, "snapshot_download", partial(download, ignore_patterns=_BACKBONE_WEIGHTS))  # noqa: B010
     try:
         yield
     finally:
-        saved.snapshot_download = download
+        setattr(saved, "snapshot_download", download)  # noqa: B010
         setattr(PreTrainedModel, "from_pretrained", before)  # noqa: B010
 
 
