@@ -179,3 +179,14 @@ def test_two_processes_learn_what_one_does(command, distilled, tmp_path):
     for place in ("first", "last"):
         assert two[place]["loss"] == pytest.approx(one[place]["loss"], rel=1e-2)
     assert one["first"]["loss"] != pytest.approx(one["last"]["loss"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [("same\nsame\nsame\n", "All 3 rows hold one text"), ("one\ntwo\n", "compared with one other alone")],
+)
+def test_texts_that_teach_nothing_are_refused(lines, told, command, tmp_path, capsys):
+    texts = tmp_path / "texts.txt"
+    texts.write_text(lines)
+    assert main(["distill", str(texts), *command[2:], "--output", str(tmp_path / "run")]) == 1
+    assert told in capsys.readouterr().err

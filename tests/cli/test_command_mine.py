@@ -148,3 +148,8 @@ def test_a_judge_chooses(trained, pairs, backbone, tmp_path, capsys):
     told = capsys.readouterr().err
     assert "mine: error: The judge 'no/such' cannot be loaded" in told
     assert "Traceback" not in told
+
+
+def test_the_data_are_not_written_into(mined, trained, capsys):
+    assert main(["mine", str(mined), str(trained / "encoder"), "--output", str(mined), "--device", "cpu"]) == 2
+    assert f"--output {mined} is the data themselves" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """`unime push`: what the Hub is asked for, the card without it, and its refusals; nothing leaves the machine."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -32,7 +33,8 @@ def test_options_reach_the_library(pushed, trained, capsys):
     assert main([*command, "--private", "--revision", "next", "--commit-message", "Photos", "--create-pr", "--new",
                  "--keep-adapters"]) == 0  # fmt: skip
     (_, _, plain), (model, repo_id, options) = pushed
-    default = {"private": None, "revision": None, "create_pr": False, "exist_ok": True, "merge_adapters": True}
+    default = {"private": None, "revision": None, "create_pr": False, "exist_ok": True, "merge_adapters": True,
+               "model_card": None}  # fmt: skip
     assert plain == default
     assert repo_id == "me/photos"
     assert isinstance(model, SentenceTransformer)
@@ -43,6 +45,7 @@ def test_options_reach_the_library(pushed, trained, capsys):
         "create_pr": True,
         "exist_ok": False,
         "merge_adapters": False,
+        "model_card": None,
     }
 
 
@@ -51,6 +54,27 @@ def test_a_dry_run_prints_the_card_and_uploads_nothing(pushed, trained, capsys):
     card = capsys.readouterr().out
     assert card.startswith("---\n")
     assert 'SentenceTransformer("me/photos")' in card
+    assert not pushed
+
+
+def test_a_card_of_ones_own(pushed, trained, tmp_path, capsys):
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\n---\nMy words\n", encoding="utf-8")
+    command = ["push", str(trained / "encoder"), "me/photos", "--card", str(card)]
+    assert main([*command, "--dry-run"]) == 0
+    assert capsys.readouterr().out == card.read_text(encoding="utf-8") + "\n"
+    assert main(command) == 0
+    assert pushed[0][2]["model_card"] == card.read_text(encoding="utf-8")
+    assert main([*command[:-1], str(tmp_path / "none.md"), "--dry-run"]) == 1
+    assert "none.md" in capsys.readouterr().err
+
+
+def test_half_an_encoder_is_named(pushed, trained, tmp_path, capsys):
+    half = tmp_path / "half"
+    shutil.copytree(trained / "encoder", half)
+    (half / "1_Pooling" / "config.json").unlink()
+    assert main(["push", str(half), "me/photos"]) == 1
+    assert f"The config.json in {half / '1_Pooling'} is missing" in capsys.readouterr().err
     assert not pushed
 
 

@@ -1,5 +1,7 @@
 """What a run asks of a machine, told before weights are loaded."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
@@ -7,7 +9,7 @@ from PIL import Image
 
 from tiny import FAMILIES
 from unime_st.cli import main
-from unime_st.modules import build_encoder
+from unime_st.modules import build_encoder, export_encoder, saved
 from unime_st.training import plan_training, without_weights
 from unime_st.training.planning import memory, parameters_by_part
 
@@ -85,3 +87,51 @@ def test_the_command_tells_memory_and_time(backbone, tmp_path, capsys):
     assert "TFLOP a step" in told
     positive = next(line for line in told.splitlines() if "tokens of positive" in line)
     assert "p50 0," not in positive
+
+
+def test_bad_rows_and_empty_cells_are_told_and_the_others_planned(backbone, tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "19.png")
+    lines = ["image,caption", *(f"{number}.png,number {number}" for number in range(1, 40)), "19.png,"]
+    table = tmp_path / "p.csv"
+    table.write_text("\n".join(lines) + "\n")
+    command = ["check", str(table), "--backbone", str(backbone("qwen2_vl")), "--batch-size", "2", "--json"]
+    assert main(command) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["bad_rows"]) == 39
+    assert len(told["empty_cells"]) == 1
+    assert told["resources"]["patches"] > 0
+
+
+def test_sizes_are_checked_as_in_training(backbone, tmp_path, capsys):
+    table = tmp_path / "p.csv"
+    table.write_text("query,target\na,b\nc,d\n")
+    command = ["check", str(table), "--backbone", str(backbone("qwen2_vl"))]
+    assert main([*command, "--mini-batch-num-tokens", "-5"]) == 1
+    assert "`mini_batch_num_tokens=-5`" in capsys.readouterr().err
+    assert main([*command, "--batch-size", "1"]) == 1
+    assert "`per_device_train_batch_size=1`" in capsys.readouterr().err
+
+
+def test_adapters_are_to_be_merged_first(backbone, tmp_path, capsys):
+    adapted = build_encoder(backbone("qwen2_vl"), peft_config=True, device="cpu")
+    folder = export_encoder(adapted, tmp_path / "adapters", merge_adapters=False)
+    table = tmp_path / "p.csv"
+    table.write_text("query,target\na,b\nc,d\n")
+    for command in (["check"], ["train", "--output", str(tmp_path / "run"), "--device", "cpu", "--batch-size", "2"]):
+        assert main([*command, str(table), "--backbone", str(folder)]) == 1
+        assert f"Merge them first: unime export {folder} --output merged" in capsys.readouterr().err
+
+
+def test_weights_on_the_hub_are_not_downloaded(monkeypatch, tmp_path):
+    from fnmatch import fnmatch
+
+    asked = []
+    monkeypatch.setattr(saved, "snapshot_download", lambda name, **options: asked.append(options) or str(tmp_path))
+    with without_weights():
+        saved.folder_of("me/photos")
+    saved.folder_of("me/photos")
+    left_out, whole = asked
+    files = {"model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin", "2_Dense/model.safetensors"}
+    skipped = {name for name in files if any(fnmatch(name, pattern) for pattern in left_out["ignore_patterns"])}
+    assert skipped == files - {"2_Dense/model.safetensors"}
+    assert not whole

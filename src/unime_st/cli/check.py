@@ -50,20 +50,28 @@ def _planned(given: argparse.Namespace) -> Any:
     from unime_st.training import PairsTraining, without_weights
     from unime_st.training.run import start_model
 
-    options = {"rank": given.rank, "max_pixels": given.max_pixels, "max_seq_length": given.max_seq_length}
+    settings = PairsTraining(
+        per_device_train_batch_size=given.batch_size,
+        rank=given.rank,
+        mini_batch_num_tokens=given.mini_batch_num_tokens,
+        max_pixels=given.max_pixels,
+        max_seq_length=given.max_seq_length,
+    )
     with without_weights():
-        return start_model(given.backbone, PairsTraining(**options), "meta")
+        return start_model(given.backbone, settings, "meta")
 
 
 def _resources(model: Any, pairs: Any, report: Any, given: argparse.Namespace) -> Any:
     """What training asks of a GPU; None where no row can be read."""
     from unime_st.training import plan_training
 
-    if len(report.bad_rows) == report.rows:
+    bad = set(report.bad_rows)
+    fit = [row for row in range(report.rows) if row not in bad]
+    if not fit:
         return None
     return plan_training(
         model,
-        pairs,
+        pairs.select(fit),
         batch_size=given.batch_size,
         steps=int(report.plan["steps"]),
         mini_batch_num_tokens=given.mini_batch_num_tokens,

@@ -52,6 +52,8 @@ def run(given: argparse.Namespace) -> int:
     number = _KEPT[judged] if given.num_negatives is None else given.num_negatives
     if judged and number > _POOL:
         raise UsageError(f"--num-negatives {number}, but the judge chooses among {_POOL}")
+    if Path(given.output).resolve() == Path(given.data).resolve():  # would be read in place of the data from then on
+        raise UsageError(f"--output {given.output} is the data themselves. Give another folder.")
     pairs = read_pairs(given)
     model: Any = load_encoder(given.model, device=given.device)
     folder = Path(given.output)

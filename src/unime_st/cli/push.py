@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from unime_st.cli.options import UsageError, say
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--commit-message", help="of the one commit")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request in place of a commit")
     parser.add_argument("--new", action="store_true", help="refuse a repository that is there already")
+    parser.add_argument("--card", metavar="FILE", help="a model card of your own, as the folder's README.md")
     parser.add_argument("--keep-adapters", action="store_true", help="upload adapters alone, which need their backbone")
 
 
@@ -38,9 +40,10 @@ def run(given: argparse.Namespace) -> int:
         validate_repo_id(given.repo_id)
     except HFValidationError as error:
         raise UsageError(str(error)) from error
+    card = None if given.card is None else Path(given.card).read_text(encoding="utf-8")
     model = load_encoder(given.encoder, device="cpu")
     if given.dry_run:
-        say(encoder_card(model, repo_id=given.repo_id))
+        say(encoder_card(model, repo_id=given.repo_id) if card is None else card)
         return 0
     http: Any = sys.modules[type(get_session()).__module__.partition(".")[0]]  # httpx, or httpx2 in later versions
     options: dict[str, Any] = {} if given.commit_message is None else {"commit_message": given.commit_message}
@@ -53,6 +56,7 @@ def run(given: argparse.Namespace) -> int:
             create_pr=given.create_pr,
             exist_ok=not given.new,
             merge_adapters=not given.keep_adapters,
+            model_card=card,
             **options,
         )
     except http.TransportError as error:

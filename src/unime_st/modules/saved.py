@@ -86,7 +86,13 @@ def saved_parts(
                 )
             modules.append(encoder)
         else:
-            modules.append(_stock_class(reference).load(source))
+            try:
+                modules.append(_stock_class(reference).load(source))
+            except TypeError as error:  # what its config.json tells is what the class is made with
+                raise ValueError(
+                    f"The config.json in {source} is missing, or does not fit {reference} ({error}). Restore it from "
+                    "where the encoder was saved, or export it again."
+                ) from error
     settings = _read_json(folder / _MODEL_CONFIG, dict) if (folder / _MODEL_CONFIG).is_file() else {}
     return {"modules": modules, **{name: settings.get(name) for name in names}}
 

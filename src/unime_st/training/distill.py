@@ -57,8 +57,9 @@ def distill_texts(
 
     The teacher embeds each distinct text once, into ``output_dir/teacher``; then the backbone is trained without its
     vision tower, which is added to what is exported. Called again with the same arguments after a kill, it goes on
-    from the last whole file of embeddings or checkpoint; with others, it refuses. Several processes share the
-    teacher's work, and compare each text with those of all.
+    from the last whole file of embeddings or checkpoint; with others, it refuses. Folders of a teacher or backbone are
+    told apart by their paths: put no other model there meanwhile. Several processes share the teacher's work, and
+    compare each text with those of all.
 
     Args:
         texts: Rows of one or more text columns, as :func:`~unime_st.data.load_nli` gives them, or plain texts.
@@ -75,8 +76,9 @@ def distill_texts(
 
     Raises:
         OSError: When the teacher or the backbone cannot be loaded, or the disk is full.
-        ValueError: When there are fewer than two rows, or the folder holds a run with other data or settings, naming
-            them, or another run is at work in it; and whatever :func:`~unime_st.data.with_teacher_labels` raises.
+        ValueError: When there are fewer than two rows or different texts, or a text is compared with one other alone,
+            or the folder holds a run with other data or settings, naming them, or another run is at work in it; and
+            whatever :func:`~unime_st.data.with_teacher_labels` raises.
 
     Example:
         >>> distill_texts(["a cat"], "teacher", "backbone", "output")
@@ -101,6 +103,8 @@ def distill_texts(
             logger.info("%s holds the finished run.", output)
             return done
         labelled = _labelled(rows, teacher, output / "teacher", device, teacher_options)
+        if len({text for column in rows.column_names for text in rows[column][:]}) < 2:
+            raise ValueError(f"All {len(rows)} rows hold one text: similarities need at least two different ones.")
         model = start_model(backbone, settings, str(arguments.device), text_only=True)
         loss = DistillKLLoss(
             model,
@@ -111,6 +115,8 @@ def distill_texts(
             mini_batch_num_tokens=settings.mini_batch_num_tokens,
         )
         found = effective_negatives(loss, arguments, candidates_a_row=len(rows.column_names))
+        if found.number < 2 and not settings.include_diagonal:  # a softmax over one is 1 on both sides: the loss is 0
+            raise ValueError("Each text is compared with one other alone, which teaches nothing. Give larger batches.")
         logger.info("Each text is compared with %d others a step.", found.number)
         for warning in found.warnings:
             logger.warning("%s", warning)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from unime_st.columns import training_columns
+from unime_st.modules import saved
 from unime_st.modules.text_only import VISION_PARTS
 
 GIB = 2**30
@@ -24,12 +26,17 @@ _PROJECTORS = (
     *("multi_modal_projector", "connector", "merger", "deepstack_merger_list"),
     *("img_projection", "glb_GN", "sub_GN", "image_newline"),
 )
+_BACKBONE_WEIGHTS = ["model*.safetensors", "pytorch_model*", "consolidated*", "*.gguf", "*.onnx*"]
 _TOWERS = (*VISION_PARTS, "img_processor")
 
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Within this context transformers' models are made from their configs on the meta device; no weights are read."""
+    """Within this context transformers' models are made from their configs on the meta device; no weights are read.
+
+    Of a published model or saved encoder on the Hub, the weights are not downloaded either. This holds for all threads:
+    load no model in another one meanwhile.
+    """
 
     def made(cls: Any, *_: Any, config: Any, dtype: Any = "auto", output_loading_info: bool = False, **__: Any) -> Any:
         if isinstance(dtype, str):
@@ -40,10 +47,13 @@ def without_weights() -> Iterator[None]:
         return (model, nothing) if output_loading_info else model
 
     before = PreTrainedModel.__dict__["from_pretrained"]
+    download = saved.__dict__["snapshot_download"]
     setattr(PreTrainedModel, "from_pretrained", classmethod(made))  # noqa: B010
+    setattr(saved, "snapshot_download", partial(download, ignore_patterns=_BACKBONE_WEIGHTS))  # noqa: B010
     try:
         yield
     finally:
+        setattr(saved, "snapshot_download", download)  # noqa: B010
         setattr(PreTrainedModel, "from_pretrained", before)  # noqa: B010
 
 
@@ -187,12 +197,14 @@ def _of_inputs(model: SentenceTransformer, items: Sequence[Any], config: Any) ->
     for item in items:
         features: Any = model.preprocess([{"text": item} if isinstance(item, str) else item])
         tokens += int(features["attention_mask"].sum())
-        grid, pixels = features.get("image_grid_thw"), features.get("pixel_values")
-        if grid is not None:
-            patches += int(grid.prod(dim=-1).sum())
-        elif pixels is not None:
-            vision = getattr(config, "vision_config", None)
-            patches += pixels.numel() // (3 * getattr(vision, "patch_size", 14) ** 2)
+        for kind in ("image", "video"):
+            grid = features.get(f"{kind}_grid_thw")
+            pixels = features.get("pixel_values" if kind == "image" else "pixel_values_videos")
+            if grid is not None:
+                patches += int(grid.prod(dim=-1).sum())
+            elif pixels is not None:
+                vision = getattr(config, "vision_config", None)
+                patches += pixels.numel() // (3 * getattr(vision, "patch_size", 14) ** 2)
     return tokens, patches
 
 

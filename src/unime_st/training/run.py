@@ -60,6 +60,10 @@ def start_model(
     backbone: str | Path, settings: RunSettings, device: str, *, text_only: bool = False
 ) -> SentenceTransformer:
     """The backbone or saved encoder with fresh LoRA weights."""
+    if (Path(backbone) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{backbone} holds adapters of its own. Merge them first: unime export {backbone} --output merged"
+        )
     set_seed(settings.seed)  # the Trainer's comes too late for them
     lora = default_lora_config(settings.rank)
     if str(backbone) not in PUBLISHED and not (Path(backbone) / "modules.json").is_file():
