@@ -1,6 +1,7 @@
 """`unime check`: printed, as JSON, and told by the exit code."""
 
 import json
+import re
 
 import pytest
 from pictures import draw
@@ -13,7 +14,11 @@ def test_data_that_are_fit(pairs, backbone, capsys):
     printed = capsys.readouterr().out
     for line in ("pairs.csv: 24 pairs", "caption asks for image", "bad images: 0", "No problem found."):
         assert line in printed
-    assert "tokens of anchor: p50 13, p95 13, max 13; 0 over max_seq_length (4,096)" in printed
+    longest = [
+        int(re.search(rf"tokens of {side}: p50 .*max (\d+); 0 over", printed)[1]) for side in ("anchor", "positive")
+    ]
+    assert min(longest) > 60  # the prompt counts, and an image's tokens
+    assert "tokens of positive: p50 0" not in printed
     assert "batch size 8, epochs 1, steps 3" in printed
 
 
