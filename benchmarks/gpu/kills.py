@@ -1,4 +1,4 @@
-"""Training that is killed at a random moment and goes on, against two runs that nothing disturbs.
+"""Training that is killed at a random moment after its first checkpoint and goes on, against two runs that nothing disturbs.
 
 What two undisturbed runs differ in is what the device's own arithmetic allows; one that went on may differ by no more.
 """
@@ -53,7 +53,7 @@ class Bench:
         return {"seconds": round(time.monotonic() - begun, 1), "steps": STEPS}
 
     def killed(self, name: str) -> dict[str, Any]:
-        """Between the first whole checkpoint and the last but one, at a moment that is drawn."""
+        """Soon after the first whole checkpoint, at a moment that is drawn."""
         child = self.start(name)
         while last_complete_checkpoint(self.folder / name) is None and child.is_alive():
             time.sleep(0.05)

@@ -13,10 +13,9 @@ from unime_st.losses.in_batch import UNIME_CITATION
 from unime_st.modules import export_encoder
 from unime_st.modules.checks import loading_note
 from unime_st.prompts import chat_template
-from unime_st.published import PUBLISHED, QWEN3_VL_EMBEDDING_CITATION, UNIME_V2_CITATION
+from unime_st.published import CITATIONS, PUBLISHED
 
 _POOLED = {"lasttoken": "hidden state of the last token", "mean": "mean of all tokens' hidden states"}
-_PEERS = {"2510.13515": UNIME_V2_CITATION, "2601.04720": QWEN3_VL_EMBEDDING_CITATION}
 _TEMPLATE = Path(__file__).parent / "model_card_template.md"
 _SENTENCE = "<your text>"
 KINDS: dict[str, list[dict[str, str]]] = {
@@ -123,7 +122,7 @@ def _citations(processor: Any) -> list[str]:
     papers = {row.paper for row in PUBLISHED.values() if row.template and chat_template(row.template).strip() == own}
     return [
         UNIME_CITATION.strip(),
-        *(citation.strip() for paper, citation in _PEERS.items() if paper in papers),
+        *(citation.strip() for paper, citation in CITATIONS.items() if paper in papers),
     ]
 
 

@@ -74,6 +74,9 @@ QWEN3_VL_EMBEDDING_CITATION = """
 _UNIME = "2504.17432"
 _UNIME_V2 = "2510.13515"
 _QWEN3 = "2601.04720"
+CITATIONS = {_UNIME_V2: UNIME_V2_CITATION, _QWEN3: QWEN3_VL_EMBEDDING_CITATION}
+"""Paper -> BibTeX, of those beside UniME itself, whose losses name theirs."""
+
 _V2_QWEN = "unime_v2_qwen2_vl"
 
 PUBLISHED: dict[str, PublishedCheckpoint] = {

@@ -13,10 +13,9 @@ from unime_st.evaluation import published_results
 from unime_st.hub import KINDS, on_one_line
 from unime_st.losses.in_batch import UNIME_CITATION
 from unime_st.prompts import chat_template
-from unime_st.published import QWEN3_VL_EMBEDDING_CITATION, UNIME_V2_CITATION, PublishedCheckpoint
+from unime_st.published import CITATIONS, PublishedCheckpoint
 
 _TEMPLATE = Path(__file__).parent / "published_card_template.md"
-_CITATIONS = {"2504.17432": UNIME_CITATION, "2510.13515": UNIME_V2_CITATION, "2601.04720": QWEN3_VL_EMBEDDING_CITATION}
 
 
 def published_card(known: PublishedCheckpoint) -> str:
@@ -42,7 +41,7 @@ def published_card(known: PublishedCheckpoint) -> str:
         numbers={name: value for name, value in scores.items() if isinstance(value, (int, float))},
         source=scores["source"],
         told=_told(scores),
-        citation=_CITATIONS[known.paper].strip(),
+        citation=CITATIONS.get(known.paper, UNIME_CITATION).strip(),
     )
 
 

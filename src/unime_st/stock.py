@@ -54,6 +54,7 @@ SEAMS = (
     Seam(*_ST, (_CARD, "SentenceTransformerModelCardData.to_dict"), "no row is shown in a card"),
     Seam(*_TF, ("transformers.utils.output_capturing", "_CAN_RECORD_REGISTRY"), "pools of processes with LLaVA"),
     Seam(*_TF, ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"), "packed passes"),
+    Seam(*_TF, ("transformers.modeling_utils", "PreTrainedModel._from_config"), "plans without weights", ("config",)),
     Seam(*_TF, ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"), "packed passes"),
     Seam(*_TF, ("transformers.modeling_layers", "GradientCheckpointingLayer"), "packed passes, checkpointed"),
     Seam(*_TF, ("transformers.processing_utils", "ProcessorMixin._merge_kwargs"), "Phi-3-Vision's processor"),

@@ -9,7 +9,7 @@ from evaluation_fakes import TableModel, cosines, numbered_picture
 from unime_st.embedding import distinct as encoding
 from unime_st.evaluation import MMEBEvaluator
 from unime_st.evaluation.mmeb import inputs as mmeb_inputs
-from unime_st.evaluation.mmeb.evaluator import IN_DISTRIBUTION, META_TASKS
+from unime_st.evaluation.mmeb.tasks import IN_DISTRIBUTION, META_TASKS
 
 PLACEHOLDER = "<|image_1|>"
 

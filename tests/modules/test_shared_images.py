@@ -13,7 +13,7 @@ from tiny import FAMILIES, PLUGIN_FAMILIES, picture
 from unime_st import build_encoder
 from unime_st.features import select_rows
 from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss
-from unime_st.modules import inputs, multimodal_encoder
+from unime_st.modules import inputs, multimodal_encoder, processing
 from unime_st.modules.speed.shared_images import Shown
 from unime_st.modules.speed.vision_cache import vision_tower
 from unime_st.placement import IMAGES, NUMBERS, with_every_image
@@ -45,7 +45,7 @@ def rows(files):
 def without_sharing(monkeypatch):
     """Images are opened and processed for each row, and stand in the features for each."""
     as_messages = multimodal_encoder.as_messages
-    monkeypatch.setattr(multimodal_encoder, "each_image_once", lambda _: nullcontext(Shown()))
+    monkeypatch.setattr(processing, "each_image_once", lambda _: nullcontext(Shown()))
     monkeypatch.setattr(multimodal_encoder, "as_messages", lambda *args, opened, **kw: as_messages(*args, **kw))
 
 

@@ -85,6 +85,11 @@ def write_outcomes(
 
 def read_outcomes(path: str | Path) -> dict[str, TaskOutcomes]:
     """Read the file of :func:`write_outcomes`; one that is damaged or has other columns is refused."""
+    return read_whole(path)[0]
+
+
+def read_whole(path: str | Path) -> tuple[dict[str, TaskOutcomes], dict[str, Any] | None]:
+    """The outcomes and the settings of a file, see :func:`read_outcomes` and :func:`read_settings`."""
     try:
         table = pq.read_table(path, columns=list(_COLUMNS))
         told = (table.schema.metadata or {}).get(_CHECKSUM)
@@ -105,7 +110,7 @@ def read_outcomes(path: str | Path) -> dict[str, TaskOutcomes]:
     for task in dict.fromkeys(tasks.tolist()):
         numbers, scores, tied = (array[tasks == task] for array in arrays)
         found[task] = TaskOutcomes(numbers, scores, tied, rules.get(task, NOT_TOLD))
-    return found
+    return found, None if settings is None else json.loads(settings)
 
 
 def read_settings(path: str | Path) -> dict[str, Any] | None:
@@ -124,9 +129,7 @@ def read_settings(path: str | Path) -> dict[str, Any] | None:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged.
     """
-    read_outcomes(path)
-    told = (pq.read_schema(path).metadata or {}).get(_SETTINGS)
-    return None if told is None else json.loads(told)
+    return read_whole(path)[1]
 
 
 def _checksum(table: pa.Table, settings: bytes | None = None) -> str:

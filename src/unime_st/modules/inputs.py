@@ -164,12 +164,22 @@ def _is_address(medium: Any) -> bool:
 
 
 def _open_video(medium: Any, row: int, settings: VideoSettings, open_once: Open) -> videos.Video:
-    """Open a video; errors name the row."""
+    """Open a video; errors name the row, those of a frame by themselves."""
+    of_frames: list[Exception] = []
+
+    def open_frame(frame: Any) -> Image.Image:
+        try:
+            return open_once(frame)
+        except Exception as error:
+            of_frames.append(error)
+            raise
+
     try:
-        return videos.open_video(medium, settings, open_once)
+        return videos.open_video(medium, settings, open_frame)
     except (FileNotFoundError, videos.UnreadableVideoError, TypeError) as error:
-        told = str(error) if str(error).startswith("Row") or f"row {row}" in str(error) else f"Row {row}: {error}"
-        raise type(error)(told) from error
+        if error in of_frames:
+            raise
+        raise type(error)(f"Row {row}: {error}") from error
 
 
 def checked_text(text: Any, name: str) -> str:

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Self
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
-from sentence_transformers.base.modules import Transformer
 from sentence_transformers.base.modules.transformer import TransformerTask
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
@@ -24,29 +23,24 @@ from unime_st.identity.content import Content
 from unime_st.modules.adapters import attach_adapter
 from unime_st.modules.capture_hooks import enable_capture, remove_capture_hooks
 from unime_st.modules.checks import check_adapter, check_loaded, check_processor
-from unime_st.modules.cutting import cut_long_rows
 from unime_st.modules.inputs import (
-    Message,
     as_messages,
     checked_text,
     named_and_known,
-    refuse_placeholders,
     says_nothing,
-    shown_media,
 )
+from unime_st.modules.processing import MessageProcessor
 from unime_st.modules.sharded import saved_whole
 from unime_st.modules.speed.image_attention import images_at_once
 from unime_st.modules.speed.prefixes import SharedPrefixes, shares_prefixes
-from unime_st.modules.speed.shared_images import each_image_once
 from unime_st.modules.speed.token_tree import PREFIX_KEY
 from unime_st.modules.speed.vision_cache import VisionCache, is_frozen, vision_tower
-from unime_st.modules.text_only import NO_IMAGES, absent_parts, load_text_model, whole_model
+from unime_st.modules.text_only import load_text_model, whole_model
 from unime_st.modules.told_rows import told_row
-from unime_st.modules.videos import as_chosen, check_videos, frames_must_agree, videos_in
-from unime_st.placement import IMAGES, read, with_every_image, with_images_once
+from unime_st.placement import IMAGES, read, with_every_image
 from unime_st.prompts import TURN_FORMATS, chat_template
 from unime_st.token_budget import TokenBudget
-from unime_st.videos import VideoSettings, even_places
+from unime_st.videos import VideoSettings
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +52,9 @@ _IMAGE_KEYS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num
 _TEXT_ONLY = "text_only"
 _SAVED = frozenset({"vision_cache_bytes", "flat_image_positions", "videos"})
 _THE_CALLERS = _SAVED | {"allow_remote_images", "prompt_template", "share_prefixes", "text_only"}
-_NO_LIMIT = 10**9  # tokenizers say 10^30 when they have none
 
 
-class MultimodalEncoder(Transformer):
+class MultimodalEncoder(MessageProcessor):
     """Stock ``Transformer`` for multimodal LLMs, with what stock lacks for training and encoding.
 
     It saves and loads as a stock module; only in memory is it another class. Beyond stock:
@@ -131,7 +124,7 @@ class MultimodalEncoder(Transformer):
         self.flat_image_positions = flat_image_positions
         self.prefixes = SharedPrefixes()
         self._token_budget: TokenBudget | None = None
-        self._told_of_cuts = self._told_of_blanks = False
+        self._told_of_blanks = False
         if self.tokenizer is not None:
             self.tokenizer.padding_side = "left"
         if prompt_template is not None:
@@ -306,60 +299,12 @@ class MultimodalEncoder(Transformer):
         if blank and not self._told_of_blanks:
             self._told_of_blanks = True  # once is enough
             logger.warning("Texts without a word are embedded as the instruction alone, here of row %d.", blank[0])
-        placeholders = self._placeholders()
-        for row, message in zip(rows, messages, strict=True):
-            refuse_placeholders(message, row, placeholders)
-            if absent_parts(self.model) and any(part["type"] != "text" for turn in message for part in turn["content"]):
-                raise ValueError(f"Row {row} has an image or video. {NO_IMAGES}")
-        check_videos(messages, rows, self.processor, self.model.config.model_type)
-        asked = kwargs.pop("max_length", None)
-        limit = min(asked or _NO_LIMIT, self.max_seq_length or _NO_LIMIT)
-        processing: Any = {**(processing_kwargs or {})}
-        processing["text"] = {**processing.get("text", {}), "truncation": False}
-        with each_image_once(self.processor) as shown:
-            features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
-            while cut := cut_long_rows(messages, features["attention_mask"], limit, rows, self.tokenizer):
-                self._tell_of_cuts(limit, cut)
-                features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
-        if self.flat_image_positions and "mm_token_type_ids" in features:
-            features["mm_token_type_ids"] = torch.zeros_like(features["mm_token_type_ids"])  # all are words
-        if "pixel_values_videos" in features and "num_videos_per_sample" not in features:
-            features["num_videos_per_sample"] = torch.tensor([len(videos_in(message)) for message in messages])
-        if "num_images_per_sample" in features and "batch_num_images" in self._declared_forward_params:
-            features["batch_num_images"] = features["num_images_per_sample"]
-        if shown.index is not None:
-            features = with_images_once(features, shown.index)
+        features = self._features(messages, rows, prompt, processing_kwargs, **kwargs)
         told = [content or Content(item, named=name) for item, name, content in zip(inputs, named, known, strict=True)]
         features[_CONTENT_KEY] = torch.tensor([content.id for content in told], dtype=torch.long)
         if self.share_prefixes and shares_prefixes(self.model):
             features[PREFIX_KEY] = self._prefix_keys(features["input_ids"], [content.media for content in told])
         return features
-
-    def _processed(
-        self, messages: list[list[Message]], rows: Sequence[int], prompt: str | None, **options: Any
-    ) -> dict[str, Any]:
-        """Features of messages; what the processor refuses, such as an image too narrow for it, is named by its row."""
-        try:
-            return super().preprocess(messages, prompt=prompt, **as_chosen(messages, options))
-        except Exception:
-            for row, message in zip(rows, messages, strict=True):
-                try:
-                    super().preprocess([message], prompt=prompt, **as_chosen([message], options))
-                except Exception as error:  # processors raise whatever they come upon
-                    raise ValueError(f"Row {row}{shown_media(message)} cannot be processed: {error}") from error
-            raise
-
-    @property
-    def frames_must_agree(self) -> bool:
-        """Whether the videos of a batch must have as many frames each, for the processor stacks or pads them."""
-        return frames_must_agree(self.processor)
-
-    def frame_counts(self, content: Content) -> Any:
-        """The frames that are shown of each of an input's videos; where a file hides it, what no other input equals."""
-        counts = content.frames
-        if None in counts:
-            return content.fingerprint
-        return tuple(len(even_places(count or 0, self.videos.num_frames)) for count in counts)
 
     def _prefix_keys(self, ids: Tensor, media_of_rows: Sequence[tuple[bytes, ...]]) -> Tensor:
         """What each token is, (B, T): its number, or for a medium's tokens a number drawn from the row's media."""
@@ -374,22 +319,6 @@ class MultimodalEncoder(Transformer):
     def _should_flatten_inputs(self, *_: Any, **__: Any) -> bool:
         """Never pack texts into one sequence under flash attention: it breaks Qwen2-VL and hides the rows' lengths."""
         return False
-
-    def _media_token_ids(self) -> list[int]:
-        ids = [getattr(self.model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
-        return [number for number in ids if number is not None]
-
-    def _placeholders(self) -> set[str]:
-        """Tokens that stand for media, in the prompt and in the model's input."""
-        words = [getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video")]
-        tokenizer: Any = self.tokenizer
-        words += [tokenizer.convert_ids_to_tokens(number) for number in self._media_token_ids()]
-        return {word for word in words if isinstance(word, str) and word}
-
-    def _tell_of_cuts(self, limit: int, rows: int) -> None:
-        if not self._told_of_cuts:
-            self._told_of_cuts = True  # once is enough
-            logger.warning("Texts that make a row longer than %d tokens are cut, here in %d rows.", limit, rows)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Embed; see the stock module. Image tensors of a batch without images are left out."""

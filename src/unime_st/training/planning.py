@@ -161,10 +161,9 @@ def plan_training(
     """
     backbone: Any = model[0].model
     tokens, patches = _of_a_row(model, pairs, backbone.config)
-    parts = parameters_by_part(backbone)
     flops = batch_size * flops_of_a_row(backbone, tokens, patches)
     used = memory(backbone, mini_batch_num_tokens, checkpointing=checkpointing)
-    return TrainingPlan(parts, tokens, patches, used, flops, steps)
+    return TrainingPlan(parameters_by_part(backbone), tokens, patches, used, flops, steps)
 
 
 def flops_of_a_row(backbone: Any, tokens: float, patches: float) -> float:

@@ -19,6 +19,7 @@ from unime_st.data.judging.scorer import PairScorer, scorer_identity, scores_of
 from unime_st.data.mining.contents import Contents, refuse_none
 from unime_st.data.mining.files import MinedFiles, claim, write_result
 from unime_st.data.mining.mine import mine_all, write_table
+from unime_st.data.pairs.damage import is_empty
 from unime_st.embedding.missing import own_share
 from unime_st.embedding.waiting import PATIENCE, Waiting
 from unime_st.features import forget_kept_features
@@ -192,31 +193,23 @@ def _judged(
         column, row = divmod(int(first[good[number]]), len(part))
         return f"Row {part[row]}, column {rows.columns[1 + column]!r}"
 
-    query_inputs = [contents.read_usable(cell) for cell in contents.query_cells(np.arange(len(contents.query_keys)))]
+    cells = contents.query_cells(np.arange(len(contents.query_keys)))
     target_cells = contents.target_cells(np.arange(len(contents.target_keys))).to_pylist()
-    target_inputs = [contents.read_usable(cell) for cell in target_cells]
-    inputs = [(query_inputs[query], target_inputs[target]) for query, target in pairs.T.tolist()]
-    for place, halves in enumerate(inputs):
-        for half, name in zip(halves, (rows.names.anchor, None), strict=True):
-            if half is not None and _is_blank(half):
-                column, row = divmod(int(first[place]), len(part))
+    for (query, target), number in zip(pairs.T.tolist(), first.tolist(), strict=True):
+        column, row = divmod(number, len(part))
+        for cell, name in ((cells[query], rows.names.anchor), (target_cells[target], rows.columns[1 + column])):
+            if cell is not None and is_empty(cell):  # None: a row of fewer negatives
                 raise ValueError(
-                    f"Row {part[row]}, column {name or rows.columns[1 + column]!r}: the cell holds neither text nor an "
-                    "image. Leave the row out, e.g. with `dataset.filter`, or give it one of them."
+                    f"Row {part[row]}, column {name!r}: the cell holds neither text nor an image. Leave the row out, "
+                    "e.g. with `dataset.filter`, or give it one of them."
                 )
+    query_inputs, target_inputs = ([contents.read_usable(cell) for cell in own] for own in (cells, target_cells))
+    inputs = [(query_inputs[query], target_inputs[target]) for query, target in pairs.T.tolist()]
     good = np.flatnonzero([query is not None and target is not None for query, target in inputs])
     scores = np.full(pairs.shape[1], np.nan, dtype=np.float32)
     if len(good):
         scores[good] = scores_of(judge, [inputs[place] for place in good], batch_size, told)
     return _chosen_table(rows, table, targets, scores[index.reshape(targets.shape)], settings, len(good))
-
-
-def _is_blank(half: Any) -> bool:
-    """Whether an input has no medium and no word."""
-    said = {"text": half} if isinstance(half, str) else half
-    if not isinstance(said, dict) or any(value is not None for name, value in said.items() if name != "text"):
-        return False
-    return not (said.get("text") or "").strip()
 
 
 def _chosen_table(  # noqa: PLR0917

@@ -6,8 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
-from unime_st.data.mmeb.named_rows import Input, NamedRow, Record
-from unime_st.data.mmeb.video_rows import Prompts
+from unime_st.data.mmeb.named_rows import Input, NamedRow, Prompts, Record
 from unime_st.paths import resolve_below
 
 PageName = Callable[[str], str]

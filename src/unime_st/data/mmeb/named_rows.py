@@ -24,6 +24,14 @@ class NamedRow:
     relevance: Mapping[str, float]  # of the right ones, by name
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What is said before a query, and of a candidate that is a video or a page."""
+
+    query: str
+    target: str = ""
+
+
 def read_table(folder: str | Path, config: str | None, split: str, columns: Iterable[str], where: str) -> Any:
     """Open a data set in a folder: a copy of its repository on the Hub, or what ``save_to_disk`` wrote.
 

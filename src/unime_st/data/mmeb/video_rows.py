@@ -11,19 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from unime_st.data.mmeb.frames import stored_frames
-from unime_st.data.mmeb.named_rows import Input, NamedRow, Record
+from unime_st.data.mmeb.named_rows import Input, NamedRow, Prompts, Record
 from unime_st.paths import resolve_below
 
 CLIP_FRAMES = 8
 """Frames of a clip in moment retrieval, whatever the number of frames of the video."""
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """What is said before a query, and of a candidate that is a video or a page."""
-
-    query: str
-    target: str = ""
 
 
 @dataclass(frozen=True)

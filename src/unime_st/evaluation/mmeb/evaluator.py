@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +15,25 @@ from unime_st.data.images import ItemReader
 from unime_st.data.mmeb.eval_rows import EvalTask
 from unime_st.embedding.distinct import OnError
 from unime_st.evaluation.base import EmbeddingEvaluator, check_shown
+from unime_st.evaluation.mmeb.averages import metrics_of
 from unime_st.evaluation.mmeb.inputs import as_tasks, distinct_inputs
-from unime_st.evaluation.mmeb.tasks import IN_DISTRIBUTION, META_TASKS, Metric, MMEBTask, Parser, tasks_from_yaml
+from unime_st.evaluation.mmeb.results import (
+    METRIC_NAMES,
+    SHOWN,
+    TaskResult,
+    explain,
+    lost_of_pool,
+    outcomes_of,
+    places_at,
+    result_of,
+)
+from unime_st.evaluation.mmeb.tasks import META_TASKS, MMEBTask, Parser, tasks_from_yaml
 from unime_st.evaluation.mmeb.v2 import FRAMES, V2_META_TASKS, v2_tasks
 from unime_st.evaluation.outcomes import TaskOutcomes
 from unime_st.evaluation.reranking import Reranking
-from unime_st.evaluation.scoring import CandidateScores, score_candidates
+from unime_st.evaluation.scoring import score_candidates
 
 logger = logging.getLogger(__name__)
-
-_SHOWN = 5  # number of the best candidates kept for each row
-_METRIC_NAMES: dict[Metric, str] = {"hit@1": "precision@1", "ndcg@5": "ndcg@5"}
-
-
-@dataclass
-class TaskResult:
-    """The outcome of one task; a row with an unreadable input is wrong and has rank and score 0."""
-
-    rows: np.ndarray  # (rows,) numbers in the task; all of them, unless `limit` draws some
-    right: np.ndarray  # (rows,) whether each row is right
-    tied: np.ndarray  # (rows,) whether only the order of equal scores decides the row's score
-    rank: np.ndarray  # (rows,) rank of the best right answer, from 1
-    best: np.ndarray  # (rows,) the place of that answer in the row, or in the pool
-    top: np.ndarray  # (rows, k) places of the best candidates in the row, or in the pool; -1 past the last
-    errors: dict[int, str] = field(default_factory=dict)  # row number -> what could not be read
-    metric: Metric = "hit@1"  # the metric of `scores`
-    scores: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (rows,) in [0, 1]
-
-    @property
-    def precision(self) -> float:
-        """Precision@1 in [0, 1]."""
-        return float(self.right.mean())
-
-    @property
-    def score(self) -> float:
-        """The task's metric in [0, 1]."""
-        return float(self.scores.mean())
 
 
 class MMEBEvaluator(EmbeddingEvaluator):
@@ -231,22 +214,22 @@ class MMEBEvaluator(EmbeddingEvaluator):
             if task.name in read:
                 own, rows = read[task.name]
                 result, after = self._score(model, task, own, rows, embeddings, index[places[task.name]], reranking)
-                _explain(result, own, rows, places[task.name], errors)
+                explain(result, own, rows, places[task.name], errors)
                 self.results[task.name] = result
                 if after is not None:
                     self.reranked_results[task.name] = replace(after, errors=result.errors)
                     logger.info("%s: %s %.4f after reranking", task.name, task.metric, after.score)
                 told = [f"row {row}: {why}" for row, why in sorted(result.errors.items())]
-                if told := told + _lost_of_pool(own, rows, places[task.name], errors):
+                if told := told + lost_of_pool(own, rows, places[task.name], errors):
                     self.errors[task.name] = told
                 outcome = task.name, task.metric, result.score, len(result.rows), result.tied.sum()
                 logger.info("%s: %s %.4f, %d rows, %d of them decided by ties", *outcome)
         if not self.results:
             raise ValueError(f"None of the tasks could be evaluated; the first: {next(iter(self.errors.values()))[0]}")
-        metrics = self._metrics(self.results)
+        metrics = self._metrics_of(self.results)
         if reranking is None:
             return metrics
-        return metrics | self.reranked_metrics(self._metrics(self.reranked_results), reranking)
+        return metrics | self.reranked_metrics(self._metrics_of(self.reranked_results), reranking)
 
     def _read(self) -> dict[str, tuple[EvalTask, np.ndarray]]:
         """Read each task, and draw the rows that are evaluated."""
@@ -302,7 +285,8 @@ class MMEBEvaluator(EmbeddingEvaluator):
             if place is not None and index[own.queries[place]] >= 0 and (index[own.own(place)] >= 0).all():
                 readable.append(number)
                 at.append(place)
-        pool = None if own.corpus is None else own.corpus[index[own.corpus] >= 0]
+        there = None if own.corpus is None else np.flatnonzero(index[own.corpus] >= 0)
+        pool = None if own.corpus is None else own.corpus[there]
         found = reranked = None
         if at:
             found = score_candidates(
@@ -311,13 +295,13 @@ class MMEBEvaluator(EmbeddingEvaluator):
                 [index[own.own(place)] for place in at],
                 gains=None if own.gains is None else [own.gains_of(place) for place in at],
                 pool=None if pool is None else index[pool],
-                k=_SHOWN if reranking is None else max(_SHOWN, self.rerank_depth),
+                k=SHOWN if reranking is None else max(SHOWN, self.rerank_depth),
                 device=getattr(model, "device", "cpu"),
             )
         if reranking is not None:  # every process comes here, with rows or without
             first = np.full((0, 1), -1) if found is None else found.top[:, : self.rerank_depth]
             shown = [own.own(place) if pool is None else pool for place in at]
-            items = [_places(row, of) for row, of in zip(first, shown, strict=True)]
+            items = [places_at(row, of) for row, of in zip(first, shown, strict=True)]
 
             def where(row: int, place: int) -> str:
                 return f"{task.name}, row {rows[readable[row]]}, candidate {first[row, place]}"
@@ -325,13 +309,11 @@ class MMEBEvaluator(EmbeddingEvaluator):
             scores = reranking.scores(own.items, own.queries[at], np.array(items, np.int64).reshape(first.shape), where)
             reranked = None if found is None else found.reranked(scores)
 
-        def result(of: CandidateScores | None) -> TaskResult:
-            return _result(task, rows, readable, of, None if pool is None else np.flatnonzero(index[own.corpus] >= 0))
-
-        return result(found), None if reranking is None else result(reranked)
+        before, after = (result_of(task, rows, readable, of, there) for of in (found, reranked))
+        return before, None if reranking is None else after
 
     def top(
-        self, task: str, k: int = _SHOWN, places: Sequence[int] | None = None, *, with_right: bool = False
+        self, task: str, k: int = SHOWN, places: Sequence[int] | None = None, *, with_right: bool = False
     ) -> list[dict[str, Any]]:
         """Show the results of the last call, as entries of :meth:`~unime_st.evaluation.Report.add_gallery`.
 
@@ -348,7 +330,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
         Raises:
             ValueError: If the task was not evaluated, or ``k`` is out of range.
         """
-        check_shown(k, _SHOWN)
+        check_shown(k, SHOWN)
         if task not in self.results:
             raise ValueError(f"Nothing is known of {task!r}: there are {list(self.results)}. Evaluate a model first.")
         result = self.results[task]
@@ -369,116 +351,25 @@ class MMEBEvaluator(EmbeddingEvaluator):
 
     def outcomes(self) -> dict[str, TaskOutcomes]:
         """The share of each row of the last call in its task's metric."""
-        return _outcomes(self.results)
+        return outcomes_of(self.results)
 
     def reranked_outcomes(self) -> dict[str, TaskOutcomes]:
         """The same after reranking."""
-        return _outcomes(self.reranked_results)
+        return outcomes_of(self.reranked_results)
 
-    def _metrics(self, results: Mapping[str, TaskResult]) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for task, result in results.items():
-            metrics[f"{task}_{_METRIC_NAMES[result.metric]}"] = result.score
-            metrics[f"{task}_ties"] = int(result.tied.sum())
-        precision = {task: result.score for task, result in results.items() if result.metric == "hit@1"}
-        metas = dict.fromkeys(self.meta_tasks[task] for task in precision if task in self.meta_tasks)
-        by_meta = [
-            _mean(precision, (task for task in precision if self.meta_tasks.get(task) == meta)) for meta in metas
-        ]
-        metrics |= {f"meta_{meta}_precision@1": value for meta, value in zip(metas, by_meta, strict=True)}
-        metrics |= self._graded_groups(results)
-        if by_meta:
-            metrics["meta_mean_precision@1"] = float(np.mean(by_meta))
-        published = [task for task in precision if task in META_TASKS]
-        inside = [task for task in published if task in IN_DISTRIBUTION]
-        outside = [task for task in published if task not in IN_DISTRIBUTION]
-        for key, tasks in (("in_distribution", inside), ("out_of_distribution", outside)):
-            if tasks:
-                metrics[f"{key}_precision@1"] = _mean(precision, tasks)
-        if precision:
-            metrics["mean_precision@1"] = _mean(precision, precision)
-        metrics |= self._mixed_metrics(results)
-        metrics["ties"] = sum(int(result.tied.sum()) for result in results.values())
-        metrics["tasks"] = len(results)
+    def _metrics_of(self, results: Mapping[str, TaskResult]) -> dict[str, float]:
+        metrics = metrics_of(results, self.meta_tasks, {task.name: task.modality for task in self._tasks})
         if self.on_error == "report":
             metrics["unreadable_rows"] = sum(len(result.errors) for result in results.values())
         return metrics
 
-    def _graded_groups(self, results: Mapping[str, TaskResult]) -> dict[str, float]:
-        """The means of the groups of tasks whose metric is nDCG@5."""
-        graded = {task: result.score for task, result in results.items() if result.metric == "ndcg@5"}
-        groups = dict.fromkeys(self.meta_tasks[task] for task in graded if task in self.meta_tasks)
-        return {
-            f"meta_{group}_ndcg@5": _mean(graded, [task for task in graded if self.meta_tasks.get(task) == group])
-            for group in groups
-        }
-
-    def _mixed_metrics(self, results: Mapping[str, TaskResult]) -> dict[str, float]:
-        """MMEB V2's averages, where there are other tasks than Precision@1 on images."""
-        scores = {task: result.score for task, result in results.items()}
-        modality = {task.name: task.modality for task in self._tasks if task.name in scores}
-        graded = [task for task, result in results.items() if result.metric == "ndcg@5"]
-        if not graded and set(modality.values()) <= {"image"}:
-            return {}
-        metrics = {"mean_ndcg@5": _mean(scores, graded)} if graded else {}
-        for kind in dict.fromkeys(modality.values()):
-            metrics[f"{kind}_mean"] = _mean(scores, [task for task in scores if modality[task] == kind])
-        return {**metrics, "overall_mean": _mean(scores, scores)}
-
-
-def _outcomes(results: Mapping[str, TaskResult]) -> dict[str, TaskOutcomes]:
-    return {task: TaskOutcomes(result.rows, result.scores, result.tied) for task, result in results.items()}
-
 
 def _check_tasks(tasks: Sequence[MMEBTask]) -> None:
     for number, task in enumerate(tasks):
-        if task.metric not in _METRIC_NAMES:
-            raise ValueError(
-                f"Task {task.name!r} has the metric {task.metric!r}; there are {', '.join(_METRIC_NAMES)}."
-            )
+        if task.metric not in METRIC_NAMES:
+            raise ValueError(f"Task {task.name!r} has the metric {task.metric!r}; there are {', '.join(METRIC_NAMES)}.")
         if task.name in {other.name for other in tasks[:number]}:
             raise ValueError(f"Two tasks are called {task.name!r}. Give each once, under a name of its own.")
-
-
-def _result(
-    task: MMEBTask, rows: np.ndarray, readable: list[int], found: CandidateScores | None, pool: np.ndarray | None
-) -> TaskResult:
-    """A task's outcome of the rows that were ``readable``; ``pool`` has the place of each candidate that was, too."""
-    count = len(rows)
-    right, tied = np.zeros(count, bool), np.zeros(count, bool)
-    rank, best = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    top, scores = np.full((count, _SHOWN), -1, dtype=np.int64), np.zeros(count)
-    if found is not None:
-        right[readable], rank[readable] = found.right, found.rank
-        top[readable], best[readable] = found.top[:, :_SHOWN], found.best
-        if pool is not None:
-            top, best = (_places(places, pool) for places in (top, best))
-        by_hit = task.metric == "hit@1"
-        scores[readable], tied[readable] = (found.right, found.tied) if by_hit else (found.ndcg, found.ndcg_tied)
-    return TaskResult(rows, right, tied, rank, best, top, {}, task.metric, scores)
-
-
-def _explain(result: TaskResult, own: EvalTask, rows: np.ndarray, place: np.ndarray, errors: Mapping[int, str]) -> None:
-    at = {int(row): number for number, row in enumerate(own.rows)}
-    for row in rows[result.rank == 0].tolist():
-        if row in own.broken:
-            result.errors[row] = own.broken[row]
-            continue
-        needed = [own.queries[at[row]], *own.own(at[row])]
-        result.errors[row] = next(errors[int(place[item])] for item in needed if int(place[item]) in errors)
-
-
-def _lost_of_pool(own: EvalTask, rows: np.ndarray, place: np.ndarray, errors: Mapping[int, str]) -> list[str]:
-    """Say which candidates of a shared pool could not be read: all queries choose without them."""
-    if own.corpus is None or not np.isin(own.rows, rows).any():
-        return []
-    lost = [at for at in place[own.corpus].tolist() if at in errors]
-    return [f"left out of the pool: {errors[at]}" for at in lost]
-
-
-def _places(top: np.ndarray, readable: np.ndarray) -> np.ndarray:
-    """What stands at places of a list, -1 where there is none."""
-    return np.where(top >= 0, readable[np.maximum(top, 0)], -1)
 
 
 def _shown(item: Any) -> dict[str, Any]:
@@ -487,7 +378,3 @@ def _shown(item: Any) -> dict[str, Any]:
         return {"text": item}
     frames = item.get("video")
     return {**item, "image": frames[len(frames) // 2]} if frames else item
-
-
-def _mean(values: Mapping[str, float], keys: Iterable[str]) -> float:
-    return float(np.mean([values[key] for key in keys]))

@@ -18,8 +18,8 @@ from typing import Any, Literal
 from unime_st.arguments import require_number
 from unime_st.data.mmeb import document_rows, video_rows
 from unime_st.data.mmeb.eval_rows import EvalTask
-from unime_st.data.mmeb.named_rows import read_table, task_of
-from unime_st.data.mmeb.video_rows import CLIP_FRAMES, Frames, Prompts, VideoParser
+from unime_st.data.mmeb.named_rows import Prompts, read_table, task_of
+from unime_st.data.mmeb.video_rows import CLIP_FRAMES, Frames, VideoParser
 from unime_st.evaluation.mmeb.tasks import META_TASKS, Metric, MMEBTask, image_task
 
 ANNOTATION = "annotation"

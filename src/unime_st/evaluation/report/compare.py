@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from unime_st.arguments import require_path
-from unime_st.evaluation.outcomes import TaskOutcomes, read_outcomes, read_settings
+from unime_st.evaluation.outcomes import TaskOutcomes, read_whole
 from unime_st.evaluation.report.report import Report
 from unime_st.evaluation.settings import WEIGHTS, differing, shown
 
@@ -135,7 +135,8 @@ def compare(
     """
     if resamples < 1 or not 0 < confidence < 1:
         raise ValueError(f"`resamples={resamples}`, `confidence={confidence}`: give at least 1, and less than 1.")
-    sides = _outcomes(require_path("before", before)), _outcomes(require_path("after", after))
+    (first, settings), (second, other) = _read(require_path("before", before)), _read(require_path("after", after))
+    sides = first, second
     pairs = _paired(*sides, intersection=intersection)
     tails = (100 * (1 - confidence) / 2, 100 * (1 + confidence) / 2)
     tasks: dict[str, Difference] = {}
@@ -158,7 +159,7 @@ def compare(
     other_rules = {": ".join(key): told for key in pairs if (told := _other_rule(*(side[key] for side in sides)))}
     if other_rules:
         logger.warning("Ties were treated differently. %s", "; ".join(map(": ".join, other_rules.items())))
-    other_settings = _other_settings(*(_settings(Path(side)) for side in (before, after)))
+    other_settings = _other_settings(settings, other)
     unlike = {name: both for name, both in other_settings.items() if name.rpartition(": ")[2] not in WEIGHTS}
     if unlike:
         told = "; ".join(f"{name} {shown(a)} (before), {shown(b)} (after)" for name, (a, b) in unlike.items())
@@ -202,22 +203,20 @@ def _resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generato
     return np.concatenate(parts)
 
 
-def _files(path: Path) -> dict[str, Path]:
-    """Evaluator -> its file of results by row."""
+def _read(path: Path) -> tuple[dict[Key, TaskOutcomes], dict[str, dict[str, Any] | None]]:
+    """The outcomes by evaluator and task, and each evaluator's settings, of a folder or a file."""
     files = [path] if path.is_file() else sorted(path.glob("*_rows.parquet"))
     if not files:
         raise FileNotFoundError(
             f"{path} holds no *_rows.parquet. Give a folder that an evaluator wrote its results to."
         )
-    return {file.name.removesuffix("_rows.parquet").removesuffix("_results"): file for file in files}
-
-
-def _outcomes(path: Path) -> dict[Key, TaskOutcomes]:
-    return {(name, task): own for name, file in _files(path).items() for task, own in read_outcomes(file).items()}
-
-
-def _settings(path: Path) -> dict[str, dict[str, Any] | None]:
-    return {name: read_settings(file) for name, file in _files(path).items()}
+    found: dict[Key, TaskOutcomes] = {}
+    settings: dict[str, dict[str, Any] | None] = {}
+    for file in files:
+        name = file.name.removesuffix("_rows.parquet").removesuffix("_results")
+        outcomes, settings[name] = read_whole(file)
+        found |= {(name, task): own for task, own in outcomes.items()}
+    return found, settings
 
 
 def _paired(

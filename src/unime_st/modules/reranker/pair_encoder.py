@@ -15,17 +15,11 @@ from torch.nn.functional import linear
 from transformers import AutoModelForMultimodalLM
 
 from unime_st.identity.content import Content
-from unime_st.modules.cutting import cut_long_rows
-from unime_st.modules.inputs import Message, refuse_placeholders
+from unime_st.modules.inputs import Message
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
 from unime_st.modules.reranker.pairs import are_pairs, pair_messages
 from unime_st.modules.speed.prefixes import shares_prefixes
-from unime_st.modules.speed.shared_images import each_image_once
 from unime_st.modules.speed.token_tree import PREFIX_KEY
-from unime_st.modules.videos import check_videos
-from unime_st.placement import with_images_once
-
-_NO_LIMIT = 10**9
 
 
 class PairEncoder(MultimodalEncoder):
@@ -75,22 +69,7 @@ class PairEncoder(MultimodalEncoder):
         opened: dict[Any, Any] = {}
         asked_for = {"allow_remote_images": self.allow_remote_images, "video_settings": self.videos}
         messages = [pair_messages(pair, row, opened, **asked_for) for row, pair in zip(rows, inputs, strict=True)]
-        placeholders = self._placeholders()
-        for row, message in zip(rows, messages, strict=True):
-            refuse_placeholders(message, row, placeholders)
-        check_videos(messages, rows, self.processor, self.model.config.model_type)
-        limit = min(kwargs.pop("max_length", None) or _NO_LIMIT, self.max_seq_length or _NO_LIMIT)
-        processing: Any = {**(processing_kwargs or {})}
-        processing["text"] = {**processing.get("text", {}), "truncation": False}
-        with each_image_once(self.processor) as shown:
-            features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
-            while cut := cut_long_rows(messages, features["attention_mask"], limit, rows, self.tokenizer):
-                self._tell_of_cuts(limit, cut)
-                features = self._processed(messages, rows, prompt, processing_kwargs=processing, **kwargs)
-        if "num_images_per_sample" in features and "batch_num_images" in self._declared_forward_params:
-            features["batch_num_images"] = features["num_images_per_sample"]
-        if shown.index is not None:
-            features = with_images_once(features, shown.index)
+        features = self._features(messages, rows, prompt, processing_kwargs, **kwargs)
         self._refuse_lost_images(features["input_ids"], messages, rows)
         if contents is not None and self.share_prefixes and shares_prefixes(self.model):
             features[PREFIX_KEY] = self._pair_keys(features["input_ids"], contents)
