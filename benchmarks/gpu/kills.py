@@ -1,4 +1,4 @@
-"""Training that is killed at a random moment after its first checkpoint and goes on, against two runs that nothing disturbs.
+"""Training that is killed at a random moment after its first checkpoint and goes on, against two undisturbed runs.
 
 What two undisturbed runs differ in is what the device's own arithmetic allows; one that went on may differ by no more.
 """
