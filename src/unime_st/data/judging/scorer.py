@@ -61,8 +61,8 @@ def _predicted(scorer: PairScorer, pairs: list[Any], batch_size: int) -> np.ndar
     found = np.asarray(scorer.predict(pairs, batch_size=batch_size, show_progress_bar=False), dtype=np.float32)
     if found.shape != (len(pairs),):
         raise ValueError(
-            f"{type(scorer).__name__} gave scores of shape {found.shape} for {len(pairs)} pairs, but one each is needed: "
-            "a reranker with one label."
+            f"{type(scorer).__name__} gave scores of shape {found.shape} for {len(pairs)} pairs, but one each is "
+            "needed: a reranker with one label."
         )
     return found
 
