@@ -316,6 +316,23 @@ def newcomer_transcript(results: dict[str, Any]) -> str:
     return "\n".join(["```text", *lines, "```", "", told])
 
 
+def serve_table(results: dict[str, Any]) -> str:
+    """The server under many clients, beside one at a time."""
+    head = ("model", "one, answers/s", f"{results['tiny']['many']['clients']}, answers/s", "times", "p50 / p99, s",
+            "errors", "memory growth, MB", "furthest from `encode`")  # fmt: skip
+    names = {"tiny": "the tests' tiny model", "small": "7.9 M random weights"}
+    rows = []
+    for model, name in names.items():
+        one, many = results[model]["one_at_a_time_without_wait"], results[model]["many"]
+        rows.append(
+            (name, f"{one['answers_a_second']:.1f}", f"{many['answers_a_second']:.1f}",
+             f"{results[model]['times_the_throughput_of_one_at_a_time']:.1f}",
+             f"{many['p50_ms'] / 1000:.1f} / {many['p99_ms'] / 1000:.1f}", f"{many['errors']} of {many['answers']}",
+             f"{many['memory_growth_mb']:.1f}", f"{many['furthest_from_encode']:.0e}")
+        )  # fmt: skip
+    return "\n".join(table(head, rows))
+
+
 def structure_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     """The package's structure before and after it was laid out anew."""
 
@@ -375,7 +392,7 @@ def filled(texts: dict[str, str]) -> dict[str, str]:
         "scale": (scale_table, "scale"), "speed": (speed_tables.floors_table, "encode", "train_step", "stage1_step"),
         "structure": (structure_table, "structure/before", "structure/after"),
         "recipes": (recipes_table, "recipes"), "sides": (sides_table, "recipes"),
-        "newcomer": (newcomer_transcript, "newcomer"),
+        "newcomer": (newcomer_transcript, "newcomer"), "serve": (serve_table, "serve"),
         "gpu": (gpu_table, "gpu/encode", "gpu/steps"), "parts": (speed_tables.parts_table, "where_time_goes"),
     }  # fmt: skip
     parts = {name: make(*(read(RESULTS / f"{file}.json") for file in files)) for name, (make, *files) in made.items()}
