@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+from itertools import pairwise, permutations
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from unime_st.evaluation import ImageTextRetrievalEvaluator, MMEBEvaluator, Repo
 from unime_st.evaluation.mmeb.tasks import MMEBTask
 from unime_st.evaluation.outcomes import NOT_TOLD, TaskOutcomes, read_outcomes, told_of_ties, write_outcomes
 from unime_st.evaluation.report.summary import add_mmeb, add_retrieval, add_sugarcrepe
-from unime_st.evaluation.scoring import rank_pool, score_candidates, unit_rows
+from unime_st.evaluation.scoring import CandidateScores, rank_pool, score_candidates, unit_rows
 
 PICTURE = np.zeros((2, 2, 3), dtype=np.uint8)
 
@@ -264,3 +265,38 @@ def test_arguments_of_evaluators_are_refused_by_name(tmp_path):
             retrieval.top(k)
     with pytest.raises(TypeError, match="are lists"):
         ImageTextRetrievalEvaluator("images", [["a"]])
+
+
+def test_ties_after_reranking_against_all_orders_of_equal_candidates():
+    """Those reranked tie by score and cosine, those behind by cosine alone, and never with one another."""
+    rng, k, n = np.random.default_rng(0), 6, 3
+    seen = set()
+    for _ in range(200):
+        cosines = -np.sort(-rng.integers(3, size=(1, k)) / 2.0)
+        gains = rng.integers(2, size=(1, k)).astype(float)
+        gains[0, rng.integers(k)] = 1.0
+        new = rng.integers(3, size=(1, n)).astype(float)
+        ideal = _discounted(-np.sort(-gains[0]))
+        before = CandidateScores(
+            np.array([gains[0, 0] > 0]), np.zeros(1, bool), np.zeros(1, int), 1 + gains.argmax(axis=1),
+            np.array([_discounted(gains[0]) / ideal]), np.zeros(1, bool), np.arange(k)[None], cosines, gains,
+            np.array([ideal]),
+        )  # fmt: skip
+        keys = [(at < n, new[0, at] if at < n else 0.0, cosines[0, at]) for at in range(k)]
+        orders = [
+            order for order in permutations(range(k))
+            if all(keys[one] >= keys[other] for one, other in pairwise(order))
+        ]  # fmt: skip
+        found = before.reranked(new)
+        sequences = [gains[0, list(order)] for order in orders]
+        first = {bool(sequence[0] > 0) for sequence in sequences}
+        ndcg_tied = any(len({sequence[at] for sequence in sequences}) > 1 for at in range(5))
+        assert bool(found.tied[0]) == (len(first) > 1)
+        assert bool(found.ndcg_tied[0]) == ndcg_tied
+        assert any(abs(found.ndcg[0] - _discounted(sequence) / ideal) < 1e-12 for sequence in sequences)
+        seen.add((bool(found.tied[0]), ndcg_tied))
+    assert seen == {(False, False), (False, True), (True, True)}
+
+
+def _discounted(gains):
+    return sum(gain / math.log2(place + 2) for place, gain in enumerate(gains[:5]))
