@@ -6,12 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from torch import nn
 from transformers import set_seed
 
 from unime_st import build_encoder, export_encoder, load_encoder
-from unime_st.checkpoints import CheckpointCallback, checkpoints, explained_write_errors, last_complete_checkpoint
+from unime_st.checkpoints import (
+    CheckpointCallback,
+    ResumingTrainer,
+    checkpoints,
+    explained_write_errors,
+    last_complete_checkpoint,
+)
 from unime_st.data import load_judged_negatives, with_teacher_labels
 from unime_st.distributed import from_rank_zero
 from unime_st.losses import LossMetricsCallback, effective_negatives
@@ -110,9 +116,7 @@ def train(recipe: "Recipe", arguments: SentenceTransformerTrainingArguments, row
     """Train, from the last whole checkpoint if there is one, and export the encoder with its adapters merged."""
     model = loss.model
     callbacks = [SamplerEpochCallback(), CheckpointCallback()]
-    trainer = SentenceTransformerTrainer(
-        model=model, args=arguments, train_dataset=rows, loss=loss, callbacks=callbacks
-    )
+    trainer = ResumingTrainer(model=model, args=arguments, train_dataset=rows, loss=loss, callbacks=callbacks)
     LossMetricsCallback.attach(trainer)
     folder, encoder = Path(arguments.output_dir), Path(recipe.output) / "encoder"
     checkpoint = from_rank_zero(lambda: last_complete_checkpoint(folder))  # reads it: once is enough

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from common import Results, arguments, peak, scratch_folder
 from sentence_transformers import SentenceTransformer
@@ -87,7 +88,9 @@ def tell_accelerate(trainer: Any) -> None:
     """Be as under FSDP2 on a GPU, which accelerate does not start on a CPU."""
     kept = {name: FSDP[name] for name in ("auto_wrap_policy", "state_dict_type", "cpu_ram_efficient_loading")}
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, transformer_cls_names_to_wrap=[LAYER], **kept)
-    trainer.accelerator.state._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    for state in (PartialState, trainer.accelerator.state):  # the second copies the first's whenever it is made
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    trainer.accelerator.state._shared_state["fsdp_plugin"] = plugin
     trainer.is_fsdp_enabled = True
 
 

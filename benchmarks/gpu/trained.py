@@ -8,27 +8,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformerTrainingArguments
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
 from work import image, text
 
 from unime_st import build_encoder
-from unime_st.checkpoints import CheckpointCallback
+from unime_st.checkpoints import CheckpointCallback, ResumingTrainer
 from unime_st.losses import HardNegativeInfoNCELoss
 from unime_st.modules import default_lora_config
 
 STEPS, SAVED = 5, 3
-
-
-class ResumingTrainer(SentenceTransformerTrainer):
-    """A Trainer that goes on under FSDP too: sentence-transformers 6.2 takes no model where transformers gives one."""
-
-    def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
-        if model is None:
-            super()._load_from_checkpoint(checkpoint_path)
-        else:
-            Trainer._load_from_checkpoint(self, checkpoint_path, model)
 
 
 def rows(folder: Path, count: int, sides: tuple[int, ...]) -> Dataset:

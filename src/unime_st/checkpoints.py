@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from sentence_transformers import SentenceTransformerTrainer
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from unime_st import distributed
 from unime_st.features import forget_kept_features
@@ -100,6 +102,19 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
     for that; with several processes, let one look: ``from_rank_zero(lambda: last_complete_checkpoint(...))``.
     """
     return next((path for path in reversed(checkpoints(folder)) if is_complete(path)), None)
+
+
+class ResumingTrainer(SentenceTransformerTrainer):
+    """A ``SentenceTransformerTrainer`` that goes on from a checkpoint under FSDP too.
+
+    Up to 6.2 sentence-transformers takes no model where transformers hands over the split one, and raises a TypeError.
+    """
+
+    def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
+        if model is None:
+            super()._load_from_checkpoint(checkpoint_path)
+        else:
+            Trainer._load_from_checkpoint(self, checkpoint_path, model)
 
 
 class CheckpointCallback(TrainerCallback):

@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 from transformers import set_seed
 
-from unime_st.checkpoints import CheckpointCallback, checkpoints, explained_write_errors, last_complete_checkpoint
+from unime_st.checkpoints import (
+    CheckpointCallback,
+    ResumingTrainer,
+    checkpoints,
+    explained_write_errors,
+    last_complete_checkpoint,
+)
 from unime_st.distributed import from_rank_zero
 from unime_st.files import FolderLock, one_at_a_time, write_atomically
 from unime_st.losses import LossMetricsCallback
@@ -92,7 +98,7 @@ def run_trainer(
 ) -> list[dict[str, Any]]:
     """Train, from the last whole checkpoint if there is one; returns the Trainer's log."""
     folder = Path(str(arguments.output_dir))
-    trainer = SentenceTransformerTrainer(
+    trainer = ResumingTrainer(
         model=loss.model,
         args=arguments,
         train_dataset=rows,
