@@ -102,7 +102,10 @@ PUBLIC_PACKAGES = (
 PUBLIC_MODULES = {f"unime_st.{name}" for name in ("checkpoints", "columns", "files", "functional", "images", "prompts")}
 INTERNALS = {
     "unime_st.distributed.from_rank_zero",
+    "unime_st.data.mmeb.named_rows.NamedRow",
+    "unime_st.data.mmeb.named_rows.task_of",
     "unime_st.evaluation.mmeb.tasks.MMEBTask",
+    "unime_st.evaluation.mmeb.tasks.Metric",
     "unime_st.evaluation.mmeb.tasks.image_task",
     "unime_st.evaluation.mteb_models.eval_results",
     "unime_st.evaluation.mteb_models.mteb_model_meta",
@@ -113,6 +116,7 @@ INTERNALS = {
     "unime_st.evaluation.report.summary.add_sugarcrepe",
     "unime_st.hub.encoder_card",
     "unime_st.modules.text_only.VISION_PARTS",
+    "unime_st.videos.VideoSettings",
     *(f"unime_st.training.planning.{name}" for name in ("GIB", "memory", "parameters_by_part")),
 }
 """What the examples use beyond that."""

@@ -19,6 +19,7 @@ from emoji import measure
 from emoji.align import calibrate_norm, fit_projector
 from emoji.benchmark import EmojiBenchmark, build_benchmark
 from emoji.concepts import TRAINED_VENDORS
+from emoji.media import build_media, evaluate_media
 from emoji.miniature import build_miniature, start_encoder
 from emoji.packages import Fetched, fetch
 from emoji.reporting import write_report
@@ -66,6 +67,12 @@ class Demo:
         for name, checkpoint in checkpoints.items():
             with self._timed(f"evaluation of {name}"):
                 results[name] = self._kept(name, partial(self.evaluate, checkpoint, benchmark, "test"))
+        with self._timed("videos and pages"):
+            media = build_media(benchmark, self.cache / "media", rows=self.settings.media_rows, seed=self.settings.seed)
+            for name, checkpoint in checkpoints.items():
+                self.say(f"videos and pages of {name}")
+                asked = partial(evaluate_media, checkpoint, media, self.cache / "embeddings")
+                results[name]["media"] = self._kept(f"{name}_media", asked)
         with self._timed("report"):
             final = self.output / "unime-emoji-miniature"
             if not (final / "modules.json").is_file():
@@ -74,6 +81,7 @@ class Demo:
                 self.output,
                 self.settings,
                 benchmark,
+                media=media,
                 embeddings=self.cache / "embeddings",
                 results=results,
                 checkpoints=checkpoints,

@@ -16,6 +16,7 @@ from emoji.benchmark import EmojiBenchmark
 from emoji.card import add_card
 from emoji.concepts import HELD_OUT_VENDOR, TRAINED_VENDORS
 from emoji.measure import hits, interval, retrieval
+from emoji.media import TASKS, VENDOR, galleries, guessing
 from emoji.settings import MEANS_NOTHING, DemoSettings
 from emoji.tasks import DRAWINGS
 from emoji.training import LOG_FILE
@@ -59,7 +60,8 @@ def summarise(results: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         "tables": kind of drawings -> row -> column -> "mean" and "error", its standard error over the test's concepts;
         "texts": the same for text->text; "differences": kind of drawings -> pair of rows -> column -> `interval`;
-        "queries": column -> how many; "shuffled": text->image R@1 with shuffled images; "chance": of it.
+        "media": row -> column -> the same, on videos and pages; "queries": column -> how many; "shuffled": text->image
+        R@1 with shuffled images; "chance": of it.
     """
     found = {name: results[name]["ranks"] for name in NAMES}
     tables: dict[str, Any] = {}
@@ -87,10 +89,17 @@ def summarise(results: Mapping[str, Any]) -> dict[str, Any]:
     }
     texts["the teacher"] = texts.pop(NAMES["ridge"])  # the baseline's texts are the teacher's
     shuffled = np.array(results["stage2"]["shuffled"])
+    seen = {NAMES[name]: own["media"] for name, own in results.items() if "media" in own}
+    media_rows = len(results["stage2"]["media"][next(iter(TASKS))])
+    guessed = {column: {"mean": level} for column, level in guessing(media_rows).items()}
     return {
         "tables": tables,
         "texts": texts,
         "differences": differences,
+        "media": {
+            "chance": guessed,
+            **{name: {c: interval(np.array(v)) for c, v in own.items()} for name, own in seen.items()},
+        },
         "queries": {
             column: len(found["ridge"][f"{TRAINED_VENDORS[0]} {kind}"][way])
             for column, (kind, way, _) in COLUMNS.items()
@@ -105,6 +114,7 @@ def write_report(
     settings: DemoSettings,
     benchmark: EmojiBenchmark,
     *,
+    media: Path,
     embeddings: Path,
     results: dict[str, Any],
     checkpoints: dict[str, Path],
@@ -138,10 +148,13 @@ def write_report(
         report.add_text(verdict(summary["differences"], NAMES[other]))
     measured = summary["tables"]["trained"][NAMES["stage2"]][next(iter(COLUMNS))]["mean"]
     report.add_text(does_it_see(measured, summary["shuffled"], round(1 / summary["chance"])), title="Does it see?")
+    _media(report, summary["media"], results["stage2"]["media"], settings)
     cones = [[NAMES[name], results[name]["cone"]] for name in checkpoints]
     report.add_table("Mean cosine of different labels", ["", "cosine"], cones, digits=2)
     _training(report, checkpoints)
     model = _galleries(report, benchmark, embeddings, checkpoints)
+    for task, entries in galleries(checkpoints["stage2"], media, embeddings).items():
+        report.add_gallery(f"{NAMES['stage2']}: {task}", entries)
     packages = ("sentence-transformers", "transformers", "torch", "peft", "datasets")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     report.add_table("Seconds a step took", ["step", "seconds"], list(seconds.items()), digits=0)
@@ -188,6 +201,36 @@ def verdict(differences: Mapping[str, Any], other: str) -> str:
             places[place].append(f"{column.strip()} ({drawings})")
     told = "; ".join(f"{place} in {', '.join(names)}" for place, names in places.items() if names)
     return f"Stage 1 + 2 against {other}: {told}."
+
+
+def above_chance(found: Mapping[str, Any], guessed: Mapping[str, Any]) -> str:
+    """Where the final model is above chance by its intervals.
+
+    >>> found = {"low": 0.3, "mean": 0.4, "high": 0.5}, {"low": 0.2, "mean": 0.3, "high": 0.4}
+    >>> above_chance(dict(zip("ab", found)), {"a": {"mean": 0.25}, "b": {"mean": 0.25}})
+    'Stage 1 + 2 is above chance in a; not shown to be above it in b.'
+    """
+    above = [column for column, own in found.items() if own["low"] > guessed[column]["mean"]]
+    rest = [column for column in found if column not in above]
+    told = [f"above chance in {', '.join(above)}"] if above else []
+    told += [f"not shown to be above {'it' if above else 'chance'} in {', '.join(rest)}"] if rest else []
+    return f"Stage 1 + 2 is {'; '.join(told)}."
+
+
+def _media(report: Report, table: Mapping[str, Any], rows: Mapping[str, Any], settings: DemoSettings) -> None:
+    """Videos and pages: what they are, every score with chance and its standard error."""
+    count = len(rows[next(iter(TASKS))])
+    report.add_text(
+        f"{count} concepts of the test split that have keywords, drawn by {VENDOR}. A drawing crosses a plain "
+        "background in one of four directions, or fades into another; a page has title, definition and keywords, below "
+        "the drawing where it is illustrated. They go through the evaluator that MMEB V2 goes through. The "
+        "miniature's family takes no videos, so it is shown four frames as images; a page is shrunk to "
+        f"{settings.image_size} pixels a side, at which its words cannot be read. Nothing of the kind was trained "
+        f"on.\n\n{above_chance(table[NAMES['stage2']], table['chance'])}",
+        title="Videos and pages",
+    )
+    lines = [[name, *map(shown, values.values())] for name, values in table.items()]
+    report.add_table("Videos and pages: scores", ["", *TASKS], lines)
 
 
 def does_it_see(recall: float, shuffled: float, images: int) -> str:

@@ -40,6 +40,7 @@ class DemoSettings:
         num_hard_negatives: of stage 2; None keeps all.
         hard_negatives_warmup_steps: steps of stage 2 that keep all.
         swap_limit: rows of each set of attribute swaps.
+        media_rows: rows of each task of videos and pages.
         seed: of everything.
     """
 
@@ -54,6 +55,7 @@ class DemoSettings:
     num_hard_negatives: int | None = None
     hard_negatives_warmup_steps: int = 0
     swap_limit: int = 60
+    media_rows: int = 80
     seed: int = 0
 
     @property
@@ -61,7 +63,8 @@ class DemoSettings:
         """Whether it trains for fewer steps, or looks at fewer rows, than the results are stated for."""
         full = DemoSettings()
         stages = ((self.stage1, full.stage1), (self.stage2, full.stage2))
-        return self.swap_limit < full.swap_limit or any(own.steps < stated.steps for own, stated in stages)
+        fewer = self.swap_limit < full.swap_limit or self.media_rows < full.media_rows
+        return fewer or any(own.steps < stated.steps for own, stated in stages)
 
     def key(self, *names: str) -> str:
         """Short digest of some settings, so that a cache made with others is not taken for its own."""
@@ -73,6 +76,7 @@ SHORT = DemoSettings(
     stage1=StageSettings(steps=2, batch_size=8, learning_rate=3e-4),
     stage2=StageSettings(steps=2, batch_size=12, learning_rate=3e-4),
     swap_limit=4,
+    media_rows=4,
 )
 """A few steps of everything, to see that it runs: its numbers mean nothing."""
 

@@ -38,18 +38,21 @@ class VideoSettings:
         fps: Frames a second of a file, within ``num_frames``; None takes ``num_frames``. Folders, lists and arrays
             do not tell their rate: their frames are taken as chosen already.
         max_pixels: Larger frames are made smaller, keeping their shape, before the model's processor sees them.
+        as_images: The model is shown a video's frames as so many images, in order: for families that take no videos.
 
     Raises:
+        TypeError: ``as_images`` is neither True nor False.
         ValueError: A number is out of range.
 
     Example:
         >>> VideoSettings(num_frames=8)
-        VideoSettings(num_frames=8, fps=None, max_pixels=None)
+        VideoSettings(num_frames=8, fps=None, max_pixels=None, as_images=False)
     """
 
     num_frames: int | None = 64
     fps: float | None = None
     max_pixels: int | None = None
+    as_images: bool = False
 
     def __post_init__(self) -> None:
         require_number("num_frames", self.num_frames, least=1, optional=True)
@@ -57,6 +60,8 @@ class VideoSettings:
         require_number("fps", self.fps, whole=False, optional=True)
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise ValueError(f"`fps={self.fps}`, but it must be above 0 and finite; None takes `num_frames`.")
+        if not isinstance(self.as_images, bool):
+            raise TypeError(f"`as_images={self.as_images!r}`, but it is True or False.")
 
 
 class Video(list[Image.Image]):

@@ -59,7 +59,7 @@ def test_the_cards_of_published_models_are_those_generated_and_parse(readme):
 def test_a_short_demo_is_not_kept(readme, tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
     (tmp_path / "demo").mkdir()
-    for settings, named in ((SHORT, "stage1.*swap_limit"), (replace(DemoSettings(), seed=1), "seed")):
+    for settings, named in ((SHORT, "media_rows.*stage1.*swap_limit"), (replace(DemoSettings(), seed=1), "seed")):
         (tmp_path / "demo" / "settings.json").write_text(json.dumps(asdict(settings)))
         with pytest.raises(ValueError, match=f"of other settings \\({named}"):
             readme.keep(tmp_path / "demo")

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import ModelCard
 from sentence_transformers import SentenceTransformer
 
-from emoji import measure, pipeline, ridge, training
+from emoji import measure, media, pipeline, ridge, training
 from emoji.benchmark import build_benchmark
 from emoji.concepts import HELD_OUT_VENDOR
 from emoji.evaluation import evaluate_demo
@@ -23,7 +23,8 @@ from emoji.settings import MEANS_NOTHING, SHORT, DemoSettings, StageSettings
 from tiny_data import tiny_teacher
 from unime_st.embedding import distinct as encoding
 
-SETTINGS = DemoSettings(layers=2, stage1=StageSettings(2, 6, 1e-2), stage2=StageSettings(2, 6, 1e-2), swap_limit=2)
+SETTINGS = DemoSettings(layers=2, stage1=StageSettings(2, 6, 1e-2), stage2=StageSettings(2, 6, 1e-2), swap_limit=2,
+                        media_rows=3)  # fmt: skip
 CHANNELS = 256  # of the tiny vision tower
 
 
@@ -66,7 +67,20 @@ def test_the_demo_ends_with_report_table_gallery_and_checkpoint(demo, monkeypatc
         assert all(0 <= value["mean"] <= 1 for row in table.values() for value in row.values())
     assert all(found["low"] <= found["mean"] <= found["high"] for pairs in results["differences"].values()
                for pair in pairs.values() for found in pair.values())  # fmt: skip
-    for title in ("Does it see?", "False negatives filtered", "the cone opens", "top 5", "never trained on"):
+    assert next(iter(results["media"])) == "chance"
+    assert set(results["media"]) == set(results["tables"]["heldout"]) - {"linear baseline (ridge)"}
+    assert all(0 <= value["mean"] <= 1 for row in results["media"].values() for value in row.values())
+    for task in ("EmojiMoving", "EmojiTurning", "EmojiVideo_t2v", "EmojiPages", "EmojiIllustratedPages"):
+        assert f"stage 1 + 2: {task}" in html
+    assert '<li class="right strip">' in html
+    for title in (
+        "Videos and pages: scores",
+        "Does it see?",
+        "False negatives filtered",
+        "the cone opens",
+        "top 5",
+        "never trained on",
+    ):
         assert title in html
     assert html.count("<img") > 20
 
@@ -91,7 +105,10 @@ def test_the_demo_ends_with_report_table_gallery_and_checkpoint(demo, monkeypatc
     def never(*arguments, **options):
         raise AssertionError("the second run did again what was done")
 
-    for module, name in ((training, "SentenceTransformerTrainer"), (measure, "evaluate"), (pipeline, "fit_projector")):
+    for module, name in (
+        (training, "SentenceTransformerTrainer"), (measure, "evaluate"), (pipeline, "fit_projector"),
+        (pipeline, "evaluate_media"), (media, "_write"),
+    ):  # fmt: skip
         monkeypatch.setattr(module, name, never)
     assert Demo(demo.cache, demo.output, SETTINGS, demo.lines.append).run() == page
 
@@ -134,6 +151,7 @@ def test_which_run_is_short():
     assert not full.is_short
     assert not replace(full, seed=3, margin=0.2).is_short
     assert replace(full, swap_limit=13).is_short
+    assert replace(full, media_rows=13).is_short
     assert replace(full, stage2=replace(full.stage2, steps=full.stage2.steps - 1)).is_short
 
 

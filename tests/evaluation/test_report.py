@@ -211,6 +211,27 @@ def test_a_right_answer_that_is_out_of_place_is_shown_with_its_rank(tmp_path):
     assert "| query | 1 | 2 |" in (tmp_path / "report.md").read_text().splitlines()
 
 
+def test_a_video_is_a_strip_of_its_frames(tmp_path):
+    colours = [(0, 0, 0), (90, 0, 0), (0, 90, 0), (0, 0, 90), (90, 90, 0), (0, 90, 90), (200, 0, 0)]
+    frames = []
+    for number, colour in enumerate(colours):
+        frames.append(tmp_path / f"{number}.png")
+        Image.new("RGB", (300, 200), colour).save(frames[-1])
+    made = Report("x")
+    results = [{"video": [frames[0]], "right": False}, {"video": frames, "text": "a film", "right": True}]
+    made.add_gallery("Found", [{"query": {"video": frames[:2], "text": "which way?"}, "results": results}])
+    page = made.write(tmp_path / "out").read_text()
+    assert page.count('<li class="right strip">') == 1
+    assert page.count('<li class="wrong">') == 1  # one frame is a picture
+    entry = made.to_dict()["sections"][0]["entries"][0]
+    assert entry["query"]["frames"] == 2
+    assert entry["results"][1]["frames"] == 4
+    with Image.open(tmp_path / "out" / "report_files" / entry["results"][1]["image"]) as strip:
+        assert strip.height == 85
+        middles = [strip.getpixel((64 + place * 132, 40)) for place in range(4)]
+        assert middles == [colours[place] for place in (0, 2, 4, 6)]
+
+
 def limits(monkeypatch, draw, *arguments, **options):
     """Horizontal and vertical limits of a plot."""
     seen = []

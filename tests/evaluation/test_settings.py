@@ -52,7 +52,7 @@ def test_all_that_decides_the_numbers_is_kept(encoder, tmp_path):
     assert (told["reranker"], told["reranker_weights"], told["rerank_depth"]) == ("Judge", "Judge", 3)
     assert told["weights"] == model_fingerprint(encoder)
     assert told["processor_size"]["longest_edge"] == encoder[0].processor.image_processor.size["longest_edge"]
-    assert told["videos"] == {"num_frames": 4, "fps": None, "max_pixels": None}
+    assert told["videos"] == {"num_frames": 4, "fps": None, "max_pixels": None, "as_images": False}
     assert told["versions"]["python"] == platform.python_version()
     for package in ("unime_st", "torch", "transformers", "sentence-transformers"):
         assert told["versions"][package] == metadata.version(package)

@@ -305,6 +305,29 @@ def test_settings_are_told_apart(backbone, tmp_path):
     for wrong in ({"num_frames": 0}, {"fps": 0}, {"fps": float("inf")}, {"max_pixels": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             VideoSettings(**wrong)
+    with pytest.raises(TypeError, match="`as_images=1`, but it is True or False"):
+        VideoSettings(as_images=1)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *PLUGIN_FAMILIES])
+def test_every_family_takes_the_frames_as_images(encoders, family, tmp_path):
+    """Videos of differing lengths in one batch, with images and texts, are what their frames are as images."""
+    model = encoders(family, videos=VideoSettings(num_frames=3, as_images=True))
+    folder = stored(tmp_path / "video", noise(7, 9))
+    chosen = [noise(7, 9)[place] for place in even_places(7, 3)]
+    shown = [(noise(2), "a"), (noise(3, 1, (60, 20)), "bbbb"), (chosen, "c")]
+    items = [
+        *({"video": frames, "text": text} for frames, text in shown[:2]), {"video": str(folder), "text": "c"},
+        "just words", {"image": picture("red"), "video": noise(2, 4), "text": "x"},
+    ]  # fmt: skip
+    together = model.encode(items)
+    plain = [{"image": frames, "text": text} for frames, text in shown]
+    plain += ["just words", {"image": [picture("red"), *noise(2, 4)], "text": "x"}]
+    np.testing.assert_allclose(together, model.encode(plain), atol=1e-5)
+    np.testing.assert_allclose(together, np.concatenate([model.encode([item]) for item in items]), atol=1e-5)
+    assert np.abs(together[0] - model.encode([{"video": noise(2)[::-1], "text": "a"}])[0]).max() > 1e-5
+    model.save_pretrained(str(tmp_path / "saved"))
+    np.testing.assert_allclose(load_encoder(tmp_path / "saved", device="cpu").encode(items), together, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", VIDEO_FAMILIES)

@@ -14,7 +14,7 @@ from unime_st.modules.cutting import cut_long_rows
 from unime_st.modules.inputs import Message, refuse_placeholders, shown_media
 from unime_st.modules.speed.shared_images import each_image_once
 from unime_st.modules.text_only import NO_IMAGES, absent_parts
-from unime_st.modules.videos import as_chosen, check_videos, frames_must_agree, videos_in
+from unime_st.modules.videos import as_chosen, check_videos, frames_as_images, frames_must_agree, videos_in
 from unime_st.placement import with_images_once
 from unime_st.videos import VideoSettings, even_places
 
@@ -46,6 +46,8 @@ class MessageProcessor(Transformer):
             refuse_placeholders(message, row, placeholders)
             if absent_parts(self.model) and any(part["type"] != "text" for turn in message for part in turn["content"]):
                 raise ValueError(f"Row {row} has an image or video. {NO_IMAGES}")
+        if self.videos.as_images:
+            messages = [frames_as_images(message) for message in messages]
         check_videos(messages, rows, self.processor, self.model.config.model_type)
         limit = min(max_length or _NO_LIMIT, self.max_seq_length or _NO_LIMIT)
         processing: Any = {**(processing_kwargs or {})}
@@ -82,7 +84,7 @@ class MessageProcessor(Transformer):
     @property
     def frames_must_agree(self) -> bool:
         """Whether the videos of a batch must have as many frames each, for the processor stacks or pads them."""
-        return frames_must_agree(self.processor)
+        return not self.videos.as_images and frames_must_agree(self.processor)
 
     def frame_counts(self, content: Content) -> Any:
         """The frames that are shown of each of an input's videos; where a file hides it, what no other input equals."""

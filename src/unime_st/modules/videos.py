@@ -14,6 +14,17 @@ def videos_in(message: list[Message]) -> list[Message]:
     return [part for turn in message for part in turn["content"] if part["type"] == "video"]
 
 
+def frames_as_images(message: list[Message]) -> list[Message]:
+    """The same with each opened video's frames as so many images in its place."""
+
+    def shown(part: Message) -> list[Message]:
+        if part["type"] == "video" and isinstance(part["video"], Video):
+            return [{"type": "image", "image": frame} for frame in part["video"]]
+        return [part]
+
+    return [{**turn, "content": [new for part in turn["content"] for new in shown(part)]} for turn in message]
+
+
 def frames_must_agree(processor: Any) -> bool:
     """Whether the videos of a batch must have as many frames each, for the processor stacks or pads them."""
     own = getattr(processor, "video_processor", None)
@@ -29,8 +40,9 @@ def check_videos(messages: list[list[Message]], rows: Sequence[int], processor: 
     if own is None:
         row = next(row for row, parts in zip(rows, shown, strict=True) if parts)
         raise ValueError(
-            f"Row {row} has a video, but the family {family} takes none. Give some of its frames as images, or take "
-            "Qwen2-VL, Qwen2.5-VL, Qwen3-VL, SmolVLM or LLaVA-OneVision."
+            f"Row {row} has a video, but the family {family} takes none. Give its frames as images, as an "
+            "encoder does by itself with `videos=VideoSettings(as_images=True)`, or take Qwen2-VL, Qwen2.5-VL, "
+            "Qwen3-VL, SmolVLM or LLaVA-OneVision."
         )
     for part in (part for parts in shown for part in parts):
         if isinstance(part["video"], Video):

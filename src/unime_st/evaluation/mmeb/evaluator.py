@@ -324,7 +324,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
             with_right: Whether to add the best right answer, with its rank, where no result is right.
 
         Returns:
-            One entry per row: `query`, `results` (each with `image`, `text` or both, and whether it is `right`) and
+            One entry per row: `query`, `results` (each with `image`, `video` or `text`, and whether it is `right`) and
             `rank`.
 
         Raises:
@@ -373,8 +373,5 @@ def _check_tasks(tasks: Sequence[MMEBTask]) -> None:
 
 
 def _shown(item: Any) -> dict[str, Any]:
-    """An input as a gallery shows it; of a video, the frame in its middle."""
-    if not isinstance(item, dict):
-        return {"text": item}
-    frames = item.get("video")
-    return {**item, "image": frames[len(frames) // 2]} if frames else item
+    """An input as a gallery shows it."""
+    return item if isinstance(item, dict) else {"text": item}

@@ -38,6 +38,7 @@ figure img { width: 100%; min-width: 34rem; max-width: 60rem; height: auto; bord
 .results li { padding: .4rem; border: 2px solid var(--line); border-radius: .4rem; background: var(--box);
   font-size: .85rem; }
 .results li.right { border: 2px solid var(--right); } .results li.wrong { border-style: dashed; }
+.results li.strip { grid-column: span 2; }
 .entry img { display: block; max-width: 100%; max-height: 8rem; border-radius: .2rem; background: #fff; }
 .right > strong { color: var(--right); } .wrong > strong { color: var(--wrong); }
 @media (max-width: 40rem) { .entry { grid-template-columns: 1fr; } }
@@ -101,7 +102,7 @@ def _gallery(section: Section) -> Iterator[str]:
         rank = "" if entry["rank"] is None else f'<p class="note">right answer at rank {int(entry["rank"])}</p>'
         yield f'<div class="entry"><div>{_side(entry["query"], section)}{rank}</div><ol class="results">'
         for result in entry["results"]:
-            css = "right" if result["right"] else "wrong"
+            css = f"{'right' if result['right'] else 'wrong'}{' strip' if result.get('frames', 1) > 1 else ''}"
             yield f'<li class="{css}">{_side(result, section)}<strong>{verdict(result)}</strong></li>'
         yield "</ol></div>"
 

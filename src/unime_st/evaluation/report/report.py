@@ -20,8 +20,11 @@ from unime_st.evaluation.report.section import Section
 from unime_st.evaluation.settings import versions
 from unime_st.files import write_atomically
 from unime_st.images import IMAGE_FILES
+from unime_st.videos import even_places
 
 THUMBNAIL = 128  # pixels of the longer side
+STRIP = 4  # frames of a video
+_GAP = 4  # pixels between them
 
 
 class Report:
@@ -195,7 +198,8 @@ class Report:
             title: Heading of the gallery.
             entries: Each has a `query` (text, a PIL image, the path of one, or `{"image", "text"}`), `results` (best
                 first, each with an `image` or a `text`, `right`, whether it is a right answer, and its `rank` if that
-                is not its place here) and, if known, `rank`, the rank of the best right answer.
+                is not its place here) and, if known, `rank`, the rank of the best right answer. A `video`, a list of
+                images, in place of an `image` is shown as a strip of at most four of its frames.
             note: Text below the gallery.
 
         Raises:
@@ -273,21 +277,25 @@ def _shown(cell: Any, digits: int, *, percent: bool) -> str:
     return str(cell)
 
 
-def _side(side: Any, pictures: dict[str, bytes]) -> dict[str, str | None]:
+def _side(side: Any, pictures: dict[str, bytes]) -> dict[str, Any]:
     """The text of a query or a result, and the name of its thumbnail, which is added to `pictures`."""
     if not isinstance(side, Mapping):
         is_path = isinstance(side, Path) or (isinstance(side, str) and _is_image_file(side))
         side = {"image": side} if is_path or isinstance(side, Image.Image) else {"text": str(side)}
-    image, text = side.get("image"), side.get("text")
-    return {"text": None if text is None else str(text), "image": None if image is None else _add(image, pictures)}
+    image, text, frames = side.get("image"), side.get("text"), side.get("video")
+    shown: dict[str, Any] = {"text": None if text is None else str(text), "image": None}
+    if frames:
+        strip = [_thumbnail(frames[place]) for place in even_places(len(frames), STRIP)]
+        return {**shown, "image": _add(_strip(strip), pictures), "frames": len(strip)}
+    return shown if image is None else {**shown, "image": _add(_thumbnail(image), pictures)}
 
 
 def _is_image_file(text: str) -> bool:
     return len(text) < 1024 and "\n" not in text and Path(text).suffix.lower() in IMAGE_FILES and Path(text).is_file()
 
 
-def _add(image: Any, pictures: dict[str, bytes]) -> str:
-    """Add an image's thumbnail on white to the pictures, and return its file name, equal for equal thumbnails."""
+def _thumbnail(image: Any) -> Image.Image:
+    """An image made small, on white."""
     if isinstance(image, Mapping):  # the form in which data sets store images
         image = image["path"] if image.get("bytes") is None else image["bytes"]
     if isinstance(image, np.ndarray):
@@ -298,8 +306,24 @@ def _add(image: Any, pictures: dict[str, bytes]) -> str:
     thumbnail = image.convert("RGBA")
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
     paper = Image.new("RGBA", thumbnail.size, "white")
+    return Image.alpha_composite(paper, thumbnail).convert("RGB")
+
+
+def _strip(frames: Sequence[Image.Image]) -> Image.Image:
+    """Frames side by side, in order."""
+    width = sum(frame.width for frame in frames) + _GAP * (len(frames) - 1)
+    strip = Image.new("RGB", (width, max(frame.height for frame in frames)), "white")
+    place = 0
+    for frame in frames:
+        strip.paste(frame, (place, 0))
+        place += frame.width + _GAP
+    return strip
+
+
+def _add(picture: Image.Image, pictures: dict[str, bytes]) -> str:
+    """Add a picture to those of the report, and return its file name, equal for equal pictures."""
     png = io.BytesIO()
-    Image.alpha_composite(paper, thumbnail).convert("RGB").save(png, "png")
+    picture.save(png, "png")
     name = f"image-{hashlib.sha256(png.getvalue()).hexdigest()[:16]}.png"
     pictures[name] = png.getvalue()
     return name
