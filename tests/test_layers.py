@@ -19,6 +19,7 @@ LAYERS = {
     "published": 0,
     "paths": 0,
     "arguments": 0,
+    "ahead": 0,
     "functional": 1,
     "distributed": 1,
     "features": 1,

@@ -18,10 +18,10 @@ import io
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlparse
 
 import numpy as np
@@ -40,8 +40,12 @@ ENCODED_KEYS = frozenset({"bytes", "path"})
 DATA_PREFIX = "data:image/"
 
 _ORIENTATION = 0x0112
+_ON_ITS_SIDE = frozenset({5, 6, 7, 8})
 _NOT_THE_FILES_FAULT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT})
 _RUN_BY_A_PROGRAM = frozenset({"EPS"})  # Pillow hands these to Ghostscript
+
+
+T = TypeVar("T")
 
 
 class UnreadableImageError(ValueError):
@@ -50,18 +54,38 @@ class UnreadableImageError(ValueError):
 
 @dataclass(frozen=True)
 class PartOfFile(ABC):
-    """An image that is made from part of a file when it is opened, such as a page; it is known by the file's bytes."""
+    """An image that is made from a file, or part of one, when it is opened; it is known by the file's bytes."""
 
-    file: str
+    file: str | bytes
 
     @property
     @abstractmethod
     def part(self) -> str:
-        """Which part of the file it is, and how it is made."""
+        """Which part of the file it is, and how it is made; empty where it is all of it, as it is."""
 
     @abstractmethod
     def open(self) -> Image.Image:
         """Make the image, in RGB; one that cannot be made is an :class:`UnreadableImageError`."""
+
+    def size(self) -> tuple[int, int]:
+        """Width and height that it will have."""
+        return self.open().size
+
+
+class SizeOfImage(Image.Image):
+    """Stands for an image of which only the size is asked: no pixels are behind it.
+
+    >>> SizeOfImage((640, 480)).resize((32, 24)).size
+    (32, 24)
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self._mode, self._size = "RGB", size  # as Pillow's own plugins set them
+
+    def resize(self, size: Any, *_: Any, **__: Any) -> SizeOfImage:  # type: ignore[override]
+        """The same at another size."""
+        return SizeOfImage(tuple(size))
 
 
 def is_encoded(item: Mapping[str, Any]) -> bool:
@@ -88,6 +112,37 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
         >>> open_image(buffer.getvalue()).getpixel((0, 0))
         (255, 255, 255)
     """
+    return _read(source, name, _whole)
+
+
+def image_size(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:
+    """Width and height of what :func:`open_image` makes of a file or bytes, told by the header; same errors.
+
+    >>> buffer, exif = io.BytesIO(), Image.Exif()
+    >>> exif[0x0112] = 6  # on its side
+    >>> Image.new("RGB", (3, 2)).save(buffer, "jpeg", exif=exif)
+    >>> image_size(buffer.getvalue()), open_image(buffer.getvalue()).size
+    ((2, 3), (2, 3))
+    """
+    return _read(source, name, shown_size)
+
+
+def shown_size(image: Image.Image, _: str = "") -> tuple[int, int]:
+    """Width and height of an image, turned as its orientation says, without decoding it."""
+    hides_it = (
+        image.format == "PNG" and "exif" not in image.info
+    )  # Pillow decodes such a file to look behind its pixels
+    turned = not hides_it and image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+    return (image.height, image.width) if turned else (image.width, image.height)
+
+
+def _whole(image: Image.Image, name: str) -> Image.Image:
+    seen = as_rgb(image, name)
+    return seen.copy() if seen is image else seen  # a plain image, which holds no file
+
+
+def _read(source: str | Path | bytes, name: str | None, make: Callable[[Image.Image, str], T]) -> T:
+    """What is made of an image's file or bytes; whatever is wrong with them is said in one way."""
     if isinstance(source, bytes):
         name = name or "bytes"
     else:
@@ -100,8 +155,7 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.format in _RUN_BY_A_PROGRAM:
                 raise ValueError(f"{image.format} files are programs")  # noqa: TRY301 (worded below)
-            seen = as_rgb(image, name)
-            return seen.copy() if seen is image else seen  # a plain image, which holds no file
+            return make(image, name)
     except UnreadableImageError:
         raise
     except Exception as error:  # decoders of damaged files raise whatever they come upon

@@ -21,6 +21,12 @@ IMAGES = "distinct_images"
 NUMBERS = "image_numbers"
 """The feature (B, M) with the numbers of each row's images among the distinct ones, in their order, then -1."""
 
+LATE = "late_media"
+"""The feature with a batch's inputs, whose media are left until the rows that show them are embedded."""
+
+LATE_ROWS = "late_rows"
+"""The feature (B,) with the numbers of the rows among those inputs."""
+
 _AT_HAND = "at_hand"
 _PATCHES, _GRID = "pixel_values", "image_grid_thw"
 _BY_IMAGE = (_PATCHES, _GRID, "image_sizes", "image_position_ids")

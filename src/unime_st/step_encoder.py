@@ -18,6 +18,11 @@ class StepEncoder(Protocol):
 
     relative_positions: bool  # whether padding before a row changes nothing, so that a mini-batch may leave it out
 
+    mini_batches_ahead: int  # whose media are prepared in a thread, where media were left
+
+    def with_media(self, features: dict[str, Any]) -> dict[str, Any]:
+        """Features of some rows with their media, if these were left until the rows are embedded."""
+
     def keeping_features(self) -> AbstractContextManager[None]:
         """Within this context, a training step, features are kept that its second pass would compute again."""
 
@@ -32,6 +37,11 @@ class PlainEncoder:
     """Stands for an encoder that keeps nothing and leaves nothing out."""
 
     relative_positions = False
+    mini_batches_ahead = 0
+
+    def with_media(self, features: dict[str, Any]) -> dict[str, Any]:
+        """Change nothing: all media are there."""
+        return features
 
     def keeping_features(self) -> AbstractContextManager[None]:
         """Change nothing."""

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from unime_st.arguments import require_number
-from unime_st.images import IMAGE_FILES, UnreadableImageError, check_pixels, is_encoded, is_file
+from unime_st.images import IMAGE_FILES, SizeOfImage, UnreadableImageError, check_pixels, is_encoded, is_file
 
 VIDEO_FILES = (".mp4", ".avi", ".mov", ".wmv", ".flv", ".mkv", ".webm", ".m4v")
 """Ends of the names of video files."""
@@ -143,8 +143,12 @@ def _is_frame(value: Any) -> bool:
     return isinstance(value, Image.Image | bytes) or (isinstance(value, Mapping) and is_encoded(value))
 
 
-def open_video(value: Any, settings: VideoSettings, open_frame: Callable[[Any], Image.Image]) -> Video:
+def open_video(
+    value: Any, settings: VideoSettings, open_frame: Callable[[Any], Image.Image], *, sizes_alone: bool = False
+) -> Video:
     """Open a video; ``open_frame`` opens one frame of a list, an array or a folder.
+
+    With ``sizes_alone`` no frame of a file is decoded, and a :class:`~unime_st.images.SizeOfImage` stands for each.
 
     Raises:
         FileNotFoundError: There is no such folder or file.
@@ -156,7 +160,7 @@ def open_video(value: Any, settings: VideoSettings, open_frame: Callable[[Any], 
         if os.path.isdir(value):  # noqa: PTH112 (any string)
             value = frame_files(value)
         elif is_file(value):
-            return _decoded(Path(value), settings)
+            return _decoded(Path(value), settings, sizes_alone=sizes_alone)
         else:
             raise FileNotFoundError(f"There is no video {str(value)!r}, neither a file nor a folder of frames.")
     elif not isinstance(value, list | tuple) and getattr(value, "ndim", 0) != 4:
@@ -181,7 +185,7 @@ def fitted(image: Image.Image, max_pixels: int | None) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _decoded(path: Path, settings: VideoSettings) -> Video:
+def _decoded(path: Path, settings: VideoSettings, *, sizes_alone: bool = False) -> Video:
     """The chosen frames of a file: one pass over its packets counts them, another decodes as far as needed."""
     try:
         import av
@@ -195,6 +199,7 @@ def _decoded(path: Path, settings: VideoSettings) -> Video:
             if not container.streams.video:
                 raise UnreadableVideoError(f"The file {str(path)!r} holds no video. Replace or remove it.")
             rate = container.streams.video[0].average_rate
+            width, height = container.streams.video[0].width, container.streams.video[0].height
             # of a film cut without being encoded again, what lies before the cut is stored but never shown
             total = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(video=0))
         fps = float(rate) if rate else None
@@ -203,6 +208,8 @@ def _decoded(path: Path, settings: VideoSettings) -> Video:
             wanted = max(1, round(total / fps * settings.fps))
             most = wanted if most is None else min(most, wanted)
         places = even_places(total, most)
+        if sizes_alone and places:
+            return Video([fitted(SizeOfImage((width, height)), settings.max_pixels)] * len(places), places, total, fps)
         wanted_places, found = set(places), {}
         with av.open(str(path)) as container:
             for number, frame in enumerate(container.decode(video=0)):

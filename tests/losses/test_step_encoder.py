@@ -12,7 +12,7 @@ from unime_st.features import forget_kept_features
 from unime_st.losses import DistillKLLoss, HardNegativeInfoNCELoss, grad_cache
 from unime_st.step_encoder import PlainEncoder, StepEncoder, first_module, is_compiled, step_encoder, unwrapped
 
-METHODS = ["keeping_features", "embeddings_alone", "forget_features"]
+METHODS = ["with_media", "keeping_features", "embeddings_alone", "forget_features"]
 COLUMNS = ANCHORS, POSITIVES, NEGATIVES
 STEPS = {"plain": {}, "GradCache": {"mini_batch_size": 3}}
 
@@ -21,6 +21,11 @@ class Encoder(Transformer):
     """A stock encoder that knows the protocol, and writes down what it is asked."""
 
     relative_positions = False
+    mini_batches_ahead = 0
+
+    def with_media(self, features):
+        self.asked.append("media")
+        return features
 
     @contextmanager
     def keeping_features(self):
@@ -65,6 +70,9 @@ def test_both_losses_ask_an_encoder_that_knows_the_protocol(fake, how):
         fake[0].asked.clear()
         if how == "GradCache":
             assert (asked.pop(0), asked.pop(-1)) == ("keep", "kept")
+            passes = asked.count("embed, last token False")
+            assert asked.count("media") == passes  # each mini-batch in each pass, but for the one that is kept
+            asked = [name for name in asked if name != "media"]
         assert set(asked) == {"embed, last token False"}
         assert len(asked) >= len(COLUMNS)
 

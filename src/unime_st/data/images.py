@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ from unime_st.arguments import require_number
 from unime_st.columns import SUBSET
 from unime_st.data.bad_images import BadImages, Place
 from unime_st.data.stored_images import Stored, identity, sides_of, stored_path
-from unime_st.images import ENCODED_KEYS, UnreadableImageError, bytes_or_path, is_encoded, open_image
+from unime_st.images import (
+    ENCODED_KEYS,
+    PartOfFile,
+    UnreadableImageError,
+    bytes_or_path,
+    image_size,
+    is_encoded,
+    open_image,
+)
 from unime_st.paths import resolve_below
 
 __all__ = ["ItemReader", "UnreadableImageError", "resolve_image"]
@@ -47,6 +56,78 @@ def resolve_image(image_root: str | Path, relative: str | Path, *, must_exist: b
     return resolve_below(image_root, relative, must_exist=must_exist)
 
 
+@dataclass(frozen=True)
+class Resolution:
+    """How large images are shown, see :class:`ItemReader`."""
+
+    max_pixels: int | None = None
+    image_size: tuple[int, int] | None = None
+    max_aspect_ratio: float | None = None
+
+    def of(self, size: tuple[int, int], name: str) -> tuple[int, int]:
+        """Width and height that an image of this size is shown at; a shape out of bounds is refused."""
+        width, height = size
+        if self.image_size is not None:
+            size = self.image_size
+        elif self.max_pixels is not None and width * height > self.max_pixels:
+            scale = math.sqrt(self.max_pixels / (width * height))
+            size = (max(1, int(width * scale)), max(1, int(height * scale)))
+        if self.max_aspect_ratio is not None and max(size) > self.max_aspect_ratio * min(size):
+            raise UnreadableImageError(
+                f"Cannot use image {name}: at {size[0]} x {size[1]} one side is longer than the other by more than "
+                f"`max_aspect_ratio={self.max_aspect_ratio:g}`, which Qwen's processors refuse. Crop or remove it."
+            )
+        return size
+
+
+@dataclass(frozen=True)
+class LateImage(PartOfFile):
+    """An image of a data set that is opened when a model is shown it, and known by the bytes of its file.
+
+    Args:
+        file: The file's path, or its bytes.
+        name: What errors call it.
+        resolution: How large it is shown.
+    """
+
+    name: str
+    resolution: Resolution
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+    @property
+    def part(self) -> str:
+        """How it is resized, if it is."""
+        shown = self.resolution
+        resized = shown.max_pixels is not None or shown.image_size is not None
+        return f"{shown.max_pixels} pixels, {shown.image_size}" if resized else ""
+
+    def open(self) -> Image.Image:
+        """Decode and resize it.
+
+        Raises:
+            UnreadableImageError: It is no image, a damaged one, or of a shape that cannot be used.
+        """
+        image = self._read(open_image)
+        size = self.resolution.of(image.size, self.name)
+        return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+    def size(self) -> tuple[int, int]:
+        """Width and height that it will have, by its header; errors as of :meth:`open`, but for damage behind it."""
+        return self.resolution.of(self._read(image_size), self.name)
+
+    def _read(self, read: Callable[[str | bytes, str], Any]) -> Any:
+        try:
+            return read(self.file, self.name)
+        except UnreadableImageError as error:
+            cause = error.__cause__ or error
+            reason = (str(cause) or type(cause).__name__).partition(" <_io.")[0]  # a buffer's address says nothing
+            raise UnreadableImageError(
+                f"Cannot read image {self.name}: {reason}. Replace the file, or remove its rows."
+            ) from error
+
+
 class ItemReader:
     """Turns stored cells into inputs of a model: opens the image, and leaves out what a cell does not have.
 
@@ -63,6 +144,10 @@ class ItemReader:
     Args:
         image_root: Folder of the images; None when all are stored in the data set, and a path is an error.
         open_images: Whether images are opened; else a cell holds the image's absolute path.
+        late_images: Give images that are opened only when a model is shown them, in place of opened ones: for an
+            encoder with ``late_media``, which opens those of a mini-batch at a time. Their headers are read here;
+            damage behind these is an error in the step, or with ``max_bad_images`` is looked for here by decoding each
+            image once more. Equal images are told by their files' bytes, not by their pixels.
         max_pixels: Shrink an image with more pixels than this to it, keeping its shape.
         image_size: Force every image to this side, or (width, height), as the published evaluations do.
         max_aspect_ratio: An image with a side longer than the other by more than this counts as damaged: Qwen's
@@ -88,6 +173,7 @@ class ItemReader:
         image_root: str | Path | None = None,
         *,
         open_images: bool = True,
+        late_images: bool = False,
         max_pixels: int | None = None,
         image_size: int | tuple[int, int] | None = None,
         max_aspect_ratio: float | None = 200.0,
@@ -100,15 +186,15 @@ class ItemReader:
         require_number("max_pixels", max_pixels, whole=False, optional=True)
         if max_pixels is not None and not max_pixels >= 1:
             raise ValueError(f"`max_pixels={max_pixels}`, but an image needs at least one pixel.")
-        self.image_size = None if image_size is None else sides_of(image_size)
+        sides = None if image_size is None else sides_of(image_size)
         require_number("max_aspect_ratio", max_aspect_ratio, whole=False, optional=True)
         if max_aspect_ratio is not None and not max_aspect_ratio >= 1:
             raise ValueError(f"`max_aspect_ratio={max_aspect_ratio}`, but a square has 1; None takes all images.")
         require_number("max_bad_images", max_bad_images)
         self.image_root = None if image_root is None else Path(image_root)
         self.open_images = open_images
-        self.max_pixels = max_pixels
-        self.max_aspect_ratio = max_aspect_ratio
+        self.late_images = late_images
+        self.resolution = Resolution(max_pixels, sides, max_aspect_ratio)
         self.origin = origin
         self.bad_images: BadImages | None = None
         if max_bad_images:
@@ -222,7 +308,9 @@ class ItemReader:
         """What is wrong with an image, if anything: missing or, ``by_opening`` it, damaged."""
         try:
             if by_opening:
-                self._read_image(image)
+                read = self._read_image(image)
+                if isinstance(read, LateImage):
+                    read.open()
             elif (path := stored_path(image)) is not None:
                 self._resolve(path)
         except _BAD_IMAGE as error:
@@ -261,28 +349,12 @@ class ItemReader:
     def _located(self, error: Exception, image: Stored) -> Exception:
         return type(error)(f"{self.origin(image)}: {error}") if self.origin is not None else error
 
-    def _decoded(self, source: str | bytes, name: str) -> Image.Image:
-        try:
-            image = open_image(source, name)
-        except UnreadableImageError as error:
-            cause = error.__cause__ or error
-            reason = (str(cause) or type(cause).__name__).partition(" <_io.")[0]  # a buffer's address says nothing
-            raise UnreadableImageError(
-                f"Cannot read image {name}: {reason}. Replace the file, or remove its rows."
-            ) from error
-        return self._fitted(image, name)
-
-    def _fitted(self, image: Image.Image, name: str) -> Image.Image:
-        """Resize an image as asked for, unless its shape is out of bounds."""
-        width, height = size = image.size
-        if self.image_size is not None:
-            size = self.image_size
-        elif self.max_pixels is not None and width * height > self.max_pixels:
-            scale = math.sqrt(self.max_pixels / (width * height))
-            size = (max(1, int(width * scale)), max(1, int(height * scale)))
-        if self.max_aspect_ratio is not None and max(size) > self.max_aspect_ratio * min(size):
-            raise UnreadableImageError(
-                f"Cannot use image {name}: at {size[0]} x {size[1]} one side is longer than the other by more than "
-                f"`max_aspect_ratio={self.max_aspect_ratio:g}`, which Qwen's processors refuse. Crop or remove it."
-            )
-        return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    def _decoded(self, source: str | bytes, name: str) -> Any:
+        image = LateImage(source, name, self.resolution)
+        if not self.late_images:
+            return image.open()
+        if self.bad_images is None:
+            image.size()  # what its header tells: whether it is there, an image, and of a shape that can be used
+        else:  # damage must be known now, while another row can stand in
+            image.open()
+        return image

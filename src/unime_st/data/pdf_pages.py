@@ -33,6 +33,7 @@ class PdfPage(PartOfFile):
         max_pixels: Pages that would be larger are rendered smaller, keeping their shape.
     """
 
+    file: str
     number: int
     dpi: int
     max_pixels: int | None

@@ -46,7 +46,7 @@ def with_images(
             first one an error.
         bad_images_log: File that names them, needed with ``max_bad_images``;
             :func:`~unime_st.data.bad_image_report` counts by data set.
-        **reader_options: ``max_pixels``, ``image_size`` and ``max_aspect_ratio`` of
+        **reader_options: ``late_images``, ``max_pixels``, ``image_size`` and ``max_aspect_ratio`` of
             :class:`~unime_st.data.ItemReader`.
 
     Returns:

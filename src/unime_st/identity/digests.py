@@ -28,7 +28,8 @@ def medium_digest(value: Any, read_files: bool) -> bytes:
     if isinstance(value, (str, Path)):
         return _named_medium(str(value), read_files)
     if isinstance(value, PartOfFile):
-        return hash_of(b"part", _file_digest(value.file), value.part.encode())
+        whole = medium_digest(value.file, read_files=True)
+        return hash_of(b"part", whole, value.part.encode()) if value.part else whole
     if isinstance(value, (bytes, bytearray, memoryview)):
         return hash_of(b"file", bytes(value))
     if isinstance(value, Sequence):

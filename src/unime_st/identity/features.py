@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unime_st import distributed
 from unime_st.features import num_rows
-from unime_st.placement import IMAGES, NUMBERS
+from unime_st.placement import IMAGES, LATE, LATE_ROWS, NUMBERS
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ _MEDIA_KEYS = ("pixel_values", "pixel_values_videos", "input_features", "input_v
 _TOLD_BY_CONTENT = {  # tensors that follow from the tokens and the content
     *("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "content_id", "prefix_key"),
     *("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "image_position_ids"),
-    *("num_images_per_sample", "batch_num_images", "aspect_ratio_ids", NUMBERS),
+    *("num_images_per_sample", "batch_num_images", "aspect_ratio_ids", NUMBERS, LATE_ROWS),
     *("pixel_values_videos", "video_grid_thw", "num_videos_per_sample", "second_per_grid_ts"),
     *("token_embeddings", "sentence_embedding"),  # which a forward pass has put there: MatryoshkaLoss asks twice
 }
@@ -58,7 +58,7 @@ def content_ids(features: Mapping[str, Any]) -> Tensor | None:
     if CONTENT_KEY in features:
         return features[CONTENT_KEY]
     tokens, mask = features.get("input_ids"), features.get("attention_mask")
-    text_only = not any(features.get(key) is not None for key in (*_MEDIA_KEYS, IMAGES))
+    text_only = not any(features.get(key) is not None for key in (*_MEDIA_KEYS, IMAGES, LATE))
     if text_only and isinstance(tokens, Tensor) and isinstance(mask, Tensor) and tokens.shape == mask.shape:
         return hash_tokens(tokens, mask)
     return None
@@ -105,7 +105,9 @@ def _input_keys(features: Mapping[str, Any]) -> Tensor | None:
     unknown = any(isinstance(value, Tensor) and key not in _TOLD_BY_CONTENT for key, value in features.items())
     if content is None or unknown or not (isinstance(tokens, Tensor) and isinstance(mask, Tensor)):
         return None
-    others = ((key, value) for key, value in features.items() if not isinstance(value, Tensor) and key != IMAGES)
+    others = (
+        (key, value) for key, value in features.items() if not isinstance(value, Tensor) and key not in (IMAGES, LATE)
+    )
     settings = sorted((key, repr(value)) for key, value in others)
     salt = int.from_bytes(hashlib.blake2b(repr(settings).encode(), digest_size=7).digest(), "big")
     return mix64(mix64(content.long() + salt) + hash_tokens(tokens, mask)) & (2**63 - 1)

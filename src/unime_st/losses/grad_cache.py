@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from unime_st import distributed
+from unime_st.ahead import made_ahead
 from unime_st.features import select_rows
 from unime_st.losses.again import all_gradients_or_none
 from unime_st.losses.mini_batches import MiniBatchPlan
-from unime_st.placement import moved, read, sent
+from unime_st.placement import LATE, moved, read, sent
 from unime_st.step_encoder import is_compiled, step_encoder, unwrapped
 
 
@@ -106,7 +107,8 @@ class BatchEmbedder:
         self.plan = plan
         self.device = device
         self.exchange = exchange and distributed.is_distributed()
-        self._trims = step_encoder(model).relative_positions
+        self._encoder = step_encoder(model)
+        self._ahead = self._encoder.mini_batches_ahead if any(LATE in column for column in columns) else 0
         self._states: list[RandContext | None] = []
         self._kept: Tensor | None = None
         self._sizes = [len(rows) for _, rows in plan.mini_batches]
@@ -116,14 +118,16 @@ class BatchEmbedder:
         training = torch.is_grad_enabled()
         last = len(self.plan.mini_batches) - 1
         parts = []
+        coming = made_ahead(range(last + 1), self._prepared, ahead=self._ahead)
         for number in range(last + 1):
             keep = training and number == last
             if keep:
                 torch.clear_autocast_cache()  # in older torch weights that were cast without gradients stay so
             with nullcontext() if keep else torch.no_grad(), self._unsynchronised(keep and last > 0):
-                features = self._features(number)
+                features = moved(next(coming), self.device)
                 self._states.append(RandContext(*features.values()) if training and not keep else None)
                 embeddings = embedded(self.model, features)
+            del features  # before the next are made
             self._kept = embeddings if keep else None
             parts.append(embeddings.detach())
         table = torch.cat(parts)
@@ -153,10 +157,12 @@ class BatchEmbedder:
         again: int | None = None
         synchronised = False
         # The one with activations first: they are what takes memory.
-        for number in (last, *range(last)):
+        order = (last, *range(last))
+        coming = made_ahead(order, self._prepared_again, ahead=self._ahead)
+        for number in order:
             final = number == max(last - 1, 0)
             with torch.enable_grad(), self._unsynchronised(not final):
-                embeddings = self._embedded_again(number)
+                embeddings = self._embedded_again(number, next(coming))
                 if embeddings.requires_grad:
                     again = number
                     self._send(embeddings, gradients[number] * scale, collected)
@@ -164,22 +170,29 @@ class BatchEmbedder:
         if again is not None and not synchronised and isinstance(self.model, DistributedDataParallel):
             # Nothing is trained in the final mini-batch (texts, while the vision tower alone is trained).
             with torch.enable_grad():
-                embeddings = self._embedded_again(again)
+                embeddings = self._embedded_again(again, self._prepared(again))
                 self._send(embeddings, torch.zeros_like(embeddings), collected)
         if collected is not None:
             collected.backward()
 
-    def _features(self, number: int) -> dict[str, Any]:
+    def _prepared(self, number: int) -> dict[str, Any]:
         column, rows = self.plan.mini_batches[number]
-        return moved(select_rows(self.columns[column], rows.tolist(), trim_leading=self._trims), self.device)
+        trims = self._encoder.relative_positions
+        return self._encoder.with_media(select_rows(self.columns[column], rows.tolist(), trim_leading=trims))
 
-    def _embedded_again(self, number: int) -> Tensor:
-        if number == len(self._sizes) - 1 and self._kept is not None:
+    def _prepared_again(self, number: int) -> dict[str, Any]:
+        return {} if self._keeps(number) else self._prepared(number)
+
+    def _keeps(self, number: int) -> bool:
+        return number == len(self._sizes) - 1 and self._kept is not None
+
+    def _embedded_again(self, number: int, features: dict[str, Any]) -> Tensor:
+        if self._kept is not None and self._keeps(number):
             kept, self._kept = self._kept, None
             return kept
         state = self._states[number]
         with state if state is not None else nullcontext():
-            return embedded(self.model, self._features(number))
+            return embedded(self.model, moved(features, self.device))
 
     def _unsynchronised(self, wanted: bool) -> AbstractContextManager[Any]:
         ddp = isinstance(self.model, DistributedDataParallel)

@@ -40,6 +40,7 @@ def build_encoder(
     prompts: Mapping[str, str] | None = None,
     allow_remote_images: bool = False,
     videos: VideoSettings | None = None,
+    late_media: int | None = None,
     vision_cache_bytes: int = 2**28,
     text_only: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -69,6 +70,11 @@ def build_encoder(
         allow_remote_images: open images at ``http(s)`` addresses.
         videos: which frames of a video are shown and how large, a :class:`~unime_st.videos.VideoSettings`; None takes
             its defaults. It is saved.
+        late_media: open and process the media of a batch for training mini-batch by mini-batch, in a loss with
+            GradCache, so that memory does not grow with the batch; the number is of mini-batches that a thread prepares
+            ahead: 1 or 2 beside a GPU, 0 on the CPU, which it would take cores from. None processes a whole batch in
+            the data collator, which its workers do faster. Loss and gradients are the same. Have the data leave its
+            images closed too: ``late_images=True`` of :func:`~unime_st.data.with_images` and the loaders.
         vision_cache_bytes: memory, where the model is, for features of a frozen vision tower; enough for the images of
             one step saves GradCache's second pass. 0 keeps none.
         text_only: leave the vision tower and projector out of memory, for training on texts alone; what is exported is
@@ -97,6 +103,7 @@ def build_encoder(
         prompt_template=_opened(prompt_template or MultimodalEncoder.template_for(config), add_generation_prompt),
         allow_remote_images=allow_remote_images,
         videos=videos,
+        late_media=late_media,
         vision_cache_bytes=vision_cache_bytes,
         text_only=text_only,
         model_kwargs=weight_options(torch_dtype, attn_implementation, model_kwargs),

@@ -44,13 +44,15 @@ def as_messages(
     allow_blank: bool = False,
     opened: dict[Any, Any] | None = None,
     video_settings: VideoSettings | None = None,
+    sizes_alone: bool = False,
 ) -> list[Message]:
     """Turn one input into chat messages ``{"role", "content": [{"type", ...}]}`` whose images are opened.
 
     ``row`` is its number among the caller's inputs, for errors. ``opened`` holds the images of a batch by their path,
     address or bytes, or as objects, and images opened here are added. Videos are opened as ``video_settings`` say, and
     stay as they are without. A text without a word is taken, as stock code
-    does, only with ``allow_blank`` and if it is all that the input has.
+    does, only with ``allow_blank`` and if it is all that the input has. With ``sizes_alone`` no file is decoded: a
+    :class:`~unime_st.images.SizeOfImage` stands for each image and frame.
     """
 
     def open_once(value: Any) -> Image.Image:
@@ -58,7 +60,7 @@ def as_messages(
         known = opened.get(key) if opened is not None and key is not None else None
         if known is not None:
             return known[1]
-        image = open_image(value, row, allow_remote_images=allow_remote_images)
+        image = open_image(value, row, allow_remote_images=allow_remote_images, sizes_alone=sizes_alone)
         if opened is not None and key is not None:
             opened[key] = (value, image)  # the value too: another object may get its number once it is gone
         return image
@@ -67,7 +69,7 @@ def as_messages(
         medium = _local(medium, row, kind, allow_remote_images)
         if kind != "video" or video_settings is None or isinstance(medium, Mapping) or _is_address(medium):
             return medium  # as transformers takes it
-        return _open_video(medium, row, video_settings, open_once)
+        return _open_video(medium, row, video_settings, open_once, sizes_alone=sizes_alone)
 
     if isinstance(item, Mapping) and "role" in item and "content" in item:
         item = [item]
@@ -94,46 +96,56 @@ def _is_blank_text(item: Any) -> bool:
     return isinstance(item, str) or (isinstance(item, Mapping) and set(item) == {"text"})
 
 
-def open_image(value: Any, row: int, *, allow_remote_images: bool = False) -> Image.Image:
-    """Open one image in any of the accepted forms, by the one rule of :mod:`unime_st.images`; errors name the row."""
+def open_image(value: Any, row: int, *, allow_remote_images: bool = False, sizes_alone: bool = False) -> Image.Image:
+    """Open one image in any of the accepted forms, by the one rule of :mod:`unime_st.images`; errors name the row.
+
+    With ``sizes_alone`` only the header of a file is read, and a :class:`~unime_st.images.SizeOfImage` stands for it.
+    """
+    read = _sized if sizes_alone else images.open_image
     if isinstance(value, Image.Image | images.PartOfFile):
-        return _seen(value, row)
+        return _seen(value, row, sizes_alone=sizes_alone)
     if isinstance(value, Mapping) and is_encoded(value):
         value = bytes_or_path(value)
     if isinstance(value, (bytes, bytearray, memoryview)):
-        return images.open_image(bytes(value), f"the bytes of row {row}")
+        return read(bytes(value), f"the bytes of row {row}")
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return images.from_array(value, f"Row {row}")
     if isinstance(value, str) and is_remote(value):
         if not allow_remote_images:
             raise ValueError(_not_asked_for(row, value, "image"))
         with urlopen(value, timeout=30) as answer:  # noqa: S310 (http and https only, and asked for)
-            return images.open_image(answer.read(), value)
+            return read(answer.read(), value)
     if isinstance(value, str) and value.startswith(DATA_PREFIX):
         try:
             content = base64.b64decode(value.partition(",")[2], validate=True)
         except ValueError as error:
             raise ValueError(f"The data URI of row {row} is not valid base64.") from error
-        return images.open_image(content, f"the data URI of row {row}")
+        return read(content, f"the data URI of row {row}")
     if isinstance(value, (str, Path)):
         if not images.is_file(value):
             raise FileNotFoundError(
                 f"Row {row}: there is no image file {str(value)!r}. Check the path and the folder it is relative to."
             )
-        return images.open_image(value, f"{value} (row {row})")
+        return read(value, f"{value} (row {row})")
     raise TypeError(
         f"Row {row}: a {type(value).__name__} is not an image, nor a text. Give a text, a PIL image, a path, "
         'bytes, numpy or torch, or {"image", "text"}.'
     )
 
 
-def _seen(image: Image.Image | images.PartOfFile, row: int) -> Image.Image:
+def _sized(source: str | Path | bytes, name: str) -> Image.Image:
+    return images.SizeOfImage(images.image_size(source, name))
+
+
+def _seen(image: Image.Image | images.PartOfFile, row: int, *, sizes_alone: bool) -> Image.Image:
     """An image in RGB; what its file lacks is found here, and not by the processor."""
     if isinstance(image, images.PartOfFile):
         try:
-            return image.open()
+            return images.SizeOfImage(image.size()) if sizes_alone else image.open()
         except images.UnreadableImageError as error:
             raise images.UnreadableImageError(f"Row {row}: {error}") from error
+    if sizes_alone:
+        return images.SizeOfImage(images.shown_size(image))
     try:
         image.load()
     except Exception as error:  # decoders of damaged files raise whatever they come upon
@@ -163,7 +175,9 @@ def _is_address(medium: Any) -> bool:
     return isinstance(medium, str) and bool(_REMOTE.match(medium))
 
 
-def _open_video(medium: Any, row: int, settings: VideoSettings, open_once: Open) -> videos.Video:
+def _open_video(
+    medium: Any, row: int, settings: VideoSettings, open_once: Open, *, sizes_alone: bool = False
+) -> videos.Video:
     """Open a video; errors name the row, those of a frame by themselves."""
     of_frames: list[Exception] = []
 
@@ -175,7 +189,7 @@ def _open_video(medium: Any, row: int, settings: VideoSettings, open_once: Open)
             raise
 
     try:
-        return videos.open_video(medium, settings, open_frame)
+        return videos.open_video(medium, settings, open_frame, sizes_alone=sizes_alone)
     except (FileNotFoundError, videos.UnreadableVideoError, TypeError) as error:
         if error in of_frames:
             raise
@@ -224,15 +238,15 @@ def shown_media(messages: list[Message]) -> str:
     return f" ({'an image' if len(sizes) == 1 else 'images'} of {', '.join(sizes)} pixels)"
 
 
-def _name_of(value: Any) -> str | bytes | int | None:
+def _name_of(value: Any) -> str | bytes | int | images.PartOfFile | None:
     """What an image is known by within a batch: its path or bytes, or the object that it is."""
     if isinstance(value, Mapping):
         value = bytes_or_path(value)
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, Image.Image | np.ndarray | torch.Tensor | images.PartOfFile):
+    if isinstance(value, Image.Image | np.ndarray | torch.Tensor):
         return id(value)
-    return value if isinstance(value, str | bytes) else None
+    return value if isinstance(value, str | bytes | images.PartOfFile) else None
 
 
 def _item_parts(item: Any, row: int, open_once: Open, local: Local) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ def load_encoder(
     truncate_dim: int | None = None,
     allow_remote_images: bool = False,
     videos: VideoSettings | None = None,
+    late_media: int | None = None,
     text_only: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
     processor_kwargs: Mapping[str, Any] | None = None,
@@ -45,6 +46,7 @@ def load_encoder(
         allow_remote_images: open images at ``http(s)`` addresses; a checkpoint's own settings never allow it.
         videos: which frames of a video are shown and how large, a :class:`~unime_st.videos.VideoSettings`; None takes
             what was saved, else its defaults.
+        late_media: as in :func:`build_encoder`; it is not saved.
         text_only: as in :func:`build_encoder`.
         model_kwargs: more arguments of ``from_pretrained``.
         processor_kwargs: more arguments of the processor.
@@ -63,6 +65,7 @@ def load_encoder(
         "processor_kwargs": processor_kwargs,
         "allow_remote_images": allow_remote_images,
         "videos": videos,
+        "late_media": late_media,
         "text_only": text_only,
     }
     if not holds_saved_encoder(folder) and (published is not None or str(path) in PUBLISHED):

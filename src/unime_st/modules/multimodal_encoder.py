@@ -18,17 +18,15 @@ from sentence_transformers.base.modules.transformer import TransformerTask
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
+from unime_st.arguments import require_number
 from unime_st.files import write_atomically
 from unime_st.identity.content import Content
 from unime_st.modules.adapters import attach_adapter
 from unime_st.modules.capture_hooks import enable_capture, remove_capture_hooks
 from unime_st.modules.checks import check_adapter, check_loaded, check_processor
-from unime_st.modules.inputs import (
-    as_messages,
-    checked_text,
-    named_and_known,
-    says_nothing,
-)
+from unime_st.modules.inputs import Message, as_messages, checked_text, named_and_known, says_nothing
+from unime_st.modules.late_media import ORIGIN, LateMedia, Origin, may_wait, without_pixels
+from unime_st.modules.layouts import Layouts
 from unime_st.modules.processing import MessageProcessor
 from unime_st.modules.sharded import saved_whole
 from unime_st.modules.speed.image_attention import images_at_once
@@ -37,7 +35,7 @@ from unime_st.modules.speed.token_tree import PREFIX_KEY
 from unime_st.modules.speed.vision_cache import VisionCache, is_frozen, vision_tower
 from unime_st.modules.text_only import load_text_model, whole_model
 from unime_st.modules.told_rows import told_row
-from unime_st.placement import IMAGES, read, with_every_image
+from unime_st.placement import IMAGES, LATE, LATE_ROWS, moved, read, with_every_image
 from unime_st.prompts import TURN_FORMATS, chat_template
 from unime_st.token_budget import TokenBudget
 from unime_st.videos import VideoSettings
@@ -51,7 +49,8 @@ _CONTENT_KEY = "content_id"
 _IMAGE_KEYS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images", "image_grid_thw")
 _TEXT_ONLY = "text_only"
 _SAVED = frozenset({"vision_cache_bytes", "flat_image_positions", "videos"})
-_THE_CALLERS = _SAVED | {"allow_remote_images", "prompt_template", "share_prefixes", "text_only"}
+_THE_CALLERS = _SAVED | {"allow_remote_images", "late_media", "prompt_template", "share_prefixes", "text_only"}
+_LAID_OUT = ("input_ids", "attention_mask", "num_images_per_sample", "num_videos_per_sample")
 
 
 class MultimodalEncoder(MessageProcessor):
@@ -65,6 +64,7 @@ class MultimodalEncoder(MessageProcessor):
     * every weight must come from the checkpoint, adapters included;
     * where only embeddings are asked for (``encode``, our losses), rows that begin alike compute their beginning once,
       and nothing is computed for padding;
+    * media may be opened and processed mini-batch by mini-batch, by a loss with GradCache (``late_media``);
     * a frozen vision tower stays in evaluation mode (batch normalisation keeps its statistics) and computes each
       distinct image once, GradCache's second pass included;
     * ``features["content_id"]`` (B,) identifies the content of each row, the instruction left out, for the losses'
@@ -85,6 +85,10 @@ class MultimodalEncoder(MessageProcessor):
             With dropout, rows drop out the same of a beginning they share.
         videos: which frames of a video are shown and how large; None takes the defaults of
             :class:`~unime_st.videos.VideoSettings`.
+        late_media: leave the media of a batch for training until the rows that show them are embedded, so that a loss
+            with mini-batches holds the pixels of a mini-batch and no more. The number tells how many mini-batches are
+            prepared ahead in a thread: 1 or 2 beside a GPU, 0 on the CPU, where the thread takes cores from the model.
+            None processes the whole batch in the data collator. Losses and gradients are the same.
         flat_image_positions: count an image's tokens like words where transformers counts them by rows and columns
             (Qwen-VL), as models do that were trained on a lone placeholder, see :mod:`unime_st.published`. It is saved,
             but stock code does not know it.
@@ -104,9 +108,11 @@ class MultimodalEncoder(MessageProcessor):
         share_prefixes: bool = True,
         text_only: bool = False,
         videos: VideoSettings | None = None,
+        late_media: int | None = None,
         flat_image_positions: bool = False,
         **kwargs: Any,
     ) -> None:
+        require_number("late_media", late_media, least=0, optional=True)
         processor_kwargs = {"padding_side": "left", **(kwargs.pop("processor_kwargs", None) or {})}
         for key in ("model_kwargs", "processor_kwargs", "config_kwargs"):  # else transformers asks on the terminal
             given = processor_kwargs if key == "processor_kwargs" else dict(kwargs.get(key) or {})
@@ -121,7 +127,9 @@ class MultimodalEncoder(MessageProcessor):
         self.videos = videos or VideoSettings()
         self.vision_cache = VisionCache(vision_cache_bytes)
         self.share_prefixes = share_prefixes
+        self.late_media = late_media
         self.flat_image_positions = flat_image_positions
+        self.layouts = Layouts()
         self.prefixes = SharedPrefixes()
         self._token_budget: TokenBudget | None = None
         self._told_of_blanks = False
@@ -135,6 +143,34 @@ class MultimodalEncoder(MessageProcessor):
 
     relative_positions = True
     """Padding before a row changes nothing, so a mini-batch may leave it out."""
+
+    @property
+    def mini_batches_ahead(self) -> int:
+        """Mini-batches whose media are prepared ahead in a thread."""
+        return self.late_media or 0
+
+    def with_media(self, features: dict[str, Any]) -> dict[str, Any]:
+        """Features of some rows with their media, if :meth:`preprocess` left these; of kept media without pixels."""
+        late = features.get(LATE)
+        if late is None:
+            return features
+        told = read(features, LATE_ROWS)
+        assert told is not None
+        rows = tuple(told.tolist())
+        layout, calls = late.laid_out.get(rows, (None, None))
+        if calls is not None and self.vision_cache.has(calls):
+            return {**layout, ORIGIN: Origin(late, rows, None, calls)}
+        found = self._made_late(late, rows)
+        layout = without_pixels(found) if self.vision_cache.keeps(self.model) else None
+        return {**found, ORIGIN: Origin(late, rows, layout, None)}
+
+    def _made_late(self, late: LateMedia, rows: Sequence[int]) -> dict[str, Any]:
+        contents = [late.contents[row] for row in rows]
+        try:
+            return self._preprocess([content.item for content in contents], rows, contents, **late.options)
+        except (OSError, TypeError, ValueError) as error:
+            error.add_note(told_row(error, [content.item for content in late.contents]))
+            raise
 
     def keeping_features(self) -> AbstractContextManager[None]:
         """Within this context, a training step, features of a frozen vision tower are kept, however many."""
@@ -243,6 +279,8 @@ class MultimodalEncoder(MessageProcessor):
         processing_kwargs: Any = None,
         row_numbers: Sequence[int] | None = None,
         contents: Sequence[Content] | None = None,
+        *,
+        late_media: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Turn inputs into features.
@@ -254,12 +292,15 @@ class MultimodalEncoder(MessageProcessor):
             row_numbers: the caller's numbers of the inputs, as ``encode`` gives them, for errors; blank texts are taken
                 then, as stock code does. None counts from 0, and refuses them.
             contents: what the inputs say, where that is known already, as ``encode`` gives it.
+            late_media: whether to leave media until the rows are embedded; None does as the encoder was told, but not
+                for ``encode``.
             **kwargs: arguments of the stock module; ``max_length`` bounds the tokens of a row.
 
         Returns:
             The stock features, ``content_id`` (B,), and ``prefix_key`` (B, T) where beginnings can be shared. When an
             image is shown more than once, the images' tensors are in ``distinct_images``, once each, and
-            ``image_numbers`` (B, M) tells which of them each row shows, then -1.
+            ``image_numbers`` (B, M) tells which of them each row shows, then -1. Where media are left, only tokens,
+            mask and counts are there, ``late_media`` with the inputs, and ``late_rows`` (B,).
 
         Raises:
             ValueError: a row is empty, its text spells a media token, its media and instruction alone are longer than
@@ -267,8 +308,16 @@ class MultimodalEncoder(MessageProcessor):
         """
         if not len(inputs):
             return {}
+        if prompt is not None:
+            checked_text(prompt, "`prompt`")
+        rows = range(len(inputs)) if row_numbers is None else row_numbers
+        asked: dict[str, Any] = {"prompt": prompt, "processing_kwargs": processing_kwargs, **kwargs}
+        if late_media is None:
+            late_media = self.late_media is not None and row_numbers is None
         try:
-            return self._preprocess(inputs, prompt, processing_kwargs, row_numbers, contents, **kwargs)
+            if late_media and (found := self._laid_out(inputs, rows, contents, asked)) is not None:
+                return found
+            return self._preprocess(inputs, rows, contents, allow_blank=row_numbers is not None, **asked)
         except (OSError, TypeError, ValueError) as error:
             if row_numbers is None:
                 error.add_note(told_row(error, inputs))
@@ -277,34 +326,50 @@ class MultimodalEncoder(MessageProcessor):
     def _preprocess(
         self,
         inputs: Sequence[Any],
-        prompt: str | None,
-        processing_kwargs: Any,
-        row_numbers: Sequence[int] | None,
+        rows: Sequence[int],
         contents: Sequence[Content] | None,
-        **kwargs: Any,
+        *,
+        allow_blank: bool = False,
+        **asked: Any,
     ) -> dict[str, Any]:
-        if prompt is not None:
-            checked_text(prompt, "`prompt`")
-        allow = self.allow_remote_images
-        opened: dict[Any, Any] = {}
-        rows = range(len(inputs)) if row_numbers is None else row_numbers
-        asked_for: dict[str, Any] = {
-            "allow_remote_images": allow,
-            "allow_blank": row_numbers is not None,
-            "video_settings": self.videos,
-        }
         named, known = named_and_known(inputs, rows, contents)
-        messages = [as_messages(item, row, opened=opened, **asked_for) for row, item in zip(rows, named, strict=True)]
-        blank = [row for row, message in zip(rows, messages, strict=True) if says_nothing(message)]
-        if blank and not self._told_of_blanks:
-            self._told_of_blanks = True  # once is enough
-            logger.warning("Texts without a word are embedded as the instruction alone, here of row %d.", blank[0])
-        features = self._features(messages, rows, prompt, processing_kwargs, **kwargs)
+        messages = self._messages(named, rows, allow_blank=allow_blank)
+        features = self._features(messages, rows, **asked)
         told = [content or Content(item, named=name) for item, name, content in zip(inputs, named, known, strict=True)]
         features[_CONTENT_KEY] = torch.tensor([content.id for content in told], dtype=torch.long)
         if self.share_prefixes and shares_prefixes(self.model):
             features[PREFIX_KEY] = self._prefix_keys(features["input_ids"], [content.media for content in told])
         return features
+
+    def _laid_out(
+        self, inputs: Sequence[Any], rows: Sequence[int], contents: Sequence[Content] | None, asked: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """Features whose media are left for later, with the tokens that these will have; None where that cannot be."""
+        named, known = named_and_known(inputs, rows, contents)
+        messages = self._messages(named, rows, sizes_alone=True)
+        if not may_wait(messages):
+            return None
+        with self.layouts.in_place_of_pixels(self.processor):
+            found = self._features(messages, rows, **asked)
+        told = [content or Content(item, named=name) for item, name, content in zip(inputs, named, known, strict=True)]
+        features = {name: found[name] for name in _LAID_OUT if name in found}
+        features[_CONTENT_KEY] = torch.tensor([content.id for content in told], dtype=torch.long)
+        return {**features, LATE: LateMedia(told, asked), LATE_ROWS: torch.arange(len(told))}
+
+    def _messages(self, named: Sequence[Any], rows: Sequence[int], **options: bool) -> list[list[Message]]:
+        opened: dict[Any, Any] = {}
+        asked_for: dict[str, Any] = {
+            "allow_remote_images": self.allow_remote_images,
+            "video_settings": self.videos,
+            "opened": opened,
+            **options,
+        }
+        messages = [as_messages(item, row, **asked_for) for row, item in zip(rows, named, strict=True)]
+        blank = [row for row, message in zip(rows, messages, strict=True) if says_nothing(message)]
+        if blank and not self._told_of_blanks:
+            self._told_of_blanks = True  # once is enough
+            logger.warning("Texts without a word are embedded as the instruction alone, here of row %d.", blank[0])
+        return messages
 
     def _prefix_keys(self, ids: Tensor, media_of_rows: Sequence[tuple[bytes, ...]]) -> Tensor:
         """What each token is, (B, T): its number, or for a medium's tokens a number drawn from the row's media."""
@@ -327,6 +392,12 @@ class MultimodalEncoder(MessageProcessor):
                 "DataParallel cuts a batch's images apart from the rows that show them. Start one process a device, "
                 "with `accelerate launch` or `torchrun`."
             )
+        if LATE in features:
+            made = moved(self.with_media(features), features["attention_mask"].device)
+            for name in (LATE, LATE_ROWS):
+                del features[name]
+            features.update(made)
+        origin: Origin | None = features.pop(ORIGIN, None)
         count = read(features, "num_images_per_sample")
         dropped = {_CONTENT_KEY, PREFIX_KEY}
         if count is not None and int(count.sum()) == 0 and not self._shows_video(features):
@@ -334,8 +405,11 @@ class MultimodalEncoder(MessageProcessor):
         inputs = {key: value for key, value in with_every_image(features).items() if key not in dropped}
         prefixes = self.prefixes.serving(self.model, features) if self.share_prefixes else nullcontext()
         images = images_at_once(self.model, features["attention_mask"].device)
-        with self.prefixes.turns, images, self.vision_cache.serving(self.model), prefixes:
+        serving = self.vision_cache.serving(self.model, None if origin is None else origin.calls)
+        with self.prefixes.turns, images, serving as answered, prefixes:
             outputs = super().forward(inputs, **kwargs)
+        if origin is not None and origin.layout is not None and answered.calls is not None:
+            origin.late.laid_out[origin.rows] = origin.layout, answered.calls
         features.update({key: value for key, value in outputs.items() if key not in inputs or value is not inputs[key]})
         for key in (self.module_output_name, "all_layer_embeddings"):
             if key in outputs:

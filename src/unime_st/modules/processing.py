@@ -14,7 +14,14 @@ from unime_st.modules.cutting import cut_long_rows
 from unime_st.modules.inputs import Message, refuse_placeholders, shown_media
 from unime_st.modules.speed.shared_images import each_image_once
 from unime_st.modules.text_only import NO_IMAGES, absent_parts
-from unime_st.modules.videos import as_chosen, check_videos, frames_as_images, frames_must_agree, videos_in
+from unime_st.modules.videos import (
+    as_chosen,
+    check_videos,
+    frames_as_images,
+    frames_must_agree,
+    videos_in,
+    with_shapes,
+)
 from unime_st.placement import with_images_once
 from unime_st.videos import VideoSettings, even_places
 
@@ -71,12 +78,13 @@ class MessageProcessor(Transformer):
         self, messages: list[list[Message]], rows: Sequence[int], prompt: str | None, **options: Any
     ) -> dict[str, Any]:
         """Features of messages; what the processor refuses, such as an image too narrow for it, is named by its row."""
+        stock = super().preprocess
         try:
-            return super().preprocess(messages, prompt=prompt, **as_chosen(messages, options))
+            return stock(with_shapes(messages), prompt=prompt, **as_chosen(messages, options))
         except Exception:
             for row, message in zip(rows, messages, strict=True):
                 try:
-                    super().preprocess([message], prompt=prompt, **as_chosen([message], options))
+                    stock(with_shapes([message]), prompt=prompt, **as_chosen([message], options))
                 except Exception as error:  # processors raise whatever they come upon
                     raise ValueError(f"Row {row}{shown_media(message)} cannot be processed: {error}") from error
             raise

@@ -66,6 +66,7 @@ def saved_parts(
     processor_kwargs: Mapping[str, Any] | None = None,
     allow_remote_images: bool = False,
     videos: VideoSettings | None = None,
+    late_media: int | None = None,
     text_only: bool = False,
     names: Sequence[str] = _SETTINGS,
 ) -> dict[str, Any]:
@@ -81,6 +82,7 @@ def saved_parts(
                     init_defaults={
                         "allow_remote_images": allow_remote_images,
                         "videos": videos,
+                        "late_media": late_media,
                         "text_only": text_only,
                     },
                 )

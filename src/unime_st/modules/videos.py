@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from unime_st.images import SizeOfImage
 from unime_st.modules.inputs import Message
 from unime_st.videos import Video
 
@@ -74,6 +77,23 @@ def _check_alone(messages: list[list[Message]], rows: Sequence[int], family: str
                 f"Row {row} has an image or no video, but others in the batch have videos, which the family {family} "
                 "takes for images. `encode` sorts rows out, but takes no image and video in one."
             )
+
+
+def with_shapes(messages: list[list[Message]]) -> list[list[Message]]:
+    """Messages in which zeros that take no memory, ``(T, H, W, 3)``, stand for videos of which only sizes are known."""
+
+    def shape(part: Message) -> Message:
+        video = part.get("video")
+        if not (isinstance(video, Video) and isinstance(video[0], SizeOfImage)):
+            return part
+        return {**part, "video": np.broadcast_to(np.uint8(0), (len(video), video[0].height, video[0].width, 3))}
+
+    return [
+        [{**turn, "content": [shape(part) for part in turn["content"]]} for turn in message]
+        if videos_in(message)
+        else message
+        for message in messages
+    ]
 
 
 def as_chosen(messages: list[list[Message]], options: dict[str, Any]) -> dict[str, Any]:

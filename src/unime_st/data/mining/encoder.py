@@ -37,7 +37,7 @@ class MiningEncoder:
     ) -> tuple[EmbeddingStore, np.ndarray]:
         """Give the store, and the number in it of each key; NaN stands for a content that cannot be read."""
         reader = self.contents.reader
-        images = [reader.max_pixels, reader.image_size] if reader else []
+        images = [reader.resolution.max_pixels, reader.resolution.image_size] if reader else []
         name = hashlib.blake2b(json.dumps([self.identity, *images, prompt]).encode(), digest_size=8).hexdigest()
         (self.folder / name).mkdir(parents=True, exist_ok=True)
         store = EmbeddingStore(self.folder / name)

@@ -142,7 +142,7 @@ def mine_hard_negatives(
     model_identity = model_fingerprint(model)
     prompts = {"query_prompt": query_prompt, "corpus_prompt": corpus_prompt}
     reader = contents.reader
-    images = None if reader is None else [reader.max_pixels, reader.image_size]
+    images = None if reader is None else [reader.resolution.max_pixels, reader.resolution.image_size]
     identity = {"model": model_identity, "data": contents.digest(), "images": images}
     claimed = claim(folder, asdict(settings) | prompts | identity)
     encoder = MiningEncoder(

@@ -40,6 +40,7 @@ def load_mmeb_train(
     target_instructions: Mapping[str, str] | None = None,
     max_rows: int | None = None,
     shuffle_seed: int | None = None,
+    late_images: bool = False,
     max_pixels: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     max_aspect_ratio: float | None = 200.0,
@@ -76,6 +77,7 @@ def load_mmeb_train(
             same ones: ``MMEBEvaluator(target_instructions=...)``.
         max_rows: Largest number of rows per subset: from its start or, with ``shuffle_seed``, drawn from all of it.
         shuffle_seed: Draws ``max_rows`` at random, the same rows of a subset whichever others are loaded.
+        late_images: See :class:`~unime_st.data.ItemReader`.
         max_pixels: See :class:`~unime_st.data.ItemReader`.
         image_size: See :class:`~unime_st.data.ItemReader`.
         max_aspect_ratio: See :class:`~unime_st.data.ItemReader`: more elongated images count as damaged.
@@ -119,6 +121,7 @@ def load_mmeb_train(
     origin = Origin(sources, [name for name in (*TRAIN_COLUMNS, *NEGATIVE_COLUMNS) if "image" in name])
     reader = ItemReader(
         default_image_root(root, image_root),
+        late_images=late_images,
         max_pixels=max_pixels,
         image_size=image_size,
         max_aspect_ratio=max_aspect_ratio,

@@ -75,8 +75,8 @@ def load_pairs(
         split: Of a saved data set with several.
         separator: Of a .csv's cells, in place of the one found.
         encoding: Of a file of text.
-        **reader_options: ``max_pixels``, ``image_size``, ``max_aspect_ratio``, ``max_bad_images`` and
-            ``bad_images_log`` of :class:`~unime_st.data.ItemReader`.
+        **reader_options: ``late_images``, ``max_pixels``, ``image_size``, ``max_aspect_ratio``, ``max_bad_images``
+            and ``bad_images_log`` of :class:`~unime_st.data.ItemReader`.
 
     Returns:
         Rows ``anchor``, ``positive``, ``negative_1``, ..., each ``{"image", "text"}`` or one of these, and ``label``

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -13,6 +12,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from unime_st.ahead import made_ahead
 from unime_st.features import num_rows, select_rows, token_counts
 from unime_st.identity.content import Content
 from unime_st.modules.inputs import contents_of
@@ -166,22 +166,8 @@ def prepared(
     """
     if num_workers and len(batches) > 1:
         yield from _by_workers(batches, prepare, min(num_workers, len(batches)), pin_memory=ahead)
-    elif not ahead:
-        yield from map(prepare, batches)
     else:
-        yield from _by_thread(batches, prepare)
-
-
-def _by_thread(batches: Sequence[Any], prepare: Callable[[Any], Any]) -> Iterator[Any]:
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="preprocess") as pool:
-        coming = None
-        for batch in batches:
-            following = pool.submit(prepare, batch)
-            if coming is not None:
-                yield coming.result()
-            coming = following
-        if coming is not None:
-            yield coming.result()
+        yield from made_ahead(batches, prepare, ahead=int(ahead))
 
 
 class _Prepared(Dataset):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +45,17 @@ def is_convolutional(tower: nn.Module) -> bool:
 def is_frozen(module: nn.Module) -> bool:
     """Whether no parameter of a module is trained."""
     return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+Key = tuple[Any, ...]
+Calls = list[list[Key]]  # the images of each call of the tower
+
+
+@dataclass
+class Answered:
+    """The calls of the tower that were answered from the cache, in order; None where one was not."""
+
+    calls: Calls | None = field(default_factory=list)
 
 
 class VisionCache:
@@ -82,16 +93,32 @@ class VisionCache:
             self._held = False
             self._trim()
 
+    def keeps(self, model: nn.Module) -> bool:
+        """Whether this is a training step in which all features of a model's vision tower are kept."""
+        tower = vision_tower(model) if self._held and self.max_bytes else None
+        return tower is not None and is_frozen(tower)
+
+    def has(self, calls: Calls) -> bool:
+        """Whether the answers to some calls of the tower are kept, and for as long as the step lasts."""
+        return self._held and all(key in self._rows for keys in calls for key in keys)
+
     @contextmanager
-    def serving(self, model: nn.Module) -> Iterator[None]:
-        """Within this context the model's vision tower, if it is frozen or only evaluated, answers from the cache."""
+    def serving(self, model: nn.Module, told: Calls | None = None) -> Iterator[Answered]:
+        """Within this context the model's vision tower, if it is frozen or only evaluated, answers from the cache.
+
+        What is yielded tells the keys of its calls. Given those of the same calls before, ``told``, of which all
+        answers are kept (:meth:`has`), no pixels are looked at.
+        """
+        answered = Answered()
         tower = vision_tower(model) if self.max_bytes else None
         trained = tower is not None and not _is_fixed(tower)
         if trained:  # its weights are about to change, by an optimizer's `.data` perhaps, which no counter sees
             self.clear()
         if tower is None or trained or "forward" in vars(tower) or torch.compiler.is_compiling():
-            yield
+            answered.calls = None
+            yield answered
             return
+        known = None if told is None else iter(told)
         plain = tower.forward
         if not self._held or self._step_version is None:
             self._step_version = _version(tower)
@@ -102,22 +129,32 @@ class VisionCache:
             pixels = kwargs.pop("pixel_values") if pixels is None and "pixel_values" in kwargs else pixels
             images = None if args or not isinstance(pixels, Tensor) else _Images.of(pixels, kwargs)
             if images is None:
+                answered.calls = None
                 return plain(pixels, *args, **kwargs)
             convolves = pixels.device.type == "cpu" and is_convolutional(tower)
             self.images_a_call = _IMAGES_A_CALL if convolves else 0
             self.memory_format = torch.channels_last if convolves else torch.contiguous_format
-            answer = self._answer(plain, images, version, layers)
-            return plain(pixels, **kwargs) if answer is None else answer
+            keys = images.keys(version) if known is None else next(known, [])
+            if known is not None and not (len(keys) == len(images.sizes) and self.has([keys])):
+                raise RuntimeError("A vision tower was called otherwise than in the first pass over the same rows.")
+            answer = self._answer(plain, images, keys, layers)
+            if answer is None:
+                answered.calls = None
+                return plain(pixels, **kwargs)
+            if answered.calls is not None:
+                answered.calls.append(keys)
+            return answer
 
         tower.forward = remembered  # type: ignore[method-assign]
         try:
-            yield
+            yield answered
         finally:
             del tower.forward
 
-    def _answer(self, plain: Callable[..., Any], images: _Images, weights: int, layers: Collection[int] | None) -> Any:
+    def _answer(
+        self, plain: Callable[..., Any], images: _Images, keys: list[Key], layers: Collection[int] | None
+    ) -> Any:
         """The tower's output for the images, or None when it cannot be cut into images."""
-        keys = images.keys(weights)
         new = {key: number for number, key in enumerate(keys) if key not in self._rows}
         rows = {key: self._rows[key] for key in keys if key in self._rows}
         if new:
@@ -169,9 +206,6 @@ def _version(tower: nn.Module) -> int:
     """A number that changes when the tower's tensors change, in place or by new ones, without reading their values."""
     tensors = [*tower.parameters(), *tower.buffers()]
     return hash(tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
-
-
-Key = tuple[Any, ...]
 
 
 class _Kept(NamedTuple):
