@@ -14,6 +14,7 @@ from unime_st.models import register_families
 if TYPE_CHECKING:
     from unime_st.hub import push_encoder_to_hub
     from unime_st.modules import (
+        ListwiseReranker,
         MultimodalEncoder,
         build_encoder,
         build_reranker,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "ListwiseReranker": "unime_st.modules",
     "MultimodalEncoder": "unime_st.modules",
     "build_encoder": "unime_st.modules",
     "build_reranker": "unime_st.modules",
@@ -37,6 +39,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "ListwiseReranker",
     "MultimodalEncoder",
     "__version__",
     "build_encoder",

@@ -5,6 +5,7 @@ from unime_st.losses.distill_kl import DistillKLLoss
 from unime_st.losses.hard_negative_info_nce import HardNegativeInfoNCELoss
 from unime_st.losses.metrics_callback import LossMetricsCallback
 from unime_st.losses.negatives import Negatives, effective_negatives
+from unime_st.losses.pair_and_list import PairAndListLoss
 
 __all__ = [
     "CandidateKLLoss",
@@ -12,5 +13,6 @@ __all__ = [
     "HardNegativeInfoNCELoss",
     "LossMetricsCallback",
     "Negatives",
+    "PairAndListLoss",
     "effective_negatives",
 ]

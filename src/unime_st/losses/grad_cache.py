@@ -22,6 +22,9 @@ from unime_st.losses.mini_batches import MiniBatchPlan
 from unime_st.placement import LATE, moved, read, sent
 from unime_st.step_encoder import is_compiled, step_encoder, unwrapped
 
+Outcome = Callable[[Any, dict[str, Any]], Tensor]
+"""What is made of a model and the features of a batch."""
+
 
 def embedded(model: Any, features: dict[str, Any]) -> Tensor:
     """Embeddings of a model, ``(B, D)``; an encoder that knows how to may leave out all else.
@@ -41,15 +44,18 @@ def _reads_last_token(model: Any) -> bool:
     return isinstance(pooling, Pooling) and pooling.pooling_mode == "lasttoken"
 
 
-def embedded_together(model: Any, batches: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """Embeddings of several batches of a step whose activations are kept, ``(B, D)`` each.
+def embedded_together(model: Any, batches: Sequence[dict[str, Any]], outcome: Outcome | None = None) -> list[Tensor]:
+    """What ``outcome`` makes of several batches of a step whose activations are kept, else embeddings ``(B, D)`` each.
 
     DistributedDataParallel is called once for all: it takes weights that its *last* call before the backward pass does
     not reach for unused, and fails when an earlier call has a gradient for them (the vision tower, where texts follow
     images).
     """
+    outcome = outcome or embedded
     if not isinstance(model, DistributedDataParallel) or is_compiled(model) or "forward" in vars(model):
-        return _images_last(model, batches)  # `MatryoshkaLoss` sets a forward of its own, which takes one batch
+        return _images_last(
+            model, batches, outcome
+        )  # `MatryoshkaLoss` sets a forward of its own, which takes one batch
     inner = model.module
     own = vars(inner).get("forward")  # accelerate sets it, for autocast
 
@@ -61,7 +67,7 @@ def embedded_together(model: Any, batches: Sequence[dict[str, Any]]) -> list[Ten
 
     def one_by_one(several: Sequence[dict[str, Any]]) -> list[Tensor]:
         restore()
-        return [embedded(inner, batch) for batch in several]
+        return [outcome(inner, batch) for batch in several]
 
     inner.forward = one_by_one
     try:
@@ -70,12 +76,12 @@ def embedded_together(model: Any, batches: Sequence[dict[str, Any]]) -> list[Ten
         restore()
 
 
-def _images_last(model: Any, batches: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """Embeddings of several batches, ``(B, D)`` each, by one call a batch; the last call reaches most weights."""
+def _images_last(model: Any, batches: Sequence[dict[str, Any]], outcome: Outcome) -> list[Tensor]:
+    """What ``outcome`` makes of several batches, by one call a batch; the last call reaches most weights."""
     order = list(range(len(batches)))
     if distributed.is_distributed():
         order.sort(key=lambda number: _shows_images(batches[number]))
-    found = {number: embedded(model, batches[number]) for number in order}
+    found = {number: outcome(model, batches[number]) for number in order}
     return [found[number] for number in range(len(batches))]
 
 

@@ -10,9 +10,11 @@ from unime_st.modules.load import load_encoder
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
 from unime_st.modules.reranker.build import build_reranker, export_reranker, load_reranker
 from unime_st.modules.reranker.cross_encoder import MultimodalCrossEncoder
+from unime_st.modules.reranker.listwise import ListwiseReranker
 from unime_st.modules.sentence_transformer import MultimodalSentenceTransformer
 
 __all__ = [
+    "ListwiseReranker",
     "MultimodalCrossEncoder",
     "MultimodalEncoder",
     "MultimodalSentenceTransformer",

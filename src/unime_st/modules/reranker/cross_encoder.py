@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from unime_st.features import check_finite
 from unime_st.files import write_atomically
 from unime_st.modules.card_data import rows_hidden
+from unime_st.modules.reranker.listwise import ListwiseReranker
 from unime_st.modules.reranker.pair_encoder import PairEncoder
 from unime_st.modules.reranker.pairs import are_pairs, pair_batches, scoring_order
 from unime_st.modules.saved import folder_of, saved_parts, trained_in
@@ -62,6 +63,10 @@ class MultimodalCrossEncoder(CrossEncoder):
         if path is not None and (activation := model._resolve_activation_fn(path)) is not None:
             model.activation_fn = activation
         return model
+
+    def listwise(self, **options: Any) -> ListwiseReranker:
+        """Ask this model for the best of a list; the options are those of :class:`ListwiseReranker`."""
+        return ListwiseReranker(self, **options)
 
     @torch.inference_mode()
     def _inference(self, inputs: list[Any], **kwargs: Any) -> torch.Tensor:  # type: ignore[override]

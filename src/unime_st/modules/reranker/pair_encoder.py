@@ -17,6 +17,7 @@ from transformers import AutoModelForMultimodalLM
 from unime_st.identity.content import Content
 from unime_st.modules.inputs import Message
 from unime_st.modules.multimodal_encoder import MultimodalEncoder
+from unime_st.modules.reranker.lists import list_messages
 from unime_st.modules.reranker.pairs import are_pairs, pair_messages
 from unime_st.modules.speed.prefixes import shares_prefixes
 from unime_st.modules.speed.token_tree import PREFIX_KEY
@@ -75,18 +76,61 @@ class PairEncoder(MultimodalEncoder):
             features[PREFIX_KEY] = self._pair_keys(features["input_ids"], contents)
         return features
 
-    def _refuse_lost_images(self, ids: Tensor, messages: Sequence[Sequence[Message]], rows: Sequence[int]) -> None:
-        """Refuse a pair with fewer tokens of images than it has images: the template has dropped one."""
+    def preprocess_lists(
+        self,
+        lists: Sequence[tuple[Any, Sequence[Any]]],
+        answers: Sequence[str],
+        *,
+        template: str,
+        prompt: str | None = None,
+        logits_to_keep: int = 1,
+        row_numbers: Sequence[int] | None = None,
+        contents: Sequence[Sequence[Content]] | None = None,
+    ) -> dict[str, Any]:
+        """Turn lists of candidates into features, each with the answer or its beginning behind the opened turn.
+
+        Args:
+            lists: B times a query and its candidates, each as in :meth:`preprocess`.
+            answers: B texts.
+            template: of :func:`unime_st.rerank_prompts.list_template`.
+            prompt: a system message for all lists.
+            logits_to_keep: of how many last tokens the model is to compute logits.
+            row_numbers: the caller's numbers of the lists, for errors; None counts from 0.
+            contents: what the query and the candidates of each list say, where that is known; it makes ``prefix_key``.
+
+        Returns:
+            The stock features, and ``prefix_key`` (B, T) if ``contents`` are given and beginnings can be shared.
+
+        Raises:
+            ValueError: as :meth:`preprocess`; the list and the candidate are named.
+        """
+        rows = range(len(lists)) if row_numbers is None else row_numbers
+        opened: dict[Any, Any] = {}
+        asked_for = {"allow_remote_images": self.allow_remote_images, "video_settings": self.videos}
+        messages = [list_messages(asked, row, opened, **asked_for) for row, asked in zip(rows, lists, strict=True)]
+        for message, answer in zip(messages, answers, strict=True):
+            message.append({"role": "answer", "content": [{"type": "text", "text": answer}]})
+        processing = {"chat_template": {"chat_template": template}, "text": {"logits_to_keep": logits_to_keep}}
+        features = self._features(messages, rows, prompt, processing)
+        self._refuse_lost_images(features["input_ids"], messages, rows, "List")
+        if contents is not None and self.share_prefixes and shares_prefixes(self.model):
+            features[PREFIX_KEY] = self._pair_keys(features["input_ids"], contents)
+        return features
+
+    def _refuse_lost_images(
+        self, ids: Tensor, messages: Sequence[Sequence[Message]], rows: Sequence[int], kind: str = "Pair"
+    ) -> None:
+        """Refuse a pair or list with fewer tokens of images than it has images: the template has dropped one."""
         found = torch.isin(ids, torch.tensor(self._media_token_ids(), dtype=ids.dtype)).sum(dim=1).tolist()
         for row, message, tokens in zip(rows, messages, found, strict=True):
             images = sum(part["type"] == "image" for half in message for part in half["content"])
             if tokens < images:
                 raise ValueError(
-                    f"Pair {row} shows {images} image(s), but the chat template leaves {tokens} token(s) for them: it "
-                    "drops an image. Give a template that renders the images of the roles 'query' and 'document'."
+                    f"{kind} {row} shows {images} image(s), but the chat template leaves {tokens} token(s) for them: "
+                    "it drops an image. Give a template that renders the images of the roles 'query' and 'document'."
                 )
 
-    def _pair_keys(self, ids: Tensor, contents: Sequence[tuple[Content, Content]]) -> Tensor:
+    def _pair_keys(self, ids: Tensor, contents: Sequence[Sequence[Content]]) -> Tensor:
         """What each token is, (B, T): its number, or for an image's tokens a number drawn from that image.
 
         Where runs of image tokens are not one an image, all of a row's are drawn from all of its images, so that less
