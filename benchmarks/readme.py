@@ -105,7 +105,7 @@ def heads_table(results: dict[str, Any]) -> str:
     """What settings of the loss gain over the stock loss, on heads."""
     sets = results["sets"]
     asked = [
-        *((f"text, batch of {batch}", "term -> gloss", f"term → gloss, {batch}") for batch in (128, 512)),
+        *((f"text, batch of {batch}", "term -> gloss", f"term → gloss, {batch}") for batch in (128, 512, 1024)),
         *((f"image, batch of {batch}", "label -> drawing", f"label → drawing, {batch}") for batch in (256, 512)),
         *((f"image, batch of {batch}", "attribute swaps", f"swaps, {batch}") for batch in (256, 512)),
         ("crowded, batch of 256", "drawing -> label", "crowded, drawing → label, 256"),
