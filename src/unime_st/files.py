@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _PARTIAL = ".partial"
 _ATTEMPTS = 3
+_PART = 1 << 20  # bytes of an array that are in memory at once
 
 
 def write_atomically(path: Path, content: bytes | str | np.ndarray) -> None:
@@ -141,7 +144,50 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def checksum(*values: np.ndarray | bytes | str) -> str:
+@dataclass(frozen=True)
+class StoredArray:
+    """An array (N, ...) that lies in a file in C order, and is read in parts.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "a"
+    >>> _ = path.write_bytes(np.arange(6, dtype="<f4").tobytes())
+    >>> StoredArray(path, np.dtype("<f4"), (2, 2), 8).rows(np.array([1, 0])).tolist()
+    [[4.0, 5.0], [2.0, 3.0]]
+    """
+
+    path: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # byte of the file
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """Read rows by their numbers ``(n,)``; ``ValueError`` if the file has become shorter."""
+        shape, row_bytes = self.shape[1:], self.num_bytes // self.shape[0]
+        found = np.empty((len(numbers), *shape), self.dtype)
+        order = np.argsort(numbers, kind="stable")
+        runs = np.split(order, np.flatnonzero(np.diff(numbers[order]) != 1) + 1) if len(order) else []
+        with self.path.open("rb", buffering=0) as file:  # a memory map would hold whole stretches around each row
+            for run in runs:
+                file.seek(self.start + int(numbers[run[0]]) * row_bytes)
+                found[run] = np.fromfile(file, self.dtype, len(run) * math.prod(shape)).reshape(len(run), *shape)
+        return found
+
+    def parts(self) -> Iterator[bytes]:
+        """Read its bytes in order."""
+        left = self.num_bytes
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            while left > 0 and (part := file.read(min(left, _PART))):
+                left -= len(part)
+                yield part
+
+
+def checksum(*values: np.ndarray | StoredArray | bytes | str) -> str:
     """Hash what a file holds, array by array; it is kept inside the file and compared when that is read.
 
     >>> checksum(np.zeros(2)) == checksum(np.zeros(2)), checksum("ab", "c") == checksum("a", "bc")
@@ -149,14 +195,18 @@ def checksum(*values: np.ndarray | bytes | str) -> str:
     """
     total = hashlib.sha256()  # twice as fast as blake2b where the processor helps
     for value in values:
-        if isinstance(value, np.ndarray):
-            content: Any = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-            kind = f"{value.dtype.str}{value.shape}"
+        if isinstance(value, StoredArray):
+            parts: Iterable[Any] = value.parts()
+            kind, length = f"{value.dtype.str}{value.shape}", value.num_bytes
+        elif isinstance(value, np.ndarray):
+            parts = [np.ascontiguousarray(value).reshape(-1).view(np.uint8)]
+            kind, length = f"{value.dtype.str}{value.shape}", value.nbytes
         else:
             content = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
-            kind = type(value).__name__
-        total.update(f"{kind}:{len(content)}:".encode())
-        total.update(content)
+            parts, kind, length = [content], type(value).__name__, len(content)
+        total.update(f"{kind}:{length}:".encode())
+        for part in parts:
+            total.update(part)
     return total.hexdigest()[:32]
 
 

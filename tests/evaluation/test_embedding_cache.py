@@ -15,9 +15,11 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from unime_st.embedding import cache as cache_module
+from unime_st.embedding.cache import CacheSection
 from unime_st.embedding.distinct import encode_indexed
 from unime_st.embedding.sections import remove_section
 from unime_st.evaluation import BrokenItemError, EmbeddingCache, encode_distinct, model_fingerprint
+from unime_st.files import checksum
 
 ITEMS = [f"text {number % 40}" for number in range(100)]
 
@@ -278,7 +280,7 @@ def test_a_reader_beside_a_merging_process_misses_nothing(tmp_path, monkeypatch)
     section = cache.section(HashModel())
     for number in range(70):
         section.add([f"{number:032x}"], np.full((1, 2), number, np.float32))
-    plain, merged = cache_module.load_file, []
+    plain, merged = cache_module.open_shard, []
 
     def merging_first(path):
         if not merged:
@@ -286,8 +288,84 @@ def test_a_reader_beside_a_merging_process_misses_nothing(tmp_path, monkeypatch)
             cache.section(HashModel())  # the other process
         return plain(path)
 
-    monkeypatch.setattr(cache_module, "load_file", merging_first)
+    monkeypatch.setattr(cache_module, "open_shard", merging_first)
     assert len(cache.section(HashModel())) == 70
+
+
+def test_a_section_whose_shards_are_merged_or_deleted_meanwhile_serves_what_is_left(tmp_path):
+    cache = EmbeddingCache(tmp_path)
+    section = cache.section(HashModel())
+    rows = np.random.default_rng(0).normal(size=(70, 4)).astype(np.float32)
+    for number, row in enumerate(rows):
+        section.add([f"{number:032x}"], row[None])
+    cache.section(HashModel())  # merges
+    assert len(list(section.folder.glob("*.safetensors"))) == 1
+    np.testing.assert_array_equal(np.stack(section.get(keys_of(70))), rows)
+    assert len(section) == 70
+    remove_section(section.folder)
+    assert section.get(keys_of(70)) == [None] * 70
+    assert "0" * 32 not in section
+    section.add(keys_of(1), rows[:1])
+    np.testing.assert_array_equal(section.get(keys_of(1))[0], rows[0])
+
+
+def test_shards_of_an_earlier_version_are_served(tmp_path):
+    """As they were written: with both tensors in either order, of whatever size."""
+    section = filled(EmbeddingCache(tmp_path), "one", count=1)
+    keys, rows = np.arange(48, dtype=np.uint8).reshape(3, 16), np.arange(6, dtype=np.float32).reshape(3, 2)
+    told = {"checksum": checksum(keys, rows)}
+    save_file({"embeddings": rows, "keys": keys}, section.folder / "old.safetensors", told)
+    plain = (section.folder / "old.safetensors").read_bytes()
+    length = int.from_bytes(plain[:8], "little")
+    header = json.loads(plain[8 : 8 + length])
+    header["keys"]["data_offsets"], header["embeddings"]["data_offsets"] = [0, 48], [48, 72]
+    keys[:, 0] += 100
+    header["__metadata__"] = {"checksum": checksum(keys, rows)}
+    turned = json.dumps(header).encode()
+    content = len(turned).to_bytes(8, "little") + turned + keys.tobytes() + rows.tobytes()
+    (section.folder / "turned.safetensors").write_bytes(content)
+    again = EmbeddingCache(tmp_path).section(HashModel(), prompt="one")
+    assert len(again) == 7
+    np.testing.assert_array_equal(np.stack(again.get([bytes(key).hex() for key in keys])), rows)
+    keys[:, 0] -= 100
+    np.testing.assert_array_equal(np.stack(again.get([bytes(key).hex() for key in keys])), rows)
+
+
+LARGE = '''
+import resource, sys
+from pathlib import Path
+import numpy as np
+from unime_st.embedding.cache import CacheSection, EmbeddingCache
+
+def told(name):
+    """Bytes; the peak of `getrusage` would be that of the process before it was this one."""
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) << 10
+
+folder, wanted = Path(sys.argv[1]), [f"{number:032x}" for number in range(0, 65536, 700)]
+before = told("VmHWM")
+limit = told("VmData") + (160 << 20)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+section = CacheSection(folder, {}, EmbeddingCache(folder.parent))
+rows = section.get(wanted)
+assert [row[0] for row in rows] == list(range(0, 65536, 700))
+assert len(section) == 65536
+print((told("VmHWM") - before) >> 20)
+'''
+
+
+@pytest.mark.parametrize("shards", [2, 128])
+def test_a_section_may_be_larger_than_memory(tmp_path, shards):
+    """256 MB in few shards, or in many that are merged, in a process that may take 160."""
+    section = CacheSection(tmp_path / "section", {}, EmbeddingCache(tmp_path))
+    step = 65536 // shards
+    for start in range(0, 65536, step):
+        rows = np.repeat(np.arange(start, start + step, dtype=np.float32)[:, None], 1024, axis=1)
+        section.add([f"{number:032x}" for number in range(start, start + step)], rows)
+    code = [sys.executable, "-c", LARGE, str(section.folder)]
+    done = subprocess.run(code, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < (40 if shards == 2 else 140)
+    assert len(list(section.folder.glob("*.safetensors"))) == (2 if shards == 2 else 8)
 
 
 def write_many(folder, which, count):

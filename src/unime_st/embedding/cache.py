@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save
 from torch import nn
 
 from unime_st.arguments import require_number, require_path
@@ -27,15 +25,15 @@ from unime_st.embedding.sections import (
     remove_section,
     section_info,
 )
-from unime_st.files import checksum, remove_leftovers, write_atomically
+from unime_st.embedding.shards import DAMAGE, Keys, Shard, just_written, key_array, open_shard, packed
+from unime_st.files import remove_leftovers, write_atomically
 from unime_st.identity.model import model_fingerprint
 
 logger = logging.getLogger(__name__)
 
-_MOST_SHARDS = 64  # of a section, before they are merged
-_CHECKSUM = "checksum"
+_MOST_SHARDS = 64  # small ones of a section, before they are merged
+_MERGED_BYTES = 1 << 25  # of embeddings in a merged shard, at most; those of half of it are not small
 _TRIES = 20  # to write into a section that others delete
-_DAMAGE = (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError)  # what is made of bad files
 _told: set[tuple[str, Path]] = set()  # what was said in this process, and of which folder
 
 
@@ -45,8 +43,9 @@ class EmbeddingCache:
     A section is a folder of safetensors shards beside a ``section.json`` that says what it holds. Shards are written
     under a name of their own and renamed when complete: several processes may write into one cache, and what was
     written before a kill is found again. Each has a checksum, compared when its section is opened; what is damaged is
-    made again. Where nothing can be written, a cache serves what it has. ``python -m unime_st.evaluation cache info
-    FOLDER`` shows a cache, ``cache clear FOLDER`` empties it.
+    made again. Embeddings stay on disk and are read as they are asked for, so a section may be larger than memory.
+    Where nothing can be written, a cache serves what it has. ``python -m unime_st.evaluation cache info FOLDER`` shows
+    a cache, ``cache clear FOLDER`` empties it.
 
     Args:
         folder: Where the cache is, or will be at the first write.
@@ -157,55 +156,70 @@ class CacheSection:
         self.description = dict(description)
         self.cache = cache
         self._full = False
-        self._rows: dict[str, np.ndarray] = {}
+        self._in_memory: dict[str, np.ndarray] = {}  # what could not be written
+        self._keys = Keys()
+        self._seen: set[Path] = set()
         with contextlib.suppress(OSError):  # on a disk that is not to be written they stay
             remove_leftovers(folder)
             remove_half_deleted(cache.folder)
-        shards: set[Path] = set()
-        while fresh := set(folder.glob("*.safetensors")) - shards:  # another process may merge them meanwhile
-            for shard in sorted(fresh):
-                self._read(shard)
-            shards |= fresh
-        if shards:
+        self._look()
+        if self._seen:
             self._check_marker()
             self._touch()
-        if len(shards) > _MOST_SHARDS:
-            self._merge(shards)
+        small = [shard for shard in self._keys.shards if shard.num_bytes < _MERGED_BYTES // 2]
+        if len(small) > _MOST_SHARDS:
+            self._merge(small)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._keys) + len(self._in_memory)
 
     def __contains__(self, fingerprint: str) -> bool:
-        return fingerprint in self._rows
+        return self.get([fingerprint])[0] is not None
 
     def get(self, fingerprints: Iterable[str]) -> list[np.ndarray | None]:
         """Look up embeddings ``(D,)`` by hexadecimal content fingerprints; None where there is none."""
-        return [self._rows.get(fingerprint) for fingerprint in fingerprints]
+        asked = list(fingerprints)
+        found = [self._in_memory.get(fingerprint) for fingerprint in asked]
+        if not self._read(asked, found) and self._look():  # another process has merged shards: they have new names
+            self._read(asked, found)
+        return found
+
+    def _read(self, asked: Sequence[str], found: list[np.ndarray | None]) -> bool:
+        """Read what is found on disk into a list; whether all of it could be."""
+        whole = True
+        for shard, places, rows in self._keys.find(asked):
+            try:
+                embeddings = shard.rows(rows)
+            except (OSError, ValueError):  # merged or deleted by another process
+                self._keys.remove(shard)
+                whole = False
+                continue
+            for place, embedding in zip(places.tolist(), embeddings, strict=True):
+                found[place] = embedding
+        return whole
 
     def add(self, fingerprints: Sequence[str], embeddings: np.ndarray) -> None:
         """Store finite embeddings ``(N, D)`` of N hexadecimal content fingerprints, all of one length, as one shard."""
-        embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
+        embeddings = np.ascontiguousarray(embeddings, dtype="<f4")
         if len(fingerprints) != len(embeddings):
             raise ValueError(f"{len(embeddings)} embeddings for {len(fingerprints)} fingerprints.")
         if not np.isfinite(embeddings).all():
             raise ValueError("An embedding holds NaN or infinity: it would be served again and again. Not stored.")
-        if not len(fingerprints):
-            return
-        self._rows.update(zip(fingerprints, embeddings, strict=True))
-        if not self._full:
-            self._write(fingerprints, embeddings)
+        if len(fingerprints) and (self._full or not self._write(key_array(fingerprints), embeddings)):
+            self._in_memory.update(zip(fingerprints, embeddings, strict=True))
 
-    def _write(self, fingerprints: Sequence[str], embeddings: np.ndarray) -> None:
-        keys = np.frombuffer(bytes.fromhex("".join(fingerprints)), dtype=np.uint8).reshape(len(fingerprints), -1)
-        shard = save({"keys": keys, "embeddings": embeddings}, {_CHECKSUM: checksum(keys, embeddings)})
-        if not self.cache.make_room(self.folder, len(shard)):
+    def _write(self, keys: np.ndarray, embeddings: np.ndarray) -> bool:
+        """Write a shard; whether it could be."""
+        content = packed(keys, embeddings)
+        if not self.cache.make_room(self.folder, len(content)):
             logger.warning(
                 "%s alone would be larger than the cache's `max_bytes=%s`: what is encoded from here on is not kept.",
                 self.folder, self.cache.max_bytes)  # fmt: skip
             self._full = True
-            return
+            return False
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         try:
-            self._put(f"{uuid.uuid4().hex}.safetensors", shard)
+            self._put(path.name, content)
             if not (self.folder / MARKER).exists():
                 self._put(MARKER, json.dumps(self.description, indent=2, sort_keys=True))
         except OSError as error:
@@ -215,8 +229,12 @@ class CacheSection:
                 logger.warning(
                     "The cache %s cannot be written (%s): what is there is served, what is encoded from here on is not "
                     "kept. Make room, make it writable, or give another folder.", self.cache.folder, error)  # fmt: skip
-            return
+            return False
+        self._seen.add(path)
+        with contextlib.suppress(FileNotFoundError):  # deleted already, to make room for others
+            self._keys.add(just_written(path, keys))
         self._touch()
+        return True
 
     def _put(self, name: str, content: bytes | str) -> None:
         """Write a file, and write it again when another process deletes the section meanwhile to make room."""
@@ -237,32 +255,50 @@ class CacheSection:
         with contextlib.suppress(OSError):
             os.utime(self.folder / MARKER)
 
-    def _merge(self, shards: Iterable[Path]) -> None:
-        """Write all rows as one shard, then delete those they came from; a kill in between leaves copies only."""
-        if self.cache.make_room(self.folder, sum(row.nbytes for row in self._rows.values())):
-            self._write(list(self._rows), np.stack(list(self._rows.values())))
-            if self._full:
+    def _merge(self, small: Sequence[Shard]) -> None:
+        """Write small shards as fewer ones, then delete them; a kill in between leaves copies only."""
+        groups: list[list[Shard]] = [[]]
+        for shard in sorted(small, key=lambda shard: shard.keys.itemsize):  # of each, all keys have one length
+            group = groups[-1]
+            full = sum(other.num_bytes for other in group) + shard.num_bytes > _MERGED_BYTES
+            if full or (group and group[0].keys.itemsize != shard.keys.itemsize):
+                groups.append([])
+            groups[-1].append(shard)
+        for group in groups:
+            if not self.cache.make_room(self.folder, sum(shard.num_bytes for shard in group)):
                 return
-            for shard in shards:
-                shard.unlink(missing_ok=True)
+            if not self._write_together(group):
+                return
+            for shard in group:
+                self._keys.remove(shard)
+                shard.path.unlink(missing_ok=True)
 
-    def _read(self, shard: Path) -> None:
+    def _write_together(self, group: Sequence[Shard]) -> bool:
+        """Write the rows of shards as one, each key once; whether it could be."""
+        keys, first = np.unique(np.concatenate([shard.keys for shard in group]), return_index=True)
         try:
-            tensors = load_file(shard)
-            with safe_open(shard, framework="np") as opened:
-                told = (opened.metadata() or {}).get(_CHECKSUM)
-            keys, embeddings = tensors["keys"], tensors["embeddings"]
-            why = "" if told == checksum(keys, embeddings) else "its checksum is another"
+            rows = np.concatenate([shard.rows() for shard in group])[first]
+        except (OSError, ValueError):  # another process is merging them
+            return False
+        return self._write(keys, rows)
+
+    def _look(self) -> bool:
+        """Take in the shards that are new; whether there were any."""
+        known = len(self._seen)
+        while fresh := set(self.folder.glob("*.safetensors")) - self._seen:  # another process may merge them meanwhile
+            for path in sorted(fresh):
+                self._open(path)
+            self._seen |= fresh
+        return len(self._seen) > known
+
+    def _open(self, path: Path) -> None:
+        try:
+            self._keys.add(open_shard(path))
         except FileNotFoundError:
-            return  # merged into another by a process that works beside this one
+            pass  # merged into another by a process that works beside this one
         except OSError as error:
-            logger.warning("%s cannot be read (%s): its embeddings are made again.", shard, error)
-            return
-        except _DAMAGE as error:
-            why = str(error)
-        if why:
-            logger.warning("%s cannot be read (%s): it is deleted, and its embeddings are made again.", shard, why)
+            logger.warning("%s cannot be read (%s): its embeddings are made again.", path, error)
+        except DAMAGE as error:
+            logger.warning("%s cannot be read (%s): it is deleted, and its embeddings are made again.", path, error)
             with contextlib.suppress(OSError):
-                shard.unlink()
-            return
-        self._rows.update((bytes(key).hex(), row) for key, row in zip(keys, embeddings, strict=True))
+                path.unlink()
