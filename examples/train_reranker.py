@@ -49,6 +49,8 @@ def trained(model: CrossEncoder, rows: Dataset, given: argparse.Namespace) -> No
         lr_scheduler_type="cosine",
         warmup_ratio=0.03,
         bf16=not given.cpu,
+        gradient_checkpointing=given.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if given.gradient_checkpointing else None,
         use_cpu=given.cpu,
         logging_steps=10,
         save_steps=100,
@@ -77,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--accumulate", type=int, default=4, help="batches a step (default: %(default)s)")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--max-steps", type=int, default=-1)
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time; as published")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU, in float32")
     given = parser.parse_args(arguments)
 

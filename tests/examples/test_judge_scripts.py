@@ -64,7 +64,7 @@ def test_from_pairs_to_an_encoder_and_a_reranker(script, world, encoder, judge_b
     printed = capsys.readouterr().out.splitlines()
     both = script("train_reranker").main(
         [str(judge_backbone), str(judged), "--output", str(tmp_path / "both"), "--cpu", "--max-steps", "2",
-         "--batch-size", "2", "--accumulate", "1", "--rank", "4", "--listwise"]
+         "--batch-size", "2", "--accumulate", "1", "--rank", "4", "--listwise", "--gradient-checkpointing"]
     )  # fmt: skip
     listed = script("rerank").main([str(both), *images, "--query-text", "a red picture", "--listwise"])
     wanted = ListwiseReranker(load_reranker(both, device="cpu")).rank({"text": "a red picture"}, images)
