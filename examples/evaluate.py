@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from unime_st import load_encoder, load_reranker
+from unime_st import ListwiseReranker, load_encoder, load_reranker
 from unime_st.evaluation import ImageTextRetrievalEvaluator, MMEBEvaluator, Report, SugarCrepeEvaluator, compare
 from unime_st.evaluation.report.summary import add_mmeb, add_retrieval, add_sugarcrepe
 
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--sugarcrepe", type=Path, help="folder of <set>.json")
     parser.add_argument("--sugarcrepe-images", type=Path, help="COCO's val2017")
     parser.add_argument("--reranker", help="a saved CrossEncoder: scores are shown before and after it reranks")
+    parser.add_argument("--listwise", action="store_true", help="ask the reranker for the best of a query's candidates")
     parser.add_argument("--rerank-depth", type=int, default=10, help="candidates of a query (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=".embedding_cache", help="embeddings (default: %(default)s)")
@@ -82,7 +83,10 @@ def chosen(given: argparse.Namespace) -> list[tuple[Any, Any]]:
     """The evaluators, each with what adds it to a report."""
     options: dict[str, Any] = {"batch_size": given.batch_size, "cache_dir": given.cache, "show_progress_bar": True}
     if given.reranker:
-        options |= {"reranker": load_reranker(given.reranker), "rerank_depth": given.rerank_depth}
+        reranker = load_reranker(given.reranker)
+        if given.listwise:
+            reranker = ListwiseReranker(reranker, max_candidates=given.rerank_depth)
+        options |= {"reranker": reranker, "rerank_depth": given.rerank_depth}
     evaluators: list[tuple[Any, Any]] = []
     choice = {"limit": given.limit, "image_size": given.image_size, "max_pixels": given.max_pixels, **options}
     show_mmeb = partial(add_mmeb, published=given.published)

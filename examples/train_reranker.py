@@ -1,9 +1,10 @@
-"""Train a pairwise yes/no reranker on judged negatives, as UniME-V2's: a right pair and a hard negative of each row.
+"""Train a yes/no reranker on judged negatives, as UniME-V2's: a right pair and a hard negative of each row.
 
 python examples/train_reranker.py Qwen/Qwen2.5-VL-7B-Instruct judged --output reranker
-accelerate launch --config_file examples/accelerate/ddp.yaml examples/train_reranker.py ...
+accelerate launch --config_file examples/accelerate/ddp.yaml examples/train_reranker.py ... --listwise
 
-The defaults are the authors' for 8 GPUs; of their two losses this is the pairwise one.
+The defaults are the authors' for 8 GPUs. With `--listwise` the loss is theirs, L_pair + L_list: a batch holds rows
+then, each of which is a right pair, a wrong pair and a list. Else it is the binary cross-entropy of single pairs.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 from unime_st import build_reranker, export_reranker
 from unime_st.checkpoints import CheckpointCallback, last_complete_checkpoint
 from unime_st.data import load_judged_negatives
+from unime_st.losses import PairAndListLoss
 from unime_st.modules import default_lora_config
 
 
@@ -34,7 +36,7 @@ def labelled_pairs(judged: Dataset, num_negatives: int) -> Dataset:
     return pairs if transform is None else pairs.with_transform(transform)
 
 
-def trained(model: CrossEncoder, pairs: Dataset, given: argparse.Namespace) -> None:
+def trained(model: CrossEncoder, rows: Dataset, given: argparse.Namespace) -> None:
     """Train, from the last whole checkpoint if there is one."""
     folder = given.output.with_name(given.output.name + "_training")
     settings = CrossEncoderTrainingArguments(
@@ -47,6 +49,8 @@ def trained(model: CrossEncoder, pairs: Dataset, given: argparse.Namespace) -> N
         lr_scheduler_type="cosine",
         warmup_ratio=0.03,
         bf16=not given.cpu,
+        gradient_checkpointing=given.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if given.gradient_checkpointing else None,
         use_cpu=given.cpu,
         logging_steps=10,
         save_steps=100,
@@ -54,9 +58,8 @@ def trained(model: CrossEncoder, pairs: Dataset, given: argparse.Namespace) -> N
         report_to="none",
         seed=0,
     )
-    trainer = CrossEncoderTrainer(
-        model, settings, pairs, loss=BinaryCrossEntropyLoss(model), callbacks=[CheckpointCallback()]
-    )
+    loss = PairAndListLoss(model) if given.listwise else BinaryCrossEntropyLoss(model)
+    trainer = CrossEncoderTrainer(model, settings, rows, loss=loss, callbacks=[CheckpointCallback()])
     checkpoint = last_complete_checkpoint(folder)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
 
@@ -67,19 +70,24 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("judged", type=Path, help="folder of `examples/judge.py`, or of an imported released set")
     parser.add_argument("--output", type=Path, required=True, help="folder of the reranker")
     parser.add_argument("--prompt", default="unime_v2", help="of rerank_prompts.PAIR_PROMPTS (default: %(default)s)")
-    parser.add_argument("--num-negatives", type=int, default=1, help="of a row (default: %(default)s)")
+    parser.add_argument("--listwise", action="store_true", help="train for pairs and for lists of up to 5 candidates")
+    parser.add_argument("--num-negatives", type=int, help="of a row (default: 1; with --listwise all, up to 4 a list)")
     parser.add_argument("--max-pixels", type=int, help="of an image; the authors have 300 * 28 * 28 = 235200")
     parser.add_argument("--rank", type=int, default=128, help="of LoRA, alpha twice that (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-5, help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=1, help="pairs a device (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, help="pairs or rows a device (default: %(default)s)")
     parser.add_argument("--accumulate", type=int, default=4, help="batches a step (default: %(default)s)")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--max-steps", type=int, default=-1)
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time; as published")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU, in float32")
     given = parser.parse_args(arguments)
 
-    # 1. Pairs, right and wrong; images are opened when they are drawn.
-    pairs = labelled_pairs(load_judged_negatives(given.judged), given.num_negatives)
+    # 1. Pairs, right and wrong, or whole rows; images are opened when they are drawn.
+    if given.listwise:
+        rows = load_judged_negatives(given.judged, num_negatives=given.num_negatives)
+    else:
+        rows = labelled_pairs(load_judged_negatives(given.judged), given.num_negatives or 1)
 
     # 2. The reranker, with LoRA on its language model.
     model = build_reranker(
@@ -92,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     )
 
     # 3. Train; then write a stock CrossEncoder, adapters merged.
-    trained(model, pairs, given)
+    trained(model, rows, given)
     print(f"wrote {export_reranker(model, given.output)}")
     return given.output
 

@@ -45,6 +45,22 @@ class PublishedCheckpoint:
         return self.template or self.family
 
 
+@dataclass(frozen=True)
+class PublishedReranker:
+    """A published reranker, a plain transformers repository: what its authors' scripts ask it and show it.
+
+    Its repository may have another template and other bounds on pixels; those here are its scripts'.
+    """
+
+    repo_id: str
+    family: str  # its `config.model_type`
+    prompt: str  # what it is asked about a pair in use, a name in `unime_st.rerank_prompts.PAIR_PROMPTS`
+    training_prompt: str  # what it was trained on
+    list_prompt: str  # a name in `LIST_PROMPTS`, in use and in training
+    pixels: tuple[int, int]  # least and most of an image
+    paper: str  # arXiv identifier
+
+
 UNIME_V2_CITATION = """
 @misc{gu2025unimev2mllmasajudgeuniversalmultimodal,
     title={UniME-V2: MLLM-as-a-Judge for Universal Multimodal Embedding Learning},
@@ -123,6 +139,36 @@ PUBLISHED: dict[str, PublishedCheckpoint] = {
     )
 }
 """Hub name -> what to know."""
+
+
+PUBLISHED_RERANKERS: dict[str, PublishedReranker] = {
+    row.repo_id: row
+    for row in (
+        PublishedReranker(
+            "TianchengGu/UniME-V2-reranker-Qwen25VL-7B",
+            "qwen2_5_vl",
+            "unime_v2",
+            "unime_v2_training",
+            "unime_v2",
+            (4 * 28**2, 300 * 28**2),
+            _UNIME_V2,
+        ),
+    )
+}
+"""Hub name -> what to know. The name is that of its authors' page on the Hub (huggingface.co/TianchengGu); prompts and
+pixels are those of their Embedding/src/model_utils.py, Rerank/dataset/datasets_MMEB_rerank.py and vision code. They
+rerank MMEB and retrieval listwise, SugarCrepe pairwise."""
+
+
+def published_reranker(name: str) -> PublishedReranker:
+    """Look a published reranker up by its name on the Hub.
+
+    >>> published_reranker("TianchengGu/UniME-V2-reranker-Qwen25VL-7B").training_prompt
+    'unime_v2_training'
+    """
+    if name not in PUBLISHED_RERANKERS:
+        raise ValueError(f"There is no published reranker {name!r}. Known are {', '.join(PUBLISHED_RERANKERS)}.")
+    return PUBLISHED_RERANKERS[name]
 
 
 def published_checkpoint(name: str) -> PublishedCheckpoint:

@@ -97,6 +97,10 @@ def test_evaluate_reranks(trained, pairs, tmp_path, capsys):
     assert metrics["pairs_reranked_text_to_image_recall@5"] == metrics["pairs_text_to_image_recall@5"]
     assert metrics["pairs_rerank_pairs"] == 2 * 3 * 24
     assert metrics["pairs_reranked_text_to_image_ties"] >= 0
+    assert main([*arguments, "--reranker", reranker, "--rerank-depth", "3", "--listwise"]) == 0
+    listwise = json.loads(capsys.readouterr().out)
+    assert listwise["pairs_rerank_pairs"] == 2 * 3 * 24
+    assert listwise["pairs_reranked_text_to_image_recall@5"] == metrics["pairs_text_to_image_recall@5"]
     texts = tmp_path / "texts.csv"
     texts.write_text("query,positive\na,b\nc,d\n")
     assert main(["evaluate", str(trained / "encoder"), str(texts), "--device", "cpu", "--reranker", reranker]) == 1

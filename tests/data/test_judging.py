@@ -16,7 +16,7 @@ from tiny import picture, tiny_backbone
 from two_processes import run_two
 from unime_st.data import ItemReader, judge_negatives, judged_json_rows, load_judged_negatives
 from unime_st.data.judging.choose import chosen_negatives
-from unime_st.modules import build_reranker
+from unime_st.modules import ListwiseReranker, build_reranker
 
 POOL = 12
 
@@ -277,6 +277,15 @@ def test_bad_rows_and_settings_are_named(tmp_path):
         judge_negatives(pool(), Hashed(), tmp_path / "d", show_progress_bar=False)
     with pytest.raises(ValueError, match="None of 30 rows keeps a negative"):
         judge_negatives(pool(), Hashed(), tmp_path / "e", margin=2.0, **options)
+
+
+def test_a_listwise_reranker_is_no_judge(tmp_path, work):
+    """What it says of a candidate depends on the others, so there is no score of a pair by itself."""
+    listwise = ListwiseReranker(build_reranker(work / "backbone", device="cpu"))
+    for name in (None, "tiny"):
+        with pytest.raises(TypeError, match=r"is a ListwiseReranker, whose scores compare .*Give .* its `model`"):
+            judge_negatives(pool(), listwise, tmp_path / "judged", judge_name=name, show_progress_bar=False)
+    assert not (tmp_path / "judged").exists()
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path, caplog):

@@ -14,7 +14,15 @@ from mteb.types import PromptType
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from tiny import picture, tiny_backbone
-from unime_st import build_encoder, build_reranker, export_encoder, export_reranker, load_encoder, load_reranker
+from unime_st import (
+    ListwiseReranker,
+    build_encoder,
+    build_reranker,
+    export_encoder,
+    export_reranker,
+    load_encoder,
+    load_reranker,
+)
 from unime_st.evaluation.mteb_models import (
     MTEBEncoder,
     eval_results,
@@ -288,6 +296,11 @@ def test_mteb_reranks_by_its_two_stages(name, checkpoint, reranker_folder, tmp_p
         assert all("image" in document for _, document in model.pairs), "mteb left the images out"
     with pytest.raises(FileNotFoundError, match="Can't find previous results"):
         rerank_with_mteb(wrapper, [task(name)], tmp_path / "none")
+
+
+def test_mteb_asks_for_pairs_so_a_listwise_reranker_is_refused(reranker_folder):
+    with pytest.raises(TypeError, match=r"is a ListwiseReranker, but mteb asks for scores of pairs"):
+        mteb_reranker(ListwiseReranker(load_reranker(reranker_folder, device="cpu")), "someone/reranker")
 
 
 def test_mtebs_hook_on_a_head_of_low_precision_is_left_alone(reranker_folder):

@@ -8,6 +8,7 @@ import pytest
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from tiny import tiny_backbone
+from unime_st import ListwiseReranker, load_reranker
 from unime_st.data import load_judged_negatives, read_judged_json
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
@@ -61,6 +62,14 @@ def test_from_pairs_to_an_encoder_and_a_reranker(script, world, encoder, judge_b
     scores = stock.predict([({"text": "a red picture"}, {"image": image}) for image in images])
     assert [entry["corpus_id"] for entry in ranked] == np.argsort(-scores, kind="stable")[:2].tolist()
     printed = capsys.readouterr().out.splitlines()
+    both = script("train_reranker").main(
+        [str(judge_backbone), str(judged), "--output", str(tmp_path / "both"), "--cpu", "--max-steps", "2",
+         "--batch-size", "2", "--accumulate", "1", "--rank", "4", "--listwise", "--gradient-checkpointing"]
+    )  # fmt: skip
+    listed = script("rerank").main([str(both), *images, "--query-text", "a red picture", "--listwise"])
+    wanted = ListwiseReranker(load_reranker(both, device="cpu")).rank({"text": "a red picture"}, images)
+    assert [entry["corpus_id"] for entry in listed] == [entry["corpus_id"] for entry in wanted]
+    capsys.readouterr()
     assert printed[0].split() == [f"{ranked[0]['score']:.4f}", images[ranked[0]["corpus_id"]]]
     with pytest.raises(SystemExit):
         script("rerank").main([str(reranker), "a"])

@@ -122,6 +122,13 @@ def test_evaluate_tells_scores_before_and_after_reranking(script, world, encoder
     shown = next(section for section in sections if section["title"] == "MMEB, reranked")["rows"]
     row = next(row for row in shown if row[0] == "meta Retrieval precision@1")
     assert row[2] == mmeb["MMEB_reranked_meta_Retrieval_precision@1"]
+    output = script("evaluate").main(
+        [
+            str(encoder), "--retrieval", str(world / "captions"), "--reranker", str(reranker), "--rerank-depth", "3",
+            "--listwise", "--output", str(tmp_path / "listwise"), "--cache", str(tmp_path / "cache"),
+        ]
+    )  # fmt: skip
+    assert "(listwise, first place alone)" in (output / "report.json").read_text()
 
 
 def test_evaluate_takes_all_of_mmeb_v2_in_one_command(script, encoder, tmp_path, capsys):

@@ -232,6 +232,30 @@ def test_two_processes_train_as_one(folders, tmp_path, images):
     assert sum(result["losses"][0] for result in results) / 2 == pytest.approx(logs[0]["loss"], abs=1e-3)
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(folders, adapters):
+    found = []
+    for options in (None, {"use_reentrant": False}):
+        torch.manual_seed(0)
+        model = build_reranker(folders("qwen2_5_vl"), device="cpu", peft_config=adapters).train()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if options:
+            model.gradient_checkpointing_enable(options)
+        loss = PairAndListLoss(model)
+        loss.draw = lambda available: ([2, 1, 1], [1, 0, 1])
+        sum(loss(COLUMNS, LABELS).values()).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert sum(float(gradient.abs().max()) > 1e-3 for gradient in found[0].values()) > 10
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_it_learns_both_forms_and_what_is_saved_is_stock(folders, tmp_path):
     model = build_reranker(folders("qwen2_5_vl"), device="cpu", peft_config=True)

@@ -327,3 +327,14 @@ def test_bad_options_are_named(folders, options, message):
         ListwiseReranker(build_reranker(folders("qwen2_vl"), device="cpu"), **options)
     with pytest.raises((ValueError, TypeError), match="batch_size=0"):
         ListwiseReranker(build_reranker(folders("qwen2_vl"), device="cpu")).predict_lists([], batch_size=0)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])
+def test_videos_are_candidates_too(folders, family):
+    listwise = ListwiseReranker(build_reranker(folders(family), device="cpu"))
+    videos = [{"video": [picture(colour) for colour in shown]} for shown in (("red", "green"), ("white", "black"))]
+    lists = [("which?", videos), ("which?", videos[::-1]), ("which?", ["a", RED]), (videos[0], ["b", "c"])]
+    together = listwise.predict_lists(lists)
+    for asked, own in zip(lists, together, strict=True):
+        np.testing.assert_allclose(listwise.predict_lists([asked])[0], own, rtol=1e-5)
+    assert np.abs(np.log(together[0] / together[1])).max() > 1e-4, "frames are not seen"

@@ -14,7 +14,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from tiny import FAMILIES, picture, tiny_backbone
 from unime_st.modules import build_reranker, export_reranker, load_reranker
 from unime_st.modules.reranker.pair_encoder import PairEncoder
-from unime_st.rerank_prompts import PAIR_PROMPTS, PairPrompt
+from unime_st.published import PUBLISHED_RERANKERS
+from unime_st.rerank_prompts import LIST_PROMPTS, PAIR_PROMPTS, PairPrompt
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "judge_prompts.json").read_text())
 RED, GREEN, WIDE = picture("red"), picture("green"), picture("white", (60, 20))
@@ -319,3 +320,38 @@ def test_a_score_that_is_nan_is_named_by_the_callers_pair(folders):
     judge[0].forward = broken
     with pytest.raises(ValueError, match=r"row 0 \(\('z', 'last in order'\)\) and 1 more of 2"):
         judge.predict([("z", "last in order"), ("a", "first in order")])
+
+
+PUBLISHED = "TianchengGu/UniME-V2-reranker-Qwen25VL-7B"
+
+
+def test_the_published_reranker_is_asked_and_shown_what_its_scripts_do(folders, tmp_path, monkeypatch):
+    known = PUBLISHED_RERANKERS[PUBLISHED]
+    model = load_reranker(folders("qwen2_5_vl"), published=PUBLISHED, device="cpu")
+    assert known.prompt in PAIR_PROMPTS
+    assert PAIR_PROMPTS[known.prompt] != PAIR_PROMPTS[known.training_prompt]
+    assert known.list_prompt in LIST_PROMPTS
+    plain = build_reranker(folders("qwen2_5_vl"), device="cpu")
+    np.testing.assert_allclose(model.predict(PAIRS[6:7]), plain.predict(PAIRS[6:7]), rtol=0, atol=1e-6)
+    large = [("a", picture("red", (1000, 800)))]
+    tokens = [int((one[0].preprocess(large)["input_ids"] == one[0].model.config.image_token_id).sum())
+              for one in (model, plain)]  # fmt: skip
+    assert tokens[1] < 250 < tokens[0] <= 300
+    export_reranker(model, tmp_path / "exported")
+    again = load_reranker(tmp_path / "exported", device="cpu")
+    assert int((again[0].preprocess(large)["input_ids"] == again[0].model.config.image_token_id).sum()) == tokens[0]
+    monkeypatch.setattr(
+        "unime_st.modules.saved.snapshot_download", lambda name: {PUBLISHED: folders("qwen2_5_vl")}[name]
+    )
+    by_name = load_reranker(PUBLISHED, device="cpu")
+    np.testing.assert_allclose(by_name.predict(PAIRS[6:7]), plain.predict(PAIRS[6:7]), rtol=0, atol=1e-6)
+
+
+def test_copies_of_another_model_and_names_that_are_not_known_are_refused(folders, tmp_path):
+    with pytest.raises(ValueError, match=r"is a qwen2_5_vl, but this folder holds a qwen2_vl"):
+        load_reranker(folders("qwen2_vl"), published=PUBLISHED, device="cpu")
+    with pytest.raises(ValueError, match=rf"no published reranker 'me/mine'. Known are {PUBLISHED}"):
+        load_reranker(folders("qwen2_vl"), published="me/mine", device="cpu")
+    export_reranker(build_reranker(folders("qwen2_5_vl"), device="cpu"), tmp_path / "saved")
+    with pytest.raises(ValueError, match="is a saved reranker, which knows its prompt"):
+        load_reranker(tmp_path / "saved", published=PUBLISHED, device="cpu")

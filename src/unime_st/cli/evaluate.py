@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", help="folder of the metrics and a report (default: print only)")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
     parser.add_argument("--reranker", help="a saved CrossEncoder: metrics are told before and after it reranks")
+    parser.add_argument("--listwise", action="store_true", help="ask the reranker for the best of a query's candidates")
     parser.add_argument("--rerank-depth", type=int, default=10, help="candidates of a query (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="(default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
@@ -29,14 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """Evaluate, and print the metrics."""
     from unime_st.data import check_pairs
-    from unime_st.modules import build_encoder, load_encoder, load_reranker
+    from unime_st.modules import ListwiseReranker, build_encoder, load_encoder, load_reranker
     from unime_st.training import evaluation_report, pairs_evaluator
 
     pairs = read_pairs(given)
     check_pairs(pairs).raise_for_problems()
     options: dict[str, Any] = {"name": Path(given.data).stem, "batch_size": given.batch_size}
     if given.reranker:
-        options["reranker"] = load_reranker(given.reranker, device=given.device)
+        reranker = load_reranker(given.reranker, device=given.device)
+        lists = {"max_candidates": given.rerank_depth}
+        options["reranker"] = ListwiseReranker(reranker, **lists) if given.listwise else reranker
         options["rerank_depth"] = given.rerank_depth
     evaluator = pairs_evaluator(pairs, **options)
     model = (build_encoder if given.backbone else load_encoder)(given.model, device=given.device)

@@ -14,13 +14,13 @@ import numpy as np
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 
 from unime_st.arguments import require_number
-from unime_st.data.judging.scorer import PairScorer
+from unime_st.data.judging.scorer import ListScorer, PairScorer
 from unime_st.distributed import rank
 from unime_st.embedding.cache import EmbeddingCache
 from unime_st.embedding.distinct import BrokenItemError, Section, encode_indexed, open_section
 from unime_st.embedding.prompts import prompt_options
 from unime_st.evaluation.outcomes import TaskOutcomes, told_of_ties, write_outcomes
-from unime_st.evaluation.reranking import Reranking, check_reranker, reranker_name
+from unime_st.evaluation.reranking import Reranking, check_reranker, reranker_name, scoring_model
 from unime_st.evaluation.settings import model_settings, versions, weights_of
 from unime_st.files import write_atomically
 
@@ -42,7 +42,8 @@ class EmbeddingEvaluator(SentenceEvaluator):
             ``<name>_reranked_results_rows.parquet`` too), which hold the settings, see
             :func:`~unime_st.evaluation.read_settings`: their fingerprint is one pass over the weights.
         reranker: Puts each query's best candidates in a new order: a ``CrossEncoder``, of
-            :func:`unime_st.load_reranker` or another. All scores are then told before and after, as ``<metric>`` and
+            :func:`unime_st.load_reranker` or another, or a :class:`~unime_st.ListwiseReranker`, which is asked for all
+            of a query at once, in the encoder's order. All scores are then told before and after, as ``<metric>`` and
             ``reranked_<metric>``, with ``rerank_pairs`` (distinct pairs) and ``rerank_seconds``. The primary metric
             stays the encoder's.
         rerank_depth: Candidates of a query that are reranked, at least 2; those behind them stay where they are.
@@ -58,14 +59,14 @@ class EmbeddingEvaluator(SentenceEvaluator):
         cache_dir: EmbeddingCache | str | Path | None = None,
         show_progress_bar: bool = False,
         write_csv: bool = True,
-        reranker: PairScorer | None = None,
+        reranker: PairScorer | ListScorer | None = None,
         rerank_depth: int = 10,
     ) -> None:
         super().__init__()
         require_number("batch_size", batch_size, least=1)
         require_number("rerank_depth", rerank_depth, least=2)
         if reranker is not None:
-            check_reranker(reranker)
+            check_reranker(reranker, rerank_depth)
         self.name = name
         self.batch_size = batch_size
         self.prompt = prompt
@@ -89,7 +90,7 @@ class EmbeddingEvaluator(SentenceEvaluator):
         told |= prompt_options(model, prompt_name=self.prompt_name) if self.prompt is None else {}
         told |= model_settings(model)
         if self.reranker is not None:
-            told["reranker_weights"] = weights_of(self.reranker)
+            told["reranker_weights"] = weights_of(scoring_model(self.reranker))
         return {**told, "versions": versions()}
 
     def open_reranking(self, prepare: Callable[[Any], Any] | None = None) -> Reranking | None:

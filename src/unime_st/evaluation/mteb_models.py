@@ -199,8 +199,14 @@ def mteb_model_meta(
 def mteb_reranker(reranker: CrossEncoder, name: str) -> CrossEncoderWrapper:
     """A reranker as mteb's own wrapper, filed under its name, that is shown images too if it takes them.
 
-    mteb takes a ``CrossEncoder`` in memory for one of texts, and would leave images out without a word.
+    mteb takes a ``CrossEncoder`` in memory for one of texts, and would leave images out without a word. It asks for
+    scores of pairs, so a listwise reranker is refused.
     """
+    if not isinstance(reranker, CrossEncoder):
+        raise TypeError(
+            f"`reranker` is a {type(reranker).__name__}, but mteb asks for scores of pairs: give a `CrossEncoder`, "
+            "such as the `model` of a listwise reranker."
+        )
     wrapper = CrossEncoderWrapper(reranker)
     modalities = [kind for kind in _MODALITIES if kind in (reranker.modalities or _MODALITIES)]
     wrapper.mteb_model_meta = ModelMeta.create_empty(

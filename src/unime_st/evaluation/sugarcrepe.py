@@ -230,11 +230,14 @@ class SugarCrepeEvaluator(EmbeddingEvaluator):
         start = 0
         for name, cosines in self.scores.items():
             own = places[start : start + len(cosines.positive)]
+            wrong_first = cosines.negative >= cosines.positive  # a list must not tell by its order which is right
+            shown = np.where(wrong_first[:, None], own[:, :0:-1], own[:, 1:])
 
-            def where(row: int, place: int, own: np.ndarray = own) -> str:
-                return self._where(int(own[row, 1 + place]))
+            def where(row: int, place: int, shown: np.ndarray = shown) -> str:
+                return self._where(int(shown[row, place]))
 
-            scores = reranking.scores(cells, own[:, 0], own[:, 1:], where)
+            scores = reranking.scores(cells, own[:, 0], shown, where)
+            scores = np.where(wrong_first[:, None], scores[:, ::-1], scores)
             order = pair_order(scores, np.stack([cosines.positive, cosines.negative], axis=1))
             self.reranked_scores[name] = PreferenceScores(order[:, 0], order[:, 1])
             start += len(own)

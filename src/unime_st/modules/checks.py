@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from unime_st.modules.adapters import adapter_state, renamed
-from unime_st.published import PublishedCheckpoint
+from unime_st.published import PublishedCheckpoint, PublishedReranker
 
 _IMAGE_TOKENS = ("image_token_id", "image_token_index")
 _HEAD = "lm_head."  # at the top or below the language model; an embedder has none
@@ -74,7 +74,7 @@ def check_processor(model: PreTrainedModel, processor: Any, name: str) -> None:
         )
 
 
-def check_family(model: PreTrainedModel, known: PublishedCheckpoint) -> None:
+def check_family(model: PreTrainedModel, known: PublishedCheckpoint | PublishedReranker) -> None:
     """Refuse a model of another architecture than the published one it was said to be."""
     if model.config.model_type != known.family:
         raise ValueError(

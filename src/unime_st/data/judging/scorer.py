@@ -23,8 +23,25 @@ class PairScorer(Protocol):
         """Score pairs."""
 
 
+@runtime_checkable
+class ListScorer(Protocol):
+    """What compares the candidates of a query with each other: a ``ListwiseReranker``."""
+
+    model: Any
+    max_candidates: int
+    replaces: str
+
+    def predict_lists(self, lists: list[Any], *, batch_size: int) -> list[np.ndarray]:
+        """Score lists (query, candidates), ``(n,)`` each."""
+
+
 def scorer_identity(judge: Any, name: str | None) -> str:
     """What tells one judge from another: the name given, or a hash of the model."""
+    if isinstance(judge, ListScorer):
+        raise TypeError(
+            f"`judge` is a {type(judge).__name__}, whose scores compare the candidates of one list with each other; a "
+            "judge must score each pair by itself, in 0..1. Give the reranker that it asks, its `model`."
+        )
     if not isinstance(judge, PairScorer):
         raise TypeError(f"`judge` is a {type(judge).__name__}, but it needs a method `predict`, as a CrossEncoder has.")
     if name is not None:
@@ -54,6 +71,20 @@ def pair_scores(reranker: PairScorer, pairs: list[Any], batch_size: int, told: C
             f"{told(first)}: the reranker's score is {found[first]:g}, as are {len(wrong) - 1} more of {len(found)} "
             "not finite, so they have no order. Load it in float32 or bfloat16 if it overflows in float16."
         )
+    return found
+
+
+def list_scores(
+    reranker: ListScorer, lists: list[Any], batch_size: int, told: Callable[[int], str]
+) -> list[np.ndarray]:
+    """Score lists of candidates, ``(n,)`` each; ``told`` says where a list comes from, for errors."""
+    found = [np.asarray(own, dtype=np.float32) for own in reranker.predict_lists(lists, batch_size=batch_size)]
+    for number, (own, (_, candidates)) in enumerate(zip(found, lists, strict=True)):
+        if own.shape != (len(candidates),) or not np.isfinite(own).all():
+            raise ValueError(
+                f"{told(number)}: {type(reranker).__name__} gave the scores {own.tolist()} for {len(candidates)} "
+                "candidates, but one finite number each is needed."
+            )
     return found
 
 

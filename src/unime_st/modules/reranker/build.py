@@ -16,10 +16,12 @@ from sentence_transformers.cross_encoder.modules.logit_score import LogitScore
 from unime_st.folders import new_folder
 from unime_st.modules.adapters import check_merged, default_lora_config, merged_adapters
 from unime_st.modules.build import add_adapters, bound_pixels, check_adapters
+from unime_st.modules.checks import check_family
 from unime_st.modules.options import check_device, check_dtype, check_sizes, weight_options
 from unime_st.modules.reranker.cross_encoder import MultimodalCrossEncoder
 from unime_st.modules.reranker.pair_encoder import PairEncoder
-from unime_st.modules.saved import folder_of
+from unime_st.modules.saved import folder_of, holds_saved_encoder
+from unime_st.published import PUBLISHED_RERANKERS, PublishedReranker, published_reranker
 from unime_st.rerank_prompts import PAIR_PROMPTS, PairPrompt, pair_template
 
 _PROBES = "unime probe alpha", "unime probe bravo"
@@ -100,6 +102,7 @@ def build_reranker(
 def load_reranker(
     path: str | Path,
     *,
+    published: str | None = None,
     torch_dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
     device: str | None = None,
@@ -107,10 +110,12 @@ def load_reranker(
     model_kwargs: Mapping[str, Any] | None = None,
     processor_kwargs: Mapping[str, Any] | None = None,
 ) -> CrossEncoder:
-    """Load a saved multimodal ``CrossEncoder``, one of :func:`export_reranker` or another, to score fast.
+    """Load a saved multimodal ``CrossEncoder``, one of :func:`export_reranker` or another, or a published reranker.
 
     Args:
-        path: a folder or a Hub name of a sentence-transformers checkpoint.
+        path: a folder or a Hub name of a sentence-transformers checkpoint; or of a reranker of
+            :data:`unime_st.published.PUBLISHED_RERANKERS`, which is a plain transformers repository.
+        published: the Hub name of the published reranker that the folder is a copy of.
         torch_dtype: as in :func:`build_reranker`, as the other arguments.
         attn_implementation: attention of transformers.
         device: where to put the model; None chooses.
@@ -119,20 +124,39 @@ def load_reranker(
         processor_kwargs: more arguments of the processor.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it is no sentence-transformers checkpoint.
-        ValueError: weights are missing, a file is damaged, or the template drops a half or an image of a pair.
+        FileNotFoundError: there is no such folder, or it is no sentence-transformers checkpoint and no published
+            reranker is named.
+        ValueError: weights are missing, a file is damaged, the template drops a half or an image of a pair, or the
+            folder holds another model than ``published``.
     """
     check_device(device)
     check_dtype(torch_dtype)
-    model = MultimodalCrossEncoder.of_folder(
-        folder_of(path),
-        device=device,
-        model_kwargs=weight_options(torch_dtype, attn_implementation, model_kwargs),
-        processor_kwargs=processor_kwargs,
-        allow_remote_images=allow_remote_images,
-    )
+    folder = folder_of(path)
+    options: dict[str, Any] = {"processor_kwargs": processor_kwargs, "allow_remote_images": allow_remote_images}
+    if holds_saved_encoder(folder) and published is not None:
+        raise ValueError(f"{folder} is a saved reranker, which knows its prompt. Leave `published` out.")
+    if not holds_saved_encoder(folder) and (published is not None or str(path) in PUBLISHED_RERANKERS):
+        return _load_published(
+            folder,
+            published_reranker(published or str(path)),
+            torch_dtype=torch_dtype,
+            attn_implementation=attn_implementation,
+            model_kwargs=model_kwargs,
+            device=device,
+            **options,
+        )
+    weights = weight_options(torch_dtype, attn_implementation, model_kwargs)
+    model = MultimodalCrossEncoder.of_folder(folder, device=device, model_kwargs=weights, **options)
     encoder: Any = model[0]
     _check_rendered(encoder)
+    return model
+
+
+def _load_published(folder: Path, known: PublishedReranker, **options: Any) -> CrossEncoder:
+    model = build_reranker(folder, prompt=known.prompt, **options)
+    encoder: Any = model[0]
+    check_family(encoder.model, known)
+    encoder.processor.image_processor.size = dict(zip(("shortest_edge", "longest_edge"), known.pixels, strict=True))
     return model
 
 
