@@ -34,6 +34,15 @@ def test_a_report_of_all_of_mmeb_v2_fits_a_phone(script, encoder, browser, tmp_p
         assert table.locator("tbody tr td:first-child").all_inner_texts() == list(V2_META_TASKS)
         boxes = tab.locator(".scroll").evaluate_all("nodes => nodes.map(node => [node.scrollWidth, node.clientWidth])")
         assert size == "wide" or any(inner > outer for inner, outer in boxes)
+        sizes = """nodes => Promise.all(nodes.map(async node => {
+          node.loading = 'eager';
+          await node.decode();
+          return [node.naturalWidth, node.naturalHeight, node.clientWidth];
+        }))"""
+        pictures = tab.locator(".entry img").evaluate_all(sizes)
+        strips = [shown for wide, high, shown in pictures if wide > 2 * high]
+        assert strips  # frames of a video
+        assert all(0 < shown <= SIZES[size][0] for shown in strips)
         tab.close()
 
 
