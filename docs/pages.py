@@ -131,8 +131,8 @@ def reference() -> dict[str, str]:
 
 
 def formula(source: str, *_: Any, **__: Any) -> str:
-    """A ``math`` block as MathML, which browsers show without a script."""
-    return convert(source, display="block")
+    """A ``math`` block as MathML, which browsers show without a script; one too wide for a phone scrolls in its box."""
+    return f'<div style="overflow-x: auto">{convert(source, display="block")}</div>'
 
 
 class Docstrings(griffe.Extension):

@@ -48,9 +48,15 @@ def contact_sheet(query: str, found: list[dict[str, Any]]) -> str:
         name, data = html.escape(entry["image"]), base64.b64encode(jpeg.getvalue()).decode()
         caption = f"<figcaption>{entry['score']:.3f} {name}</figcaption>"
         figures.append(f'<figure><img src="data:image/jpeg;base64,{data}" alt="{name}">{caption}</figure>')
-    style = "body{font:15px sans-serif}figure{display:inline-block;margin:8px;width:240px;vertical-align:top}"
+    style = (
+        "body{font:15px sans-serif;overflow-wrap:anywhere}"
+        "figure{display:inline-block;margin:8px;width:240px;max-width:calc(100% - 16px);vertical-align:top}"
+    )
     title = html.escape(query)
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
+    viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8">{viewport}<title>{title}</title><style>{style}</style>'
+    )
     return f"{head}<h1>{title}</h1>\n" + "\n".join(figures) + "\n</html>\n"
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tiny import picture
 from unime_st import build_encoder
-from unime_st.data import PdfPages, encode_corpus, load_corpus
+from unime_st.data import PdfPages, encode_corpus, load_corpus, pdf_pages
 from unime_st.data.pdf_pages import PdfPage
 from unime_st.identity.content import content_id
 from unime_st.images import UnreadableImageError
@@ -190,6 +190,63 @@ def test_pages_that_cannot_be_rendered_are_passed_over_and_told(tmp_path):
     assert "decompression bomb" in whole.damaged["a.pdf#page=3"]
     with pytest.raises(UnreadableImageError, match=r"Cannot render page 3 of .*a\.pdf: .*decompression bomb"):
         PdfPage(str(file), 3, 144, None).open()
+
+
+@pytest.mark.parametrize("good", [0, 2])
+def test_a_file_that_lies_about_its_pages_is_given_up(tmp_path, monkeypatch, good, caplog):
+    """A million of them, about the most that pdfium believes in."""
+    file = drawn_pdf(tmp_path / "lies.pdf", [(72, 72)] * max(1, good))
+    file.write_text(file.read_text().replace(f"/Count {max(1, good)} ", "/Count 1000000 "))
+    if not good:
+        file.write_text(file.read_text().replace("/Kids [3 0 R]", "/Kids [9 0 R]"))
+    drawn_pdf(tmp_path / "other.pdf", [(72, 72)] * 3)
+    looked = []
+    plain = pdf_pages._scale
+    monkeypatch.setattr(pdf_pages, "_scale", lambda *given: looked.append(given) or plain(*given))
+    pages = PdfPages(tmp_path)
+    assert [name for name in pages.ids if name.startswith("lies")] == [f"lies.pdf#page={n + 1}" for n in range(good)]
+    assert [name for name in pages.ids if name.startswith("other")] == [f"other.pdf#page={n}" for n in (1, 2, 3)]
+    (place,) = pages.damaged
+    assert place == f"lies.pdf#page={good + 1}"
+    assert "nor can the next 99 pages be read, of 1000000 that the file claims to have" in pages.damaged[place]
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+    assert len(looked) == good + 3
+    monkeypatch.setattr(pdf_pages, "_MOST_FAILED", 3)
+    assert "nor can the next 2 pages" in next(iter(PdfPages(tmp_path).damaged.values()))
+
+
+def test_a_small_file_that_names_one_page_a_million_times_is_passed_over(tmp_path):
+    file = tmp_path / "tree.pdf"
+    objects = ["<< /Type /Catalog /Pages 2 0 R >>"]
+    for depth in range(6):
+        kids = f"{depth + 3} 0 R " * 10
+        objects.append(f"<< /Type /Pages /Count {10 ** (6 - depth)} /Kids [{kids}] >>")
+    objects.append("<< /Type /Page /MediaBox [0 0 72 72] >>")
+    text = "%PDF-1.4\n" + "".join(f"{number} 0 obj\n{one}\nendobj\n" for number, one in enumerate(objects, 1))
+    file.write_text(f"{text}trailer << /Root 1 0 R >>\n")
+    drawn_pdf(tmp_path / "other.pdf", [(72, 72)])
+    pages = PdfPages(tmp_path)
+    assert pages.ids == ["other.pdf#page=1"]
+    assert pages.damaged == {"tree.pdf": f"it claims to have 1000000 pages in {file.stat().st_size} bytes"}
+
+
+def test_a_file_that_claims_more_pages_than_can_be_is_read_as_it_is(tmp_path):
+    file = drawn_pdf(tmp_path / "lies.pdf", [(72, 72)] * 2)
+    file.write_text(file.read_text().replace("/Count 2 ", "/Count 30000000 "))
+    pages = PdfPages(file)
+    assert len(pages) == 2
+    assert not pages.damaged
+
+
+def test_a_file_goes_on_behind_fewer_damaged_pages(tmp_path):
+    file = drawn_pdf(tmp_path / "a.pdf", [(72, 72)] * 200)
+    text = file.read_text()
+    for number in range(50, 149):
+        text = text.replace(f" {number} 0 R", " 0 0 R".rjust(len(f" {number} 0 R")), 1)
+    file.write_text(text)
+    pages = PdfPages(tmp_path)
+    assert len(pages) == 101
+    assert len(pages.damaged) == 99
 
 
 def test_encrypted_files_and_folders_named_like_files(tmp_path):

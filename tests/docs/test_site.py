@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
+from browsing import CHROMIUM, SIZES, assert_no_overflow, opened
+
 ROOT = Path(__file__).parents[2]
 PARTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml", "docs", "examples", "model_cards", "src")
 PUBLIC = ("losses", "samplers", "data", "training", "evaluation", "search", "serve", "modules")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or ""
 
 
 def build(root, target):
@@ -89,6 +90,11 @@ def test_a_browser_asks_no_one_else_and_shows_formulas(site):
         assert above["y"] + above["height"] <= below["y"] + 2  # laid out, not words in a row
         tab.fill("input.md-search__input", "HardNegativeInfoNCELoss")
         tab.wait_for_selector(".md-search-result__item")  # the search works too
+        for name in ("index", "theory", "encode", "evaluate", "benchmarks/results/demo/report"):
+            for size in SIZES:
+                shown = opened(browser, f"{address}{name}.html", size)
+                assert_no_overflow(shown, size)
+                shown.close()
         browser.close()
         server.shutdown()
     assert len(asked) > 20

@@ -15,6 +15,7 @@ from test_mmeb_oracle import TABLE, ExactModel, cosine
 
 from mmeb_v2_data import frames, rows, write_v2
 from tiny import tiny_backbone
+from unime_st import build_encoder
 from unime_st.data.mmeb.named_rows import NamedRow, task_of
 from unime_st.evaluation import MMEBEvaluator
 from unime_st.evaluation.mmeb.tasks import MMEBTask
@@ -316,6 +317,46 @@ def test_missing_and_empty_folders_of_frames(broken):
     metrics, (told,) = broken_task(broken, "QVHighlight")
     assert "QVHighlight, row 1" in told
     assert "no right answer" in told
+
+
+def test_an_empty_folder_of_frames_is_an_error_that_names_task_and_row(broken):
+    stored = broken / "video-tasks/frames/video_ret/MSVD/clip2"
+    shutil.rmtree(stored)
+    stored.mkdir()
+    with pytest.raises(ValueError, match=r"MSVD, row 1: The folder .*clip2' holds no frame"):
+        MMEBEvaluator.v2(broken, ["MSVD"])(SeesPaths())
+    metrics, (told,) = broken_task(broken, "MSVD")
+    assert "MSVD, row 1" in told
+    assert metrics["unreadable_rows"] == 1
+
+
+def test_a_task_whose_frames_were_never_unpacked_is_wrong_in_every_row(broken):
+    shutil.rmtree(broken / "video-tasks/frames/video_cls/HMDB51")
+    metrics, told = broken_task(broken, "HMDB51")
+    assert (metrics["HMDB51_precision@1"], metrics["unreadable_rows"]) == (0, 2)
+    assert all(f"HMDB51, row {row}: There is no folder of frames" in message for row, message in enumerate(told))
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "metric"),
+    [
+        ("UCF101", "video-tasks/frames/video_cls/UCF101/UCF101_1/frame_0.jpg", "precision@1"),
+        ("ViDoRe_infovqa", "visdoc-tasks/images/ViDoRe_infovqa/page-2.png", "ndcg@5"),
+    ],
+)
+def test_a_torn_frame_and_a_torn_page_are_told_by_task_and_row(broken, backbone, task, file, metric):
+    """Through an encoder, which opens them."""
+    model = build_encoder(backbone("qwen2_vl"), device="cpu")
+    (broken / file).write_bytes((broken / file).read_bytes()[:60])
+    with pytest.raises(ValueError, match=rf"{task}, row \d: .*{Path(file).name}"):
+        MMEBEvaluator.v2(broken, [task])(model)
+    evaluator = MMEBEvaluator.v2(broken, [task], on_error="report", name="")
+    metrics = evaluator(model)
+    assert metrics["unreadable_rows"] == 1
+    assert evaluator.results[task].scores[1] == 0
+    assert evaluator.errors[task][0].startswith("row 1: ")
+    assert all(Path(file).name in message for message in evaluator.errors[task])
+    assert 0 <= metrics[f"{task}_{metric}"] <= 1
 
 
 def test_qrels_that_name_no_page_and_queries_without_qrels(broken):

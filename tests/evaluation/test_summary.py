@@ -51,6 +51,25 @@ def test_the_worst_come_first_and_from_each_task(tmp_path):
         add_mmeb(Report("x"), evaluator, {}, published="nobody")
 
 
+def test_mistakes_are_shown_of_every_meta_task(tmp_path):
+    names = [f"task{number:02d}" for number in range(20)]
+    for name in names:
+        write_task(tmp_path, name, [(1, [3, 1])])
+    table = np.eye(8) + 0.01 * np.arange(8)[None]
+
+    def shown(metas):
+        evaluator = MMEBEvaluator(tmp_path, names, meta_tasks=dict(zip(names, metas, strict=True)))
+        evaluator(TableModel(table))
+        asked = []
+        plain = evaluator.top
+        evaluator.top = lambda task, *given, **options: asked.append(task) or plain(task, *given, **options)
+        assert len(worst_mistakes(evaluator)) == len(asked)
+        return [names.index(task) for task in asked]
+
+    assert shown("a" * 10 + "b" * 10) == [0, 10, 1, 11, 2, 12, 3, 13]
+    assert shown("a" * 9 + "bcdefghijkl") == [0, *range(9, 20)]  # twelve
+
+
 def test_the_resolution_decides_the_pixels_and_the_cache(tmp_path):
     class Sizes(TableModel):
         seen = ()

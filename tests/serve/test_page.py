@@ -5,31 +5,24 @@ Screenshots are kept in the folder that UNIME_SCREENSHOTS names, or in the test'
 
 import os
 import re
-import shutil
 import time
 from pathlib import Path
 
 import pytest
 from live import running
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 from serve_data import TOKEN, drawing, file_of
 
+from browsing import NEEDS_CHROMIUM, SIZES, chromium
 from unime_st.serve import create_app
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or ""
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHROMIUM, reason="no Chromium: `apt-get install chromium`, or name it by CHROMIUM"),
-]
-SIZES = {"wide": (1280, 860), "phone": (390, 780)}
+pytestmark = NEEDS_CHROMIUM
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # as root in a container
+    with chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,10 @@ Settings = dict[str, tuple[str, Callable[[str], Any], Any, str]]
 """Option -> setting of a run, its type, its default, what it is."""
 
 
+_PAGES = {"dpi": 144, "max_pixels": 2_000_000}
+"""How pages of PDF files are rendered unless told otherwise, as ``PdfPages`` does."""
+
+
 class UsageError(Exception):
     """Options that do not go together: exit code 2."""
 
@@ -97,10 +101,25 @@ def add_input_options(parser: Any) -> None:
     parser.add_argument("--columns", help="to encode, several parted by commas (default: the target's)")
     parser.add_argument("--id-column", help="tells each row's id (default: its image's path, else its text)")
     add_source_options(parser)
+    parser.add_argument("--pdfs", action="store_true", help="take the pages of a folder's PDF files, each as a row")
+    parser.add_argument(
+        "--dpi", type=int, metavar="N", help=f"dots an inch of a PDF's pages (default: {_PAGES['dpi']})"
+    )
+    parser.add_argument(
+        "--page-pixels", type=int, metavar="N", help=f"most of a PDF's page (default: {_PAGES['max_pixels']})"
+    )
 
 
 def read_inputs(data: str, given: argparse.Namespace) -> Any:
-    """The inputs that the options above tell of."""
-    from unime_st.data import load_inputs
+    """The inputs that the options above tell of: pages of a .pdf file, or of a folder's with ``--pdfs``, or rows."""
+    from unime_st.data import PdfPages, load_inputs
 
-    return load_inputs(data, columns=columns_of(given.columns), id_column=given.id_column, **source_options(given))
+    if not given.pdfs and not data.lower().endswith(".pdf"):
+        if given.dpi or given.page_pixels:
+            raise UsageError("--dpi and --page-pixels are of PDF files: give a .pdf file, or --pdfs with a folder")
+        return load_inputs(data, columns=columns_of(given.columns), id_column=given.id_column, **source_options(given))
+    for name in ("columns", "id_column", "image_root", "split", "separator"):
+        if getattr(given, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} is of tables and images, not of PDF files")
+    asked = {"dpi": given.dpi, "max_pixels": given.page_pixels}
+    return PdfPages(data, **_PAGES | {name: value for name, value in asked.items() if value is not None})

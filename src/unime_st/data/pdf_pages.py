@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _POINTS = 72  # of a PDF to the inch
 _LONGEST_SIDE = 65_535  # pixels; pdfium fails at much longer ones (the standard allows 28,800 at 144 dpi)
+_MOST_FAILED = 100  # pages in a row, before a file is given up
 _ONE_AT_A_TIME = threading.Lock()  # pdfium is not made for threads
 
 
@@ -65,11 +66,11 @@ class PdfPage(PartOfFile):
 class PdfPages(Sequence[tuple[str, dict[str, Any]]]):
     """The pages of PDF files as pairs (id, input), for ``encode_corpus(model, PdfPages(folder), ..., with_ids=True)``.
 
-    A file is opened once to count its pages; those that cannot be read, or
-    would be too large to render, are passed over, with a warning, and listed. A
-    page is rendered when it is encoded, and known by the bytes of its file, so that a run that goes on after a kill
-    renders only what is missing. Its id is the path of its file and its number, ``papers/a.pdf#page=3``, which browsers
-    open at that page.
+    A file is opened once to count its pages; those that cannot be read, or would be too large to render, are passed
+    over, with a warning, and listed. So is the rest of a file of which a hundred pages in a row cannot be read: files
+    may claim a million pages that they do not have. A page is rendered when it is encoded, and known by the bytes of
+    its file, so that a run that goes on after a kill renders only what is missing. Its id is the path of its file and
+    its number, ``papers/a.pdf#page=3``, which browsers open at that page.
 
     Args:
         source: A folder, which is looked through with those below, a PDF file, or a list of files.
@@ -106,18 +107,42 @@ class PdfPages(Sequence[tuple[str, dict[str, Any]]]):
         """The numbers of a file's pages that can be loaded and have a size to render; others are noted."""
         pdfium = _pdfium()
         found = []
+        failed: list[str] = []  # of pages in a row
         with _ONE_AT_A_TIME:
             try:
                 with pdfium.PdfDocument(file) as document:
+                    size = file.stat().st_size
                     for number in range(1, len(document) + 1):
                         try:
                             _scale(document[number - 1], dpi, max_pixels)
-                            found.append(number)
                         except (pdfium.PdfiumError, UnreadableImageError) as error:
-                            self.damaged[f"{name}#page={number}"] = str(error)
+                            failed.append(f"{name}#page={number}")
+                            self.damaged[failed[-1]] = str(error)
+                        else:
+                            found.append(number)
+                            failed = []
+                        if len(found) > size:  # it names a page again and again
+                            self.damaged[name] = f"it claims to have {len(document)} pages in {size} bytes"
+                            return []
+                        if len(failed) == _MOST_FAILED:
+                            self._give_up(failed, len(document))
+                            break
             except (pdfium.PdfiumError, OSError) as error:
                 self.damaged[name] = str(error)
         return found
+
+    def _give_up(self, failed: list[str], claimed: int) -> None:
+        """Note pages that failed in a row, and all behind them, as one."""
+        first, *_ = whys = [self.damaged.pop(page) for page in failed]
+        self.damaged[failed[0]] = (
+            f"{first}; nor can the next {len(whys) - 1} pages be read, of {claimed} that the file claims to have: the "
+            "rest of it is passed over"
+        )
+
+    @property
+    def ids(self) -> list[str]:
+        """The id of each page."""
+        return [name for name, _ in self._pages]
 
     def __len__(self) -> int:
         """Count the pages that can be read."""

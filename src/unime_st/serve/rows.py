@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from starlette.exceptions import HTTPException
 
-from unime_st.images import is_file, is_remote
+from unime_st.images import PartOfFile, UnreadableImageError, is_file, is_remote
 from unime_st.serve.uploads import open_bounded
 
 logger = logging.getLogger(__name__)
@@ -86,9 +86,14 @@ class Rows:
                 raise HTTPException(404, f"The image of row {row} is not there.")
             image = Path(image)
         try:
-            small = open_bounded(image, f"The image of row {row}", self._check_pixels)
+            if isinstance(image, PartOfFile):  # a page, which has its own bound
+                small = image.open()
+            else:
+                small = open_bounded(image, f"The image of row {row}", self._check_pixels)
         except HTTPException as error:
             raise HTTPException(404, error.detail) from error
+        except UnreadableImageError as error:
+            raise HTTPException(404, f"The image of row {row} cannot be shown.") from error
         small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         written = BytesIO()
         small.save(written, "WEBP", quality=88)

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count, repeat
 from typing import Any
 
 import numpy as np
@@ -137,10 +138,15 @@ class Contents:
         column = self.table.column(name)
         with ThreadPoolExecutor() as pool:  # a pool, since reading waits for files
             for start in range(0, len(column), _READ_ROWS):
-                yield from pool.map(self._key, column.slice(start, _READ_ROWS).to_pylist(), chunksize=64)
+                cells = column.slice(start, _READ_ROWS).to_pylist()
+                yield from pool.map(self._key, repeat(name), count(start), cells, chunksize=64)
 
-    def _key(self, cell: Any) -> bytes:
-        return bytes.fromhex(fingerprint(self._located(cell), read_files=self._hash_images))
+    def _key(self, name: str, row: int, cell: Any) -> bytes:
+        try:
+            return bytes.fromhex(fingerprint(self._located(cell), read_files=self._hash_images))
+        except (OSError, ValueError) as error:
+            kind = ValueError if isinstance(error, UnicodeError) else type(error)  # which is made of more than a text
+            raise kind(f"Row {row}, {name!r}: {error}") from error
 
     def _located(self, cell: Any) -> Any:
         """The cell with a readable path of its image; a missing image is content of its own."""

@@ -104,6 +104,8 @@ def _open_folder(folder: Path, split: str | None, captions: bool, open_file: Cal
         if len(tables) == 1:
             return open_file(tables[0])
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+        if any(path.suffix.lower() == ".pdf" for path in folder.rglob("*")):
+            raise ValueError(f"{folder} holds {found}. Its PDF files are read by `PdfPages`, or with `--pdfs`.")
         raise ValueError(f"{folder} holds {found}: no one source of pairs. Give {_READABLE}.")
     if not captions:
         return Source(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,7 +81,7 @@ def add_mmeb(
         report.add_gallery(
             "MMEB: the worst mistakes",
             mistakes,
-            note=f"Those whose right answer ranks lowest, by task. {_AFTER_THEM}",
+            note=f"Those whose right answer ranks lowest, of tasks of each meta-task in turn. {_AFTER_THEM}",
         )
 
 
@@ -105,12 +106,22 @@ def _add_averages(report: Report, evaluator: MMEBEvaluator, own: Mapping[str, fl
         report.add_heat_map("MMEB: averages, drawn", [row[0] for row in averages], list(known), rows)
 
 
-def worst_mistakes(evaluator: MMEBEvaluator, most: int = _MISTAKES) -> list[dict[str, Any]]:
-    """The rows whose right answer ranks lowest, from all tasks in turn, as entries of a gallery."""
-    by_task = {
-        task: iter(np.argsort(-result.rank, kind="stable")[: int((result.rank > 1).sum())].tolist())
-        for task, result in evaluator.results.items()
-    }
+def worst_mistakes(evaluator: MMEBEvaluator, most: int | None = None) -> list[dict[str, Any]]:
+    """The rows whose right answer ranks lowest, as entries of a gallery: from all tasks in turn.
+
+    The first task of each meta-task comes first, then the second of each. None takes eight, or one for each meta-task.
+    """
+    earlier: Counter[str] = Counter()
+    turns = {}
+    for task in evaluator.results:
+        meta = evaluator.meta_tasks.get(task, "")
+        turns[task] = earlier[meta]
+        earlier[meta] += 1
+    most = max(_MISTAKES, len(earlier)) if most is None else most
+    by_task = {}
+    for task in sorted(turns, key=turns.__getitem__):
+        ranks = evaluator.results[task].rank
+        by_task[task] = iter(np.argsort(-ranks, kind="stable")[: int((ranks > 1).sum())].tolist())
     entries: list[dict[str, Any]] = []
     while by_task and len(entries) < most:
         for task, places in list(by_task.items()):
