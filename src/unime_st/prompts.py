@@ -32,6 +32,106 @@ TARGET_INSTRUCTIONS = {
 """A data set of MMEB -> B3's instruction before its targets' texts (arXiv 2505.11293, table 13; sets without one have
 none). The first has a name for training and one for evaluation."""
 
+PAGE_INSTRUCTIONS = (
+    "Find a document image that matches the given query:",
+    "Understand the content of the provided document image.",
+)
+"""Before a query for a document page, and beside the page: those of MMEB-V2's visual documents."""
+
+LLAVA_HOUND_INSTRUCTIONS = {
+    "caption": ("", ""),
+    "video": (
+        "Find a video that contains the following visual content:",
+        "Understand the content of the provided video:",
+    ),
+    "question": ("Answer a question based on the content of a video.", ""),
+}
+"""Task -> what VLM2Vec-V2 says before the query, and beside the target, of LLaVA-Hound's videos (its
+``src/data/dataset/llavahound_dataset_*.py``); in captions the data's own first turn asks."""
+
+VISRAG_INSTRUCTIONS = {
+    "NeurIPS Papers": (
+        (
+            "This query is about a research paper from NeurIPS, a leading AI/ML conference. The document contains"
+            " technical discussions, methodologies, and findings. Identify relevant papers and sections that "
+            "address the query:"
+        ),
+        "A research paper from NeurIPS on AI and ML topics.",
+    ),
+    "Textbooks": (
+        (
+            "This query is related to a college-level textbook, which provides structured explanations, "
+            "definitions, and examples. Find the most relevant concepts or explanations that address the query:"
+        ),
+        "A textbook page with structured educational content and explanations.",
+    ),
+    "ICML Papers": (
+        (
+            "This query is about a research paper from ICML, a leading AI/ML conference. The document contains "
+            "theoretical insights, experiments, and applications. Identify relevant papers and sections that best"
+            " answer the query:"
+        ),
+        "A research paper from ICML, covering machine learning topics.",
+    ),
+    "Manuallib": (
+        (
+            "This query pertains to a product manual, which contains detailed technical specifications, usage "
+            "instructions, and troubleshooting steps. Find the most relevant section that answers the query:"
+        ),
+        "A product manual page with technical specifications and instructions.",
+    ),
+    "ArxivQA": (
+        (
+            "This query is related to retrieving a relevant figure from an ArXiv research paper. The retrieved "
+            "figure should contain scientific plots, mathematical visualizations, or experimental results that "
+            "best address the query:"
+        ),
+        "A figure from a research paper, including plots or experimental results.",
+    ),
+    "ChartQA": (
+        (
+            "This query is related to retrieving a relevant chart that visually represents numerical or "
+            "categorical data. The retrieved chart should contain bar graphs, line charts, or other visual "
+            "elements necessary to analyze trends, compare values, or extract insights related to the query:"
+        ),
+        "A statistical chart comparing values or analyzing trends.",
+    ),
+    "MP-DocVQA": (
+        (
+            "This query is related to retrieving a relevant page from a multi-page document, such as reports, "
+            "invoices, or research papers. The retrieved document should contain text, tables, or structured "
+            "information necessary to answer the query:"
+        ),
+        "A page from a multi-page document with text or tables.",
+    ),
+    "InfoVQA": (
+        (
+            "This query is related to retrieving an infographic that visually presents statistical or factual "
+            "information using charts, icons, and structured layouts. The retrieved image should contain the "
+            "necessary visual elements to provide the best context for answering the query:"
+        ),
+        "An infographic with structured data, charts, and annotations.",
+    ),
+    "PlotQA": (
+        (
+            "This query relates to retrieving a relevant plot or chart that visually represents numerical data. "
+            "The retrieved figure should contain the necessary information to analyze trends, compare values, or "
+            "extract key insights related to the query:"
+        ),
+        "A numerical data visualization, such as bar charts or line graphs.",
+    ),
+    "SlideVQA": (
+        (
+            "This query is related to retrieving a relevant presentation slide that visually presents structured "
+            "information. The retrieved slide should contain the necessary text, charts, or graphics to provide "
+            "the best answer to the query:"
+        ),
+        "A presentation slide with text, bullet points, and diagrams.",
+    ),
+}
+"""Source of a row of VisRAG's training data -> what VLM2Vec-V2 says before its queries, and beside its pages (its
+``src/data/dataset/visrag_dataset.py``)."""
+
 
 _OPENS = "add_generation_prompt"
 _OPENED = f"{{% set {_OPENS} = true %}}\n"  # a line of its own, which transformers renders as nothing

@@ -6,10 +6,9 @@ batch is laid out by any family's rule, without decoding and without holding pix
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from transformers.video_utils import make_batched_metadata
 
 _PIXELS = "pixel"  # what the names of outputs begin with that are as large as the media
 _METADATA = "video_metadata"
+_QUICK = {"do_rescale": False, "do_normalize": False}  # of blank media only the layout is looked at
 _MOST_KEPT = 2**16
 
 
@@ -27,7 +27,7 @@ class Layouts:
     """Answers of a processor's parts for images and videos, by the media's sizes and the part's settings."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Any, dict[str, Any]] = OrderedDict()
+        self._kept: dict[Any, _Answer] = {}
 
     @contextmanager
     def in_place_of_pixels(self, processor: Any) -> Iterator[None]:
@@ -49,22 +49,48 @@ class Layouts:
             metadata = options.pop(_METADATA, None)
             units = [unit for unit in given if not isinstance(unit, list) or unit]  # the media of a row, or one medium
             asked = (settings, repr(options))
-            answers = [self._answer(plain, unit, options, asked) for unit in units]
-            output = BatchFeature({name: _joined(name, [own[name] for own in answers]) for name in answers[0]})
+            output = _joined([self._answer(plain, unit, options, asked) for unit in units])
             if _METADATA in output:
                 output[_METADATA] = make_batched_metadata([video for row in units for video in row], metadata)
             return output
 
         return preprocess
 
-    def _answer(self, plain: Any, unit: Any, options: dict[str, Any], asked: Any) -> dict[str, Any]:
+    def _answer(self, plain: Any, unit: Any, options: dict[str, Any], asked: Any) -> _Answer:
         key = (_sizes(unit), asked)
         if key not in self._kept:
-            answer = plain([_blank(unit)], **options)
-            self._kept[key] = {name: _without_numbers(name, value) for name, value in answer.items()}
-            if len(self._kept) > _MOST_KEPT:
-                self._kept.popitem(last=False)
+            answer = _Answer.of(plain([_blank(unit)], **{**options, **_QUICK}))
+            if len(self._kept) == _MOST_KEPT:
+                del self._kept[next(iter(self._kept))]  # the oldest
+            self._kept[key] = answer
         return self._kept[key]
+
+
+class _Answer(NamedTuple):
+    """Outputs for the media of a row, without tensors: small ones kept among large ones leave holes in memory."""
+
+    shapes: dict[str, tuple[int, ...]]  # of what holds pixels
+    tensors: dict[str, list[Any]]
+    others: dict[str, list[Any]]
+
+    @classmethod
+    def of(cls, output: BatchFeature) -> _Answer:
+        tensors = {name: value for name, value in output.items() if isinstance(value, Tensor)}
+        return cls(
+            {name: tuple(value.shape) for name, value in tensors.items() if name.startswith(_PIXELS)},
+            {name: value.tolist() for name, value in tensors.items() if not name.startswith(_PIXELS)},
+            {name: value for name, value in output.items() if name not in tensors},
+        )
+
+
+def _joined(answers: Sequence[_Answer]) -> BatchFeature:
+    """The output for several rows."""
+    first = answers[0]
+    output = BatchFeature({name: [one for own in answers for one in own.others[name]] for name in first.others})
+    output.update({name: torch.tensor([one for own in answers for one in own.tensors[name]]) for name in first.tensors})
+    for name, shape in first.shapes.items():  # tiles differ in number, but nothing is read of them but the size of one
+        output[name] = torch.zeros(()).expand(sum(own.shapes[name][0] for own in answers), *shape[1:])
+    return output
 
 
 def _sizes(unit: Any) -> Any:
@@ -77,16 +103,3 @@ def _blank(unit: Any) -> Any:
     if isinstance(unit, Image.Image):
         return Image.new("RGB", unit.size)
     return np.zeros(unit.shape, np.uint8) if isinstance(unit, np.ndarray) else list(map(_blank, unit))
-
-
-def _without_numbers(name: str, value: Any) -> Any:
-    return value.new_zeros(()).expand(value.shape) if name.startswith(_PIXELS) and isinstance(value, Tensor) else value
-
-
-def _joined(name: str, values: Sequence[Any]) -> Any:
-    """The outputs for several units as the output for all."""
-    if not isinstance(values[0], Tensor):
-        return [element for value in values for element in value]
-    if name.startswith(_PIXELS):  # tiles differ in number, but nothing is read of them but the size of one
-        return values[0].new_zeros(()).expand(sum(map(len, values)), *values[0].shape[1:])
-    return torch.cat(list(values))

@@ -21,13 +21,13 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from unime_st.arguments import require_number
 from unime_st.files import write_atomically
 from unime_st.identity.content import Content
+from unime_st.identity.features import CONTENT_KEY
 from unime_st.modules.adapters import attach_adapter
 from unime_st.modules.capture_hooks import enable_capture, remove_capture_hooks
 from unime_st.modules.checks import check_adapter, check_loaded, check_processor
 from unime_st.modules.inputs import Message, as_messages, checked_text, named_and_known, says_nothing
-from unime_st.modules.late_media import ORIGIN, LateMedia, Origin, may_wait, without_pixels
+from unime_st.modules.late_media import ORIGIN, LatePreparation, Origin
 from unime_st.modules.layouts import Layouts
-from unime_st.modules.processing import MessageProcessor
 from unime_st.modules.sharded import saved_whole
 from unime_st.modules.speed.image_attention import images_at_once
 from unime_st.modules.speed.prefixes import SharedPrefixes, shares_prefixes
@@ -45,15 +45,13 @@ logger = logging.getLogger(__name__)
 SETTINGS_FILE = "unime_st_config.json"
 """Our own settings beside a checkpoint; stock code ignores the file."""
 
-_CONTENT_KEY = "content_id"
 _IMAGE_KEYS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images", "image_grid_thw")
 _TEXT_ONLY = "text_only"
 _SAVED = frozenset({"vision_cache_bytes", "flat_image_positions", "videos"})
 _THE_CALLERS = _SAVED | {"allow_remote_images", "late_media", "prompt_template", "share_prefixes", "text_only"}
-_LAID_OUT = ("input_ids", "attention_mask", "num_images_per_sample", "num_videos_per_sample")
 
 
-class MultimodalEncoder(MessageProcessor):
+class MultimodalEncoder(LatePreparation):
     """Stock ``Transformer`` for multimodal LLMs, with what stock lacks for training and encoding.
 
     It saves and loads as a stock module; only in memory is it another class. Beyond stock:
@@ -143,34 +141,6 @@ class MultimodalEncoder(MessageProcessor):
 
     relative_positions = True
     """Padding before a row changes nothing, so a mini-batch may leave it out."""
-
-    @property
-    def mini_batches_ahead(self) -> int:
-        """Mini-batches whose media are prepared ahead in a thread."""
-        return self.late_media or 0
-
-    def with_media(self, features: dict[str, Any]) -> dict[str, Any]:
-        """Features of some rows with their media, if :meth:`preprocess` left these; of kept media without pixels."""
-        late = features.get(LATE)
-        if late is None:
-            return features
-        told = read(features, LATE_ROWS)
-        assert told is not None
-        rows = tuple(told.tolist())
-        layout, calls = late.laid_out.get(rows, (None, None))
-        if calls is not None and self.vision_cache.has(calls):
-            return {**layout, ORIGIN: Origin(late, rows, None, calls)}
-        found = self._made_late(late, rows)
-        layout = without_pixels(found) if self.vision_cache.keeps(self.model) else None
-        return {**found, ORIGIN: Origin(late, rows, layout, None)}
-
-    def _made_late(self, late: LateMedia, rows: Sequence[int]) -> dict[str, Any]:
-        contents = [late.contents[row] for row in rows]
-        try:
-            return self._preprocess([content.item for content in contents], rows, contents, **late.options)
-        except (OSError, TypeError, ValueError) as error:
-            error.add_note(told_row(error, [content.item for content in late.contents]))
-            raise
 
     def keeping_features(self) -> AbstractContextManager[None]:
         """Within this context, a training step, features of a frozen vision tower are kept, however many."""
@@ -336,25 +306,10 @@ class MultimodalEncoder(MessageProcessor):
         messages = self._messages(named, rows, allow_blank=allow_blank)
         features = self._features(messages, rows, **asked)
         told = [content or Content(item, named=name) for item, name, content in zip(inputs, named, known, strict=True)]
-        features[_CONTENT_KEY] = torch.tensor([content.id for content in told], dtype=torch.long)
+        features[CONTENT_KEY] = torch.tensor([content.id for content in told], dtype=torch.long)
         if self.share_prefixes and shares_prefixes(self.model):
             features[PREFIX_KEY] = self._prefix_keys(features["input_ids"], [content.media for content in told])
         return features
-
-    def _laid_out(
-        self, inputs: Sequence[Any], rows: Sequence[int], contents: Sequence[Content] | None, asked: dict[str, Any]
-    ) -> dict[str, Any] | None:
-        """Features whose media are left for later, with the tokens that these will have; None where that cannot be."""
-        named, known = named_and_known(inputs, rows, contents)
-        messages = self._messages(named, rows, sizes_alone=True)
-        if not may_wait(messages):
-            return None
-        with self.layouts.in_place_of_pixels(self.processor):
-            found = self._features(messages, rows, **asked)
-        told = [content or Content(item, named=name) for item, name, content in zip(inputs, named, known, strict=True)]
-        features = {name: found[name] for name in _LAID_OUT if name in found}
-        features[_CONTENT_KEY] = torch.tensor([content.id for content in told], dtype=torch.long)
-        return {**features, LATE: LateMedia(told, asked), LATE_ROWS: torch.arange(len(told))}
 
     def _messages(self, named: Sequence[Any], rows: Sequence[int], **options: bool) -> list[list[Message]]:
         opened: dict[Any, Any] = {}
@@ -399,7 +354,7 @@ class MultimodalEncoder(MessageProcessor):
             features.update(made)
         origin: Origin | None = features.pop(ORIGIN, None)
         count = read(features, "num_images_per_sample")
-        dropped = {_CONTENT_KEY, PREFIX_KEY}
+        dropped = {CONTENT_KEY, PREFIX_KEY}
         if count is not None and int(count.sum()) == 0 and not self._shows_video(features):
             dropped.update(_IMAGE_KEYS)
         inputs = {key: value for key, value in with_every_image(features).items() if key not in dropped}

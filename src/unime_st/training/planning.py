@@ -194,7 +194,7 @@ def _of_inputs(model: SentenceTransformer, items: Sequence[Any], config: Any) ->
     """Tokens and patches of some inputs, by what the processor makes of them."""
     tokens = patches = 0
     for item in items:
-        features: Any = model.preprocess([{"text": item} if isinstance(item, str) else item])
+        features: Any = model.preprocess([{"text": item} if isinstance(item, str) else item], late_media=False)
         tokens += int(features["attention_mask"].sum())
         for kind in ("image", "video"):
             grid = features.get(f"{kind}_grid_thw")
