@@ -57,7 +57,7 @@ from unime_st.losses import HardNegativeInfoNCELoss
 from unime_st.samplers import FalseNegativeAwareBatchSampler
 
 STEPS, WEIGHT_DECAY, DRAWS, TUNING_SEEDS = 60, 0.01, 2000, (100, 101)
-TEMPERATURES, LEARNING_RATES = (0.02, 0.05, 0.1, 0.2), (1e-4, 3e-4, 1e-3, 3e-3)
+TEMPERATURES, LEARNING_RATES = (0.02, 0.05, 0.1, 0.2, 0.4), (1e-4, 3e-4, 1e-3, 3e-3)
 BATCHES = {"text": (128, 512, 1024), "image": (256, 512), "crowded": (256,)}
 SEEDS = 10
 SPLITS = ("validation", "test")
