@@ -69,6 +69,20 @@ def small_qwen2_vl(folder: Path, words: Sequence[str] = ()) -> Path:
     return _written(config, processor, folder)
 
 
+def full_tiles_llava_next(folder: Path) -> Path:
+    """Tiny, but for its tiles, which are those of LLaVA-1.6: 336 pixels a side, up to four and the whole image."""
+    tiny_backbone("llava_next", folder)
+    pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    config = AutoConfig.from_pretrained(folder)
+    config.vision_config.image_size, config.image_grid_pinpoints = 336, pinpoints
+    config.text_config.num_hidden_layers = 1  # attention of 2,976 tokens is what takes the time
+    processor = AutoProcessor.from_pretrained(folder)
+    tile = {"height": 336, "width": 336}
+    processor.image_processor.size, processor.image_processor.crop_size = {"shortest_edge": 336}, tile
+    processor.image_processor.image_grid_pinpoints = pinpoints
+    return _written(config, processor, folder)
+
+
 def _written(config: Any, processor: Any, folder: Path) -> Path:
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
