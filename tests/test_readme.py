@@ -13,6 +13,7 @@ import pytest
 
 from tiny import picture
 from tiny_data import tiny_teacher, tiny_world
+from training_sets_data import colpali_rows, conversations, write_hound, write_parquet
 from unime_st import build_encoder, export_encoder
 from unime_st.published import PUBLISHED
 
@@ -43,6 +44,17 @@ def blocks(name):
     return [(text.count("\n", 0, match.start(1)) + 1, match.group(1)) for match in found]
 
 
+def write_videos_and_pages(folder):
+    """The sets that VLM2Vec-V2 trains on beside MMEB's."""
+    (folder / "sft").mkdir()
+    for name in ("video_caption_300k.jsonl", "video_240k_caption_15k.jsonl"):
+        write_hound(folder, conversations(), f"sft/{name}")
+    pages = colpali_rows()
+    write_parquet(pages, folder / "colpali_train_set" / "data" / "train-00000-of-00001.parquet")
+    visrag = {"query": pages["query"], "image": pages["image"], "source": ["ArxivQA"] * len(pages["query"])}
+    write_parquet(visrag, folder / "VisRAG-Ret-Train-In-domain-data" / "a.parquet")
+
+
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch, backbone):
     """A folder with all of the above in it, as the current one."""
@@ -66,6 +78,8 @@ def stand_ins(tmp_path, monkeypatch, backbone):
             shutil.copytree(world / "images", tmp_path / folder / "images")
         for folder, source in (("flickr30k", "captions"), ("sugar-crepe/data", "sugarcrepe"), ("val2017", "images")):
             shutil.copytree(world / source, tmp_path / folder)
+        if "load_llava_hound" in code:
+            write_videos_and_pages(tmp_path)
         monkeypatch.chdir(tmp_path)
 
     return prepare

@@ -1,48 +1,20 @@
 """LLaVA-Hound's videos, ColPali's and VisRAG's pages: files in their layout to rows, strings to the letter."""
 
-import io
 import json
 import logging
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Features, Value
-from datasets import Image as ImageFeature
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
-from tiny import picture
+from training_sets_data import colpali_rows, conversations, page, write_hound, write_parquet
 from unime_st import build_encoder
 from unime_st.data import load_colpali_train, load_llava_hound, load_visrag_train
 from unime_st.identity.rows import row_identities, subset_numbers
 from unime_st.losses import HardNegativeInfoNCELoss, LossMetricsCallback
 from unime_st.samplers import FalseNegativeAwareBatchSampler, WeightedBatchSampler
 from unime_st.videos import VideoSettings
-
-ASKED = "Write a detailed caption of the video.\n<video>"
-
-
-def turns(asks, replies):
-    return [{"from": "human", "value": asks}, {"from": "gpt", "value": replies}]
-
-
-def conversations(count=4):
-    return [
-        {"id": f"v_{n}_0", "video": f"v_{n}", "conversations": turns(ASKED, f"Clip {n} shows a cat.")}
-        for n in range(count)
-    ]
-
-
-def write_hound(folder, rows, name="video_caption_300k.jsonl"):
-    for row in rows:
-        frames = folder / "train_300k" / row["video"]
-        frames.mkdir(parents=True, exist_ok=True)
-        for number in range(5):
-            picture(("red", "green", "white", "pink")[number % 4], (40, 30)).save(frames / f"c{number:02d}.jpeg")
-    lines = [json.dumps(row) for row in rows]
-    text = "\n".join(lines) if name.endswith("l") else f"[{', '.join(lines)}]"
-    (folder / name).write_text(text)
-    return folder / name, folder / "train_300k"
 
 
 @pytest.mark.parametrize("name", ["video_caption_300k.jsonl", "some.json"])
@@ -128,34 +100,6 @@ def test_what_cannot_be_asked_for_of_videos(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="has no row"):
         load_llava_hound(tmp_path / "empty.jsonl", frames, task="caption")
-
-
-def page(number):
-    buffer = io.BytesIO()
-    picture("white", (60 + number, 80)).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def colpali_rows(count=4):
-    return {
-        "image": [{"bytes": page(n), "path": f"images/{n}.png"} for n in range(count)],
-        "image_filename": [f"images/{n}.png" for n in range(count)],
-        "query": [f"What is shown in figure {n}?" for n in range(count)],
-        "answer": [f"A curve of {n}." for n in range(count)],
-        "source": ["arxiv_qa"] * count,
-        "options": [None] * count,
-        "page": [str(n) for n in range(count)],
-        "model": ["gpt4V"] * count,
-        "prompt": ["A long prompt."] * count,
-        "answer_type": ["free"] * count,
-    }
-
-
-def write_parquet(rows, file):
-    """As the Hub has them: the image column is marked as images in the file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    features = Features({name: ImageFeature() if name == "image" else Value("string") for name in rows})
-    Dataset.from_dict(rows, features=features).to_parquet(str(file))
 
 
 @pytest.fixture(autouse=True)

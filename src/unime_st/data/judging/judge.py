@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from unime_st.arguments import require_count, require_number
 from unime_st.columns import LABEL, LABEL_COLUMNS, NO_CANDIDATE, SUBSET, negative_column, training_columns
+from unime_st.data.images import ItemReader, Resolution
 from unime_st.data.judging.choose import check_choice, chosen_negatives
 from unime_st.data.judging.scorer import PairScorer, scorer_identity, scores_of
 from unime_st.data.mining.contents import Contents, refuse_none
@@ -142,7 +143,8 @@ class _Rows:
             )
         self.columns = [self.names.anchor, self.names.positive, *self.names.negatives]
         reader = dataset.format["format_kwargs"].get("transform")
-        self.images = [getattr(reader, "max_pixels", None), getattr(reader, "image_size", None)]
+        shown = reader.resolution if isinstance(reader, ItemReader) else Resolution()
+        self.images = [shown.max_pixels, shown.image_size]
         """The size in which the judge is shown images."""
         stored = dataset.with_format("arrow")
         first: dict[str, int] = {}
