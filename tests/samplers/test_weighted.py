@@ -89,6 +89,16 @@ def test_wrong_weights_are_refused(weights, error, message):
         make(weights)
 
 
+def test_a_weight_too_small_for_one_batch_is_told(caplog):
+    sampler = make((1000, 1000, 1))
+    assert sampler.counts[2] == 0
+    assert "Data set 2 is never trained on: `weights[2]=1`" in caplog.text
+
+
+def test_weights_of_any_size_are_ratios():
+    assert make((1e308, 1e308, 1e308)).counts == make((1, 1, 1)).counts
+
+
 def test_a_set_that_fills_no_global_batch_is_refused():
     with pytest.raises(ValueError, match=r"Data set 2 of 3 does not fill one global batch on 8 process"):
         make((1, 1, 1), world_size=8, drop_last=False)

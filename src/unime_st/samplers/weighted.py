@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.utils.data import BatchSampler, ConcatDataset
 
 from unime_st import distributed
 from unime_st.arguments import require_number
+
+logger = logging.getLogger(__name__)
 
 
 class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):
@@ -80,6 +83,11 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):
             )
         self.counts = _shares(weights, sum(self.available))
         """Global batches of each data set in an epoch."""
+        for number in np.flatnonzero(np.array(self.counts) == 0):
+            logger.warning(
+                "Data set %d is never trained on: `weights[%d]=%s` gives it none of the %d global batches of an epoch.",
+                *(number, number, weights[number], sum(self.counts)),
+            )
 
     @classmethod
     def configured(cls, **options: Any) -> Callable[..., WeightedBatchSampler]:
@@ -122,7 +130,8 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):
 
 def _shares(weights: Sequence[float], total: int) -> list[int]:
     """Whole numbers with this sum, in the ratios of the weights, by the largest remainders."""
-    exact = np.asarray(weights, dtype=float) / sum(weights) * total
+    ratios = np.asarray(weights, dtype=float) / max(weights)
+    exact = ratios / ratios.sum() * total
     shares = np.floor(exact).astype(int)
     shares[np.argsort(shares - exact, kind="stable")[: total - shares.sum()]] += 1
     return shares.tolist()
