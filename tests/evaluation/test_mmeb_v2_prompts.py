@@ -12,9 +12,10 @@ from evaluation_fakes import HashModel
 
 from mmeb_v2_data import drawing, write_v2
 from unime_st import load_encoder
+from unime_st.data.mmeb.named_rows import NamedRow, task_of
 from unime_st.data.mmeb.video_rows import _without_letters
 from unime_st.evaluation import MMEBEvaluator, compare, read_settings
-from unime_st.evaluation.mmeb.tasks import META_TASKS
+from unime_st.evaluation.mmeb.tasks import META_TASKS, MMEBTask
 from unime_st.evaluation.mmeb.v2 import DOCUMENT_TASKS, V2_META_TASKS, v2_tasks
 
 OWN = "qwen3_vl_embedding"
@@ -154,6 +155,22 @@ def test_rows_without_a_column_of_instructions_are_refused(tmp_path):
     del row["qry_inst"]
     with pytest.raises(ValueError, match=r"VOC2007: .* has no column qry_inst"):
         image_rows(tmp_path, "VOC2007", row)
+
+
+def test_one_content_under_two_instructions_and_under_none_is_three_inputs(tmp_path):
+    def read(instruction):
+        return NamedRow({"text": "a"}, {"a": {"text": "a"}, "b": {"text": "b"}}, {"a": 1}, instruction)
+
+    named = task_of("t", ["One.", "Two.", "One."], read)
+    rows = [image_row(told, "a", "", ["a", "b"]) for told in ("One.", "Two.", "One.")]
+    for task in (named, image_rows(tmp_path, "GQA", *rows)):
+        assert [item["text"] for item in task.items].count("a") == 3
+        assert [task.instructions.get(int(query)) for query in task.queries] == ["One.", "Two.", "One."]
+        assert len(set(task.queries.tolist())) == 2
+        evaluator = MMEBEvaluator(None, [MMEBTask("t", lambda task=task, *, on_error: task)], name="")
+        model = HashModel()
+        evaluator(model)
+        assert len(model.encoded) == 4  # with "b"
 
 
 def test_an_option_without_a_letter_stays():
