@@ -2,6 +2,7 @@
 
     python examples/evaluate.py encoder --mmeb MMEB-eval --retrieval flickr30k urban1k --output results
     python examples/evaluate.py encoder --mmeb-v2 MMEB-V2 --num-frames 8 --output results
+    python examples/evaluate.py encoder --mmeb-v2 MMEB-V2 --num-frames 64 --mmeb-v2-prompts qwen3_vl_embedding
     python examples/evaluate.py encoder --sugarcrepe sugar-crepe/data --sugarcrepe-images val2017 --output results
     python examples/evaluate.py encoder --mmeb MMEB-eval --reranker reranker --rerank-depth 10 --output results
 
@@ -36,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--mmeb-images", type=Path, help="its images; `images` in that folder by default")
     parser.add_argument("--mmeb-v2", type=Path, help="folder of MMEB V2's 78 tasks: images, videos, visual documents")
     parser.add_argument("--num-frames", type=int, default=8, help="frames of a video of MMEB V2 (default: %(default)s)")
+    parser.add_argument(
+        "--mmeb-v2-prompts", choices=["vlm2vec", "qwen3_vl_embedding"], default="vlm2vec",
+        help="whose words go with the tasks of MMEB V2 (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--tasks", nargs="+", help="of MMEB or MMEB V2; all that are there by default")
     parser.add_argument("--task-list", type=Path, help="YAML file of MMEB V2's image tasks, in place of --tasks")
     parser.add_argument("--image-size", type=int, help="bring every MMEB image to this side by force, as published")
@@ -97,7 +102,8 @@ def chosen(given: argparse.Namespace) -> list[tuple[Any, Any]]:
             mmeb = MMEBEvaluator(given.mmeb, given.tasks, image_root=given.mmeb_images, on_error="report", **choice)
         evaluators.append((mmeb, show_mmeb))
     if given.mmeb_v2:
-        mmeb = MMEBEvaluator.v2(given.mmeb_v2, given.tasks, num_frames=given.num_frames, on_error="report", **choice)
+        words = {"num_frames": given.num_frames, "task_prompts": given.mmeb_v2_prompts}
+        mmeb = MMEBEvaluator.v2(given.mmeb_v2, given.tasks, on_error="report", **words, **choice)
         evaluators.append((mmeb, show_mmeb))
     evaluators += [
         (ImageTextRetrievalEvaluator.from_folder(path, **options), add_retrieval) for path in given.retrieval

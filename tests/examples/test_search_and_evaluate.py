@@ -14,6 +14,7 @@ from mmeb_v2_data import write_v2
 from tiny import tiny_backbone
 from tiny_data import COLOURS
 from unime_st import build_reranker, export_reranker, load_encoder
+from unime_st.evaluation import read_settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -137,10 +138,12 @@ def test_evaluate_takes_all_of_mmeb_v2_in_one_command(script, encoder, tmp_path,
     output = script("evaluate").main(
         [
             str(encoder), "--mmeb-v2", str(root), "--num-frames", "4", "--max-pixels", "800",
+            "--mmeb-v2-prompts", "qwen3_vl_embedding",
             "--output", str(tmp_path / "results"), "--cache", str(tmp_path / "cache"),
         ]
     )  # fmt: skip
     metrics = json.loads((output / "MMEB-V2_results.json").read_text())
+    assert read_settings(output / "MMEB-V2_results_rows.parquet")["task_prompts"] == "qwen3_vl_embedding"
     assert metrics["MMEB-V2_tasks"] == 78
     assert metrics["MMEB-V2_unreadable_rows"] == 0
     assert f"MMEB-V2_overall_mean: {metrics['MMEB-V2_overall_mean']:.4f}" in capsys.readouterr().out
@@ -152,6 +155,7 @@ def test_evaluate_takes_all_of_mmeb_v2_in_one_command(script, encoder, tmp_path,
         ["–", "<= 800"], ["4", "<= 800"], ["4, clips 8", "<= 800"], ["all stored", "<= 800"], ["–", "<= 800"]
     ]  # fmt: skip
     averages = sections["MMEB: averages"]
+    assert averages["note"].endswith("The tasks have qwen3_vl_embedding's prompts.")
     assert averages["columns"][:3] == ["model", "frames", "pixels"]
     assert averages["columns"][3:] == [
         "Classification", "VQA", "Retrieval", "Grounding", "V-CLS", "V-QA", "V-RET", "V-MRET", "ViDoRe V1", "ViDoRe V2",

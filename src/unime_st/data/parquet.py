@@ -158,8 +158,13 @@ def clean_text(text: str | None, instruction: str | None = None) -> str:
     >>> clean_text("a dog", instruction="<|image_1|> Find an image of: ")
     'Find an image of: a dog'
     """
-    parts = [_PLACEHOLDER.sub("", part or "").strip(" ") for part in (instruction, text)]
+    parts = [without_placeholders(part).strip(" ") for part in (instruction, text)]
     return " ".join(part for part in parts if part).replace(" \n", "\n").strip()
+
+
+def without_placeholders(text: str | None) -> str:
+    """A text without the placeholders of images; "" for None."""
+    return _PLACEHOLDER.sub("", text or "")
 
 
 def cells(texts: Sequence[str], images: Sequence[str]) -> pa.StructArray:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
-from unime_st.data.mmeb.named_rows import Input, NamedRow, Prompts, Record
+from unime_st.data.mmeb.named_rows import Input, NamedRow, Prompts, Record, with_text
 from unime_st.paths import resolve_below
 
 PageName = Callable[[str], str]
@@ -41,7 +41,7 @@ def relevance_of(qrels: Iterable[Record]) -> dict[str, dict[str, float]]:
 def pages_of(corpus_ids: Iterable[str], folder: Path, prompts: Prompts, file_of: PageName) -> dict[str, Input]:
     """The candidates: pages by id, with the path of each one's image, which is not looked for yet."""
     return {
-        name: {"image": str(resolve_below(folder, file_of(name), must_exist=False)), "text": prompts.target}
+        name: with_text({"image": str(resolve_below(folder, file_of(name), must_exist=False))}, prompts.of_target)
         for name in map(str, corpus_ids)
     }
 
@@ -56,4 +56,5 @@ def document_row(
     own = relevance[name]
     if strange := [page for page in own if page not in pages]:
         raise ValueError(f"qrels name the page {strange[0]!r}, which is not in the corpus. Fetch both again.")
-    return NamedRow({"text": f"{prompts.query} {row['query']}"}, {page: pages[page] for page in own}, own)
+    query = {"text": prompts.asking(row["query"])}
+    return NamedRow(query, {page: pages[page] for page in own}, own, prompts.instruction)

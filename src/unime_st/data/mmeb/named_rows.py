@@ -22,14 +22,45 @@ class NamedRow:
     query: Input
     candidates: Mapping[str, Input]  # by name, in order
     relevance: Mapping[str, float]  # of the right ones, by name
+    instruction: str = ""  # what the query's system turn says
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is said before a query, and of a candidate that is a video or a page."""
+    """What is said before a query, and of a candidate that is a video or a page.
+
+    With ``in_system`` it is as Qwen3-VL-Embedding's authors do: the query's goes into its system turn, without
+    "Question:" and with a full stop for its colon, and candidates show themselves alone.
+
+    >>> Prompts("Find it:", in_system=True).instruction, Prompts("Find it:").asking("a cat")
+    ('Find it.', 'Find it: a cat')
+    """
 
     query: str
     target: str = ""
+    in_system: bool = False
+
+    @property
+    def instruction(self) -> str:
+        """What the query's system turn says; "" where it has none."""
+        said = self.query.strip().removesuffix("Question:").rstrip() if self.in_system else ""
+        return f"{said[:-1]}." if said.endswith(":") else said
+
+    def asking(self, text: str | None = None) -> str:
+        """What is said beside the media of a query."""
+        if self.in_system:
+            return text or ""
+        return self.query if text is None else f"{self.query} {text}"
+
+    @property
+    def of_target(self) -> str:
+        """What is said beside a candidate that is a video or a page."""
+        return "" if self.in_system else self.target
+
+
+def with_text(item: Input, text: str) -> Input:
+    """An input beside a text, if there is one."""
+    return {**item, "text": text} if text else item
 
 
 def read_table(folder: str | Path, config: str | None, split: str, columns: Iterable[str], where: str) -> Any:
@@ -91,7 +122,7 @@ def task_of(
                 raise located from error
             broken[number] = str(located)
             continue
-        rows.append((number, builder.place(row.query), row))
+        rows.append((number, builder.place(row.query, row.instruction), row))
     candidates, gains, offsets = [], [], [0]
     for _, _, row in rows:
         for own, item in row.candidates.items():
@@ -112,6 +143,7 @@ def task_of(
         np.array(gains),
         corpus,
         broken,
+        builder.instructions,
     )
 
 
@@ -127,12 +159,16 @@ class _Builder:
 
     def __init__(self) -> None:
         self.items: list[Input] = []
+        self.instructions: dict[int, str] = {}
         self._known: dict[Any, int] = {}
 
-    def place(self, item: Input) -> int:
-        key = tuple((kind, tuple(value) if isinstance(value, list) else value) for kind, value in item.items())
+    def place(self, item: Input, instruction: str = "") -> int:
+        said = tuple((kind, tuple(value) if isinstance(value, list) else value) for kind, value in item.items())
+        key = said, instruction
         if key not in self._known:
             self._known[key] = len(self.items)
+            if instruction:
+                self.instructions[len(self.items)] = instruction
             self.items.append(item)
         return self._known[key]
 

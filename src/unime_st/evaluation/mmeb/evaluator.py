@@ -12,7 +12,7 @@ import numpy as np
 
 from unime_st.arguments import require_instructions, require_number
 from unime_st.data.images import ItemReader
-from unime_st.data.mmeb.eval_rows import EvalTask
+from unime_st.data.mmeb.eval_rows import EvalTask, read_in_turn
 from unime_st.embedding.distinct import OnError
 from unime_st.evaluation.base import EmbeddingEvaluator, check_shown
 from unime_st.evaluation.mmeb.averages import metrics_of
@@ -28,7 +28,7 @@ from unime_st.evaluation.mmeb.results import (
     result_of,
 )
 from unime_st.evaluation.mmeb.tasks import META_TASKS, MMEBTask, Parser, tasks_from_yaml
-from unime_st.evaluation.mmeb.v2 import FRAMES, V2_META_TASKS, v2_tasks
+from unime_st.evaluation.mmeb.v2 import FRAMES, V2_META_TASKS, TaskPrompts, v2_tasks, warn_of_other_prompts
 from unime_st.evaluation.outcomes import TaskOutcomes
 from unime_st.evaluation.reranking import Reranking
 from unime_st.evaluation.scoring import score_candidates
@@ -68,6 +68,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
             ``reranker`` and ``rerank_depth`` of :class:`~unime_st.evaluation.base.EmbeddingEvaluator`.
 
     Attributes:
+        task_prompts: Whose words go with the tasks of MMEB V2; None for other tasks.
         frames: Task -> what is shown of a video, such as "8" or "all stored"; "" without videos.
         results: Task -> :class:`TaskResult`, from the last call.
         reranked_results: The same after reranking; empty without a reranker.
@@ -118,6 +119,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
         self._tasks = as_tasks(root, tasks, image_root, target_instructions)
         _check_tasks(self._tasks)
         self.tasks = [task.name for task in self._tasks]
+        self.task_prompts: TaskPrompts | None = None
         self.frames = {task.name: task.frames for task in self._tasks}
         self.meta_tasks = dict(META_TASKS if meta_tasks is None else meta_tasks)
         self.max_pixels, self.image_size = max_pixels, image_size
@@ -163,6 +165,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
         tasks: Sequence[str] | None = None,
         *,
         num_frames: int | None = FRAMES,
+        task_prompts: TaskPrompts = "vlm2vec",
         name: str = "MMEB-V2",
         **arguments: Any,
     ) -> MMEBEvaluator:
@@ -172,6 +175,8 @@ class MMEBEvaluator(EmbeddingEvaluator):
             root: Folder of the unpacked benchmark, see :func:`~unime_st.evaluation.mmeb.v2.v2_tasks`.
             tasks: Names of tasks; None takes all 78.
             num_frames: Frames of a video: 8 as VLM2Vec, 64 as Qwen3-VL-Embedding.
+            task_prompts: Whose words go with the tasks: "vlm2vec", or "qwen3_vl_embedding" as its authors evaluate
+                (instructions in the queries' system turns); an encoder with that template is warned of the former.
             name: Prefix of the metrics' names.
             **arguments: Arguments of the class.
 
@@ -180,18 +185,24 @@ class MMEBEvaluator(EmbeddingEvaluator):
 
         Raises:
             FileNotFoundError: If ``root`` is no folder.
-            ValueError: If there is no such task, or a number is out of range.
+            ValueError: If there is no such task, there are no such prompts, or a number is out of range.
         """
-        made = v2_tasks(root, tasks, num_frames=num_frames)
+        made = v2_tasks(root, tasks, num_frames=num_frames, task_prompts=task_prompts)
         evaluator = cls(None, made, name=name, **{"meta_tasks": V2_META_TASKS, **arguments})
+        evaluator.task_prompts = task_prompts
         if len({task.modality for task in made}) > 1:
             evaluator.primary_metric = "overall_mean"
         return evaluator
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings that decide the numbers, for the model card."""
-        own: dict[str, Any] = {"tasks": self.tasks, "limit": self.limit, "seed": self.seed if self.limit else None}
-        own |= self.encoding_settings()
+        own: dict[str, Any] = {
+            "tasks": self.tasks,
+            "task_prompts": self.task_prompts,
+            "limit": self.limit,
+            "seed": self.seed if self.limit else None,
+        }
+        own |= {"task_prompts": self.task_prompts, **self.encoding_settings()}
         own["frames"] = {task: shown for task, shown in self.frames.items() if shown} or None
         return {**super().get_config_dict(), **{key: value for key, value in own.items() if value is not None}}
 
@@ -203,6 +214,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
     def measure(self, model: Any) -> dict[str, float]:
         """Evaluate a model; the metrics, without the evaluator's name."""
         self.results, self.reranked_results, self.errors = {}, {}, {}
+        warn_of_other_prompts(model, self.task_prompts)
         reranking = self.open_reranking(self._reader.read_absolute if self.encoding_settings() else None)
         read = self._read()
         items, owner, places = distinct_inputs(read)
@@ -261,7 +273,7 @@ class MMEBEvaluator(EmbeddingEvaluator):
             lambda item: "{}, row {}".format(*owner[item]),
             cache=self.open_cache(model),
             on_error=self.on_error,
-            prepare=self._reader.read_absolute if self.encoding_settings() else None,
+            prepare=read_in_turn(self._reader.read_absolute) if self.encoding_settings() else None,
         )
 
     def _score(  # noqa: PLR0917
@@ -306,7 +318,8 @@ class MMEBEvaluator(EmbeddingEvaluator):
             def where(row: int, place: int) -> str:
                 return f"{task.name}, row {rows[readable[row]]}, candidate {first[row, place]}"
 
-            scores = reranking.scores(own.items, own.queries[at], np.array(items, np.int64).reshape(first.shape), where)
+            shown_as = [own.shown(item) for item in range(len(own.items))] if own.instructions else own.items
+            scores = reranking.scores(shown_as, own.queries[at], np.array(items, np.int64).reshape(first.shape), where)
             reranked = None if found is None else found.reranked(scores)
 
         before, after = (result_of(task, rows, readable, of, there) for of in (found, reranked))
@@ -341,12 +354,12 @@ class MMEBEvaluator(EmbeddingEvaluator):
             query = at[int(result.rows[place])]
             shown, right = (own.own(query) if own.corpus is None else own.corpus), own.right_of(query)
             best = [int(shown[number]) for number in result.top[place][:k] if number >= 0]
-            results = [{**_shown(own.items[item]), "right": item in right} for item in best]
+            results = [{**_shown(own.shown(item)), "right": item in right} for item in best]
             rank = int(result.rank[place]) or None
             if with_right and rank and not set(best) & set(right):
-                item = own.items[int(shown[result.best[place]])]
+                item = own.shown(int(shown[result.best[place]]))
                 results.append({**_shown(item), "right": True, "rank": rank})
-            entries.append({"query": _shown(own.items[own.queries[query]]), "results": results, "rank": rank})
+            entries.append({"query": _shown(own.shown(int(own.queries[query]))), "results": results, "rank": rank})
         return entries
 
     def outcomes(self) -> dict[str, TaskOutcomes]:

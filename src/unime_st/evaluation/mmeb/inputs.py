@@ -77,7 +77,7 @@ def distinct_inputs(
             for item in (int(own.queries[number]), *needed[~seen[needed]].tolist()):
                 if not seen[item]:
                     seen[item] = True
-                    content = own.items[item]
+                    content = own.asked(item)
                     key = name_of(content) or (task, item)
                     if key not in known:
                         known[key] = len(items)

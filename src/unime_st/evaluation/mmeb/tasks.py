@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from unime_st.data.mmeb.eval_rows import EvalTask, read_eval_task
+from unime_st.data.mmeb.eval_rows import EvalTask, InstructedReader, read_eval_task
 from unime_st.data.parquet import check_split
 from unime_st.paths import resolve_below
 
@@ -57,12 +57,18 @@ Parser = Callable[[str, Mapping[str, Any], Path], MMEBTask]
 """Makes a task from its name, its entry in the YAML file and the root folder."""
 
 
-def image_task(name: str, entry: Mapping[str, Any], root: Path, image_root: str | Path | None = None) -> MMEBTask:
+def image_task(
+    name: str,
+    entry: Mapping[str, Any],
+    root: Path,
+    image_root: str | Path | None = None,
+    read_pairs: InstructedReader | None = None,
+) -> MMEBTask:
     """Make a task in MMEB-eval's layout, with or without instructions in columns of their own.
 
     The ``entry`` may have ``dataset_name``, ``dataset_split``, ``target_instruction`` (before the candidates' texts,
     where the rows have none for them) and, below ``root``, ``image_root``, in whose place the argument may be any
-    folder.
+    folder. ``read_pairs`` is that of :func:`~unime_st.data.mmeb.eval_rows.read_eval_task`.
     """
     images = image_root
     if images is None and entry.get("image_root") is not None:
@@ -79,6 +85,7 @@ def image_task(name: str, entry: Mapping[str, Any], root: Path, image_root: str 
             image_root=images,
             target_instruction=entry.get("target_instruction"),
             on_error=on_error,
+            read_pairs=read_pairs,
         )
 
     return MMEBTask(name, load)

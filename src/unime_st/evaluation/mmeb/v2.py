@@ -7,27 +7,38 @@ archives make, QwenLM/Qwen3-VL-Embedding (``scripts/evaluation/mmeb_v2``).
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from sentence_transformers import SentenceTransformer
 
 from unime_st.arguments import require_number
 from unime_st.data.mmeb import document_rows, video_rows
-from unime_st.data.mmeb.eval_rows import EvalTask
-from unime_st.data.mmeb.named_rows import Prompts, read_table, task_of
+from unime_st.data.mmeb.eval_rows import EvalTask, instructed_pairs
+from unime_st.data.mmeb.named_rows import NamedRow, Prompts, read_table, task_of
 from unime_st.data.mmeb.video_rows import CLIP_FRAMES, Frames, VideoParser
+from unime_st.distributed import rank
 from unime_st.evaluation.mmeb.tasks import META_TASKS, Metric, MMEBTask, image_task
+
+logger = logging.getLogger(__name__)
 
 ANNOTATION = "annotation"
 """Folder, below the root, of the data sets that hold the rows: ``annotation/<owner>/<name>``, as on the Hub."""
 
 IMAGE_ROWS = "ziyjiang/MMEB_Test_Instruct"
+_ITS_DEFAULT = "Represent the user"  # as Qwen3-VL-Embedding's default instruction begins
 FRAMES = 8
 """Frames of a video in VLM2Vec's evaluation; that of Qwen3-VL-Embedding takes 64."""
+
+TaskPrompts = Literal["vlm2vec", "qwen3_vl_embedding"]
+"""Whose words go with the tasks: VLM2Vec's stand before queries and beside candidates, Qwen3-VL-Embedding's in the
+queries' system turns alone."""
 
 OnError = Literal["raise", "report"]
 
@@ -76,6 +87,7 @@ _DESCRIBED = "Find the clip that corresponds to the described scene in the given
 PAGE_PROMPTS = Prompts(
     "Find a document image that matches the given query:", "Understand the content of the provided document image."
 )
+_TEXT_TO_IMAGE = frozenset(("VisDial", "MSCOCO_t2i", "VisualNews_t2i", "WebQA", "EDIS", "Wiki-SS-NQ"))
 _MVBENCH = (
     "episodic_reasoning action_sequence action_prediction action_antonym fine_grained_action unexpected_action "
     "object_existence object_interaction object_shuffle moving_direction action_localization scene_transition "
@@ -187,7 +199,11 @@ V2_META_TASKS: dict[str, str] = {
 
 
 def v2_tasks(
-    root: str | Path, names: Sequence[str] | None = None, *, num_frames: int | None = FRAMES
+    root: str | Path,
+    names: Sequence[str] | None = None,
+    *,
+    num_frames: int | None = FRAMES,
+    task_prompts: TaskPrompts = "vlm2vec",
 ) -> list[MMEBTask]:
     """The tasks of MMEB V2 below a folder; nothing is read yet.
 
@@ -198,10 +214,12 @@ def v2_tasks(
         names: Names of tasks; None takes all 78.
         num_frames: Frames of a video, evenly sampled from the stored ones (64 at most); None shows all. Clips show
             at most 8, and MomentSeeker all that are stored, as published.
+        task_prompts: Whose words go with the tasks: "vlm2vec", or "qwen3_vl_embedding" as its authors evaluate, with
+            each query's instruction in the system turn.
 
     Raises:
         FileNotFoundError: ``root`` is no folder.
-        ValueError: There is no such task, or ``num_frames`` is out of range.
+        ValueError: There is no such task, ``num_frames`` is out of range, or ``task_prompts`` are none of these.
 
     Example:
         >>> [task.name for task in v2_tasks(".", ["K700", "ViDoSeek-page"])]
@@ -211,29 +229,51 @@ def v2_tasks(
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder. Give the one that holds video-tasks and {ANNOTATION}.")
     require_number("num_frames", num_frames, least=1, optional=True)
-    makers: dict[str, Callable[[], MMEBTask]] = {name: partial(_image_task, folder, name) for name in META_TASKS}
-    makers |= {task.name: partial(_video_task, folder, task, num_frames) for task in VIDEO_TASKS}
-    makers |= {task.name: partial(_document_task, folder, task) for task in DOCUMENT_TASKS}
+    if task_prompts not in get_args(TaskPrompts):
+        raise ValueError(f"`task_prompts={task_prompts!r}`; choose {' or '.join(map(repr, get_args(TaskPrompts)))}.")
+    in_system = task_prompts == "qwen3_vl_embedding"
+    makers: dict[str, Callable[[], MMEBTask]] = {
+        name: partial(_image_task, folder, name, in_system) for name in META_TASKS
+    }
+    makers |= {task.name: partial(_video_task, folder, task, num_frames, in_system) for task in VIDEO_TASKS}
+    makers |= {task.name: partial(_document_task, folder, task, in_system) for task in DOCUMENT_TASKS}
     wanted = list(makers) if names is None else list(names)
     if unknown := [name for name in wanted if name not in makers]:
         raise ValueError(f"MMEB V2 has no task {', '.join(unknown)}. There are {', '.join(makers)}.")
     return [makers[name]() for name in wanted]
 
 
-def _image_task(folder: Path, name: str) -> MMEBTask:
+def warn_of_other_prompts(model: Any, task_prompts: TaskPrompts | None) -> None:
+    """Tell that an encoder with Qwen3-VL-Embedding's template is given VLM2Vec's prompts."""
+    encoder: Any = model[0] if isinstance(model, SentenceTransformer) else None
+    template = getattr(getattr(encoder, "processor", None), "chat_template", None)
+    if task_prompts == "vlm2vec" and isinstance(template, str) and _ITS_DEFAULT in template and rank() == 0:
+        logger.warning(
+            "The encoder reads instructions in the system turn, as Qwen3-VL-Embedding does, but MMEB V2's tasks have "
+            "VLM2Vec's prompts in the user's. Its authors evaluate with `MMEBEvaluator.v2(..., "
+            'task_prompts="qwen3_vl_embedding", num_frames=64)`.'
+        )
+
+
+def _image_task(folder: Path, name: str, in_system: bool) -> MMEBTask:
     images = _first(folder / "image-tasks", ("MMEB", "."))
-    return image_task(name, {}, folder / ANNOTATION / IMAGE_ROWS, images)
+    read_pairs = partial(instructed_pairs, strips_captions=name in _TEXT_TO_IMAGE) if in_system else None
+    return image_task(name, {}, folder / ANNOTATION / IMAGE_ROWS, images, read_pairs)
 
 
-def _video_task(folder: Path, task: VideoTask, num_frames: int | None) -> MMEBTask:
+def _video_task(folder: Path, task: VideoTask, num_frames: int | None, in_system: bool) -> MMEBTask:
     def load(*, on_error: OnError) -> EvalTask:
         records = islice(_records(folder, task), task.most_rows)
         number = None if task.sampling == "stored" else num_frames
         frames = Frames(_first(folder / "video-tasks" / "frames", task.frames), number)
-        prompts = Prompts(task.query, task.target)
+        prompts = Prompts(task.query, task.target, in_system)
+
+        def read(row: Any) -> NamedRow:
+            own = task.parser(row, prompts, frames)
+            return replace(own, instruction=own.instruction or prompts.instruction)
+
         pool = None if task.labels is None else {label: {"text": label} for label in _labels(task.labels)}
-        return task_of(task.name, records, lambda row: task.parser(row, prompts, frames), pool=pool,
-                       shared=task.pool == "global", on_error=on_error)  # fmt: skip
+        return task_of(task.name, records, read, pool=pool, shared=task.pool == "global", on_error=on_error)
 
     shown = "all" if num_frames is None else str(num_frames)
     told = {"video": shown, "clips": f"{shown}, clips {CLIP_FRAMES}", "stored": "all stored"}[task.sampling]
@@ -248,18 +288,20 @@ def _records(folder: Path, task: VideoTask) -> Any:
         yield from ({**row, "subset": config} for row in table) if len(configs) > 1 else table
 
 
-def _document_task(folder: Path, task: DocumentTask) -> MMEBTask:
+def _document_task(folder: Path, task: DocumentTask, in_system: bool) -> MMEBTask:
+    prompts = replace(PAGE_PROMPTS, in_system=in_system)
+
     def load(*, on_error: OnError) -> EvalTask:
         def table(config: str, columns: str) -> Any:
             return read_table(folder / ANNOTATION / task.rows, config, task.split, columns.split(), task.name)
 
         images = _first(folder / "visdoc-tasks", task.pages)
         ids = table("corpus", "corpus-id")["corpus-id"]
-        pages = document_rows.pages_of(ids, images, PAGE_PROMPTS, task.file_of)
+        pages = document_rows.pages_of(ids, images, prompts, task.file_of)
         relevance = document_rows.relevance_of(table("qrels", "query-id corpus-id score"))
 
         def read(row: Any) -> Any:
-            return document_rows.document_row(row, PAGE_PROMPTS, pages, relevance)
+            return document_rows.document_row(row, prompts, pages, relevance)
 
         records = table("queries", "query-id query")
         return task_of(task.name, records, read, pool=pages, shared=True, on_error=on_error)

@@ -14,7 +14,7 @@ _MEANS = {"image": "image_mean", "video": "video_mean", "visdoc": "visdoc_mean",
 _NOTE = (
     "Means over tasks: of each group, of images, videos and documents, and overall. Numbers compare only at equal "
     "frames and pixels; where a paper does not tell its frames, there is a dash. Published rows are shown when all 78 "
-    "tasks were evaluated whole."
+    "tasks were evaluated whole; those of Qwen3-VL-Embedding are with its own prompts, in the system turn."
 )
 
 
@@ -33,7 +33,8 @@ def add_v2_averages(report: Report, evaluator: MMEBEvaluator, own: Mapping[str, 
             [row["model"], row["frames"] or "–", "–", *(row.get(name) for name in names)]
             for row in published_results("mmeb_v2")
         ]
-    report.add_table("MMEB: averages", ["model", "frames", "pixels", *names], rows, digits=1, note=_NOTE)
+    note = _NOTE if evaluator.task_prompts is None else f"{_NOTE} The tasks have {evaluator.task_prompts}'s prompts."
+    report.add_table("MMEB: averages", ["model", "frames", "pixels", *names], rows, digits=1, note=note)
     if len(rows) > 1:
         cells = [[cell if isinstance(cell, float) else None for cell in row[3:]] for row in rows]
         report.add_heat_map("MMEB: averages, drawn", [row[0] for row in rows], list(names), cells)
