@@ -71,6 +71,7 @@ def load_llava_hound(
         >>> import tempfile
         >>> root = Path(tempfile.mkdtemp())
         >>> (root / "frames" / "v_1").mkdir(parents=True)
+        >>> (root / "frames" / "v_1" / "0.jpg").touch()
         >>> turns = [{"from": "human", "value": "<video>\nWho sings?"}, {"from": "gpt", "value": "A bird."}]
         >>> _ = (root / "qa.jsonl").write_text(json.dumps({"id": "1", "video": "v_1", "conversations": turns}))
         >>> rows = load_llava_hound(root / "qa.jsonl", root / "frames", task="question")
