@@ -65,6 +65,18 @@ def test_videos_that_are_missing(tmp_path, caplog):
     assert "'v_none'" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["v_empty", "v_1/c00.jpeg", ".", "v\0", "v" * 300])
+def test_what_holds_no_frames_is_missing_too(tmp_path, name):
+    rows = conversations(2)
+    file, frames = write_hound(tmp_path, rows)
+    (frames / "v_empty").mkdir()
+    (frames / "v_empty" / "notes.txt").touch()
+    file.write_text("\n".join(json.dumps(row) for row in (rows[0], {**rows[1], "video": name})))
+    with pytest.raises(FileNotFoundError, match=r"300k\.jsonl, line 2: there is no folder .* that holds frames"):
+        load_llava_hound(file, frames, task="caption")
+    assert len(load_llava_hound(file, frames, task="caption", missing_videos="drop")) == 1
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -78,6 +90,15 @@ def test_videos_that_are_missing(tmp_path, caplog):
             r"line 2: .* leaves the video folder",
         ),
         ('{"video": ', "line 2: damaged or no JSON"),
+        ("[" * 100_000, "line 2: damaged or no JSON"),
+        (
+            '{"video": "v_0", "conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]}',
+            r"line 2: the first two turns are from \['gpt', 'human'\]",
+        ),
+        (
+            '{"video": "v_0", "conversations": [{"value": "a"}, {"value": "b \\ud800"}]}',
+            "line 2: a turn is not valid UTF-8",
+        ),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
@@ -87,6 +108,15 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_llava_hound(file, frames, task="caption")
     assert str(file) in str(caught.value)
+
+
+def test_a_question_that_is_empty_is_named(tmp_path):
+    rows = conversations(1)
+    rows[0]["conversations"][0]["value"] = "<video>\n"
+    file, frames = write_hound(tmp_path, rows)
+    with pytest.raises(ValueError, match=r"line 1: the first turn, the question, is empty"):
+        load_llava_hound(file, frames, task="question")
+    assert load_llava_hound(file, frames, task="caption")[0]["anchor"].keys() == {"video"}
 
 
 def test_what_cannot_be_asked_for_of_videos(tmp_path):
@@ -172,11 +202,31 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match=r"bad\.parquet is damaged or no parquet file"):
         load_visrag_train(tmp_path / "bad.parquet")
-    pq.write_table(pa.table({"query": ["a"], "image": [None]}), tmp_path / "lacks.parquet")
+    stored = pa.array([{"bytes": b"", "path": ""}])
+    pq.write_table(pa.table({"query": ["a"], "image": stored}), tmp_path / "lacks.parquet")
     with pytest.raises(ValueError, match=r"lacks\.parquet has no column source; it has query, image"):
         load_visrag_train(tmp_path / "lacks.parquet")
+    for column, cells, kind in (("query", [7], "int64"), ("answer", [["a"]], "list<"), ("image", ["a.png"], "string")):
+        columns = {"query": ["a"], "image": stored, "answer": ["b"], column: cells}
+        pq.write_table(pa.table(columns), tmp_path / "kinds.parquet")
+        with pytest.raises(ValueError, match=rf"kinds\.parquet: column {column} holds {kind}.* are expected"):
+            load_colpali_train(tmp_path / "kinds.parquet", task="answer")
     with pytest.raises(ValueError, match="`task='pages'`"):
         load_colpali_train(tmp_path, task="pages")
+
+
+def test_of_several_files_the_damaged_one_is_named_and_an_empty_one_left_out(tmp_path):
+    write_parquet(colpali_rows(), tmp_path / "0.parquet")
+    pq.write_table(pq.read_table(tmp_path / "0.parquet")[:0], tmp_path / "1.parquet")
+    assert len(load_colpali_train(tmp_path)) == 4
+    with pytest.raises(ValueError, match="have no row"):
+        load_colpali_train(tmp_path / "1.parquet")
+    broken = bytearray((tmp_path / "0.parquet").read_bytes())
+    start = broken.index(b"\x89PNG")
+    broken[start - 30 : start + 300] = bytes(330)
+    (tmp_path / "2.parquet").write_bytes(broken)
+    with pytest.raises(ValueError, match=r"2\.parquet is damaged"):
+        load_colpali_train(tmp_path)
 
 
 @pytest.mark.parametrize("late", [False, True])

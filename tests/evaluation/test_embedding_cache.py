@@ -18,6 +18,7 @@ from unime_st.embedding import cache as cache_module
 from unime_st.embedding.cache import CacheSection
 from unime_st.embedding.distinct import encode_indexed
 from unime_st.embedding.sections import remove_section
+from unime_st.embedding.shards import key_array, packed
 from unime_st.evaluation import BrokenItemError, EmbeddingCache, encode_distinct, model_fingerprint
 from unime_st.files import checksum
 
@@ -106,6 +107,11 @@ def test_a_cache_refuses_what_would_poison_it(tmp_path):
         section.add(["00"], np.array([[np.nan]]))
     with pytest.raises(ValueError, match="1 embeddings for 2"):
         section.add(["00", "01"], np.ones((1, 2)))
+    with pytest.raises(ValueError, match="differ in length"):
+        section.add(["00ff11", "aa"], np.ones((2, 2)))
+    for shape in ((1,), (1, 0), (1, 2, 2)):
+        with pytest.raises(ValueError, match="must be"):
+            section.add(["00"], np.ones(shape))
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -307,6 +313,20 @@ def test_a_section_whose_shards_are_merged_or_deleted_meanwhile_serves_what_is_l
     assert "0" * 32 not in section
     section.add(keys_of(1), rows[:1])
     np.testing.assert_array_equal(section.get(keys_of(1))[0], rows[0])
+
+
+def test_a_section_that_was_opened_amid_a_merge_serves_what_was_merged(tmp_path):
+    cache = EmbeddingCache(tmp_path)
+    section = cache.section(HashModel())
+    rows = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    for number, row in enumerate(rows):
+        section.add(keys_of(3)[number : number + 1], row[None])
+    small = list(section.folder.glob("*.safetensors"))
+    (section.folder / f"{'f' * 32}.safetensors").write_bytes(packed(key_array(keys_of(3)), rows))
+    opened = cache.section(HashModel())
+    for file in small:
+        file.unlink()
+    np.testing.assert_array_equal(np.stack(opened.get(keys_of(3))), rows)
 
 
 def test_shards_of_an_earlier_version_are_served(tmp_path):

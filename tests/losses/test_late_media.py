@@ -6,6 +6,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -265,6 +266,17 @@ def test_videos_too(family, frozen, backbone, tmp_path, decoded):
     (late,) = prepared(model, both[:1], 0)
     assert not decoded
     torch.testing.assert_close(late["input_ids"], prepared(model, both[:1], None)[0]["input_ids"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_videos_in_every_form(family, backbone, files, tmp_path):
+    model = encoder(backbone(family), frozen=True).float()
+    folder = frames(tmp_path / "clip", 0, 4, (60, 40))
+    array = np.random.default_rng(0).integers(0, 255, (4, 40, 60, 3), dtype=np.uint8)
+    forms = [folder, array, torch.from_numpy(array).movedim(3, 1), [files[0], files[5]], [folder, array]]
+    both = [{"video": form, "text": "which?"} for form in forms], list(COLOURS[:5])
+    loss = contrast(model, mini_batch_size=2)
+    assert_same_step(step(model, loss, both, None), step(model, loss, both, 0), least=10)
 
 
 def test_files_of_videos_too(backbone, tmp_path):

@@ -4,8 +4,11 @@ import itertools
 from collections import Counter
 
 import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
-from torch.utils.data import BatchSampler, ConcatDataset
+from sentence_transformers.base.sampler import DefaultBatchSampler
+from torch.utils.data import BatchSampler, ConcatDataset, RandomSampler
 
 from unime_st.samplers import FalseNegativeAwareBatchSampler, WeightedBatchSampler
 
@@ -72,6 +75,41 @@ def test_stock_samplers_of_a_set_will_do():
     batches = list(WeightedBatchSampler(sets, samplers, weights=[1, 1]))
     assert sorted(map(len, batches)) == [1, 2, 2, 2, 2]
     assert {row for batch in batches for row in batch} >= {6, 7, 8}
+
+
+def with_stock(world_size=1, seed=3):
+    """As the Trainer makes them without `batch_sampler`: one generator for the rows of all sets."""
+    sets, generator = [range(11), range(15)], torch.Generator().manual_seed(seed)
+    samplers = [
+        DefaultBatchSampler(RandomSampler(rows, generator=generator), 2, False, generator=generator, seed=seed)
+        for rows in sets
+    ]
+    options = {"weights": [1, 1], "world_size": world_size}
+    return WeightedBatchSampler(ConcatDataset(sets), samplers, generator, seed, **options)
+
+
+def test_stock_samplers_draw_an_epoch_again_as_it_was():
+    never_stopped, resumed, epochs = with_stock(), with_stock(), []
+    for epoch in range(3):
+        never_stopped.set_epoch(epoch)
+        epochs.append(list(never_stopped))
+    resumed.set_epoch(2)
+    assert list(resumed) == epochs[2] != epochs[1]
+
+
+@pytest.mark.parametrize("make", [with_stock, lambda world_size, seed: make((2, 1, 1), world_size, 3, False, seed)])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_each_process_gets_its_batch_of_every_step(world_size, seed, make):
+    sampler = make(world_size=world_size, seed=seed)
+    shards = [BatchSamplerShard(sampler, world_size, rank) for rank in range(world_size)]
+    shares = [list(shard) for shard in shards]
+    assert [len(share) for share in shares] == [len(sampler) // world_size] * world_size == list(map(len, shards))
+    for step in zip(*shares, strict=True):
+        rows = [row for batch in step for row in batch]
+        assert len(set(rows)) == len(rows) == sampler.batch_size * world_size
+        ends = sampler.dataset.cumulative_sizes
+        assert len({next(number for number, end in enumerate(ends) if row < end) for row in rows}) == 1
 
 
 @pytest.mark.parametrize(

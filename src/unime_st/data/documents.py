@@ -21,12 +21,13 @@ from unime_st.data.images import ItemReader
 from unime_st.data.llava_hound import chosen
 from unime_st.data.parquet import Origin, Source
 from unime_st.data.stored_images import Stored
-from unime_st.images import bytes_or_path
+from unime_st.images import ENCODED_KEYS, bytes_or_path
 from unime_st.prompts import PAGE_INSTRUCTIONS, VISRAG_INSTRUCTIONS
 
 logger = logging.getLogger(__name__)
 
 _IMAGE = "image"
+_ROWS_AT_ONCE = 100
 
 
 def load_colpali_train(
@@ -130,22 +131,59 @@ def _read(source: str | Path | Sequence[str | Path], names: Sequence[str]) -> tu
         if not file.is_file():
             raise FileNotFoundError(f"There is no file {str(file)!r}. Fetch the data set's parquet files.")
         try:
-            there = pq.read_schema(file).names
+            schema = pq.read_schema(file)
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{file} is damaged or no parquet file ({error}). Download it again.") from error
-        if missing := [name for name in names if name not in there]:
-            raise ValueError(f"{file} has no column {', '.join(missing)}; it has {', '.join(there)}.")
+        _check_columns(file, schema, names)
+    files = [file for file in files if pq.read_metadata(file).num_rows]  # `datasets` takes no empty ones
+    if not files:
+        raise ValueError(f"The parquet files below {', '.join(map(str, given))} have no row. Give others.")
     name = files[0].parent.name if len(files) > 1 else files[0].name
     try:
         rows = Dataset.from_parquet([str(file) for file in files], columns=list(names))
     except DatasetGenerationError as error:
-        told = ", ".join(file.name for file in files[:3])
-        raise ValueError(f"Of {told}, ... one is damaged ({error.__cause__ or error}). Download it again.") from error
+        raise ValueError(
+            f"{_damaged(files, names)} is damaged ({error.__cause__ or error}). Download it again."
+        ) from error
     return Source(name, tuple(files)), rows.with_format("arrow")[:]
 
 
+def _check_columns(file: Path, schema: pa.Schema, names: Sequence[str]) -> None:
+    """Refuse a file that lacks a column, or has one of another kind, which would be told as a text."""
+    if missing := [name for name in names if name not in schema.names]:
+        raise ValueError(f"{file} has no column {', '.join(missing)}; it has {', '.join(schema.names)}.")
+    for name in names:
+        if len(schema.get_all_field_indices(name)) > 1:
+            raise ValueError(f"{file} has several columns {name}. Rename all but one.")
+        kind = schema.field(name).type
+        fits = _is_stored_image(kind) if name == _IMAGE else _is_text(kind)
+        if not fits:
+            expected = "pages as {bytes, path}" if name == _IMAGE else "texts"
+            raise ValueError(f"{file}: column {name} holds {kind}, but {expected} are expected. Give another file.")
+
+
+def _is_stored_image(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and {field.name for field in kind} == ENCODED_KEYS
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_null(inner)
+
+
+def _damaged(files: Sequence[Path], names: Sequence[str]) -> Path:
+    """Which of some files cannot be read; reads them again, so for errors only."""
+    for file in files:
+        try:
+            for _ in pq.ParquetFile(file).iter_batches(_ROWS_AT_ONCE, columns=list(names)):
+                pass
+        except (pa.ArrowException, OSError):
+            return file
+    return files[0].parent
+
+
 def _texts(column: pa.ChunkedArray) -> list[str]:
-    return [str(text).strip() if text is not None else "" for text in column.to_pylist()]
+    return [(text or "").strip() for text in column.to_pylist()]
 
 
 def _joined(instructions: Sequence[str], column: pa.ChunkedArray) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from datasets import Dataset
 from unime_st.arguments import require_number
 from unime_st.columns import ANCHOR, POSITIVE
 from unime_st.data.images import ItemReader
+from unime_st.images import IMAGE_FILES
 from unime_st.paths import resolve_below
 from unime_st.prompts import LLAVA_HOUND_INSTRUCTIONS
 
@@ -25,6 +27,7 @@ Task = Literal["caption", "video", "question"]
 Turn = dict[str, str | None]
 
 _PLACEHOLDER = "<video>"
+_SPEAKERS = ["human", "gpt"]
 
 
 def load_llava_hound(
@@ -51,8 +54,8 @@ def load_llava_hound(
         frames: Folder of the videos' folders, such as ``train_300k``.
         task: ``"caption"`` asks for the reply, by the video and the first turn; ``"video"`` for the video, by the
             reply; ``"question"`` for the reply, by the video and an instruction before the first turn.
-        missing_videos: What a video without a folder is: an error, or rows that are left out and counted in the log,
-            where only some of the frames were fetched.
+        missing_videos: What a video without a folder, or without a frame in it, is: an error, or rows that are left out
+            and counted in the log, where only some of the frames were fetched.
         max_rows: Rows, at most: the first ones or, with ``shuffle_seed``, some drawn at random.
         shuffle_seed: Draws ``max_rows``.
 
@@ -60,7 +63,7 @@ def load_llava_hound(
         Rows ``anchor`` and ``positive``, each ``{"video", "text"}`` or ``{"text"}``; a video is its folder's path.
 
     Raises:
-        FileNotFoundError: There is no such file or folder, or a video has none; names file and line.
+        FileNotFoundError: There is no such file or folder, or a video has no frames; names file and line.
         ValueError: The file is damaged, a row lacks a part or is empty, or a path leaves the folder; names file and
             line. No row is left.
 
@@ -68,6 +71,7 @@ def load_llava_hound(
         >>> import tempfile
         >>> root = Path(tempfile.mkdtemp())
         >>> (root / "frames" / "v_1").mkdir(parents=True)
+        >>> (root / "frames" / "v_1" / "0.jpg").touch()
         >>> turns = [{"from": "human", "value": "<video>\nWho sings?"}, {"from": "gpt", "value": "A bird."}]
         >>> _ = (root / "qa.jsonl").write_text(json.dumps({"id": "1", "video": "v_1", "conversations": turns}))
         >>> rows = load_llava_hound(root / "qa.jsonl", root / "frames", task="question")
@@ -89,14 +93,14 @@ def load_llava_hound(
     missing: list[str] = []
     known: dict[str, str | None] = {}  # folder of each video, None where there is none
     for where, row in _rows(path):
-        name, asks, replies = _parts(row, where)
+        name, asks, replies = _parts(row, where, task)
         if name not in known:
             known[name] = _folder_of(folder, name, where)
         if known[name] is None:
             if missing_videos == "error":
                 raise FileNotFoundError(
-                    f"{where}: there is no folder {name!r} below {str(folder)!r}. Unpack the frames there, or leave "
-                    "such rows out with `missing_videos='drop'`."
+                    f"{where}: there is no folder {name!r:.200} below {str(folder)!r} that holds frames. "
+                    "Unpack them there, or leave such rows out with `missing_videos='drop'`."
                 )
             missing.append(name)
             continue
@@ -128,7 +132,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix.lower() == ".json":
         try:
             found = json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged or no JSON ({error}). Fetch it again.") from error
         if not isinstance(found, list):
             raise ValueError(f"{path} holds a {type(found).__name__}, not a list of rows. Give another file.")
@@ -142,15 +146,19 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"{path}, line {number}", json.loads(line)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is no UTF-8 text after line {number}. Fetch it again.") from error
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: damaged or no JSON ({error}). Fetch the file again.") from error
 
 
-def _parts(row: Any, where: str) -> tuple[str, str, str]:
+def _parts(row: Any, where: str, task: Task) -> tuple[str, str, str]:
     """A row's video, what its first turn asks without the placeholder, and what the second replies."""
     try:
         name, turns = row["video"], row["conversations"]
+        speakers = [turn.get("from", speaker) for turn, speaker in zip(turns, _SPEAKERS, strict=False)]
         asks, replies = (turn["value"].replace(_PLACEHOLDER, "").strip() for turn in turns[:2])
+        (asks + replies).encode()
+    except UnicodeEncodeError as error:  # as broken JSON has it
+        raise ValueError(f"{where}: a turn is not valid UTF-8 ({error}). Mend the row.") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{where}: a row holds `video`, the name of its folder of frames, and `conversations`, a list of two "
@@ -158,17 +166,30 @@ def _parts(row: Any, where: str) -> tuple[str, str, str]:
         ) from error
     if not isinstance(name, str) or not name:
         raise ValueError(f"{where}: `video` is {name!r}, but it must be the name of a folder. Mend the row.")
+    if speakers != _SPEAKERS:
+        raise ValueError(
+            f"{where}: the first two turns are from {speakers}, but must be from {_SPEAKERS}: one asks, the other "
+            "replies. Mend the row."
+        )
     if not replies:
         raise ValueError(f"{where}: the second turn, the reply, is empty. Remove the row.")
+    if task == "question" and not asks:
+        raise ValueError(f"{where}: the first turn, the question, is empty. Remove the row.")
     return name, asks, replies
 
 
 def _folder_of(root: Path, name: str, where: str) -> str | None:
+    """A video's folder; None where there is none, or no frame in it."""
     try:
         path = resolve_below(root, name, what="video", must_exist=False)
+        with os.scandir(path) as found:
+            return str(path) if any(Path(entry.name).suffix.lower() in IMAGE_FILES for entry in found) else None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return str(path) if os.path.isdir(path) else None  # noqa: PTH112 (Path.is_dir raises for a name too long)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno == errno.ENAMETOOLONG:
+            return None
+        raise
 
 
 def _pair(task: Task, video: str | None, asks: str, replies: str) -> tuple[Turn, Turn]:

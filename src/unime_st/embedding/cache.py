@@ -180,8 +180,8 @@ class CacheSection:
         """Look up embeddings ``(D,)`` by hexadecimal content fingerprints; None where there is none."""
         asked = list(fingerprints)
         found = [self._in_memory.get(fingerprint) for fingerprint in asked]
-        if not self._read(asked, found) and self._look():  # another process has merged shards: they have new names
-            self._read(asked, found)
+        while not self._read(asked, found):  # another process has merged shards: they have new names
+            self._look()
         return found
 
     def _read(self, asked: Sequence[str], found: list[np.ndarray | None]) -> bool:
@@ -201,8 +201,12 @@ class CacheSection:
     def add(self, fingerprints: Sequence[str], embeddings: np.ndarray) -> None:
         """Store finite embeddings ``(N, D)`` of N hexadecimal content fingerprints, all of one length, as one shard."""
         embeddings = np.ascontiguousarray(embeddings, dtype="<f4")
+        if embeddings.ndim != 2 or not embeddings.shape[1]:
+            raise ValueError(f"Embeddings of shape {embeddings.shape}, but they must be (N, D). Not stored.")
         if len(fingerprints) != len(embeddings):
             raise ValueError(f"{len(embeddings)} embeddings for {len(fingerprints)} fingerprints.")
+        if len(set(map(len, fingerprints))) > 1:
+            raise ValueError("The fingerprints differ in length, but all of one call must have one. Not stored.")
         if not np.isfinite(embeddings).all():
             raise ValueError("An embedding holds NaN or infinity: it would be served again and again. Not stored.")
         if len(fingerprints) and (self._full or not self._write(key_array(fingerprints), embeddings)):

@@ -109,7 +109,7 @@ def open_image(value: Any, row: int, *, allow_remote_images: bool = False, sizes
     if isinstance(value, (bytes, bytearray, memoryview)):
         return read(bytes(value), f"the bytes of row {row}")
     if isinstance(value, (np.ndarray, torch.Tensor)):
-        return images.from_array(value, f"Row {row}")
+        return _seen(images.from_array(value, f"Row {row}"), row, sizes_alone=sizes_alone)
     if isinstance(value, str) and is_remote(value):
         if not allow_remote_images:
             raise ValueError(_not_asked_for(row, value, "image"))

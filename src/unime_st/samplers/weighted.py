@@ -27,12 +27,13 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):
     processes get batches of the same set in a step, which the stock multi-dataset samplers do not see to. An epoch has
     as many global batches as the sets have together. A set with too few for its share starts anew, its rows drawn in
     another order, as often as it takes; of one with too many, others are left out in each epoch, as are batches that
-    do not fill a last global batch.
+    do not fill a last global batch: on several processes all batches are full.
 
     Args:
         dataset: The Trainer's concatenation of the data sets.
         batch_samplers: One a data set.
-        generator: Ignored: an epoch's order is drawn from ``seed`` and the epoch, so that resuming repeats it.
+        generator: Of the stock batch samplers' rows; seeded anew in each epoch by ``seed`` and the epoch, by which the
+            order of the sets is drawn too, so that resuming repeats both.
         seed: Of the order.
         weights: A number above 0 for each data set, in the order of ``train_dataset``; only their ratios count.
         world_size: Number of processes that share a global batch; None for the number running.
@@ -74,7 +75,10 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):
             raise ValueError(f"`weights={list(weights)}`, but they must be finite.")
         require_number("world_size", world_size, least=1, optional=True)
         self.world_size = distributed.world_size() if world_size is None else world_size
-        self.available = [len(sampler) // self.world_size for sampler in batch_samplers]  # global batches of each set
+        sizes = np.diff([0, *dataset.cumulative_sizes]).tolist()
+        self.available = [  # global batches of each set
+            self._full(sampler, rows) // self.world_size for sampler, rows in zip(batch_samplers, sizes, strict=True)
+        ]
         if 0 in self.available:
             number = self.available.index(0)
             raise ValueError(
@@ -102,6 +106,8 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):
         """Yield the current epoch's batches, exactly ``len(self)`` of them."""
         order = np.repeat(np.arange(len(self.counts)), self.counts)
         np.random.default_rng([self.seed or 0, self.epoch]).shuffle(order)
+        if self.generator is not None:  # stock batch samplers go on from where it is
+            self.generator.manual_seed((self.seed or 0) + self.epoch)
         coming = [self._global_batches(number) for number in range(len(self.counts))]
         starts = [0, *self.dataset.cumulative_sizes]
         for number in order:
@@ -111,6 +117,10 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):
     def __len__(self) -> int:
         """Return the number of batches, the same in every epoch."""
         return int(sum(self.counts)) * self.world_size
+
+    def _full(self, sampler: BatchSampler, rows: int) -> int:
+        """A sampler's batches that may be part of a global batch, which on several processes are full ones."""
+        return len(sampler) if self.world_size == 1 else min(len(sampler), rows // self.batch_size)
 
     def _global_batches(self, number: int) -> Iterator[list[list[int]]]:
         """A data set's global batches, without end; each pass over it is an epoch of its sampler's."""
@@ -122,6 +132,8 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):
             batches = iter(sampler)
             found = 0
             while len(group := list(itertools.islice(batches, self.world_size))) == self.world_size:
+                if self.world_size > 1 and len(group[-1]) < self.batch_size:
+                    break  # accelerate would leave out this step, and fill the last one with rows of other sets
                 found += 1
                 yield group
             if not found:
