@@ -26,7 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path[1:1] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
+import numpy as np  # noqa: E402
+
 from unime_st.files import write_atomically  # noqa: E402
+
+DRAWS = 2000  # of a bootstrap
 
 
 def parser(
@@ -82,6 +86,24 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
 def percent(value: dict[str, Any]) -> str:
     """A mean over seeds with its deviation."""
     return f"{100 * value['mean']:.1f}" + ("" if value["std"] is None else f" ± {100 * value['std']:.1f}")
+
+
+def difference(ours: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Of two (seeds, queries): mean, deviation over seeds, and the middle 95 % over resampled seeds and queries."""
+    each = ours - reference
+    rng = np.random.default_rng(0)
+    rows = rng.integers(len(each), size=(DRAWS, len(each)))
+    columns = rng.integers(each.shape[1], size=(DRAWS, each.shape[1]))
+    means = np.array([each[row][:, column].mean() for row, column in zip(rows, columns, strict=True)])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"mean": each.mean(), "std": each.mean(1).std(ddof=1), "low": low, "high": high}
+
+
+def compared(found: dict[str, float]) -> str:
+    """A difference in percent with its interval, bold where that leaves out 0."""
+    mean, low, high = (100 * found[key] for key in ("mean", "low", "high"))
+    text = f"{mean:+.1f} ({low:+.1f}, {high:+.1f})"
+    return f"**{text}**" if low > 0 or high < 0 else text
 
 
 def in_process(*command: str) -> Any:

@@ -23,7 +23,7 @@ on. Writes `benchmarks/results/heads.json`, and `heads.md` beside it.
 
 from __future__ import annotations
 
-from basics import RESULTS, keep, kept, machine, over_seeds, parser, percent, table
+from basics import RESULTS, compared, difference, keep, kept, machine, over_seeds, parser, percent, table
 
 # isort: split
 import hashlib
@@ -56,7 +56,7 @@ from unime_st.files import write_atomically
 from unime_st.losses import HardNegativeInfoNCELoss
 from unime_st.samplers import FalseNegativeAwareBatchSampler
 
-STEPS, WEIGHT_DECAY, DRAWS, TUNING_SEEDS = 60, 0.01, 2000, (100, 101)
+STEPS, WEIGHT_DECAY, TUNING_SEEDS = 60, 0.01, (100, 101)
 TEMPERATURES, LEARNING_RATES = (0.02, 0.05, 0.1, 0.2, 0.4), (1e-4, 3e-4, 1e-3, 3e-3)
 BATCHES = {"text": (128, 512, 1024), "image": (256, 512), "crowded": (256,)}
 SEEDS = 10
@@ -245,17 +245,6 @@ def score(heads: Heads, data: Data, kind: str, split: str) -> dict[str, np.ndarr
                 own.append(1 / ranks(*embedded).double().numpy())
         found[name] = np.mean(own, axis=0).round(4)
     return found
-
-
-def difference(ours: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Of two (seeds, queries): mean, deviation over seeds, and the middle 95 % over resampled seeds and queries."""
-    each = ours - reference
-    rng = np.random.default_rng(0)
-    rows = rng.integers(len(each), size=(DRAWS, len(each)))
-    columns = rng.integers(each.shape[1], size=(DRAWS, each.shape[1]))
-    means = np.array([each[row][:, column].mean() for row, column in zip(rows, columns, strict=True)])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"mean": each.mean(), "std": each.mean(1).std(ddof=1), "low": low, "high": high}
 
 
 class Inputs:
@@ -462,7 +451,7 @@ def markdown(results: dict[str, Any]) -> str:
         "# Settings of stage 2's loss on heads over frozen features",
         "",
         f"`python benchmarks/heads.py`: mean reciprocal rank in percent, mean ± standard deviation over {SEEDS} seeds,",
-        "on concepts and terms never trained on; in brackets the difference from the stock loss with the interval of",
+        "on concepts and terms never trained on; then the difference from the stock loss with the interval of",
         "95 % over resampled seeds and queries, bold where it leaves out 0.",
     ]
     for title, found in results["sets"].items():
@@ -475,16 +464,11 @@ def markdown(results: dict[str, Any]) -> str:
         for name, row in rows.items():
             cells.append([name, row["temperature"], row["learning_rate"]])
             for what in asked:
-                cells[-1].append(percent(row["scores"][what]) + ("" if name == "stock" else _compared(row, what)))
+                against = "" if name == "stock" else f"; {compared(row['against_stock'][what])}"
+                cells[-1].append(percent(row["scores"][what]) + against)
             cells[-1] += [f"{100 * row['told'][key]:.0f} %" if key in row["told"] else "–" for key in told]
         lines += table(["loss", "temperature", "learning rate", *asked, *told], cells)
     return "\n".join(lines) + "\n"
-
-
-def _compared(row: dict[str, Any], what: str) -> str:
-    found = {key: 100 * value for key, value in row["against_stock"][what].items()}
-    shown = f"{found['mean']:+.1f}, {found['low']:+.1f} to {found['high']:+.1f}"
-    return f" (**{shown}**)" if found["low"] > 0 or found["high"] < 0 else f" ({shown})"
 
 
 def main() -> None:
