@@ -17,6 +17,7 @@ _OPTIONS: dict[str, list[dict]] = {
     "WEBP": [{}, {"lossless": True}], "PNG": [{}, {"save_all": True, "append_images": "same"}],
 }  # fmt: skip
 _SKIPPED = {"PDF", "PALM"}  # written, never read
+_MODES_OF = {"group4": ("1",), "jpeg": ("RGB", "L", "RGBA", "LA", "CMYK", "YCbCr")}  # older Pillows crash on others
 
 
 def seeds(generator: np.random.Generator) -> dict[str, bytes]:
@@ -27,6 +28,8 @@ def seeds(generator: np.random.Generator) -> dict[str, bytes]:
     for kind in sorted(set(Image.SAVE) - _SKIPPED):
         for mode in _MODES:
             for number, given in enumerate(_OPTIONS.get(kind, [{}])):
+                if mode not in _MODES_OF.get(given.get("compression", ""), _MODES):
+                    continue
                 image = _in_mode(noise, mode)
                 options = {name: [image] if value == "same" else value for name, value in given.items()}
                 buffer = io.BytesIO()

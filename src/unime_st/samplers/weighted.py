@@ -87,11 +87,12 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):
             )
         self.counts = _shares(weights, sum(self.available))
         """Global batches of each data set in an epoch."""
-        for number in np.flatnonzero(np.array(self.counts) == 0):
-            logger.warning(
-                "Data set %d is never trained on: `weights[%d]=%s` gives it none of the %d global batches of an epoch.",
-                *(number, number, weights[number], sum(self.counts)),
-            )
+        for number, weight in enumerate(weights):
+            if not self.counts[number]:
+                logger.warning(
+                    "Data set %d is never trained on: `weights[%d]=%s` gives it none of an epoch's %d global batches.",
+                    *(number, number, weight, sum(self.counts)),
+                )
 
     @classmethod
     def configured(cls, **options: Any) -> Callable[..., WeightedBatchSampler]:
