@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import assert_same_step, features
+from packaging import version
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch.nn.parallel import DistributedDataParallel
 
@@ -83,8 +84,9 @@ def test_nested_dimensions_by_hand(backbone, mode):
 
 
 def wrapped(encoder):
-    """As the Trainer does."""
-    model = DistributedDataParallel(encoder, find_unused_parameters=True)
+    """As the Trainer does, with `ddp_broadcast_buffers=False` where torch needs it (docs/limits.md)."""
+    older = version.parse(torch.__version__) < version.parse("2.12")
+    model = DistributedDataParallel(encoder, find_unused_parameters=True, broadcast_buffers=not older)
     model.get_embedding_dimension = encoder.get_embedding_dimension
     return model
 

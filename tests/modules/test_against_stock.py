@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging import version
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
@@ -40,6 +42,8 @@ def test_mini_batches_whose_rows_have_no_image(pair, family):
     ours, stock = pair(family)
     rows = ["no image here", picture()]
     assert np.isfinite(cached_step(ours, rows))
+    if family == "smolvlm" and version.parse(transformers.__version__) < version.parse("5.20"):
+        return  # there stock's SmolVLM does without an image, too
     with pytest.raises((RuntimeError, ValueError, IndexError, TypeError)):
         cached_step(stock, rows)
 
