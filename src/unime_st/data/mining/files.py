@@ -56,7 +56,7 @@ class MinedFiles:
     def counts(self) -> dict[str, int]:
         """The counts of all files, added up."""
         parts = [json.loads(pq.read_schema(path).metadata[_COUNTS]) for path in self.paths]
-        return {name: sum(part[name] for part in parts) for name in parts[0]}
+        return {name: sum(part.get(name, 0) for part in parts) for name in parts[0]}
 
     def _is_whole(self, path: Path) -> bool:
         try:
