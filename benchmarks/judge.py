@@ -35,6 +35,7 @@ from small_models import small_qwen2_vl
 from unime_st.modules import build_reranker, export_reranker, load_reranker
 from unime_st.modules.speed.prefixes import language_model
 from unime_st.modules.speed.vision_cache import vision_tower
+from unime_st.placement import with_every_image
 from unime_st.rerank_prompts import PAIR_PROMPTS
 
 CANDIDATES = 50
@@ -85,7 +86,7 @@ def products(model: Any, pairs: list[tuple[Any, Any]]) -> dict[str, float]:
     keys, mask = features["prefix_key"], features["attention_mask"].bool()
     rows = [row[own].tolist() for row, own in zip(keys, mask, strict=True)]
     beginnings = {tuple(row[:end]) for row in rows for end in range(1, len(row) + 1)}
-    grids = [int(grid.prod()) for grid in features["image_grid_thw"]]
+    grids = [int(grid.prod()) for grid in with_every_image(features)["image_grid_thw"]]
     media = [medium for pair in contents for content in pair for medium in content.media]
     alone = dict(zip(media, grids, strict=True))
     by_itself = sum(map(len, rows)) * weights["tokens"] + sum(grids) * weights["patches"]

@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         parser.error("nothing to evaluate on: give --mmeb, --mmeb-v2, --retrieval or --sugarcrepe")
     if given.mmeb and given.mmeb_v2 and given.tasks:
         parser.error("--tasks is for one of --mmeb and --mmeb-v2")
+    if given.listwise and not given.reranker:
+        parser.error("--listwise needs --reranker, which it asks")
     if given.sugarcrepe and not given.sugarcrepe_images:
         parser.error("--sugarcrepe needs --sugarcrepe-images, the folder its file names lead to")
 
@@ -90,7 +92,7 @@ def chosen(given: argparse.Namespace) -> list[tuple[Any, Any]]:
     if given.reranker:
         reranker = load_reranker(given.reranker)
         if given.listwise:
-            reranker = ListwiseReranker(reranker, max_candidates=given.rerank_depth)
+            reranker = ListwiseReranker(reranker, max_candidates=max(2, given.rerank_depth))
         options |= {"reranker": reranker, "rerank_depth": given.rerank_depth}
     evaluators: list[tuple[Any, Any]] = []
     choice = {"limit": given.limit, "image_size": given.image_size, "max_pixels": given.max_pixels, **options}

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None, tasks: Sequence[Any] | None = N
     tasks = chosen_tasks(given) if tasks is None else tasks
 
     # 2. Evaluate. What the cache of results has for this name and these weights is not evaluated again.
-    predictions = given.output / "predictions" if given.reranker else None
+    predictions = given.output / "predictions" / str(meta.revision) if given.reranker else None
     options: dict[str, Any] = {
         "encode_kwargs": {"batch_size": given.batch_size},
         "cache": ResultCache(given.output / "mteb"),

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder in MMEB-train's layout")
     parser.add_argument("encoder", help="a saved encoder, which finds the candidates")
-    parser.add_argument("judge", help="a multimodal LLM, or a saved CrossEncoder")
+    parser.add_argument("judge", help="a multimodal LLM, or the folder of a saved CrossEncoder")
     parser.add_argument("--output", type=Path, required=True, help="folder of the result; the pool is beside it")
     parser.add_argument("--images", type=Path, help="folder of the images; that of the data by default")
     parser.add_argument("--subsets", nargs="+", help="of the data; all by default")

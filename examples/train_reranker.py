@@ -18,19 +18,21 @@ from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 
 from unime_st import build_reranker, export_reranker
 from unime_st.checkpoints import CheckpointCallback, last_complete_checkpoint
+from unime_st.columns import training_columns
 from unime_st.data import load_judged_negatives
 from unime_st.losses import PairAndListLoss
 from unime_st.modules import default_lora_config
 
 
-def labelled_pairs(judged: Dataset, num_negatives: int) -> Dataset:
+def labelled_pairs(judged: Dataset) -> Dataset:
     """A row for each pair: query, candidate, and 1.0 for the right one, 0.0 for a negative."""
-    anchor, positive, *negatives = [name for name in judged.column_names if name != "label"]
+    columns = training_columns(judged.column_names)
     stored, transform = judged.with_format(None), judged.format["format_kwargs"].get("transform")
     parts = []
-    for place, name in enumerate([positive, *negatives[:num_negatives]]):
+    for place, name in enumerate([columns.positive, *columns.negatives]):
         there = [row for row, scores in enumerate(stored["label"]) if scores[place] >= 0]  # -1 is none
-        part = stored.select(there).select_columns([anchor, name]).rename_columns({anchor: "query", name: "candidate"})
+        part = stored.select(there).select_columns([columns.anchor, name])
+        part = part.rename_columns({columns.anchor: "query", name: "candidate"})
         parts.append(part.add_column("label", [float(place == 0)] * len(part)))
     pairs = concatenate_datasets(parts)
     return pairs if transform is None else pairs.with_transform(transform)
@@ -84,10 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     given = parser.parse_args(arguments)
 
     # 1. Pairs, right and wrong, or whole rows; images are opened when they are drawn.
-    if given.listwise:
-        rows = load_judged_negatives(given.judged, num_negatives=given.num_negatives)
-    else:
-        rows = labelled_pairs(load_judged_negatives(given.judged), given.num_negatives or 1)
+    number = 1 if given.num_negatives is None and not given.listwise else given.num_negatives
+    rows = load_judged_negatives(given.judged, num_negatives=number)
+    if not given.listwise:
+        rows = labelled_pairs(rows)
 
     # 2. The reranker, with LoRA on its language model.
     model = build_reranker(

@@ -355,6 +355,15 @@ def with_generation_prompt(template: str) -> str:
     return _OPENED + template
 
 
+def is_encoders(template: str) -> bool:
+    """Whether a template is one of an encoder's here, which gathers the media and ends in an instruction of its own.
+
+    >>> is_encoders(chat_template("qwen2_vl")), is_encoders("{{ messages[0]['content'] }}")
+    (True, False)
+    """
+    return template.startswith(_READ.partition("\n")[0])
+
+
 def lacks_generation_prompt(template: str) -> bool:
     """Whether a template opens the model's turn only when asked to, which nobody does.
 

@@ -8,9 +8,10 @@ from datasets import Dataset, Image
 from pictures import TRAIN, draw
 
 from tiny import tiny_backbone
-from unime_st import load_encoder
+from unime_st import build_reranker, export_reranker, load_encoder, load_reranker
 from unime_st.cli import main
-from unime_st.data import check_pairs, load_mined_negatives, load_pairs, mine_hard_negatives
+from unime_st.data import check_pairs, load_judged_negatives, load_mined_negatives, load_pairs, mine_hard_negatives
+from unime_st.rerank_prompts import PairPrompt
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,19 @@ def test_a_judge_chooses(trained, pairs, backbone, tmp_path, capsys):
     told = capsys.readouterr().err
     assert "mine: error: The judge 'no/such' cannot be loaded" in told
     assert "Traceback" not in told
+
+
+def test_a_saved_reranker_judges_by_its_own_prompt(trained, pairs, tmp_path):
+    backbone = tiny_backbone("qwen2_vl", tmp_path / "backbone", words=("Yes", "No"))
+    words = PairPrompt("Q: ", "\nA: ", yes="No", no="Yes")
+    export_reranker(build_reranker(backbone, prompt=words, device="cpu"), tmp_path / "reranker")
+    output = tmp_path / "judged"
+    command = ["mine", str(pairs), str(trained / "encoder"), "--output", str(output), "--device", "cpu"]
+    assert main([*command, "--judge", str(tmp_path / "reranker"), "--num-negatives", "2"]) == 0
+    row = load_judged_negatives(output)[0]
+    judge = load_reranker(tmp_path / "reranker", device="cpu")
+    told = judge.predict([(row["anchor"], row[name]) for name in ("positive", "negative_1")])
+    np.testing.assert_allclose(row["label"][:2], told, atol=1e-5)
 
 
 def test_the_data_are_not_written_into(mined, trained, capsys):

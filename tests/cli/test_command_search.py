@@ -101,6 +101,10 @@ def test_evaluate_reranks(trained, pairs, tmp_path, capsys):
     listwise = json.loads(capsys.readouterr().out)
     assert listwise["pairs_rerank_pairs"] == 2 * 3 * 24
     assert listwise["pairs_reranked_text_to_image_recall@5"] == metrics["pairs_text_to_image_recall@5"]
+    assert main([*arguments, "--listwise"]) == 2
+    assert "--listwise needs --reranker" in capsys.readouterr().err
+    assert main([*arguments, "--reranker", reranker, "--rerank-depth", "1", "--listwise"]) == 1
+    assert "rerank_depth=1" in capsys.readouterr().err
     texts = tmp_path / "texts.csv"
     texts.write_text("query,positive\na,b\nc,d\n")
     assert main(["evaluate", str(trained / "encoder"), str(texts), "--device", "cpu", "--reranker", reranker]) == 1

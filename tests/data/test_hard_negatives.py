@@ -117,6 +117,7 @@ def test_mined_negatives_are_those_of_a_plain_loop(tmp_path, monkeypatch, caplog
     assert negatives_of(mined) == [[wanted[row][k % len(wanted[row])] for k in range(5)] for row in kept]
     names = ["anchor", "positive", *(f"negative_{k}" for k in range(1, 6))]
     assert mined.column_names == [*names, *(name for name in ("label", "subset") if name in dataset.column_names)]
+    assert list(mined[0]) == [name for name in mined.column_names if name != "subset"]  # which is no negative
     assert len(kept) > 60
     distinct = set(dataset["anchor"]) | set(dataset["positive"]) | set(dataset["negative_1"])
     assert sorted(model.asked) == sorted(distinct)  # each once, whether it is a query, a target or both

@@ -88,6 +88,19 @@ def test_what_is_imported_trains(released, tmp_path):
         import_judged_json(released, folder, image_root=tmp_path, rows_per_file=5)
 
 
+def test_empty_negatives_are_left_out_and_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    rows = [row(0, negatives=3), {**row(1, negatives=3), "query_image": "", "query_text": "a"}]
+    rows[0]["hard_negatives"][1] = ["<|image_1|>", ""]
+    path = write_judged_json(rows, tmp_path / "a.json")
+    folder = import_judged_json(path, tmp_path / "judged", image_root=tmp_path, rows_per_file=1)
+    labels = load_judged_negatives(folder).with_format(None)["label"]
+    scores = rows[0]["hard_negatives_scores"]
+    np.testing.assert_allclose(labels[0], [rows[0]["query_pos_scores"], scores[0], scores[2], -1.0], atol=1e-7)
+    assert "Took 2 of 2 rows" in caplog.text
+    assert "without 1 negatives that are empty" in caplog.text
+
+
 def changed(number, **fields):
     rows = [dict(r) for r in ROWS]
     rows[number].update(fields)

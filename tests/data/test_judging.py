@@ -14,6 +14,7 @@ from sentence_transformers import CrossEncoder
 from killing import note, notes, run_with_kills
 from tiny import picture, tiny_backbone
 from two_processes import run_two
+from unime_st.columns import without_subset
 from unime_st.data import ItemReader, judge_negatives, judged_json_rows, load_judged_negatives
 from unime_st.data.judging.choose import chosen_negatives
 from unime_st.modules import ListwiseReranker, build_reranker
@@ -286,6 +287,37 @@ def test_a_listwise_reranker_is_no_judge(tmp_path, work):
         with pytest.raises(TypeError, match=r"is a ListwiseReranker, whose scores compare .*Give .* its `model`"):
             judge_negatives(pool(), listwise, tmp_path / "judged", judge_name=name, show_progress_bar=False)
     assert not (tmp_path / "judged").exists()
+
+
+class Halved(torch.nn.Module):
+    def forward(self, logits):
+        return logits.sigmoid() / 2
+
+
+def test_a_judge_of_another_activation_does_not_go_on(tmp_path, work):
+    judge = build_reranker(work / "backbone", device="cpu")
+    options = {"num_negatives": 2, "margin": -1.0, "show_progress_bar": False}
+    judge_negatives(pool(4), judge, tmp_path / "judged", **options)
+    for other in (Halved(), torch.special.expit):
+        judge.activation_fn = other
+        with pytest.raises(ValueError, match="mined otherwise: judge differ"):
+            judge_negatives(pool(4), judge, tmp_path / "judged", **options)
+        folder = tmp_path / type(other).__name__
+        before = judge_negatives(pool(4), judge, folder, **options)
+        assert judge_negatives(pool(4), judge, folder, **options) == before
+    judge.activation_fn = torch.nn.Sigmoid()
+    judge_negatives(pool(4), judge, tmp_path / "judged", **options)
+
+
+def test_a_column_of_subsets_is_no_candidate(tmp_path):
+    """Of a set of texts, too, which no reader of images opens."""
+    rows = pool(6).add_column("subset", list("aabbcc"))
+    options = {"judge_name": "hash", "num_negatives": 2, "margin": -1.0, "show_progress_bar": False}
+    for number, given in enumerate((rows, rows.with_transform(without_subset))):
+        folder = judge_negatives(given, Hashed(), tmp_path / str(number), **options)
+        found = load_judged_negatives(folder)
+        assert list(found[0]) == ["anchor", "positive", "negative_1", "negative_2", "label"]
+        assert sorted(found.with_format(None)["subset"]) == list("aabbcc")
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path, caplog):

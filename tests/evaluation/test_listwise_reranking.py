@@ -1,6 +1,7 @@
 """A listwise reranker in the evaluators: against plain sorting, each list once, in the encoder's order; the cache."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from unime_st import ListwiseReranker, build_reranker
 from unime_st.data.judging.scorer import ListScorer
 from unime_st.evaluation import ImageTextRetrievalEvaluator, MMEBEvaluator, SugarCrepeEvaluator, read_settings
 from unime_st.evaluation import reranking as reranking_module
+from unime_st.evaluation.reranking import Reranking
+from unime_st.rerank_prompts import LIST_PROMPTS
 
 
 class Lists:
@@ -178,3 +181,28 @@ def test_a_real_one_is_named_in_settings_and_ranks_by_its_scores(tmp_path):
         assert len(settings["reranker_weights"]) == 64
     assert (tops["first"][:, 0] == tops["all"][:, 0]).all()
     assert (tops["first"] != tops["all"]).any()
+
+
+def test_the_same_candidates_in_another_order_are_another_question():
+    class ByPlace(Lists):
+        def predict_lists(self, lists, *, batch_size):
+            super().predict_lists(lists, batch_size=batch_size)
+            return [np.array([len(one) for one in candidates]) / (1 + np.arange(len(candidates)))
+                    for _, candidates in lists]  # fmt: skip
+
+    reranker = ByPlace()
+    reranking = Reranking(reranker)
+    found = reranking.scores(["q", "a", "boats"], np.zeros(3, int), np.array([[1, 2], [2, 1], [1, 2]]), lambda *_: "")
+    assert found.tolist() == [[1, 2.5], [5, 0.5], [1, 2.5]]
+    assert len(reranker.asked) == 2
+
+
+def test_scores_of_other_words_are_not_taken_from_the_cache(tmp_path):
+    """Those around the answer stand in no template."""
+    model = build_reranker(tiny_backbone("qwen2_vl", tmp_path / "backbone", words=["Yes", "No"]), device="cpu")
+    words = LIST_PROMPTS["unime_v2"]
+    for prompt in (words, replace(words, answer="Best: [{n}]"), replace(words, number="{n}. "), words):
+        listwise = ListwiseReranker(model, prompt=prompt, replaces="all")
+        reranking = Reranking(listwise, cache=tmp_path / "cache")
+        found = reranking.scores(["q", "a bus", "a boat"], np.array([0]), np.array([[1, 2]]), lambda *_: "")
+        np.testing.assert_allclose(found, listwise.predict_lists([("q", ["a bus", "a boat"])]), rtol=1e-4)

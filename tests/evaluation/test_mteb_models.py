@@ -294,6 +294,9 @@ def test_mteb_reranks_by_its_two_stages(name, checkpoint, reranker_folder, tmp_p
     assert len(model.pairs) == sum(min(2, len(found)) for split in splits for found in split.values())
     if "T2I" in name:
         assert all("image" in document for _, document in model.pairs), "mteb left the images out"
+    for depth in (1, 0, -1):
+        with pytest.raises(ValueError, match=f"depth={depth}"):
+            rerank_with_mteb(wrapper, [task(name)], tmp_path, depth=depth)
     with pytest.raises(FileNotFoundError, match="Can't find previous results"):
         rerank_with_mteb(wrapper, [task(name)], tmp_path / "none")
 
@@ -326,6 +329,14 @@ def test_the_example_reranks(checkpoint, reranker_folder, tmp_path, monkeypatch)
     main([*arguments, "--reranker", str(reranker_folder), "--rerank-depth", "2"], tasks)
     sections = json.loads((tmp_path / "out" / "report.json").read_text())["sections"]
     shown = next(section for section in sections if section["title"] == "Retrieval, reranked")
+    (first,) = (tmp_path / "out" / "predictions").iterdir()
+    other = build_encoder(tiny_backbone("qwen2_vl", tmp_path / "other"), device="cpu")
+    again = [str(export_encoder(other, tmp_path / "encoder")), *arguments[1:], "--reranker", str(reranker_folder)]
+    main(again, [task("MockAny2AnyRetrievalT2ITask")])  # another encoder's predictions are kept apart
+    folders = [first, *({*first.parent.iterdir()} - {first})]
+    told = [json.loads(next(path.glob("*.json")).read_text())["mteb_model_meta"]["revision"] for path in folders]
+    assert told == [path.name for path in folders]
+    assert len(told) == 2
     ((name, before, after, change, seconds),) = shown["rows"]
     assert name == "MockAny2AnyRetrievalT2I"
     assert change == pytest.approx(after - before)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -146,6 +147,30 @@ def test_retrieval_against_plain_sorting():
             assert (np.sort(entry.top, axis=1) == np.sort(evaluator.rankings[direction].top, axis=1)).all()
     assert compared > 300
     assert changed > 30
+
+
+@pytest.mark.parametrize("depth", [12, 14, 40])
+def test_depths_beyond_what_is_shown_and_beyond_the_corpus(depth):
+    """The reranker puts the last first, and takes its time, which is told."""
+
+    class Reverse(ByNumber):
+        def of(self, a, b):
+            return float(abs(a - b))
+
+        def predict(self, inputs, **options):
+            time.sleep(0.2)
+            return super().predict(inputs, **options)
+
+    angles = np.linspace(0, 1, 14)
+    table = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    images = [numbered_picture(number) for number in range(14)]
+    evaluator = ImageTextRetrievalEvaluator(
+        images, [[f"a #{number}"] for number in range(14)], ks=(1,), reranker=Reverse(), rerank_depth=depth
+    )
+    metrics = evaluator(TableModel(table))
+    assert evaluator.reranked_rankings["text_to_image"].ranks.tolist() == [min(depth, 14) - 1] * 14
+    assert evaluator.reranked_rankings["text_to_image"].top[0, 0] == min(depth, 14) - 1
+    assert metrics["rerank_seconds"] > 0.3
 
 
 class ByNumber(Reranker):

@@ -54,6 +54,10 @@ def test_from_pairs_to_an_encoder_and_a_reranker(script, world, encoder, judge_b
         [str(judge_backbone), str(judged), "--output", str(tmp_path / "reranker"), "--cpu", "--max-steps", "2",
          "--batch-size", "2", "--accumulate", "1", "--rank", "4"]
     )  # fmt: skip
+    with pytest.raises(ValueError, match="`num_negatives=4`, but 3 were kept"):
+        script("train_reranker").main(
+            [str(judge_backbone), str(judged), "--output", str(tmp_path / "more"), "--cpu", "--num-negatives", "4"]
+        )
     stock = CrossEncoder(str(reranker), device="cpu")
     capsys.readouterr()
     images = [str(world / "images" / f"{colour}.png") for colour in ("red", "green", "white")]
@@ -83,7 +87,7 @@ def test_pairs_are_labelled_and_places_without_a_negative_left_out(script, tmp_p
         {"q": ["a", "b"], "p": ["x", "y"], "negative_1": ["n", "m"], "negative_2": ["o", "y"],
          "label": [[0.9, 0.1, 0.2], [0.8, 0.3, -1.0]]}
     )  # fmt: skip
-    pairs = script("train_reranker").labelled_pairs(rows, 2)
+    pairs = script("train_reranker").labelled_pairs(rows.add_column("subset", ["s", "t"]))
     assert sorted(zip(pairs["query"], pairs["candidate"], pairs["label"], strict=True)) == [
         ("a", "n", 0.0), ("a", "o", 0.0), ("a", "x", 1.0), ("b", "m", 0.0), ("b", "y", 1.0),
     ]  # fmt: skip

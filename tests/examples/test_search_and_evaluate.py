@@ -123,6 +123,9 @@ def test_evaluate_tells_scores_before_and_after_reranking(script, world, encoder
     shown = next(section for section in sections if section["title"] == "MMEB, reranked")["rows"]
     row = next(row for row in shown if row[0] == "meta Retrieval precision@1")
     assert row[2] == mmeb["MMEB_reranked_meta_Retrieval_precision@1"]
+    with pytest.raises(SystemExit):
+        script("evaluate").main([str(encoder), "--mmeb", str(world / "eval"), "--listwise"])
+    assert "--listwise needs --reranker" in capsys.readouterr().err
     output = script("evaluate").main(
         [
             str(encoder), "--retrieval", str(world / "captions"), "--reranker", str(reranker), "--rerank-depth", "3",

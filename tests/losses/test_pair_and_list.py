@@ -113,7 +113,7 @@ def test_value_and_gradients_are_those_of_full_logits(folders, family, dtype):
     assert sum(float(gradient.abs().max()) > 1e-3 for gradient in own.values()) > 20
     # Of the largest gradient. FastVLM's convolutions sum over whole images; Gemma3's norms are always in float32.
     scale = max(float(gradient.abs().max()) for gradient in gradients.values())
-    atol = 5e-6 if dtype == torch.float32 else atol  # kernels of other versions sum in another order
+    atol = 1e-5 if dtype == torch.float32 else atol  # kernels of other versions sum in another order
     atol = {("fast_vlm", torch.float32): 2e-3, ("gemma3", torch.float64): 1e-7}.get((family, dtype), atol)
     for name, gradient in gradients.items():
         torch.testing.assert_close(

@@ -273,6 +273,26 @@ def test_templates_that_drop_or_move_something_are_refused(folders, message):
         ListwiseReranker(build_reranker(folders("qwen2_vl"), device="cpu"), template=TEMPLATES[message])
 
 
+def test_a_list_whose_image_is_dropped_and_one_without_scores_are_named(folders, monkeypatch):
+    hides = (
+        "{% for m in messages %}{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% elif "
+        "'hide' not in (m.content | string) %}<|image_pad|>{% endif %}{% endfor %}{% endfor %}"
+    )
+    model = build_reranker(folders("qwen2_vl"), device="cpu")
+    listwise = ListwiseReranker(model, template=hides)
+    with pytest.raises(ValueError, match=r"Row 1 .*number of <\|image_pad\|> tokens|List 1 shows 2 image\(s\)"):
+        listwise.predict_lists([("a", ["b", RED]), (RED, ["hide", GREEN])])
+    plain = model[0].forward
+
+    def broken(features, **options):
+        output = plain(features, **options)
+        return {**output, "causal_logits": torch.full_like(output["causal_logits"], torch.inf)}
+
+    monkeypatch.setattr(model[0], "forward", broken)
+    with pytest.raises(ValueError, match=r"The scores of list 0 are not finite.*float32 or bfloat16"):
+        ListwiseReranker(model).predict_lists([("a", ["b", "c"])])
+
+
 def test_the_familys_turn_is_a_way_out(folders):
     """LLaVA-OneVision's published template puts a turn's images first."""
     published = IMAGES_FIRST.replace("<|image_pad|>", "<image>")

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from tiny import FAMILIES, picture, tiny_backbone
 from unime_st.modules import build_reranker, export_reranker, load_reranker
 from unime_st.modules.reranker.pair_encoder import PairEncoder
+from unime_st.prompts import chat_template
 from unime_st.published import PUBLISHED_RERANKERS
 from unime_st.rerank_prompts import LIST_PROMPTS, PAIR_PROMPTS, PairPrompt
 
@@ -234,6 +235,22 @@ def test_words_of_ones_own(folders):
     np.testing.assert_allclose(own.predict(PAIRS), 1 - turned.predict(PAIRS), atol=1e-6)
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "idefics3"])
+def test_an_encoders_template_is_no_judges_and_a_rerankers_is_its_own(folders, family, tmp_path):
+    """An encoder's gathers the media and ends in "in one word"; its folder is a backbone where the head is tied."""
+    asked = {"processor_kwargs": {"chat_template": chat_template(family)}, "device": "cpu"}
+    pairs = [(QUERY, "a red bus"), ("a bus", GREEN)]
+    plain, begun = build_reranker(folders(family), device="cpu"), build_reranker(folders(family), **asked)
+    assert torch.equal(*(judge[0].preprocess(pairs)["input_ids"] for judge in (plain, begun)))
+    own = build_reranker(folders(family), prompt=PairPrompt("Q: ", "\nA: "), device="cpu")
+    export_reranker(own, tmp_path / "reranker")
+    with pytest.raises(ValueError, match=r"is a reranker with a prompt of its own.*Load it by `load_reranker`"):
+        build_reranker(tmp_path / "reranker", device="cpu")
+    template = (tmp_path / "reranker" / "chat_template.jinja").read_text()
+    trained_on = build_reranker(tmp_path / "reranker", template=template, device="cpu")
+    np.testing.assert_allclose(trained_on.predict(pairs), own.predict(pairs), rtol=0, atol=1e-6)
+
+
 def test_activation_and_prompt_are_the_callers(folders):
     judge = build_reranker(folders("qwen2_vl"), device="cpu")
     scores, logits = judge.predict(PAIRS), judge.predict(PAIRS, activation_fn=torch.nn.Identity())
@@ -306,6 +323,19 @@ def test_a_template_that_drops_an_image_of_some_pairs_is_refused(folders):
     )
     with pytest.raises(ValueError, match=r"drops an image \(1 '<\|image_pad\|>' of two\)"):
         build_reranker(folders("qwen2_vl"), template=template, device="cpu")
+
+
+HIDES = (
+    "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% elif "
+    "'hide' not in (m.content | string) %}<|image_pad|>{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def test_an_image_that_is_dropped_for_what_a_pair_says_is_named(folders):
+    """By the processor, or by the count of tokens where one is silent."""
+    judge = build_reranker(folders("qwen2_vl"), template=HIDES, device="cpu")
+    with pytest.raises(ValueError, match=r"Row 1 .*number of <\|image_pad\|> tokens|Pair 1 shows 2 image\(s\)"):
+        judge.predict([(QUERY, "a"), (QUERY, {"image": GREEN, "text": "hide"})])
 
 
 def test_a_score_that_is_nan_is_named_by_the_callers_pair(folders):

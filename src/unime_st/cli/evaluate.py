@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from unime_st.cli.options import add_data_options, read_pairs, say
+from unime_st.cli.options import UsageError, add_data_options, read_pairs, say
 
 HELP = "evaluate an encoder on pairs: recall@k between images and texts, or of other targets by their queries"
 EXAMPLE = "unime evaluate photos_encoder/encoder test.csv --output results"
@@ -33,12 +33,14 @@ def run(given: argparse.Namespace) -> int:
     from unime_st.modules import ListwiseReranker, build_encoder, load_encoder, load_reranker
     from unime_st.training import evaluation_report, pairs_evaluator
 
+    if given.listwise and not given.reranker:
+        raise UsageError("--listwise needs --reranker, which it asks")
     pairs = read_pairs(given)
     check_pairs(pairs).raise_for_problems()
     options: dict[str, Any] = {"name": Path(given.data).stem, "batch_size": given.batch_size}
     if given.reranker:
         reranker = load_reranker(given.reranker, device=given.device)
-        lists = {"max_candidates": given.rerank_depth}
+        lists = {"max_candidates": max(2, given.rerank_depth)}  # of fewer the evaluator tells
         options["reranker"] = ListwiseReranker(reranker, **lists) if given.listwise else reranker
         options["rerank_depth"] = given.rerank_depth
     evaluator = pairs_evaluator(pairs, **options)

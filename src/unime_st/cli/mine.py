@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--query-prompt", help="instruction for queries, in place of the model's own")
     parser.add_argument("--corpus-prompt", help="instruction for candidates, likewise")
     parser.add_argument(
-        "--judge", help=f"a multimodal LLM that chooses among the {_POOL} nearest by UniME-V2's rule, without --margin"
+        "--judge",
+        help=f"a multimodal LLM or saved reranker that chooses among the {_POOL} nearest by UniME-V2's rule, without "
+        "--margin",
     )
     parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
@@ -46,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """Mine, let the judge choose where there is one, and say where it is."""
     from unime_st.data import judge_negatives, load_mined_negatives, load_pairs, mine_hard_negatives
-    from unime_st.modules import build_reranker, load_encoder
+    from unime_st.modules import build_reranker, load_encoder, load_reranker
+    from unime_st.modules.saved import folder_of, holds_saved_encoder
+    from unime_st.published import PUBLISHED_RERANKERS
 
     judged = given.judge is not None
     number = _KEPT[judged] if given.num_negatives is None else given.num_negatives
@@ -77,7 +81,8 @@ def run(given: argparse.Namespace) -> int:
     if judged:
         del model  # its memory is the judge's now
         try:
-            judge = build_reranker(given.judge, device=given.device)
+            is_reranker = given.judge in PUBLISHED_RERANKERS or holds_saved_encoder(folder_of(given.judge))
+            judge = (load_reranker if is_reranker else build_reranker)(given.judge, device=given.device)
         except OSError as error:  # the Hub's do not say of which model they are
             raise OSError(f"The judge {given.judge!r} cannot be loaded: {error}") from error
         judge_negatives(

@@ -31,6 +31,7 @@ except ImportError as missing:
 from PIL import Image
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
+from unime_st.arguments import require_number
 from unime_st.data.stored_images import sides_of
 from unime_st.identity.model import model_fingerprint
 from unime_st.images import as_rgb
@@ -236,7 +237,7 @@ def rerank_with_mteb(
         tasks: The encoder's tasks; those that are no retrieval are left out. They become reranking tasks: mteb changes
             them in place.
         predictions: The ``prediction_folder`` that ``mteb.evaluate`` was given for the encoder.
-        depth: Candidates of a query that are reranked; mteb drops the rest, so that recall past it falls.
+        depth: Candidates of a query that are reranked, at least 2; mteb drops the rest, so that recall past it falls.
         batch_size: Pairs a forward pass.
 
     Returns:
@@ -245,6 +246,7 @@ def rerank_with_mteb(
     Raises:
         FileNotFoundError: There are no predictions of a task.
     """
+    require_number("depth", depth, least=2)
     results = []
     for task in tasks:
         if isinstance(task, AbsTaskRetrieval):

@@ -78,7 +78,7 @@ class Reranking:
         self._texts_alone = modalities is not None and "image" not in modalities
         settings = {**(settings or {}), "reranker": str(getattr(model, "activation_fn", ""))}
         if isinstance(reranker, ListScorer):
-            settings["lists"] = str(getattr(reranker, "template", ""))
+            settings["lists"] = "\n".join(str(getattr(reranker, name, "")) for name in ("template", "prompt"))
         # what is no module has no weights to be known by, so its scores are not kept on disk
         kept = cache if isinstance(model, nn.Module) else None
         self._section: Section = open_section(model, kept, settings=settings)

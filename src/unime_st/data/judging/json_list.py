@@ -117,19 +117,24 @@ def import_judged_json(
     total = files.counts()
     root = str(Path(image_root).absolute())
     write_result(folder, {**total, "image_root": root, "files": [target.name for target in files.paths]}, claimed)
-    logger.info("Took %d of %d rows of %s: %s", total["kept"], total["rows"], file, folder)
+    logger.info(
+        "Took %d of %d rows of %s, without %d negatives that are empty: %s",
+        total["kept"], total["rows"], file, total.get("empty_negatives", 0), folder,
+    )  # fmt: skip
     return folder
 
 
 def _table(rows: list[dict[str, Any]], width: int) -> tuple[pa.Table, dict[str, int]]:
     columns: dict[str, list[Any]] = {name: [] for name in (ANCHOR, POSITIVE)}
     columns |= {negative_column(k + 1): [] for k in range(width)} | {LABEL: []}
+    empty = 0
     for row in rows:
         query, positive = _cell(row["query_text"], row["query_image"]), _cell(row["pos_text"], row["pos_image"])
         if query is None or positive is None:
             continue
         cells = [_cell(*pair) for pair in row["hard_negatives"]]
         kept = [(cell, score) for cell, score in zip(cells, row["hard_negatives_scores"], strict=True) if cell]
+        empty += len(cells) - len(kept)
         kept += [(positive, NO_CANDIDATE)] * (width - len(kept))
         columns[ANCHOR].append(query)
         columns[POSITIVE].append(positive)
@@ -138,7 +143,7 @@ def _table(rows: list[dict[str, Any]], width: int) -> tuple[pa.Table, dict[str, 
         columns[LABEL].append([row["query_pos_scores"], *(score for _, score in kept)])
     features = Features({name: _CELL for name in columns if name != LABEL} | {LABEL: List(Value("float32"))})
     table = pa.table(columns, schema=features.arrow_schema)
-    return table, {"rows": len(rows), "kept": table.num_rows}
+    return table, {"rows": len(rows), "kept": table.num_rows, "empty_negatives": empty}
 
 
 def _cell(text: str, image: str) -> dict[str, Any] | None:

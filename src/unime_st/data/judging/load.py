@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from unime_st.arguments import require_count
-from unime_st.columns import LABEL, NEGATIVE_PREFIX, NO_CANDIDATE, SUBSET, negative_column
+from unime_st.columns import LABEL, NEGATIVE_PREFIX, NO_CANDIDATE, SUBSET, negative_column, without_subset
 from unime_st.data.images import ItemReader
 from unime_st.data.mining.files import read_mined, read_result
 
@@ -45,7 +45,7 @@ def load_judged_negatives(
         table = _with_first(table, num_negatives)
     dataset = Dataset(table)
     if root is None and image_root is None:
-        return dataset
+        return dataset.with_transform(without_subset) if SUBSET in dataset.column_names else dataset
     return dataset.with_transform(ItemReader(image_root or str(root), **reader_options))
 
 

@@ -51,7 +51,14 @@ def scorer_identity(judge: Any, name: str | None) -> str:
         raise ValueError(  # noqa: TRY004 (of what is missing)
             "`judge` is no torch module, so its results cannot be told from another's: give `judge_name`."
         )
-    return model_fingerprint(model)
+    activation = getattr(model, "activation_fn", None)  # whose name is in no weight; a sigmoid is the usual one
+    named = "" if activation is None or type(activation) is nn.Sigmoid else f" {_named(activation)}"
+    return model_fingerprint(model) + named
+
+
+def _named(activation: Any) -> str:
+    """A module's class and settings, a function's name: the same in every process."""
+    return repr(activation) if isinstance(activation, nn.Module) else getattr(activation, "__qualname__", "")
 
 
 def scores_of(judge: PairScorer, pairs: list[Any], batch_size: int, told: Callable[[int], str]) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from unime_st.columns import SUBSET, Columns, training_columns
+from unime_st.columns import SUBSET, Columns, training_columns, without_subset
 from unime_st.data.images import ItemReader
 from unime_st.data.stored_images import stored_path
 from unime_st.embedding.neighbors import Forbidden
@@ -39,6 +39,7 @@ class Contents:
                 f"got {dataset.column_names} of {len(dataset)} rows."
             )
         transform = dataset.format["format_kwargs"].get("transform") if dataset.format["type"] == "custom" else None
+        transform = None if transform is without_subset else transform  # which changes no input
         if transform is not None and not isinstance(transform, ItemReader):
             raise ValueError(
                 f"The rows are made by a transform ({type(transform).__name__}) that mining cannot undo. Give the data "

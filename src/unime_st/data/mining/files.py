@@ -56,7 +56,7 @@ class MinedFiles:
     def counts(self) -> dict[str, int]:
         """The counts of all files, added up."""
         parts = [json.loads(pq.read_schema(path).metadata[_COUNTS]) for path in self.paths]
-        return {name: sum(part[name] for part in parts) for name in parts[0]}
+        return {name: sum(part.get(name, 0) for part in parts) for name in parts[0]}
 
     def _is_whole(self, path: Path) -> bool:
         try:
@@ -121,8 +121,8 @@ def read_result(folder: Path) -> dict[str, Any]:
         result = _note(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{str(folder)!r} has no {RESULT}, so mining has not been there or has not ended. Run "
-            "`mine_hard_negatives` with the same arguments again; it goes on where it was."
+            f"{str(folder)!r} has no {RESULT}, so mining or judging has not been there or has not ended. Run "
+            "`mine_hard_negatives`, or `judge_negatives`, with the same arguments again; it goes on where it was."
         ) from error
     except (ValueError, TypeError) as error:
         why = str(error)
@@ -130,8 +130,8 @@ def read_result(folder: Path) -> dict[str, Any]:
         why = _wrong(result)
     if why:
         raise ValueError(
-            f"{path} is damaged ({why}). Run `mine_hard_negatives` with the same arguments again: it writes that file "
-            "anew, and mines nothing that is there."
+            f"{path} is damaged ({why}). Run `mine_hard_negatives`, or what else made the folder, with the same "
+            "arguments again: it writes that file anew, and mines or judges nothing that is there."
         )
     if "format" not in result:
         logger.warning("%s is of an earlier version, without checksums: damage would not be seen.", folder)

@@ -16,6 +16,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
 from unime_st.arguments import require_count, require_number
+from unime_st.columns import SUBSET, without_subset
 from unime_st.data.images import ItemReader
 from unime_st.data.mining.contents import Contents
 from unime_st.data.mining.encoder import MiningEncoder
@@ -196,7 +197,7 @@ def load_mined_negatives(
         ) from error
     dataset = Dataset(pa.concat_tables(tables))
     if result["image_root"] is None:
-        return dataset
+        return dataset.with_transform(without_subset) if SUBSET in dataset.column_names else dataset
     return dataset.with_transform(ItemReader(image_root or result["image_root"], **reader_options))
 
 

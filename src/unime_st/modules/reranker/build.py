@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import product
@@ -20,7 +21,9 @@ from unime_st.modules.checks import check_family
 from unime_st.modules.options import check_device, check_dtype, check_sizes, weight_options
 from unime_st.modules.reranker.cross_encoder import MultimodalCrossEncoder
 from unime_st.modules.reranker.pair_encoder import PairEncoder
+from unime_st.modules.reranker.pairs import HALVES
 from unime_st.modules.saved import folder_of, holds_saved_encoder
+from unime_st.prompts import is_encoders
 from unime_st.published import PUBLISHED_RERANKERS, PublishedReranker, published_reranker
 from unime_st.rerank_prompts import PAIR_PROMPTS, PairPrompt, pair_template
 
@@ -55,7 +58,7 @@ def build_reranker(
         prompt: a name of :data:`unime_st.rerank_prompts.PAIR_PROMPTS`, or words of your own.
         template: a Jinja chat template that renders the roles ``query`` and ``document`` itself, as published rerankers
             have one; of ``prompt`` only the answers count then. None puts the words into the backbone's own template,
-            or the family's turn where it has none.
+            or the family's turn where it has none or is an encoder.
         max_pixels: bound on an image's pixels, for families that keep an image's own resolution (Qwen-VL).
         max_seq_length: tokens of a pair at the most; longer texts lose their last tokens, the candidate's first.
         torch_dtype: type of the weights; "auto" keeps the checkpoint's.
@@ -69,7 +72,7 @@ def build_reranker(
 
     Raises:
         ValueError: an answer is no single token of the vocabulary, the template drops a half or an image of a pair,
-            there is no template, or weights are missing.
+            there is no template, the backbone is a reranker with a prompt of its own, or weights are missing.
 
     References:
         UniME-V2, section 3.2: https://arxiv.org/abs/2510.13515.
@@ -87,8 +90,7 @@ def build_reranker(
         processor_kwargs=dict(processor_kwargs or {}),
         max_seq_length=max_seq_length,
     )
-    own = getattr(encoder.processor, "chat_template", None)
-    encoder.set_template(template or pair_template(words, own, encoder.model.config.model_type))
+    encoder.set_template(template or pair_template(words, _own_template(encoder), encoder.model.config.model_type))
     _check_rendered(encoder)
     if max_pixels is not None:
         bound_pixels(encoder, max_pixels)
@@ -194,6 +196,20 @@ def _words(prompt: str | PairPrompt) -> PairPrompt:
     if prompt not in PAIR_PROMPTS:
         raise ValueError(f"`prompt={prompt!r}`, but it must be one of {', '.join(PAIR_PROMPTS)}, or a `PairPrompt`.")
     return PAIR_PROMPTS[prompt]
+
+
+def _own_template(encoder: PairEncoder) -> str | None:
+    """The backbone's own chat template, but for an encoder's, which ends in words of its own; refuses a reranker's."""
+    own = getattr(encoder.processor, "chat_template", None)
+    if own is None or is_encoders(own):
+        return None
+    if all(re.search(rf"""['"]{role}['"]""", own) for role in HALVES):
+        raise ValueError(
+            "The backbone's chat template renders the roles 'query' and 'document', so it is a reranker with a prompt "
+            "of its own, which `prompt` would replace. Load it by `load_reranker`; to train it on, pass that template "
+            "as `template`."
+        )
+    return own
 
 
 def _token(tokenizer: Any, kind: str, word: str) -> int:
