@@ -169,7 +169,8 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
 
     peak(1000)  # what is imported and made once
     few, many = peak(5000), peak(50_000)
-    assert many < few * 1.1 + 100_000, (few, many)
+    # what is read ahead depends on the clock; one object kept for a row would be 48 bytes or more of it
+    assert many - few < 16 * 45_000, (few, many)
     assert many < 50_000 * 64 * 4 / 2  # of the embeddings themselves
 
 
